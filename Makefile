@@ -1,0 +1,27 @@
+# Targets for people and for CI; each sets up what it needs.  make help lists them.
+SHELL := /bin/bash
+PY := .venv/bin/python
+.DEFAULT_GOAL := help
+
+.PHONY: help setup demo test check bench lock
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: ## install everything into .venv and the cache directory; safe to repeat
+	@scripts/setup
+
+demo: setup ## dump, kill and restore a real training job; writes out/demo/
+	@$(PY) -m demo.run --out out/demo
+
+check: setup ## linters, types, layers
+	@scripts/check
+
+test: check ## all tests: unit and property, then with the real CRIU
+	@$(PY) -m pytest
+
+bench: setup ## measure against criu, tar, zstd, restic and borg; writes bench/report.md
+	@$(PY) -m bench
+
+lock: ## pin the newest versions that pyproject.toml allows
+	@scripts/lock

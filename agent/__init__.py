@@ -1,0 +1,1 @@
+"""ckpt-agent: transparent checkpoint and restore of process trees, containers and jobs."""

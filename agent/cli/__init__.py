@@ -1,0 +1,1 @@
+"""The ckpt-agent program: one file a verb; parses, calls, prints, exits, decides nothing."""

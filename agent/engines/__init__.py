@@ -1,0 +1,1 @@
+"""How a member is captured and restored: one contract (base), one package an engine."""

@@ -1,0 +1,144 @@
+"""What an engine promises: one way to capture and restore the processes of a member.
+
+A dump has two phases. *Capture*: the member stands still, its memory, metadata and files go into
+a ``MemberSink``. *Persist*: it runs again while the store makes everything durable. The caller
+takes part in the stop through a ``Cut``, where a group's members wait for each other, and where
+``--stop`` commits before anything is killed.
+
+Promises: whatever goes wrong before ``Cut.captured`` returned ``KILL``, the processes go on (or
+stay stopped, if they were stopped before), and nothing of the capture is left on the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any, Protocol
+
+from agent.model.streams import MemberSink, MemberSource
+
+
+@dataclasses.dataclass(frozen=True)
+class Promises:
+    """What the planner chooses an engine by."""
+
+    incremental: bool
+    live_tcp: bool
+    isolates: bool
+    streams_memory: bool
+
+
+class Disposition(enum.Enum):
+    """What becomes of the processes after the capture."""
+
+    RESUME = "resume"
+    KILL = "kill"
+
+
+class Cut(Protocol):
+    """The caller's part in the stop of one member. Raising from either method gives the capture
+    up; the processes go on."""
+
+    def frozen(self) -> None:
+        """All processes of the member stand still and nothing of them has been read yet."""
+
+    def captured(self) -> Disposition:
+        """All of the member is in the sink; the processes still stand still. ``KILL`` may be
+        returned only when the epoch is committed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureOptions:
+    """How to capture.
+
+    ``deadline_s`` bounds the whole capture. ``include`` are absolute directories or files that
+    travel with the image besides the files open for writing. ``tcp_established`` keeps live TCP
+    connections (otherwise their presence fails the dump).
+    """
+
+    deadline_s: float = 600.0
+    include: tuple[str, ...] = ()
+    tcp_established: bool = True
+    ghost_limit_bytes: int = 1 << 30
+    log_level: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureReport:
+    """What a capture was like. Times are seconds, from a monotonic clock."""
+
+    stop_s: float
+    freeze_s: float
+    raw_bytes: int
+    pids: tuple[int, ...]
+    engine_facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+FilePolicy = enum.Enum("FilePolicy", {"REFUSE": "refuse", "ROLLBACK": "rollback", "KEEP": "keep"})
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreOptions:
+    """How to restore.
+
+    ``isolate``: in fresh pid and mount namespaces instead of in place with the same pids.
+    ``files``: what to do where an ephemeral file of the image differs from what is there now:
+    refuse, roll back to the image (the other is kept aside under another name), or keep.
+    ``stdin|stdout|stderr``: open descriptors that replace the tree's own, or None.
+    ``accept_changed``: paths whose changed size or time is accepted (binaries, libraries).
+    """
+
+    isolate: bool = False
+    files: FilePolicy = FilePolicy.REFUSE
+    stdin: int | None = None
+    stdout: int | None = None
+    stderr: int | None = None
+    deadline_s: float = 600.0
+    accept_changed: bool = False
+    log_level: int = 2
+
+
+class RestoredTree(Protocol):
+    """A tree that runs again. Closing it lets go of it; the tree runs on."""
+
+    @property
+    def pid(self) -> int:
+        """The root's pid as this host sees it."""
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Wait for the root's end; return its exit status, or 128 + N if signal N ended it.
+
+        Raises:
+            errors.DeadlineExceeded: it still runs.
+        """
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the root; a no-op if it has ended."""
+
+
+class Engine(Protocol):
+    """One way to capture and restore."""
+
+    name: str
+    promises: Promises
+
+    def capture(
+        self, pid: int, sink: MemberSink, cut: Cut, options: CaptureOptions
+    ) -> CaptureReport:
+        """Capture the tree below ``pid``; returns when it runs again, or was killed.
+
+        Raises:
+            errors.TargetUnsuitable | errors.TargetBusy: refused; nothing was touched.
+            errors.TargetExited | errors.DumpFailed | errors.CriuFailed |
+            errors.DeadlineExceeded: given up; the tree is as before.
+            errors.VolumeError: from the sink; likewise.
+        """
+
+    def restore(self, source: MemberSource, options: RestoreOptions) -> RestoredTree:
+        """Bring a member's processes back; they run when this returns.
+
+        Raises:
+            errors.Corrupt | errors.Missing: the image is damaged; no process was started.
+            errors.RestoreConflict: refused with every reason; no process was started.
+            errors.RestoreFailed | errors.CriuFailed: undone; nothing of the tree runs.
+        """

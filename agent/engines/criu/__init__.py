@@ -1,0 +1,1 @@
+"""The engine for process trees on this host: CRIU, driven through its RPC."""

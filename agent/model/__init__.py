@@ -1,0 +1,1 @@
+"""Nouns: names, streams, plans. No I/O, no clock, no third party."""

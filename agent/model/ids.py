@@ -1,0 +1,59 @@
+"""The names of things: groups, members, epochs, images.
+
+Promises: a value of these types is safe as one path component of a volume name.
+Does not: look anything up.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NewType
+
+from agent import errors
+
+GroupName = NewType("GroupName", str)
+MemberName = NewType("MemberName", str)
+EpochId = NewType("EpochId", str)
+
+# One path component on every file system and object store, and a Kubernetes label value.
+_NAME = re.compile(r"[a-z0-9A-Z]([a-zA-Z0-9._-]{0,61}[a-zA-Z0-9])?")
+# UTC second of creation, so that names sort by age, and 24 random bits against equal seconds.
+_EPOCH = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
+
+
+def _checked(kind: str, text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise errors.InvalidInput(
+            f"{kind} name {text!r} is not valid",
+            hint="use 1-63 letters, digits, '.', '_' or '-', beginning and ending with a letter"
+            " or digit",
+        )
+    return text
+
+
+def group_name(text: str) -> GroupName:
+    """Return ``text`` as a group name.
+
+    Raises:
+        errors.InvalidInput: it is not 1-63 characters of ``[a-zA-Z0-9._-]``.
+    """
+    return GroupName(_checked("group", text))
+
+
+def member_name(text: str) -> MemberName:
+    """Return ``text`` as a member name; the same rules as for a group."""
+    return MemberName(_checked("member", text))
+
+
+def epoch_id(text: str) -> EpochId:
+    """Return ``text`` as an epoch id, ``YYYYMMDD-HHMMSS-xxxxxx``."""
+    if not _EPOCH.fullmatch(text):
+        raise errors.InvalidInput(
+            f"epoch {text!r} is not valid", hint="an epoch looks like 20260131-235959-0a1b2c"
+        )
+    return EpochId(text)
+
+
+def image_name(group: GroupName, epoch: EpochId) -> str:
+    """The name that ``dump`` prints and ``restore`` takes."""
+    return f"{group}@{epoch}"

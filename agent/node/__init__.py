@@ -1,0 +1,1 @@
+"""One host's part of an epoch: dump | restore, mirrored halves."""

@@ -1,0 +1,1 @@
+"""The store: format, writer | reader, verification, retention. FORMAT.md is its contract."""
