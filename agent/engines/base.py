@@ -74,7 +74,12 @@ class CaptureReport:
     engine_facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-FilePolicy = enum.Enum("FilePolicy", {"REFUSE": "refuse", "ROLLBACK": "rollback", "KEEP": "keep"})
+class FilePolicy(enum.Enum):
+    """What to do where an ephemeral file of the image differs from what is there now."""
+
+    REFUSE = "refuse"
+    ROLLBACK = "rollback"
+    KEEP = "keep"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +103,13 @@ class RestoreOptions:
     log_level: int = 2
 
 
+class Gate(Protocol):
+    """The caller's part in a restore. Raising gives the restore up; nothing of it runs."""
+
+    def restored(self) -> None:
+        """The tree stands complete, its sockets still silent, and none of it has run yet."""
+
+
 class RestoredTree(Protocol):
     """A tree that runs again. Closing it lets go of it; the tree runs on."""
 
@@ -114,6 +126,9 @@ class RestoredTree(Protocol):
 
     def signal(self, number: int) -> None:
         """Send a signal to the root; a no-op if it has ended."""
+
+    def kill(self) -> None:
+        """End every process of the tree and reap what is ours; a no-op if it has ended."""
 
 
 class Engine(Protocol):
@@ -134,7 +149,9 @@ class Engine(Protocol):
             errors.VolumeError: from the sink; likewise.
         """
 
-    def restore(self, source: MemberSource, options: RestoreOptions) -> RestoredTree:
+    def restore(
+        self, source: MemberSource, options: RestoreOptions, gate: Gate
+    ) -> RestoredTree:
         """Bring a member's processes back; they run when this returns.
 
         Raises:

@@ -1,0 +1,239 @@
+"""This host's half of a dump: capture every member of the epoch at one cut, persist, commit.
+
+Promises: all members stand still together before the first is read, and none goes on before the
+last was read; either the epoch is committed and restorable or nothing of it is; a dump that fails
+or is cancelled leaves every member running. With ``stop`` nothing is killed before the commit.
+Does not: find out who belongs to the group, or print.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+from agent import errors
+from agent.engines.base import CaptureOptions, CaptureReport, Disposition, Engine
+from agent.host import clock
+from agent.model import ids
+from agent.model.streams import AddressSpace, FileEntry, MemberSink, PageRun
+from agent.store.repository import EpochSummary, EpochWriter, Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A process tree that takes part, by the pid of its root."""
+
+    name: ids.MemberName
+    pid: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a dump has come. ``phase`` is capture, persist or done."""
+
+    phase: str
+    raw_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DumpOutcome:
+    """A committed epoch. ``stop_s`` is from the first member frozen to the last one running (or
+    killed); ``durable_s`` from the request to the commit."""
+
+    epoch: EpochSummary
+    members: tuple[tuple[ids.MemberName, CaptureReport], ...]
+    stop_s: float
+    durable_s: float
+    stopped: bool
+
+
+class Cancel:
+    """Asks a dump to give up at its next step; safe to set from a signal handler."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        """Ask; asking again changes nothing."""
+        self._event.set()
+
+    def check(self) -> None:
+        """Raise ``errors.Interrupted`` if asked."""
+        if self._event.is_set():
+            raise errors.Interrupted(
+                "interrupted: the dump was given up, the job goes on", hint="run the dump again"
+            )
+
+
+def dump(
+    store: Store,
+    engine: Engine,
+    group: ids.GroupName,
+    members: Sequence[Member],
+    options: CaptureOptions,
+    *,
+    stop: bool = False,
+    cancel: Cancel | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> DumpOutcome:
+    """Dump ``members`` as one epoch of ``group``.
+
+    Raises:
+        errors.Refused: before anything was touched.
+        errors.Failed | errors.VolumeError: given up; every member is as it was before.
+    """
+    cancel = cancel or Cancel()
+    began_s = clock.monotonic_s()
+    with store.begin(group, now_s=clock.wall_s()) as writer:
+        cut = _GroupCut(len(members), options.deadline_s, cancel)
+        facts: dict[str, Any] = {"engine": engine.name, "stop": stop}
+        if stop:
+            cut.before_kill = lambda: cut.note_committed(_commit(writer, facts, cancel))
+        meter = _Meter(progress, cancel)
+        reports = _capture_all(engine, members, writer, cut, meter, options)
+        progress(Progress("persist", meter.raw_bytes))
+        epoch = cut.committed or _commit(writer, facts, cancel)
+    progress(Progress("done", meter.raw_bytes))
+    return DumpOutcome(
+        epoch=epoch,
+        members=tuple(zip((m.name for m in members), reports, strict=True)),
+        stop_s=cut.stop_s(),
+        durable_s=cut.committed_at_s - began_s if stop else clock.monotonic_s() - began_s,
+        stopped=stop,
+    )
+
+
+def _commit(writer: EpochWriter, facts: dict[str, Any], cancel: Cancel) -> EpochSummary:
+    cancel.check()
+    return writer.commit(facts)
+
+
+def _capture_all(
+    engine: Engine,
+    members: Sequence[Member],
+    writer: EpochWriter,
+    cut: _GroupCut,
+    meter: _Meter,
+    options: CaptureOptions,
+) -> list[CaptureReport]:
+    """Capture all members at once; the first error is raised when every member is out of the
+    engine, so that none is left behind in a capture."""
+
+    def one(member: Member) -> CaptureReport:
+        try:
+            sink = _MeteredSink(writer.member(member.name), meter)
+            return engine.capture(member.pid, sink, cut, options)
+        except BaseException:
+            cut.abort()
+            raise
+        finally:
+            cut.note_running()
+
+    with ThreadPoolExecutor(len(members), thread_name_prefix="member") as pool:
+        futures = [pool.submit(one, member) for member in members]
+    failures = [exc for future in futures if (exc := future.exception())]
+    if failures:
+        # A member that was only told to give up says less than the one that caused it.
+        raise next((e for e in failures if not isinstance(e, _TornCut)), failures[0])
+    return [future.result() for future in futures]
+
+
+class _TornCut(errors.DumpFailed):
+    """Another member of the group failed."""
+
+
+class _GroupCut:
+    """The barriers of a group: nobody is read before all stand still, nobody goes on before all
+    were read. One broken member breaks it for all."""
+
+    def __init__(self, parties: int, deadline_s: float, cancel: Cancel) -> None:
+        self._deadline_s = deadline_s
+        self._cancel = cancel
+        self._frozen = threading.Barrier(parties)
+        self._captured = threading.Barrier(parties, action=self._all_captured)
+        self._lock = threading.Lock()
+        self._first_frozen_s: float | None = None
+        self._last_running_s = 0.0
+        self.before_kill: Callable[[], None] | None = None
+        self.committed: EpochSummary | None = None
+        self.committed_at_s = 0.0
+
+    def frozen(self) -> None:
+        with self._lock:
+            if self._first_frozen_s is None:
+                self._first_frozen_s = clock.monotonic_s()
+        self._cancel.check()
+        self._wait(self._frozen)
+
+    def captured(self) -> Disposition:
+        self._cancel.check()
+        self._wait(self._captured)
+        return Disposition.KILL if self.committed else Disposition.RESUME
+
+    def abort(self) -> None:
+        self._frozen.abort()
+        self._captured.abort()
+
+    def note_committed(self, epoch: EpochSummary) -> None:
+        self.committed = epoch
+        self.committed_at_s = clock.monotonic_s()
+
+    def note_running(self) -> None:
+        with self._lock:
+            self._last_running_s = clock.monotonic_s()
+
+    def stop_s(self) -> float:
+        return self._last_running_s - (self._first_frozen_s or self._last_running_s)
+
+    def _all_captured(self) -> None:
+        if self.before_kill:
+            self.before_kill()
+
+    def _wait(self, barrier: threading.Barrier) -> None:
+        try:
+            barrier.wait(self._deadline_s)
+        except threading.BrokenBarrierError as exc:
+            raise _TornCut(
+                "another member of the group could not be captured",
+                hint="the other member's error says why",
+            ) from exc
+
+
+class _Meter:
+    """Counts what passes, reports it, and is where a cancelled dump notices."""
+
+    def __init__(self, progress: Callable[[Progress], None], cancel: Cancel) -> None:
+        self._progress = progress
+        self._cancel = cancel
+        self.raw_bytes = 0
+
+    def add(self, count_bytes: int) -> None:
+        self._cancel.check()
+        self.raw_bytes += count_bytes
+        self._progress(Progress("capture", self.raw_bytes))
+
+
+class _MeteredSink:
+    """A member's sink that counts and can be cancelled."""
+
+    def __init__(self, sink: MemberSink, meter: _Meter) -> None:
+        self._sink = sink
+        self._meter = meter
+
+    def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
+        self._meter.add(len(data))
+        self._sink.pages(space, run, data)
+
+    def metadata(self, name: str, content: BinaryIO) -> None:
+        self._meter.add(0)
+        self._sink.metadata(name, content)
+
+    def file(self, entry: FileEntry, content: BinaryIO | None) -> None:
+        self._meter.add(entry.size_bytes)
+        self._sink.file(entry, content)
+
+    def facts(self, facts: dict[str, Any]) -> None:
+        self._sink.facts(facts)

@@ -1,0 +1,140 @@
+"""This host's half of a restore: read, verify, bring every member back at one instant.
+
+Promises: an image is verified whole before any process starts; either all members of the epoch
+run again or none does. A damaged image is refused with the newest older good one named.
+Does not: choose the host, or print.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from agent import errors
+from agent.engines.base import Engine, RestoredTree, RestoreOptions
+from agent.host import clock
+from agent.model import ids
+from agent.model.streams import MemberSource
+from agent.store.repository import EpochSummary, Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a restore has come. ``phase`` is verify, restore or done."""
+
+    phase: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreOutcome:
+    """A running tree for every member. ``running_s`` is from the request."""
+
+    epoch: EpochSummary
+    trees: tuple[tuple[ids.MemberName, RestoredTree], ...]
+    verified_s: float
+    running_s: float
+
+
+def restore(
+    store: Store,
+    engine: Engine,
+    image: str,
+    options: RestoreOptions,
+    *,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> RestoreOutcome:
+    """Bring ``image`` back.
+
+    Raises:
+        errors.NotFound: no such image.
+        errors.DataError: the image is damaged; ``facts['older_good']`` names the newest older
+            image of the group that is whole, or is empty.
+        errors.RestoreConflict: something is in the way; every reason of every member is listed.
+        errors.Failed: undone; nothing of the image runs.
+    """
+    began_s = clock.monotonic_s()
+    group, epoch = store.resolve(image)
+    progress(Progress("verify"))
+    try:
+        reader = store.read(group, epoch)
+        sources = [(name, reader.member(name)) for name in reader.members]
+        for _, source in sources:
+            source.check()
+    except errors.DataError as exc:
+        _offer_older(store, group, epoch, exc)
+        raise
+    verified_s = clock.monotonic_s() - began_s
+    progress(Progress("restore"))
+    trees = _restore_all(engine, sources, options)
+    progress(Progress("done"))
+    return RestoreOutcome(
+        epoch=reader.summary,
+        trees=tuple(trees),
+        verified_s=verified_s,
+        running_s=clock.monotonic_s() - began_s,
+    )
+
+
+def _restore_all(
+    engine: Engine, sources: Sequence[tuple[ids.MemberName, MemberSource]], options: RestoreOptions
+) -> list[tuple[ids.MemberName, RestoredTree]]:
+    gate = _Gate(len(sources), options.deadline_s)
+
+    def one(named: tuple[ids.MemberName, MemberSource]) -> tuple[ids.MemberName, RestoredTree]:
+        try:
+            return named[0], engine.restore(named[1], options, gate)
+        except BaseException:
+            gate.abort()
+            raise
+
+    with ThreadPoolExecutor(len(sources), thread_name_prefix="member") as pool:
+        futures = [pool.submit(one, named) for named in sources]
+    failures = [exc for future in futures if (exc := future.exception())]
+    if not failures:
+        return [future.result() for future in futures]
+    # Past the gate a member can only fail while it is being let go; the others must not go on.
+    for future in futures:
+        if not future.exception():
+            future.result()[1].kill()
+    raise next((e for e in failures if not isinstance(e, _TornGate)), failures[0])
+
+
+class _TornGate(errors.RestoreFailed):
+    """Another member of the group failed."""
+
+
+class _Gate:
+    """Where members wait for each other, restored but not yet running."""
+
+    def __init__(self, parties: int, deadline_s: float) -> None:
+        self._barrier = threading.Barrier(parties)
+        self._deadline_s = deadline_s
+
+    def restored(self) -> None:
+        try:
+            self._barrier.wait(self._deadline_s)
+        except threading.BrokenBarrierError as exc:
+            raise _TornGate(
+                "another member of the group could not be restored",
+                hint="the other member's error says why",
+            ) from exc
+
+    def abort(self) -> None:
+        self._barrier.abort()
+
+
+def _offer_older(
+    store: Store, group: ids.GroupName, epoch: ids.EpochId, damage: errors.DataError
+) -> None:
+    """Add the newest older good image to ``damage``; reading it whole is what makes it good."""
+    older = [summary for summary in store.epochs(group) if summary.epoch < epoch]
+    for summary in reversed(older):
+        if summary.damage is None and store.verify(group, summary.epoch).good:
+            name = ids.image_name(group, summary.epoch)
+            damage.facts["older_good"] = name
+            damage.hint = f"the newest older good image is {name}"
+            return
+    damage.facts["older_good"] = ""
+    damage.hint = damage.hint or "no older image of this group is whole"
