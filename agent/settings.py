@@ -1,0 +1,316 @@
+"""Settings: what a person or a deployment decides, from flags, the environment and a file.
+
+Promises: ``merge`` is pure; a flag beats the environment, which beats the file, which beats the
+default; every error names the flag, variable, or file and line it is about. A ``Settings`` value
+is complete, checked and immutable.
+Does not: touch the store or CRIU; whether the paths exist is found out where they are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import posixpath
+import re
+import urllib.parse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import platformdirs
+import yaml
+
+from agent import errors
+
+OUTPUTS = ("table", "wide", "json", "yaml", "name")
+ENV_PREFIX = "CKPT_AGENT_"
+FILE_NAME = "config.yaml"
+
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_BYTES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+# Nearer than this in difflib's ratio and a key is offered as "did you mean".
+_NEAR = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreUrl:
+    """Where a store is: ``file`` is the only scheme so far; ``path`` is absolute."""
+
+    scheme: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{urllib.parse.quote(self.path)}"
+
+
+def store_url(value: object, base: str) -> StoreUrl:
+    """Read a path (taken from the directory ``base`` if relative) or a URL.
+
+    Raises:
+        errors.InvalidInput: no path, an unknown scheme, or a URL with more than a path.
+    """
+    text = _text(value)
+    if "://" not in text:
+        return StoreUrl("file", posixpath.normpath(posixpath.join(base, text)))
+    parts = urllib.parse.urlsplit(text)
+    if parts.scheme != "file":
+        raise errors.InvalidInput(
+            f"no store can be opened with {parts.scheme}://",
+            hint="supported are a path and file:///absolute/path (a local or NFS directory)",
+        )
+    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not parts.path:
+        raise errors.InvalidInput(
+            f"{text!r} is not a file URL", hint="write three slashes: file:///absolute/path"
+        )
+    return StoreUrl("file", posixpath.normpath(urllib.parse.unquote(parts.path)))
+
+
+def duration_s(value: object, base: str = "") -> float:
+    """Read seconds: a number, or a number with s, m, h, d or w behind it."""
+    text = _text(value)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhdw]?)", text)
+    if match is None or float(match[1]) == 0:
+        raise errors.InvalidInput(
+            f"{text!r} is not a time span", hint="write 90s, 15m, 12h, 7d or 2w"
+        )
+    return float(match[1]) * _SECONDS[match[2] or "s"]
+
+
+def size_bytes(value: object, base: str = "") -> int:
+    """Read bytes: a whole number, or one with KiB, MiB, GiB or TiB behind it."""
+    text = _text(value)
+    match = re.fullmatch(r"([0-9]{1,15}) ?(|B|[KMGT]iB)", text)
+    if match is None:
+        raise errors.InvalidInput(f"{text!r} is not a size", hint="write 512MiB or 4GiB")
+    return int(match[1]) * _BYTES[match[2]]
+
+
+def count(value: object, base: str = "") -> int:
+    """Read a whole number from 1."""
+    text = _text(value)
+    if re.fullmatch(r"[0-9]{1,9}", text) is None or int(text) == 0:
+        raise errors.InvalidInput(f"{text!r} is not a whole number from 1", hint="write 1, 2, ...")
+    return int(text)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
+        raise errors.InvalidInput(f"{value!r} is not a text or number", hint="give one value")
+    if isinstance(value, str) and "\0" in value:
+        raise errors.InvalidInput("the value holds a zero byte", hint="remove it")
+    return str(value)
+
+
+def _path(value: object, base: str) -> str:
+    return posixpath.normpath(posixpath.join(base, _text(value)))
+
+
+def _output(value: object, base: str) -> str:
+    text = _text(value)
+    if text not in OUTPUTS:
+        raise errors.InvalidInput(
+            f"there is no output format {text!r}", hint=f"use one of {', '.join(OUTPUTS)}"
+        )
+    return text
+
+
+def _level(value: object, base: str) -> int:
+    text = _text(value)
+    if text not in ("0", "1", "2", "3", "4"):
+        raise errors.InvalidInput(f"{text!r} is not a log level of CRIU", hint="use 0 to 4")
+    return int(text)
+
+
+def _setting(
+    default: Any, read: Callable[[object, str], Any], key: str, flag: str | None = None
+) -> Any:
+    flag = flag or f"--{key.replace('_', '-')}"
+    return dataclasses.field(default=default, metadata={"read": read, "key": key, "flag": flag})
+
+
+_DEFAULT_STORE = StoreUrl("file", "/var/lib/ckpt-agent/store")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that can be set. Each field's key in the file is named beside it; the variable
+    is ``CKPT_AGENT_`` and the key in capitals.
+    """
+
+    store: StoreUrl = _setting(_DEFAULT_STORE, store_url, "store")
+    """The store's place, a path or URL. The default is where the Filesystem Hierarchy Standard
+    puts a program's state; a job that may move to another node wants a shared directory."""
+
+    criu: str | None = _setting(None, _path, "criu")
+    """The CRIU program. None: beside this Python, then in PATH, since set-up puts a new enough
+    one there."""
+
+    work_dir: str = _setting("/var/lib/ckpt-agent/work", _path, "work_dir")
+    """Scratch for CRIU's logs and metadata images while it runs: a few MiB a dump, removed
+    afterwards. Not /tmp, where others could put names before us."""
+
+    output: str = _setting("table", _output, "output")
+    """How results are printed: table, wide, json, yaml or name. A person reads by default."""
+
+    dump_deadline_s: float = _setting(600.0, duration_s, "dump_deadline", "--deadline")
+    """Seconds until a capture is given up and the job runs on. Ten minutes hold the largest host
+    memory seen (1 TiB at 2 GB/s); a stuck dump must not stop a job for longer."""
+
+    restore_deadline_s: float = _setting(600.0, duration_s, "restore_deadline", "--deadline")
+    """Seconds until a restore is given up and undone; as for a dump."""
+
+    ghost_limit_bytes: int = _setting(1 << 30, size_bytes, "ghost_limit")
+    """Largest unlinked open file that travels with an image, in bytes. CRIU's own 1 MiB fails for
+    ordinary temporary files; above 1 GiB something is usually wrong."""
+
+    criu_log_level: int = _setting(2, _level, "criu_log_level")
+    """How much CRIU logs, 0 to 4. Errors and warnings are all that a failure report quotes, and
+    level 4 slows the stop."""
+
+    keep_last: int | None = _setting(None, count, "keep_last")
+    """``prune`` keeps this many newest epochs of each group. None: nothing is removed unless the
+    command says what to keep."""
+
+    keep_within_s: float | None = _setting(None, duration_s, "keep_within")
+    """``prune`` keeps epochs younger than this many seconds. None: as above."""
+
+
+_FIELDS = {field.metadata["key"]: field for field in dataclasses.fields(Settings)}
+KEYS = tuple(_FIELDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigFile:
+    """A configuration file as read: ``entries`` map each key to its value and line."""
+
+    path: str
+    entries: Mapping[str, tuple[object, int]]
+
+
+def parse_file(path: str, text: str) -> ConfigFile:
+    """Read the YAML ``text`` of the file ``path``: one mapping of known keys.
+
+    Raises:
+        errors.InvalidInput: not YAML, not a mapping, a key twice, or an unknown key.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise errors.InvalidInput(
+            f"{path}{line}: this is not YAML",
+            hint="write one 'key: value' a line; see docs/cli.md",
+            path=path,
+        ) from exc
+    if root is None:
+        return ConfigFile(path, {})
+    if not isinstance(root, yaml.MappingNode):
+        raise errors.InvalidInput(
+            f"{path} line 1: not a mapping of keys to values",
+            hint="write one 'key: value' a line; see docs/cli.md",
+            path=path,
+        )
+    entries: dict[str, tuple[object, int]] = {}
+    for node, _ in root.value:
+        key, line = str(node.value), node.start_mark.line + 1
+        if key not in _FIELDS:
+            raise errors.InvalidInput(
+                f"{path} line {line}: there is no key {key!r}", hint=_nearest(key), path=path
+            )
+        if key in entries:
+            raise errors.InvalidInput(
+                f"{path} line {line}: {key!r} was already set in line {entries[key][1]}",
+                hint="remove one of the two",
+                path=path,
+            )
+        entries[key] = (values[key], line)
+    return ConfigFile(path, entries)
+
+
+def _nearest(key: str) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_").lower(), KEYS, n=1, cutoff=_NEAR)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"known keys are {', '.join(KEYS)}"
+
+
+def merge(
+    flags: Mapping[str, object],
+    environ: Mapping[str, str],
+    file: ConfigFile | None,
+    *,
+    cwd: str,
+) -> Settings:
+    """Return the settings that hold: for each key the flag's value, else the variable's, else the
+    file's, else the default. ``flags`` are by key, None where not given. Relative paths are taken
+    from ``cwd``, and in the file from its own directory.
+
+    Raises:
+        errors.InvalidInput: a value does not make sense; the message names where it came from.
+    """
+    chosen: dict[str, Any] = {}
+    for key, field in _FIELDS.items():
+        variable = ENV_PREFIX + key.upper()
+        if flags.get(key) is not None:
+            value, base, origin = flags[key], cwd, field.metadata["flag"]
+        elif environ.get(variable):
+            value, base, origin = environ[variable], cwd, variable
+        elif file and key in file.entries:
+            value, line = file.entries[key]
+            base, origin = posixpath.dirname(file.path), f"{file.path} line {line}, key {key!r}"
+        else:
+            continue
+        try:
+            chosen[field.name] = field.metadata["read"](value, base)
+        except errors.InvalidInput as exc:
+            raise errors.InvalidInput(
+                f"{origin}: {exc.message}", hint=exc.hint, key=key, origin=origin
+            ) from exc
+    return Settings(**chosen)
+
+
+def default_paths() -> tuple[str, str]:
+    """Where a configuration file is looked for: the user's, then the machine's."""
+    return (
+        posixpath.join(platformdirs.user_config_dir("ckpt-agent"), FILE_NAME),
+        posixpath.join(platformdirs.site_config_dir("ckpt-agent"), FILE_NAME),
+    )
+
+
+def read_file(path: str | None) -> ConfigFile | None:
+    """Read the configuration file ``path``, or the first default one that exists if None.
+
+    Raises:
+        errors.NotFound: a named file is not there.
+        errors.InvalidInput: it cannot be read or does not make sense.
+    """
+    for candidate in (path,) if path else default_paths():
+        try:
+            with open(candidate, encoding="utf-8") as stream:
+                text = stream.read()
+        except FileNotFoundError as exc:
+            if path:
+                raise errors.NotFound(
+                    f"there is no configuration file {path}",
+                    hint="correct --config or CKPT_AGENT_CONFIG",
+                    path=path,
+                ) from exc
+        except (OSError, UnicodeDecodeError) as exc:
+            raise errors.InvalidInput(
+                f"cannot read the configuration file {candidate}: {exc}",
+                hint="make it a readable UTF-8 text file",
+                path=candidate,
+            ) from exc
+        else:
+            return parse_file(os.path.abspath(candidate), text)
+    return None
+
+
+def load(flags: Mapping[str, object], config: str | None, environ: Mapping[str, str]) -> Settings:
+    """Merge ``flags``, ``environ`` and the file (``config``, else ``CKPT_AGENT_CONFIG``, else a
+    default one). Raises as ``merge`` and ``read_file``.
+    """
+    file = read_file(config or environ.get(ENV_PREFIX + "CONFIG") or None)
+    return merge(flags, environ, file, cwd=os.getcwd())
