@@ -1,0 +1,91 @@
+"""From settings to objects: the one module that names a concrete volume and a concrete engine.
+
+Promises: nothing here decides anything; each function puts parts together and calls one of them.
+Does not: print, parse or exit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from agent import errors
+from agent.engines.base import CaptureOptions, Engine, RestoreOptions
+from agent.engines.criu.engine import CriuEngine
+from agent.host import proc
+from agent.model import ids
+from agent.node import dump as node_dump
+from agent.node import restore as node_restore
+from agent.settings import Settings
+from agent.store.repository import Store
+from agent.volumes.base import Volume
+from agent.volumes.directory import DirectoryVolume
+
+
+def volume(settings: Settings) -> Volume:
+    """The volume that ``settings.store`` names."""
+    return DirectoryVolume(settings.store.path)
+
+
+def store(settings: Settings, *, create: bool = False) -> Store:
+    """The store on it; made if ``create`` and there is none.
+
+    Raises:
+        errors.NotFound: no store there.
+        errors.UnknownFormat | errors.Corrupt | errors.VolumeError: it cannot be used.
+    """
+    return Store.open(volume(settings), create=create)
+
+
+def engine(settings: Settings) -> Engine:
+    """The engine for process trees on this host."""
+    return CriuEngine(criu=settings.criu, work_dir=settings.work_dir)
+
+
+def dump(
+    settings: Settings,
+    pids: Sequence[int],
+    name: str | None,
+    options: CaptureOptions,
+    *,
+    stop: bool = False,
+    cancel: node_dump.Cancel | None = None,
+    progress: Callable[[node_dump.Progress], None] = lambda _: None,
+) -> node_dump.DumpOutcome:
+    """Dump the trees below ``pids`` as one epoch of the group ``name``, by default named after
+    the first root's program and pid. Raises what ``node.dump.dump`` does.
+    """
+    if len(set(pids)) != len(pids):
+        raise errors.InvalidInput("a pid is given twice", hint="name each tree once")
+    group = ids.group_name(name) if name else _default_group(pids[0])
+    members = [
+        node_dump.Member(ids.member_name(f"tree-{number}"), pid) for number, pid in enumerate(pids)
+    ]
+    return node_dump.dump(
+        store(settings, create=True),
+        engine(settings),
+        group,
+        members,
+        options,
+        stop=stop,
+        cancel=cancel,
+        progress=progress,
+    )
+
+
+def restore(
+    settings: Settings,
+    image: str,
+    options: RestoreOptions,
+    *,
+    progress: Callable[[node_restore.Progress], None] = lambda _: None,
+) -> node_restore.RestoreOutcome:
+    """Bring ``image`` back on this host. Raises what ``node.restore.restore`` does."""
+    return node_restore.restore(
+        store(settings), engine(settings), image, options, progress=progress
+    )
+
+
+def _default_group(pid: int) -> ids.GroupName:
+    comm = proc.stat(pid).comm
+    safe = "".join(c if c.isascii() and c.isalnum() else "-" for c in comm).strip("-") or "tree"
+    return ids.group_name(f"{safe}-{pid}")
