@@ -121,62 +121,73 @@ def _level(value: object, base: str) -> int:
     return int(text)
 
 
-def _setting(
-    default: Any, read: Callable[[object, str], Any], key: str, flag: str | None = None
-) -> Any:
-    flag = flag or f"--{key.replace('_', '-')}"
-    return dataclasses.field(default=default, metadata={"read": read, "key": key, "flag": flag})
-
-
 _DEFAULT_STORE = StoreUrl("file", "/var/lib/ckpt-agent/store")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that can be set. Each field's key in the file is named beside it; the variable
-    is ``CKPT_AGENT_`` and the key in capitals.
+    """Everything that can be set. ``KEYS`` are the names in the file (a field's name without
+    its unit); the variable is ``CKPT_AGENT_`` and the key in capitals.
     """
 
-    store: StoreUrl = _setting(_DEFAULT_STORE, store_url, "store")
+    store: StoreUrl = _DEFAULT_STORE
     """The store's place, a path or URL. The default is where the Filesystem Hierarchy Standard
     puts a program's state; a job that may move to another node wants a shared directory."""
 
-    criu: str | None = _setting(None, _path, "criu")
+    criu: str | None = None
     """The CRIU program. None: beside this Python, then in PATH, since set-up puts a new enough
     one there."""
 
-    work_dir: str = _setting("/var/lib/ckpt-agent/work", _path, "work_dir")
+    work_dir: str = "/var/lib/ckpt-agent/work"
     """Scratch for CRIU's logs and metadata images while it runs: a few MiB a dump, removed
     afterwards. Not /tmp, where others could put names before us."""
 
-    output: str = _setting("table", _output, "output")
+    output: str = "table"
     """How results are printed: table, wide, json, yaml or name. A person reads by default."""
 
-    dump_deadline_s: float = _setting(600.0, duration_s, "dump_deadline", "--deadline")
+    dump_deadline_s: float = 600.0
     """Seconds until a capture is given up and the job runs on. Ten minutes hold the largest host
     memory seen (1 TiB at 2 GB/s); a stuck dump must not stop a job for longer."""
 
-    restore_deadline_s: float = _setting(600.0, duration_s, "restore_deadline", "--deadline")
+    restore_deadline_s: float = 600.0
     """Seconds until a restore is given up and undone; as for a dump."""
 
-    ghost_limit_bytes: int = _setting(1 << 30, size_bytes, "ghost_limit")
+    ghost_limit_bytes: int = 1 << 30
     """Largest unlinked open file that travels with an image, in bytes. CRIU's own 1 MiB fails for
     ordinary temporary files; above 1 GiB something is usually wrong."""
 
-    criu_log_level: int = _setting(2, _level, "criu_log_level")
+    criu_log_level: int = 2
     """How much CRIU logs, 0 to 4. Errors and warnings are all that a failure report quotes, and
     level 4 slows the stop."""
 
-    keep_last: int | None = _setting(None, count, "keep_last")
+    keep_last: int | None = None
     """``prune`` keeps this many newest epochs of each group. None: nothing is removed unless the
     command says what to keep."""
 
-    keep_within_s: float | None = _setting(None, duration_s, "keep_within")
+    keep_within_s: float | None = None
     """``prune`` keeps epochs younger than this many seconds. None: as above."""
 
 
-_FIELDS = {field.metadata["key"]: field for field in dataclasses.fields(Settings)}
-KEYS = tuple(_FIELDS)
+@dataclasses.dataclass(frozen=True)
+class _Key:
+    field: str
+    read: Callable[[object, str], Any]
+    flag: str
+
+
+_KEYS = {
+    "store": _Key("store", store_url, "--store"),
+    "criu": _Key("criu", _path, "--criu"),
+    "work_dir": _Key("work_dir", _path, "--work-dir"),
+    "output": _Key("output", _output, "--output"),
+    "dump_deadline": _Key("dump_deadline_s", duration_s, "--deadline"),
+    "restore_deadline": _Key("restore_deadline_s", duration_s, "--deadline"),
+    "ghost_limit": _Key("ghost_limit_bytes", size_bytes, "--ghost-limit"),
+    "criu_log_level": _Key("criu_log_level", _level, "--criu-log-level"),
+    "keep_last": _Key("keep_last", count, "--keep-last"),
+    "keep_within": _Key("keep_within_s", duration_s, "--keep-within"),
+}
+KEYS = tuple(_KEYS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +226,7 @@ def parse_file(path: str, text: str) -> ConfigFile:
     entries: dict[str, tuple[object, int]] = {}
     for node, _ in root.value:
         key, line = str(node.value), node.start_mark.line + 1
-        if key not in _FIELDS:
+        if key not in _KEYS:
             raise errors.InvalidInput(
                 f"{path} line {line}: there is no key {key!r}", hint=_nearest(key), path=path
             )
@@ -251,10 +262,10 @@ def merge(
         errors.InvalidInput: a value does not make sense; the message names where it came from.
     """
     chosen: dict[str, Any] = {}
-    for key, field in _FIELDS.items():
+    for key, known in _KEYS.items():
         variable = ENV_PREFIX + key.upper()
         if flags.get(key) is not None:
-            value, base, origin = flags[key], cwd, field.metadata["flag"]
+            value, base, origin = flags[key], cwd, known.flag
         elif environ.get(variable):
             value, base, origin = environ[variable], cwd, variable
         elif file and key in file.entries:
@@ -263,7 +274,7 @@ def merge(
         else:
             continue
         try:
-            chosen[field.name] = field.metadata["read"](value, base)
+            chosen[known.field] = known.read(value, base)
         except errors.InvalidInput as exc:
             raise errors.InvalidInput(
                 f"{origin}: {exc.message}", hint=exc.hint, key=key, origin=origin
