@@ -1,0 +1,168 @@
+"""Where the pages of one address space or stream lie: runs of pages and their places in packs.
+
+A table is a number of runs, 4 bytes, and one zstd frame with five columns, little-endian: *gap*
+(8 bytes, pages between the end of the previous run and this one's start), *pages* (4), *flags*
+(4), *pack* (4, 0 for zero pages, else 1 + the number in the member's list of packs), *ordinal* (4,
+the first page's number in its pack less the number after the last page of the previous run that
+is not zero pages, modulo 2^32; 0 for zero pages). What stays together costs almost nothing so.
+
+Promises: a table that ``decode`` returns is ascending without overlap, within 64-bit addresses,
+and points only into the packs it was given.
+Does not: read packs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from numpy import typing as npt
+
+from agent import errors
+from agent.store import codec
+
+_COLUMNS = (("gap", 8), ("pages", 4), ("flags", 4), ("pack", 4), ("ordinal", 4))
+_RUN_BYTES = sum(width for _, width in _COLUMNS)
+MAX_RUNS = 1 << 24  # 64 GiB of memory where every second page differs from its neighbour's place
+MAX_PAGE = 1 << 52  # of 4 KiB in 64-bit addresses
+MAX_FLAGS = (1 << 32) - 1
+
+Column = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Runs as columns of equal length. ``start`` counts pages; ``pack`` is -1 for zero pages."""
+
+    start: Column
+    pages: Column
+    flags: Column
+    pack: Column
+    ordinal: Column
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def total_pages(self) -> int:
+        """Pages of all runs."""
+        return int(self.pages.sum())
+
+
+def empty() -> Table:
+    """A table without runs."""
+    nothing = np.empty(0, dtype=np.int64)
+    return Table(nothing, nothing, nothing, nothing, nothing)
+
+
+def encode(table: Table) -> bytes:
+    """Return the table's bytes.
+
+    Raises:
+        errors.InvalidInput: more runs than the format takes.
+    """
+    if len(table) > MAX_RUNS:
+        raise errors.InvalidInput(
+            f"an address space is cut into {len(table)} runs; the format takes {MAX_RUNS}"
+        )
+    stored = table.pack >= 0
+    gap = table.start.copy()
+    gap[1:] -= table.start[:-1] + table.pages[:-1]
+    ordinal = np.zeros(len(table), dtype=np.int64)
+    first = table.ordinal[stored]
+    expected = np.zeros(len(first), dtype=np.int64)
+    expected[1:] = first[:-1] + table.pages[stored][:-1]
+    ordinal[stored] = (first - expected) & 0xFFFFFFFF
+    columns = [
+        gap.astype("<u8"),
+        table.pages.astype("<u4"),
+        table.flags.astype("<u4"),
+        (table.pack + 1).astype("<u4"),
+        ordinal.astype("<u4"),
+    ]
+    frame = codec.compress(b"".join(column.tobytes() for column in columns))
+    return len(table).to_bytes(4, "little") + frame
+
+
+def decode(data: bytes | memoryview, pack_pages: Sequence[int]) -> Table:
+    """Return the table; ``pack_pages`` are the numbers of pages of the member's packs.
+
+    Raises:
+        errors.Corrupt: it is not a table of such packs.
+    """
+    runs = int.from_bytes(data[:4], "little")
+    if len(data) < 4 or runs > MAX_RUNS:
+        raise errors.Corrupt("a page table states an impossible number of runs")
+    raw = codec.decompress(data[4:], runs * _RUN_BYTES)
+    columns: list[Column] = []
+    offset = 0
+    for _, width in _COLUMNS:
+        column = np.frombuffer(raw, dtype=f"<u{width}", count=runs, offset=offset)
+        offset += runs * width
+        if width == 8 and runs and int(column.max()) > MAX_PAGE:
+            raise errors.Corrupt("a page table leaves the address space")
+        columns.append(column.astype(np.int64))
+    gap, pages, flags, pack, delta = columns
+    _check(gap, pages, pack, delta, len(pack_pages))
+    stored = pack > 0
+    end = np.cumsum(gap + pages)
+    ordinal = np.zeros(runs, dtype=np.int64)
+    step = delta[stored]
+    step[1:] += pages[stored][:-1]
+    ordinal[stored] = np.cumsum(step) & 0xFFFFFFFF
+    sizes = np.asarray(pack_pages, dtype=np.int64)
+    if (ordinal[stored] + pages[stored] > sizes[pack[stored] - 1]).any():
+        raise errors.Corrupt("a page table points beyond the end of a pack")
+    return Table(end - pages, pages, flags, pack - 1, ordinal)
+
+
+def _check(gap: Column, pages: Column, pack: Column, delta: Column, packs: int) -> None:
+    if not len(gap):
+        return
+    # In floating point, since the exact sum of hostile numbers may overflow.
+    if float(gap.sum(dtype=np.float64)) + float(pages.sum(dtype=np.float64)) > MAX_PAGE:
+        raise errors.Corrupt("a page table leaves the address space")
+    if int(pages.min()) < 1:
+        raise errors.Corrupt("a page table has a run without pages")
+    if int(pack.max()) > packs:
+        raise errors.Corrupt("a page table points to a pack that its manifest does not name")
+    if delta[pack == 0].any():
+        raise errors.Corrupt("a page table places zero pages in a pack")
+
+
+class TableBuilder:
+    """Collects runs in ascending order and joins neighbours. About 40 bytes a run."""
+
+    def __init__(self) -> None:
+        self._parts: list[npt.NDArray[np.int64]] = []
+        self.end = 0
+
+    def add(self, first_page: int, flags: int, rows: npt.NDArray[np.int64]) -> None:
+        """Append consecutive pages from ``first_page``; ``rows`` are their places, -1 for zero
+        pages."""
+        step = np.where(rows[1:] >= 0, rows[1:] != rows[:-1] + 1, rows[:-1] >= 0)
+        starts = np.concatenate(([0], np.flatnonzero(step) + 1))
+        part = np.empty((4, len(starts)), dtype=np.int64)
+        part[0] = starts + first_page
+        part[1] = np.diff(starts, append=len(rows))
+        part[2] = flags
+        part[3] = rows[starts]
+        self._parts.append(part)
+        self.end = first_page + len(rows)
+
+    def runs(self) -> npt.NDArray[np.int64]:
+        """Return start, pages, flags and row of all runs, shape (4, runs), neighbours joined."""
+        if not self._parts:
+            return np.empty((4, 0), dtype=np.int64)
+        joined = np.concatenate(self._parts, axis=1)
+        self._parts = [joined]
+        start, pages, flags, row = joined
+        zero = row < 0
+        follows = (start[1:] == start[:-1] + pages[:-1]) & (flags[1:] == flags[:-1])
+        same_place = np.where(zero[1:], zero[:-1], ~zero[:-1] & (row[1:] == row[:-1] + pages[:-1]))
+        heads = np.concatenate(([0], np.flatnonzero(~(follows & same_place)) + 1))
+        merged = joined[:, heads]
+        merged[1] = np.add.reduceat(pages, heads)
+        self._parts = [merged]
+        return merged
