@@ -37,14 +37,16 @@ class Disposition(enum.Enum):
 
 class Cut(Protocol):
     """The caller's part in the stop of one member. Raising from either method gives the capture
-    up; the processes go on."""
+    up; the processes go on.
+    """
 
     def frozen(self) -> None:
         """All processes of the member stand still and nothing of them has been read yet."""
 
     def captured(self) -> Disposition:
         """All of the member is in the sink; the processes still stand still. ``KILL`` may be
-        returned only when the epoch is committed."""
+        returned only when the epoch is committed.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +151,7 @@ class Engine(Protocol):
             errors.VolumeError: from the sink; likewise.
         """
 
-    def restore(
-        self, source: MemberSource, options: RestoreOptions, gate: Gate
-    ) -> RestoredTree:
+    def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:
         """Bring a member's processes back; they run when this returns.
 
         Raises:

@@ -216,7 +216,8 @@ def _first_difference(a: bytes, b: bytes) -> int:
 
 def _extras(root: str, known: set[str]) -> list[str]:
     """Paths directly in ``root`` that the image does not have; deeper ones belong to known
-    directories, which are visited themselves."""
+    directories, which are visited themselves.
+    """
     return [
         path
         for name in sorted(os.listdir(root))

@@ -11,7 +11,7 @@ Promises: nothing here depends on CRIU, on a store format or on an operating sys
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, Literal, Protocol
 
 PAGE_BYTES = 4096
@@ -116,10 +116,12 @@ class MemberSource(Protocol):
     def runs(self, space: AddressSpace) -> list[PageRun]:
         """The runs of an address space, ascending, merged where neighbours have equal flags."""
 
-    def read(self, space: AddressSpace) -> Iterator[tuple[int, memoryview | None, int]]:
-        """Yield ``(address, data, pages)`` over all runs in ascending order. ``data`` is None for
-        zero pages, else holds ``pages`` pages and is valid until the next step. Reads ahead in
-        parallel; memory is bounded."""
+    def read(
+        self, space: AddressSpace, runs: Sequence[PageRun] | None = None
+    ) -> Iterator[tuple[int, memoryview | None, int]]:
+        """Yield ``(address, data, pages)`` over ``runs`` (parts of the space's own, ascending) or
+        all of them, in ascending order. ``data`` is None for zero pages, else holds ``pages``
+        pages and is valid until the next step. Reads ahead in parallel; memory is bounded."""
 
     def check(self) -> None:
         """Read and verify every byte that a restore would need, without keeping it."""
