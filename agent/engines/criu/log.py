@@ -1,0 +1,144 @@
+"""CRIU's log: what to quote of it, and what its messages mean for a person.
+
+Promises: a failure carries CRIU's own errors and last lines, bounded in number and length, and a
+hint where the cause is known. ``cr_errmsg`` of the reply is shown only where the log has nothing:
+it is the first message logged and often has nothing to do with the failure.
+Does not: show memory, environments or arguments (CRIU logs none at the levels used here).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import BinaryIO
+
+from agent import errors
+
+# Enough for a cause and what followed from it; a bug report wants the whole file anyway.
+_TAIL_LINES = 20
+_LINE_CHARACTERS = 300
+# A log of level 4 can have megabytes; causes stand near its end.
+_READ_BYTES = 256 << 10
+
+# (pattern over the error lines, what to do about it); the first that matches is shown.
+_HINTS = (
+    (r"io_uring", "CRIU cannot dump io_uring; run the program without it"),
+    (
+        r"External socket is used|external stream sockets|Can't dump half of stream unix",
+        "a Unix socket leads to a process outside the tree; dump the tree of their common parent",
+    ),
+    (
+        r"in-flight connection|In-flight connection",
+        "a connection is just being accepted; try again in a moment",
+    ),
+    (
+        r"ghost limit|ghost file .* too big|Can't dump ghost file",
+        "an unlinked open file is larger than the ghost limit; raise it",
+    ),
+    (
+        r"sysvipc|SysV|CLONE_NEWIPC|NEWIPC",
+        "System V shared memory needs an IPC namespace of its own (unshare --ipc)",
+    ),
+    (
+        r"Unable to interrupt task.*not permitted|[Ss]eize",
+        "another tracer (a debugger, strace, another dump) holds the process; detach it",
+    ),
+    (
+        r"tty.*(outside|dangling|session)|Found slave peer|ctty inheritance",
+        "the terminal of the tree belongs to somebody else; start the program with its own",
+    ),
+    (
+        r"Can't fork for \d+: File exists|pid \d+ .*(exists|in use)|PID.*mismatch",
+        "a pid of the tree is in use here; use --isolate",
+    ),
+    (
+        r"Can't open file|on restore: No such file",
+        "a file that the tree uses is not here; put it back where it was",
+    ),
+    (
+        r"has bad size|has bad mode|has bad build-ID|build-ID",
+        "a file that the tree uses has changed since the dump",
+    ),
+    (r"Can't bind|Address already in use", "a listening address of the tree is taken here"),
+    (r"hugetlb|huge page", "the tree uses huge pages that cannot be had here"),
+    (
+        r"Unsupported file type|Can't dump file|unsupported fd|anon_inode:\[(?!event)",
+        "the tree holds a descriptor that CRIU cannot dump (a device, a GPU handle, ...)",
+    ),
+    (
+        r"cpu|CPU|xsave|fpu",
+        "the CPU lacks what the tree was using; restore on the same or a newer kind",
+    ),
+    (r"rlimit", "restoring resource limits needs CAP_SYS_RESOURCE"),
+    (r"Connection reset by peer", "the peer of a TCP connection has dropped it"),
+    (
+        r"tcp-established|connected TCP socket|Connected TCP",
+        "the tree has live TCP connections; allow them, or close them first",
+    ),
+    (r"Permission denied|Operation not permitted", "run as root with all capabilities"),
+    (r"No space left", "free space in the work directory"),
+    (r"Cannot allocate memory", "free memory on this host"),
+)
+_COMPILED = tuple((re.compile(pattern), hint) for pattern, hint in _HINTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """The telling part of one log: error lines in order, and the last lines of any kind."""
+
+    errors: tuple[str, ...]
+    tail: tuple[str, ...]
+
+    @property
+    def hint(self) -> str:
+        """The way out if the cause is known, else ""."""
+        text = "\n".join(self.errors)
+        return next((hint for pattern, hint in _COMPILED if pattern.search(text)), "")
+
+    @property
+    def cause(self) -> str:
+        """The error line to show first: the earliest, since later ones follow from it."""
+        return next((line for line in self.errors if "FAILED" not in line), "")
+
+
+def parse(raw: bytes) -> Log:
+    """Take a log, or its end, apart; never fails."""
+    lines = [
+        line.strip()[:_LINE_CHARACTERS]
+        for line in raw.decode(errors="replace").splitlines()
+        if line.strip()
+    ]
+    wrong = [_without_stamp(line) for line in lines if "Error (" in line]
+    return Log(tuple(wrong[-_TAIL_LINES:]), tuple(lines[-_TAIL_LINES:]))
+
+
+def read(path: str) -> Log:
+    """The log at ``path``; an empty one if CRIU did not get so far as to open it."""
+    try:
+        with open(path, "rb") as file:
+            return parse(_end(file))
+    except FileNotFoundError:
+        return Log((), ())
+
+
+def failure(action: str, log: Log, errmsg: str = "", **facts: object) -> errors.CriuFailed:
+    """The error for a failed ``action`` ("dump" or "restore")."""
+    cause = log.cause or errmsg.strip()[:_LINE_CHARACTERS] or "it gave no reason"
+    return errors.CriuFailed(
+        f"CRIU could not {action}: {cause}",
+        hint=log.hint or "the last lines of CRIU's log say what it was doing",
+        log_errors=list(log.errors),
+        log_tail=list(log.tail),
+        **facts,
+    )
+
+
+def _end(file: BinaryIO) -> bytes:
+    size = file.seek(0, 2)
+    file.seek(max(0, size - _READ_BYTES))
+    return file.read(_READ_BYTES)
+
+
+def _without_stamp(line: str) -> str:
+    """``(00.123456) Error (criu/x.c:12): text`` without the time."""
+    return re.sub(r"^\(\d+\.\d+\)\s*(?:\d+:\s*)?", "", line)
