@@ -39,7 +39,7 @@ class Plan:
 
 def digits() -> tuple[Floats, Ints]:
     """The 1,797 digits at 16 x 16 pixels, each also shifted by two pixels in eight directions."""
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - slow, and only ranks need it
+    from sklearn.datasets import load_digits  # here: slow, and only ranks need it
 
     bunch = load_digits()
     small = bunch.images.astype(np.float32) / 16

@@ -7,6 +7,7 @@ Does not: survive a lost peer; the job then ends with an error, as training jobs
 
 from __future__ import annotations
 
+import itertools
 import select
 import socket
 
@@ -45,7 +46,7 @@ class Ring:
             PeerLost: a neighbour is gone.
         """
         bounds = [len(values) * i // self._world for i in range(self._world + 1)]
-        chunks = [values[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        chunks = [values[a:b] for a, b in itertools.pairwise(bounds)]
         longest = max(len(chunk) for chunk in chunks)
         if len(self._scratch) < longest:
             self._scratch = np.empty(longest, np.float32)
@@ -66,8 +67,8 @@ class Ring:
         Both at once: if every rank sent first, all would wait for ever as soon as a chunk is
         larger than the socket buffers.
         """
-        unsent = memoryview(out).cast("B")
-        unfilled = memoryview(into).cast("B")
+        unsent = out.view(np.uint8).data
+        unfilled = into.view(np.uint8).data
         while unsent or unfilled:
             readable, writable, _ = select.select(
                 [self._left] if unfilled else [], [self._right] if unsent else [], []

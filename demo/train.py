@@ -83,7 +83,7 @@ def main() -> int:
     options = _parser().parse_args()
     if options.rank is None:
         return launch(options)
-    from demo import rank  # noqa: PLC0415 - numpy must not load before its threads are set
+    from demo import rank  # here: numpy must not load before its threads are set
 
     plan = rank.Plan(options.steps, options.hidden, options.batch, options.seed)
     ports = [int(port) for port in options.ports.split(",")]
