@@ -143,25 +143,18 @@ def put_back(source: MemberSource, policy: FilePolicy, aside_suffix: str) -> Ite
         reasons = differences(source)
         if reasons:
             raise conflict(reasons)
-    aside: list[str] = []
+    entries = list(source.files())
     with contextlib.ExitStack() as undo:
         try:
-            entries = list(source.files())
-            known = {entry.path for entry in entries}
-            if policy is FilePolicy.ROLLBACK:
-                for entry in entries:
-                    if entry.kind == "directory" and os.path.isdir(entry.path):
-                        for extra in _extras(entry.path, known):
-                            aside.append(_set_aside(extra, aside_suffix, undo))
+            aside = (
+                _clear(entries, source, aside_suffix, undo) if policy is FilePolicy.ROLLBACK else []
+            )
             for entry in entries:
-                if os.path.lexists(entry.path):
-                    if policy is not FilePolicy.ROLLBACK or not _difference(entry, source):
-                        continue
-                    aside.append(_set_aside(entry.path, aside_suffix, undo))
-                _create(entry, source, undo)
+                if not os.path.lexists(entry.path):
+                    _create(entry, source, undo)
             for entry in reversed(entries):
                 # Creating what lies inside a directory moved its time.
-                if entry.kind == "directory":
+                if entry.kind == "directory" and policy is not FilePolicy.KEEP:
                     os.utime(entry.path, ns=(entry.mtime_ns, entry.mtime_ns))
         except OSError as exc:
             raise errors.RestoreFailed(
@@ -171,6 +164,20 @@ def put_back(source: MemberSource, policy: FilePolicy, aside_suffix: str) -> Ite
             ) from exc
         yield aside
         undo.pop_all()
+
+
+def _clear(
+    entries: list[FileEntry], source: MemberSource, suffix: str, undo: contextlib.ExitStack
+) -> list[str]:
+    """Set aside all that differs from the image, and what an included directory has besides."""
+    known = {entry.path for entry in entries}
+    aside = []
+    for entry in entries:
+        if entry.kind == "directory" and os.path.isdir(entry.path):
+            aside += [_set_aside(path, suffix, undo) for path in _extras(entry.path, known)]
+        elif os.path.lexists(entry.path) and _difference(entry, source):
+            aside.append(_set_aside(entry.path, suffix, undo))
+    return aside
 
 
 def conflict(reasons: list[str]) -> errors.RestoreConflict:

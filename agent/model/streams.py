@@ -69,13 +69,14 @@ class MemberSink(Protocol):
 
     Calls come from one thread at a time. A call returns when the bytes may be overwritten by the
     caller, and may block for back-pressure; memory used does not grow with the image but for
-    about 40 bytes a page of bookkeeping. Any call may raise an ``errors.VolumeError``: the capture is
-    then to be given up and the job to be left running.
+    about 40 bytes a page of bookkeeping. Any call may raise an ``errors.VolumeError``: the capture
+    is then to be given up and the job to be left running.
     """
 
     def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
         """Store the run; ``len(data) == run.pages * PAGE_BYTES``. Runs of one address space come
-        in ascending order and do not overlap."""
+        in ascending order and do not overlap.
+        """
 
     def metadata(self, name: str, content: BinaryIO) -> None:
         """Store an image file of the engine under ``name`` (one path component)."""
@@ -85,7 +86,8 @@ class MemberSink(Protocol):
 
     def facts(self, facts: dict[str, Any]) -> None:
         """Store what a person or a later restore wants to know of the member, as JSON values:
-        engine, layout, pids, kernel, needed files. Called once."""
+        engine, layout, pids, kernel, needed files. Called once.
+        """
 
 
 class MemberSource(Protocol):
@@ -121,7 +123,8 @@ class MemberSource(Protocol):
     ) -> Iterator[tuple[int, memoryview | None, int]]:
         """Yield ``(address, data, pages)`` over ``runs`` (parts of the space's own, ascending) or
         all of them, in ascending order. ``data`` is None for zero pages, else holds ``pages``
-        pages and is valid until the next step. Reads ahead in parallel; memory is bounded."""
+        pages and is valid until the next step. Reads ahead in parallel; memory is bounded.
+        """
 
     def check(self) -> None:
         """Read and verify every byte that a restore would need, without keeping it."""

@@ -41,7 +41,8 @@ class Progress:
 @dataclasses.dataclass(frozen=True)
 class DumpOutcome:
     """A committed epoch. ``stop_s`` is from the first member frozen to the last one running (or
-    killed); ``durable_s`` from the request to the commit."""
+    killed); ``durable_s`` from the request to the commit.
+    """
 
     epoch: EpochSummary
     members: tuple[tuple[ids.MemberName, CaptureReport], ...]
@@ -120,7 +121,8 @@ def _capture_all(
     options: CaptureOptions,
 ) -> list[CaptureReport]:
     """Capture all members at once; the first error is raised when every member is out of the
-    engine, so that none is left behind in a capture."""
+    engine, so that none is left behind in a capture.
+    """
 
     def one(member: Member) -> CaptureReport:
         try:
@@ -147,7 +149,8 @@ class _TornCut(errors.DumpFailed):
 
 class _GroupCut:
     """The barriers of a group: nobody is read before all stand still, nobody goes on before all
-    were read. One broken member breaks it for all."""
+    were read. One broken member breaks it for all.
+    """
 
     def __init__(self, parties: int, deadline_s: float, cancel: Cancel) -> None:
         self._deadline_s = deadline_s

@@ -47,7 +47,8 @@ class Area:
 @dataclasses.dataclass(frozen=True)
 class ProcessMemory:
     """What ``split`` needs to know of one process. ``parent`` is a pid of the tree or 0;
-    ``rseq_addresses`` are those of its threads' registered rseq areas."""
+    ``rseq_addresses`` are those of its threads' registered rseq areas.
+    """
 
     pid: int
     parent: int
@@ -58,7 +59,8 @@ class ProcessMemory:
 @dataclasses.dataclass(frozen=True)
 class Split:
     """The runs of one address space, by who restores them. ``poured_fresh`` lie in memory that
-    is zero until it is written, so that zero pages there cost nothing."""
+    is zero until it is written, so that zero pages there cost nothing.
+    """
 
     criu: tuple[PageRun, ...]
     poured: tuple[PageRun, ...]
@@ -179,7 +181,8 @@ def _can_pour(area: Area) -> bool:
 
 def _inherited(process: ProcessMemory, family: dict[int, ProcessMemory]) -> set[Area]:
     """Mappings that a parent or child has too, alike: CRIU restores them as shared by
-    copy-on-write where the pages still are equal (criu/mem.c, prepare_cow_vmas)."""
+    copy-on-write where the pages still are equal (criu/mem.c, prepare_cow_vmas).
+    """
     kin = [other for other in family.values() if other.parent == process.pid]
     if process.parent in family:
         kin.append(family[process.parent])
