@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from demo.job import Point
 from demo.timeline import Story
@@ -23,7 +24,14 @@ _DUMP, _KILL = "#7a4fa3", "#c0282d"
 _SMOOTH_STEPS = 15
 
 
-def draw(path: str, uninterrupted: Sequence[Point], points: Sequence[Point], story: Story) -> None:
+def draw(
+    path: str,
+    uninterrupted: Sequence[Point],
+    points: Sequence[Point],
+    story: Story,
+    *,
+    identical: bool,
+) -> None:
     """Draw both trainings; ``points`` are those of the interrupted one, as its log showed them."""
     figure = Figure(figsize=(11, 7), dpi=130, layout="constrained")
     loss, progress = figure.subplots(
@@ -32,15 +40,17 @@ def draw(path: str, uninterrupted: Sequence[Point], points: Sequence[Point], sto
     # Up to the last dump's step once; then lost by the kill; then done again.
     cut = next(i for i, p in enumerate(points) if p.step >= story.resumed_step)
     again = next(i for i, p in enumerate(points) if p.at_s >= story.stepping_s)
+    before = smooth([p.loss for p in points[:again]])
+    after = smooth([p.loss for p in [*points[:cut], *points[again:]]])[cut:]
     parts = (
-        (uninterrupted, _REFERENCE, 4.0, "uninterrupted training"),
-        (points[:cut], _RUN, 1.6, "training, dumped three times while it runs"),
-        (points[max(cut - 1, 0) : again], _LOST, 1.6, "lost by the kill"),
-        (points[again:], _AGAIN, 1.6, "restored from the last dump"),
+        (uninterrupted, smooth([p.loss for p in uninterrupted]), _REFERENCE, 4.0, "uninterrupted"),
+        (points[:cut], before[:cut], _RUN, 1.6, "dumped three times while it trains"),
+        (points[cut - 1 : again], before[cut - 1 :], _LOST, 1.6, "lost by the kill"),
+        (points[again:], after, _AGAIN, 1.6, "restored from the last dump"),
     )
-    for part, colour, width, label in parts:
+    for part, losses, colour, width, label in parts:
         at = [p.at_s for p in part]
-        loss.plot(at, smooth([p.loss for p in part]), color=colour, lw=width, label=label)
+        loss.plot(at, losses, color=colour, lw=width, label=label)
         progress.plot(at, [p.step for p in part], color=colour, lw=width)
     for axes in (loss, progress):
         _mark(axes, story)
@@ -49,14 +59,15 @@ def draw(path: str, uninterrupted: Sequence[Point], points: Sequence[Point], sto
         axes.spines[["top", "right"]].set_visible(False)
     _label(loss, story)
     loss.set_yscale("log")
+    for which in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
+        which(LogFormatter(minor_thresholds=(2, 0.5)))
     loss.set_ylabel(f"training loss (mean of {_SMOOTH_STEPS} steps)")
     loss.legend(loc="lower left", frameon=True, framealpha=0.95, edgecolor="none")
     progress.set_ylabel("step")
     progress.set_xlabel("wall time since the start of each training, s")
     progress.set_xlim(left=0)
-    figure.suptitle(
-        "A killed training, restored from its last dump, ends bit-identical", fontsize=13
-    )
+    ends = "bit-identical" if identical else "DIFFERENT"
+    figure.suptitle(f"A killed training, restored from its last dump, ends {ends}", fontsize=13)
     figure.savefig(path)
 
 
@@ -82,17 +93,19 @@ def _mark(axes: Axes, story: Story) -> None:
 
 
 def _label(axes: Axes, story: Story) -> None:
-    """What the marks mean, above the axes: each text begins at its mark."""
+    """What the marks mean: the dumps above the axes, the kill and the restore inside, at the top,
+    where the loss of a training that has come so far is not.
+    """
 
-    def note(at_s: float, text: str, colour: str, side: str = "left") -> None:
+    def note(at_s: float, text: str, colour: str, *, inside: bool, side: str) -> None:
         axes.annotate(
             text,
             (at_s, 1.0),
             xycoords=("data", "axes fraction"),
-            xytext=(3 if side == "left" else -3, 4),
+            xytext=(4 if side == "left" else -4, -6 if inside else 4),
             textcoords="offset points",
             ha=side,
-            va="bottom",
+            va="top" if inside else "bottom",
             fontsize=8.5,
             color=colour,
         )
@@ -101,15 +114,20 @@ def _label(axes: Axes, story: Story) -> None:
         dump = dumped.dump
         note(
             dumped.at_s,
-            f"dump {number}: stop {dump.stop_s * 1000:.0f} ms\n"
-            f"{dump.raw_bytes / 1e6:.0f} MB, {dump.stored_bytes / 1e6:.0f} MB stored\n"
+            f"dump {number}\n"
+            f"stopped {dump.stop_s * 1000:.0f} ms\n"
+            f"{dump.raw_bytes / 1e6:.0f} MB as {dump.stored_bytes / 1e6:.0f} MB\n"
             f"durable after {dump.durable_s:.1f} s",
             _DUMP,
+            inside=False,
+            side="left",
         )
-    note(story.killed_s, f"kill -9\nat step {story.killed_step}", _KILL, "right")
+    note(story.killed_s, f"kill -9\nat step {story.killed_step}", _KILL, inside=True, side="right")
     note(
         story.stepping_s,
-        f"trains again {story.stepping_s - story.restore_s:.1f} s\n"
-        f"after restore, step {story.resumed_step}",
+        f"restore: {story.stepping_s - story.restore_s:.1f} s to the first step,\n"
+        f"again from step {story.resumed_step}",
         _AGAIN,
+        inside=True,
+        side="left",
     )

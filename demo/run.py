@@ -155,11 +155,11 @@ def demonstrate(options: Options) -> None:
     _say(f"\n{text}\n")
     with open(os.path.join(options.out, "timeline.txt"), "w") as file:
         file.write(text + "\n")
-    drawn = os.path.join(options.out, "loss.png")
-    picture.draw(drawn, uninterrupted, watch.points, story)
     found = compare.differences(
         os.path.join(options.out, "reference"), os.path.join(options.out, "job"), options.ranks
     )
+    drawn = os.path.join(options.out, "loss.png")
+    picture.draw(drawn, uninterrupted, watch.points, story, identical=not found)
     if found:
         raise DemoFailed("the restored training differs:\n  " + "\n  ".join(found))
     _say(
