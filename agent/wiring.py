@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 
 from agent import errors
 from agent.engines.base import CaptureOptions, Engine, RestoreOptions
+from agent.engines.criu import journal, probe
 from agent.engines.criu.engine import CriuEngine
 from agent.host import proc
-from agent.model import ids
+from agent.model import checkup, ids
+from agent.model import plan as model_plan
+from agent.node import doctor as node_doctor
 from agent.node import dump as node_dump
+from agent.node import plan as node_plan
 from agent.node import restore as node_restore
 from agent.settings import Settings
 from agent.store.repository import Store
@@ -83,6 +87,37 @@ def restore(
     return node_restore.restore(
         store(settings), engine(settings), image, options, progress=progress
     )
+
+
+def plan(settings: Settings, pids: Sequence[int]) -> model_plan.Plan:
+    """What a dump of the trees below ``pids`` would take. Raises what ``node.plan`` does."""
+    return node_plan.plan_dump(pids, ghost_limit_bytes=settings.ghost_limit_bytes)
+
+
+def doctor(settings: Settings) -> tuple[checkup.Check, ...]:
+    """Whether this host can dump and restore, line by line."""
+    return node_doctor.examine(
+        criu=lambda: _criu(settings),
+        volume=lambda: volume(settings),
+        store=lambda: store(settings),
+        store_url=str(settings.store),
+        work_dir=settings.work_dir,
+        leftovers=lambda: _leftovers(settings),
+    )
+
+
+def _criu(settings: Settings) -> checkup.Criu:
+    found = probe.probe(settings.criu)
+    return checkup.Criu(found.path, found.version_text, found.lazy_pages, found.pidfd_store)
+
+
+def _leftovers(settings: Settings) -> list[str]:
+    """What operations left whose agent is dead."""
+    places = journal.Places(work_dir=settings.work_dir)
+    entries = places.entries()
+    known = {entry.name for entry in entries}
+    dead = [entry.name for entry in entries if not proc.alive(entry.agent)]
+    return dead + [name for name in places.scratch_names() if name not in known]
 
 
 def _default_group(pid: int) -> ids.GroupName:

@@ -72,6 +72,10 @@ def _size(key: str) -> Callable[[Document, float], str]:
     return lambda item, now_s: human_bytes(item.get(key))
 
 
+def _yes(key: str) -> Callable[[Document, float], str]:
+    return lambda item, now_s: "yes" if item[key] else "no"
+
+
 def _ratio(item: Document, now_s: float) -> str:
     return f"{item['rawBytes'] / item['storedBytes']:.1f}" if item["storedBytes"] else "-"
 
@@ -105,11 +109,7 @@ _VERIFIED = (
     Column("DAMAGED", lambda item, now_s: str(len(item["damaged"])), right=True),
 )
 _DAMAGED = (Column("PART", _text("part")), Column("PROBLEM", _text("problem")))
-_REMOVED = (
-    Column("NAME", _text("name")),
-    Column("AGE", lambda item, now_s: age(item["createdAt"], now_s), right=True),
-    Column("ACTION", _text("action")),
-)
+_REMOVED = (Column("NAME", _text("name")), Column("ACTION", _text("action")))
 _CHECKS = (
     Column("STATUS", _text("status")),
     Column("CHECK", _text("name")),
@@ -123,11 +123,15 @@ _PROCESSES = (
     Column("STATE", _text("state")),
     Column("PROGRAM", _text("program")),
 )
-_MEMORY = (Column("KIND", _text("kind")), Column("SIZE", _size("bytes"), right=True))
+_MEMORY = (
+    Column("KIND", _text("kind")),
+    Column("SIZE", _size("bytes"), right=True),
+    Column("CAPTURED", _yes("captured")),
+)
 _FILES = (
     Column("KIND", _text("kind")),
     Column("SIZE", _size("bytes"), right=True),
-    Column("TRAVELS", lambda item, now_s: "yes" if item["travels"] else "no"),
+    Column("TRAVELS", _yes("travels")),
     Column("PATH", _text("path")),
 )
 _SOCKETS = (

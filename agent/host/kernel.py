@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import errno
 import fcntl
 import mmap
@@ -19,6 +18,8 @@ import socket
 import struct
 import tempfile
 from collections.abc import Iterator
+
+from agent.model import checkup
 
 # asm/unistd.h; pidfd_getfd has the same number on every architecture.
 _NR_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
@@ -61,31 +62,10 @@ CAPABILITIES = {
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """What was found. ``ptrace_scope`` is None where Yama is not built in; ``cgroup`` is ``v1``,
-    ``v2``, ``hybrid`` or ``none``.
-    """
-
-    release: str
-    userfaultfd: bool
-    wp_async: bool
-    pagemap_scan: bool
-    soft_dirty: bool
-    nf_tables: bool
-    ptrace_scope: int | None
-    time_namespaces: bool
-    pidfd: bool
-    kcmp: bool
-    set_pid: bool
-    cgroup: str
-    capabilities: frozenset[str]
-
-
-def probe() -> Kernel:
+def probe() -> checkup.Kernel:
     """Try everything once."""
     features = _userfaultfd_features()
-    return Kernel(
+    return checkup.Kernel(
         release=platform.release(),
         userfaultfd=features is not None,
         wp_async=bool((features or 0) & _UFFD_FEATURE_WP_ASYNC),
@@ -98,7 +78,7 @@ def probe() -> Kernel:
         kcmp=_kcmp(),
         set_pid=os.access("/proc/sys/kernel/ns_last_pid", os.W_OK),
         cgroup=_cgroup(),
-        capabilities=_capabilities(),
+        capabilities=capabilities(),
     )
 
 
@@ -235,7 +215,7 @@ def _cgroup() -> str:
     return "v2" if "cgroup2" in kinds else "none"
 
 
-def _capabilities() -> frozenset[str]:
+def capabilities() -> frozenset[str]:
     """The effective ones of ``CAPABILITIES``."""
     for line in _read("/proc/self/status").splitlines():
         if line.startswith("CapEff:"):

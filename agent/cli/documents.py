@@ -1,0 +1,328 @@
+"""From what the agent did to what is printed: objects become documents.
+
+Promises: every document has ``apiVersion``, ``kind`` and ``name``, holds JSON values only and
+follows docs/output-schema.json; bytes and seconds are numbers in those units, times are RFC 3339
+in UTC. Fields may be added within ``v1``, never changed or removed.
+Does not: read anything, or decide how a document looks.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from agent import errors
+from agent.cli.output import Document
+from agent.model import checkup, ids, plan
+from agent.model.streams import FileEntry
+from agent.node.dump import DumpOutcome
+from agent.node.restore import RestoreOutcome
+from agent.store.repository import EpochSummary, PruneReport, VerifyReport
+
+API_VERSION = "ckpt-agent.dev/v1"
+
+
+def _document(kind: str, name: str, **fields: Any) -> Document:
+    return {"apiVersion": API_VERSION, "kind": kind, "name": name, **fields}
+
+
+def _time(seconds: float) -> str:
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def image(summary: EpochSummary) -> Document:
+    """One image as a listing shows it."""
+    return _document(
+        "Image",
+        ids.image_name(summary.group, summary.epoch),
+        group=summary.group,
+        epoch=summary.epoch,
+        createdAt=_time(summary.created_s),
+        members=list(summary.members),
+        rawBytes=summary.raw_bytes,
+        newBytes=summary.new_bytes,
+        storedBytes=summary.stored_bytes,
+        pages=summary.pages,
+        zeroPages=summary.zero_pages,
+        damage=summary.damage,
+    )
+
+
+def image_list(store: str, summaries: Iterable[EpochSummary]) -> Document:
+    """Images of a store."""
+    return _document("ImageList", store, items=[image(summary) for summary in summaries])
+
+
+def image_detail(
+    summary: EpochSummary,
+    previous: EpochSummary | None,
+    members: Iterable[tuple[str, Mapping[str, Any], Sequence[FileEntry]]],
+) -> Document:
+    """One image with what its members' facts tell. Facts come from a volume and from other
+    versions: what is not there is left empty.
+    """
+    before = ids.image_name(previous.group, previous.epoch) if previous else None
+    return image(summary) | {
+        "previous": before,
+        "detail": [_member(name, facts, files) for name, facts, files in members],
+    }
+
+
+def _member(name: str, facts: Mapping[str, Any], files: Sequence[FileEntry]) -> Document:
+    processes = _objects(facts.get("processes"))
+    kinds = ("anon", "shmem", "swap", "file")
+    totals = {
+        kind: sum(_number(_mapping(p.get("memory")).get(f"{kind}_bytes")) for p in processes)
+        for kind in kinds
+    }
+    return {
+        "name": name,
+        "engine": _word(facts.get("engine") or facts.get("layout")),
+        "processes": [_process_of_facts(process) for process in processes],
+        "memory": _memory(totals["anon"], totals["shmem"], totals["swap"], totals["file"]),
+        "files": [
+            *(_file(entry.kind, entry.path, entry.size_bytes, travels=True) for entry in files),
+            *(
+                _file(
+                    _word(file.get("use")),
+                    _word(file.get("path")),
+                    _number(file.get("size_bytes")),
+                    travels=False,
+                )
+                for file in _objects(facts.get("files"))
+            ),
+        ],
+        "sockets": [
+            {
+                "kind": _word(socket.get("kind")),
+                "state": _word(socket.get("state")).lower(),
+                "local": _word(socket.get("local")),
+                "peer": _word(socket.get("remote")),
+            }
+            for socket in _objects(facts.get("sockets"))
+        ],
+    }
+
+
+def _process_of_facts(process: Mapping[str, Any]) -> Document:
+    memory = _mapping(process.get("memory"))
+    threads = process.get("threads")
+    return {
+        "pid": _number(process.get("pid")),
+        "parent": _number(process.get("ppid")),
+        "program": _word(process.get("comm")),
+        "state": _word(process.get("state")),
+        "threads": len(threads) if isinstance(threads, list) else 0,
+        "memoryBytes": sum(_number(memory.get(f"{k}_bytes")) for k in ("anon", "shmem", "swap")),
+    }
+
+
+def _memory(anonymous: int, shared: int, swapped: int, in_files: int) -> list[Document]:
+    return [
+        {"kind": "anonymous", "bytes": anonymous, "captured": True},
+        {"kind": "shared", "bytes": shared, "captured": True},
+        {"kind": "swapped", "bytes": swapped, "captured": True},
+        {"kind": "file", "bytes": in_files, "captured": False},
+    ]
+
+
+def _file(kind: str, path: str, size_bytes: int, *, travels: bool) -> Document:
+    return {"kind": kind, "path": path, "bytes": size_bytes, "travels": travels}
+
+
+def _objects(value: object) -> list[Mapping[str, Any]]:
+    return [each for each in value if isinstance(each, Mapping)] if isinstance(value, list) else []
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def _word(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def dump_report(outcome: DumpOutcome) -> Document:
+    """A committed dump."""
+    epoch = outcome.epoch
+    return _document(
+        "DumpReport",
+        ids.image_name(epoch.group, epoch.epoch),
+        stopped=outcome.stopped,
+        stopSeconds=round(outcome.stop_s, 6),
+        durableSeconds=round(outcome.durable_s, 6),
+        processes=sum(len(report.pids) for _, report in outcome.members),
+        rawBytes=epoch.raw_bytes,
+        newBytes=epoch.new_bytes,
+        storedBytes=epoch.stored_bytes,
+        members=[
+            {
+                "name": name,
+                "pids": list(report.pids),
+                "stopSeconds": round(report.stop_s, 6),
+                "rawBytes": report.raw_bytes,
+            }
+            for name, report in outcome.members
+        ],
+    )
+
+
+def restore_report(outcome: RestoreOutcome, *, isolated: bool) -> Document:
+    """Trees that run again."""
+    epoch = outcome.epoch
+    return _document(
+        "RestoreReport",
+        ids.image_name(epoch.group, epoch.epoch),
+        isolated=isolated,
+        verifiedSeconds=round(outcome.verified_s, 6),
+        runningSeconds=round(outcome.running_s, 6),
+        members=[
+            {"name": name, "pid": tree.pid, "exitStatus": None} for name, tree in outcome.trees
+        ],
+    )
+
+
+def verify_report(name: str, reports: Iterable[tuple[str, VerifyReport]]) -> Document:
+    """What reading images whole found."""
+    items = [
+        {
+            "name": image_name,
+            "good": report.good,
+            "readBytes": report.read_bytes,
+            "damaged": [
+                {"part": damage.part, "problem": damage.problem} for damage in report.damaged
+            ],
+        }
+        for image_name, report in reports
+    ]
+    return _document("VerifyReport", name, good=all(item["good"] for item in items), items=items)
+
+
+def prune_report(store: str, report: PruneReport, *, dry_run: bool) -> Document:
+    """What was removed, or would be."""
+    action = "would remove" if dry_run else "removed"
+    return _document(
+        "PruneReport",
+        store,
+        dryRun=dry_run,
+        freedBytes=report.freed_bytes,
+        kept=[ids.image_name(*each) for each in report.kept],
+        items=[{"name": ids.image_name(*each), "action": action} for each in report.removed],
+    )
+
+
+def doctor_report(host: str, checks: Iterable[checkup.Check]) -> Document:
+    """A check-up."""
+    lines = [
+        {
+            "name": check.name,
+            "status": check.status,
+            "found": check.found,
+            "consequence": check.consequence,
+            "cure": check.cure,
+        }
+        for check in checks
+    ]
+    worst = next(
+        (status for status in ("missing", "degraded") if any(c["status"] == status for c in lines)),
+        "ok",
+    )
+    return _document("DoctorReport", host, status=worst, checks=lines)
+
+
+def plan_report(found: plan.Plan) -> Document:
+    """What a dump would take."""
+    return _document(
+        "Plan",
+        ",".join(f"pid-{pid}" for pid in found.roots),
+        feasible=not found.blockers,
+        estimate={
+            "rawBytes": found.raw_bytes,
+            "stopSeconds": round(found.stop_s, 3),
+            "rates": {
+                "captureBytesPerSecond": found.rates.capture_bytes_per_s,
+                "fixedSeconds": found.rates.fixed_s,
+                "processSeconds": found.rates.process_s,
+            },
+        },
+        blockers=[vars(finding) for finding in found.blockers],
+        warnings=[vars(finding) for finding in found.warnings],
+        processes=[
+            {
+                "pid": process.pid,
+                "parent": process.parent,
+                "program": process.program,
+                "state": process.state,
+                "threads": process.threads,
+                "memoryBytes": process.captured_bytes,
+            }
+            for process in found.processes
+        ],
+        memory=_memory(
+            found.anonymous_bytes, found.shared_bytes, found.swapped_bytes, found.file_bytes
+        ),
+        files=[
+            _file(file.kind, file.path, file.size_bytes, travels=file.travels)
+            for file in found.files
+        ],
+        sockets=[
+            {"kind": each.kind, "state": each.state, "local": each.local, "peer": each.peer}
+            for each in found.sockets
+        ],
+    )
+
+
+def error(exc: errors.CkptError) -> Document:
+    """What went wrong, on purpose."""
+    return _document(
+        "Error",
+        exc.code,
+        code=exc.code,
+        message=exc.message,
+        hint=exc.hint,
+        retryable=exc.retryable,
+        facts={key: _plain(value) for key, value in exc.facts.items()},
+    )
+
+
+def usage_error(message: str, command: str) -> Document:
+    """A command line that was not understood."""
+    return _document(
+        "Error",
+        "usage",
+        code="usage",
+        message=message,
+        hint=f"see {command} --help",
+        retryable=False,
+        facts={},
+    )
+
+
+def defect(exc: Exception) -> Document:
+    """Something nobody meant to happen."""
+    return _document(
+        "Error",
+        "internal",
+        code="internal",
+        message=f"internal error: {type(exc).__name__}: {exc}",
+        hint="this is a defect; run again with --verbose to see where, and report it",
+        retryable=False,
+        facts={},
+    )
+
+
+def _plain(value: object) -> Any:
+    """A fact as a JSON value; what JSON does not know becomes text."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    return str(value)

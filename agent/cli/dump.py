@@ -1,0 +1,87 @@
+"""``ckpt-agent dump``: capture running process trees as one image."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from agent import wiring
+from agent.cli import arguments, documents, exits, interrupts, output, progress
+from agent.cli.invocation import Invocation, Verb, pass_invocation
+from agent.engines.base import CaptureOptions
+from agent.node.dump import Cancel
+
+
+@click.command(
+    "dump",
+    cls=Verb,
+    short_help="Capture running process trees as one image.",
+    status=(
+        exits.REFUSED,
+        exits.FAILED,
+        exits.VOLUME,
+        exits.ENVIRONMENT,
+        exits.INTERRUPTED,
+        exits.PIPE_CLOSED,
+    ),
+    example="ckpt-agent dump --pid 4711 --name training --include /srv/run7",
+)
+@click.option(
+    "--pid",
+    "pids",
+    type=arguments.PID,
+    multiple=True,
+    required=True,
+    help="Root of a process tree; repeat it to cut several trees at one moment.",
+)
+@click.option("--stop", is_flag=True, help="End the processes once the image is committed.")
+@click.option("--name", help="Group of the image [default: program and pid of the first root].")
+@click.option(
+    "--include",
+    type=click.Path(),
+    multiple=True,
+    help="File or directory that travels with the image; may be repeated.",
+)
+@click.option("--deadline", type=arguments.SPAN, help="Give up after this time [default: 10m].")
+@pass_invocation
+def verb(
+    invocation: Invocation,
+    pids: tuple[int, ...],
+    stop: bool,
+    name: str | None,
+    include: tuple[str, ...],
+    deadline: float | None,
+) -> None:
+    """Capture the process trees below each PID as one image and print its name.
+
+    The processes stand still while they are captured and go on while the image is compressed and
+    written. If anything fails, or on Ctrl-C, they go on and nothing is stored.
+    """
+    settings = invocation.settings(dump_deadline=deadline)
+    options = CaptureOptions(
+        deadline_s=settings.dump_deadline_s,
+        include=tuple(os.path.abspath(path) for path in include),
+        ghost_limit_bytes=settings.ghost_limit_bytes,
+        log_level=settings.criu_log_level,
+    )
+    cancel = Cancel()
+
+    def stop_asked(number: int) -> None:
+        cancel.set()
+        invocation.say("stopping; the job goes on")
+
+    with interrupts.caught(stop_asked), progress.for_dump(invocation.quiet, pids) as show:
+        outcome = wiring.dump(
+            settings, pids, name, options, stop=stop, cancel=cancel, progress=show
+        )
+    document = documents.dump_report(outcome)
+    invocation.say(
+        f"captured {output.human_bytes(document['rawBytes'])} from"
+        f" {document['processes']} processes, stopped for"
+        f" {output.human_s(document['stopSeconds'])}, durable after"
+        f" {output.human_s(document['durableSeconds'])}; new"
+        f" {output.human_bytes(document['newBytes'])}, stored"
+        f" {output.human_bytes(document['storedBytes'])}"
+    )
+    invocation.emit(document)

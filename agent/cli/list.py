@@ -1,0 +1,31 @@
+"""``ckpt-agent list``: the images of the store."""
+
+from __future__ import annotations
+
+import click
+
+from agent import wiring
+from agent.cli import documents, exits
+from agent.cli.invocation import Invocation, Verb, pass_invocation
+from agent.model import ids
+
+
+@click.command(
+    "list",
+    cls=Verb,
+    short_help="List images.",
+    status=(exits.REFUSED, exits.DATA, exits.VOLUME, exits.PIPE_CLOSED),
+    example="ckpt-agent list training -o name | tail -1",
+)
+@click.argument("group", required=False)
+@pass_invocation
+def verb(invocation: Invocation, group: str | None) -> None:
+    """List the images of GROUP, or of all groups, oldest first.
+
+    A damaged image is listed as such.
+    """
+    settings = invocation.settings()
+    epochs = wiring.store(settings).epochs(ids.group_name(group) if group else None)
+    if not epochs:
+        invocation.say("no images")
+    invocation.emit(documents.image_list(str(settings.store), epochs))

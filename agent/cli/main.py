@@ -1,0 +1,149 @@
+"""The program: reads the command line, runs a verb, turns what happened into an exit status.
+
+Promises: this is the only module that makes exit statuses of errors; an error is told once, on
+stderr, as a JSON or YAML object where such output was asked for; a reader that closed standard
+output early is no error worth a message.
+Does not: know what any verb does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+
+import click
+from click import shell_completion
+
+from agent import errors, settings
+from agent.cli import (
+    completion,
+    delete,
+    doctor,
+    documents,
+    dump,
+    exits,
+    output,
+    plan,
+    prune,
+    restore,
+    show,
+    verify,
+)
+from agent.cli import (
+    list as list_verb,
+)
+from agent.cli.invocation import Invocation, Verbs
+from agent.host import clock
+
+_PROGRAM = "ckpt-agent"
+_COMPLETE_VARIABLE = "_CKPT_AGENT_COMPLETE"
+
+cli = Verbs(
+    name=_PROGRAM,
+    help="Checkpoint and restore running process trees. A job is never worse off for being"
+    " checkpointed: a dump that fails leaves it running, and a damaged image is refused before any"
+    " process starts.",
+    params=[
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            expose_value=False,
+            is_eager=True,
+            help="Print the version.",
+            callback=lambda ctx, param, value: _version(ctx) if value else None,
+        )
+    ],
+)
+for _verb in (dump, restore, list_verb, show, verify, plan, prune, delete, doctor, completion):
+    cli.add_command(_verb.verb)
+
+
+def _version(ctx: click.Context) -> None:
+    click.echo(f"{_PROGRAM} {metadata.version(_PROGRAM)}")
+    ctx.exit()
+
+
+def main() -> None:
+    """The entry point of the installed program."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit status."""
+    instruction = os.environ.get(_COMPLETE_VARIABLE)
+    if instruction:
+        return shell_completion.shell_complete(cli, {}, _PROGRAM, _COMPLETE_VARIABLE, instruction)
+    invocation = Invocation()
+    try:
+        status = _invoke(arguments, invocation)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _abandon_stdout()
+        return exits.PIPE_CLOSED
+    except errors.CkptError as exc:
+        _tell(documents.error(exc), invocation)
+        status = exc.exit_status
+    except KeyboardInterrupt:
+        _tell(documents.error(errors.Interrupted("interrupted")), invocation)
+        status = exits.INTERRUPTED
+    except Exception as exc:  # noqa: BLE001  a defect: told in one line, with its trace on request
+        _tell(documents.defect(exc), invocation)
+        status = exits.INTERNAL
+    return status
+
+
+def _invoke(arguments: Sequence[str], invocation: Invocation) -> int:
+    """Run the verb; what click itself raises becomes a status here."""
+    try:
+        with cli.make_context(_PROGRAM, [*arguments], obj=invocation) as ctx:
+            result = cli.invoke(ctx)
+    except click.exceptions.Exit as exc:
+        return exc.exit_code
+    except click.exceptions.NoArgsIsHelpError as exc:
+        click.echo(exc.format_message(), err=True)
+        return exits.USAGE
+    except click.UsageError as exc:
+        _note_output(arguments, invocation)
+        command = exc.ctx.command_path if exc.ctx else _PROGRAM
+        _tell(documents.usage_error(exc.format_message(), command), invocation)
+        return exits.USAGE
+    return result if isinstance(result, int) else exits.DONE
+
+
+def _note_output(arguments: Sequence[str], invocation: Invocation) -> None:
+    """Find the output format in a command line that could not be parsed."""
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        for candidate in (following if word in ("-o", "--output") else "", *_attached(word)):
+            if candidate in settings.OUTPUTS:
+                invocation.flags["output"] = candidate
+
+
+def _attached(word: str) -> tuple[str, ...]:
+    return word.removeprefix("-o"), word.removeprefix("--output=")
+
+
+def _tell(document: output.Document, invocation: Invocation) -> None:
+    form = invocation.output()
+    if form not in ("json", "yaml"):
+        form = "table"
+    try:
+        click.echo(output.render(document, form, now_s=clock.wall_s()), err=True)
+        if invocation.verbose and sys.exc_info()[1] is not None:
+            traceback.print_exc()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _abandon_stdout()
+
+
+def _abandon_stdout() -> None:
+    """Let the interpreter's last flush go nowhere instead of failing."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            os.dup2(nowhere, stream.fileno())
+        except OSError:
+            continue
+    os.close(nowhere)

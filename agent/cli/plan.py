@@ -1,0 +1,36 @@
+"""``ckpt-agent plan``: what a dump would take, without touching the job."""
+
+from __future__ import annotations
+
+import click
+
+from agent import wiring
+from agent.cli import arguments, documents, exits
+from agent.cli.invocation import Invocation, Verb, pass_invocation
+
+
+@click.command(
+    "plan",
+    cls=Verb,
+    short_help="Say what a dump would take, without touching the job.",
+    status=(exits.REFUSED, exits.ENVIRONMENT, exits.PIPE_CLOSED),
+    example="ckpt-agent plan --pid 4711",
+)
+@click.option(
+    "--pid",
+    "pids",
+    type=arguments.PID,
+    multiple=True,
+    required=True,
+    help="Root of a process tree; may be repeated.",
+)
+@pass_invocation
+def verb(invocation: Invocation, pids: tuple[int, ...]) -> int:
+    """Say what would be captured, how large it is, how long the stop would be, and what would
+    fail and why. The processes are only looked at.
+
+    The exit status is 3 if a dump would be refused or fail.
+    """
+    found = wiring.plan(invocation.settings(), pids)
+    invocation.emit(documents.plan_report(found))
+    return exits.REFUSED if found.blockers else exits.DONE

@@ -1,0 +1,93 @@
+"""Progress on stderr: bars where it is a terminal, nothing otherwise.
+
+Promises: stdout is not touched; a bar disappears when its work ends or fails; the rate and the
+time left are shown where the total is known.
+Does not: say anything that is not also in the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import rich.console
+import rich.progress
+
+from agent import errors
+from agent.host import proc
+from agent.node import dump, restore
+
+_PHASES = {
+    "capture": "capturing, the job stands still",
+    "persist": "persisting, the job runs",
+    "verify": "reading and verifying",
+    "restore": "restoring",
+}
+
+
+@contextlib.contextmanager
+def _bars(quiet: bool) -> Iterator[rich.progress.Progress | None]:
+    console = rich.console.Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    columns = (
+        rich.progress.SpinnerColumn(),
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(binary_units=True),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns, console=console, transient=True) as bars:
+        yield bars
+
+
+@contextlib.contextmanager
+def for_dump(quiet: bool, pids: Sequence[int]) -> Iterator[Callable[[dump.Progress], None]]:
+    """A callback for a dump of ``pids``; the total is what the kernel counts before it begins."""
+    with _bars(quiet) as bars:
+        if bars is None:
+            yield lambda _: None
+            return
+        task = bars.add_task(_PHASES["capture"], total=_expected_bytes(pids))
+
+        def show(now: dump.Progress) -> None:
+            bars.update(
+                task,
+                completed=now.raw_bytes,
+                description=_PHASES.get(now.phase, now.phase),
+            )
+
+        yield show
+
+
+def _expected_bytes(pids: Sequence[int]) -> int | None:
+    """What a capture will take, roughly; None if a process just went away."""
+    try:
+        kinds = [proc.resident(pid) for root in pids for pid in proc.tree(root)]
+    except errors.CkptError:
+        return None
+    return sum(kind.anon + kind.shmem + kind.swap for kind in kinds)
+
+
+@contextlib.contextmanager
+def for_restore(quiet: bool) -> Iterator[Callable[[restore.Progress], None]]:
+    """A callback for a restore, which tells its phase only."""
+    with _bars(quiet) as bars:
+        if bars is None:
+            yield lambda _: None
+            return
+        task = bars.add_task(_PHASES["verify"], total=None)
+        yield lambda now: bars.update(task, description=_PHASES.get(now.phase, now.phase))
+
+
+@contextlib.contextmanager
+def for_reading(quiet: bool, name: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback that takes bytes done and bytes in all."""
+    with _bars(quiet) as bars:
+        if bars is None:
+            yield lambda done, total: None
+            return
+        task = bars.add_task(name, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -1,0 +1,131 @@
+"""``ckpt-agent restore``: bring an image's processes back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import click
+
+from agent import errors, wiring
+from agent.cli import arguments, documents, exits, interrupts, output, progress
+from agent.cli.invocation import Invocation, Verb, pass_invocation
+from agent.engines.base import FilePolicy, RestoreOptions
+from agent.node.restore import RestoreOutcome
+
+# What a new file for a tree's output may be read by: its owner, as a log with unknown content.
+_OUTPUT_MODE = 0o600
+
+
+@click.command(
+    "restore",
+    cls=Verb,
+    short_help="Bring an image's processes back.",
+    status=(
+        exits.REFUSED,
+        exits.FAILED,
+        exits.DATA,
+        exits.VOLUME,
+        exits.ENVIRONMENT,
+        exits.INTERRUPTED,
+        exits.PIPE_CLOSED,
+    ),
+    example="ckpt-agent restore training --isolate --wait --stdout run7.log",
+)
+@click.argument("image", shell_complete=arguments.complete_image)
+@click.option("--isolate", is_flag=True, help="Use fresh pid and mount namespaces.")
+@click.option(
+    "--wait",
+    is_flag=True,
+    help="Stay until the processes end, pass signals on, and exit with the first root's status"
+    " that is not 0.",
+)
+@click.option(
+    "--files",
+    type=click.Choice([policy.value for policy in FilePolicy]),
+    default=FilePolicy.REFUSE.value,
+    show_default=True,
+    help="Where a file of the image differs from what is there now: refuse, roll it back (the"
+    " other is kept aside), or keep what is there.",
+)
+@click.option("--stdin", type=click.Path(), help="Replaces the processes' standard input.")
+@click.option("--stdout", type=click.Path(), help="Appended to; replaces standard output.")
+@click.option("--stderr", type=click.Path(), help="Appended to; replaces standard error.")
+@click.option(
+    "--accept-changed", is_flag=True, help="Accept programs and libraries that have changed."
+)
+@click.option("--deadline", type=arguments.SPAN, help="Give up after this time [default: 10m].")
+@pass_invocation
+def verb(
+    invocation: Invocation,
+    image: str,
+    isolate: bool,
+    wait: bool,
+    files: str,
+    stdin: str | None,
+    stdout: str | None,
+    stderr: str | None,
+    accept_changed: bool,
+    deadline: float | None,
+) -> int:
+    """Bring IMAGE back: a name that dump printed, or a group for its newest image.
+
+    The image is read and verified whole before any process starts. Everything in the way is
+    named at once, and nothing is changed then.
+    """
+    settings = invocation.settings(restore_deadline=deadline)
+    with contextlib.ExitStack() as stack:
+        options = RestoreOptions(
+            isolate=isolate,
+            files=FilePolicy(files),
+            stdin=_opened(stack, stdin, os.O_RDONLY),
+            stdout=_opened(stack, stdout, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+            stderr=_opened(stack, stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+            deadline_s=settings.restore_deadline_s,
+            accept_changed=accept_changed,
+            log_level=settings.criu_log_level,
+        )
+        asked: list[int] = []
+        with interrupts.caught(asked.append), progress.for_restore(invocation.quiet) as show:
+            outcome = wiring.restore(settings, image, options, progress=show)
+            if asked:
+                _take_back(outcome)
+    document = documents.restore_report(outcome, isolated=isolate)
+    invocation.say(f"{document['name']} runs after {output.human_s(document['runningSeconds'])}")
+    statuses = _wait(outcome) if wait else []
+    for member, status in zip(document["members"], statuses, strict=False):
+        member["exitStatus"] = status
+    invocation.emit(document)
+    return next((status for status in statuses if status), exits.DONE)
+
+
+def _opened(stack: contextlib.ExitStack, path: str | None, flags: int) -> int | None:
+    if path is None:
+        return None
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC, _OUTPUT_MODE)
+    except OSError as exc:
+        raise errors.InvalidInput(
+            f"cannot open {path}: {exc.strerror}", hint="name a file you may use", path=path
+        ) from exc
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _take_back(outcome: RestoreOutcome) -> None:
+    for _, tree in outcome.trees:
+        tree.kill()
+    raise errors.Interrupted(
+        "interrupted: what had been restored was ended again", hint="restore it again"
+    )
+
+
+def _wait(outcome: RestoreOutcome) -> list[int]:
+    """Wait for every tree; signals to this program reach the trees' roots instead."""
+
+    def pass_on(number: int) -> None:
+        for _, tree in outcome.trees:
+            tree.signal(number)
+
+    with interrupts.caught(pass_on):
+        return [tree.wait() for _, tree in outcome.trees]

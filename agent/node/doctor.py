@@ -1,0 +1,87 @@
+"""This host's facts for a check-up: what is there, what can be used, what was left behind.
+
+Promises: changes nothing that outlives it; what cannot be found out is reported as found, not
+raised.
+Does not: judge (model/checkup.py does), or mend.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from agent import errors
+from agent.host import kernel
+from agent.model import checkup
+from agent.store.repository import Store
+from agent.volumes.base import Volume
+
+
+def examine(
+    *,
+    criu: Callable[[], checkup.Criu],
+    volume: Callable[[], Volume],
+    store: Callable[[], Store],
+    store_url: str,
+    work_dir: str,
+    leftovers: Callable[[], Sequence[str]],
+) -> tuple[checkup.Check, ...]:
+    """Look at everything and judge it. The callables open what is named; each may raise any
+    ``errors.CkptError``, which becomes a line of the check-up.
+    """
+    found: checkup.Criu | errors.CkptError
+    try:
+        found = criu()
+    except errors.CkptError as exc:
+        found = exc
+    return checkup.judge(
+        checkup.Host(
+            kernel=kernel.probe(),
+            criu=found,
+            root=os.geteuid() == 0,
+            work_dir=_folder(work_dir),
+            store=_store(volume, store, store_url),
+            leftovers=_leftovers(leftovers),
+        )
+    )
+
+
+def _folder(path: str) -> checkup.Folder:
+    """The scratch directory, or the nearest one above it while it is not made yet."""
+    near = path
+    while not os.path.lexists(near) and near != "/":
+        near = os.path.dirname(near)
+    try:
+        space = os.statvfs(near)
+    except OSError as exc:
+        return checkup.Folder(path, exc.strerror or "cannot be used", 0)
+    problem = ""
+    if not os.path.isdir(near):
+        problem = f"{near} is not a directory"
+    elif not os.access(near, os.W_OK | os.X_OK) or space.f_flag & os.ST_RDONLY:
+        problem = "not writable"
+    return checkup.Folder(path, problem, space.f_bavail * space.f_frsize)
+
+
+def _store(
+    volume: Callable[[], Volume], store: Callable[[], Store], url: str
+) -> checkup.StoreState:
+    exists, images, damaged, free_bytes = True, 0, 0, None
+    problem: errors.CkptError | None = None
+    try:
+        free_bytes = volume().space().free_bytes
+        epochs = store().epochs()
+        images = len(epochs)
+        damaged = sum(epoch.damage is not None for epoch in epochs)
+    except errors.NotFound:
+        exists = False
+    except errors.CkptError as exc:
+        problem = exc
+    return checkup.StoreState(url, exists, images, damaged, free_bytes, problem)
+
+
+def _leftovers(look: Callable[[], Sequence[str]]) -> tuple[str, ...]:
+    try:
+        return tuple(look())
+    except (errors.CkptError, OSError) as exc:
+        return (f"cannot look: {exc}",)

@@ -1,0 +1,90 @@
+"""This host's look at a process tree before a dump, without touching it.
+
+Promises: reads /proc and the kernel's socket tables, nothing else; no process is stopped.
+Does not: decide (model/plan.py does).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+
+from agent import errors
+from agent.host import kernel, proc, sockets
+from agent.model import plan
+
+
+def plan_dump(pids: Sequence[int], *, ghost_limit_bytes: int) -> plan.Plan:
+    """Say what a dump of the trees below ``pids`` would take and what stands in its way.
+
+    Raises:
+        errors.NotFound: a root does not run.
+        errors.PrivilegeMissing: not allowed to look.
+    """
+    tree = list(dict.fromkeys(pid for root in pids for pid in proc.tree(root)))
+    processes = [found for pid in tree if (found := _process(pid, required=pid in pids))]
+    inodes = {d.socket for process in processes for d in process.descriptors if d.socket}
+    namespaces = {process.namespaces.get("net"): process.pid for process in processes}
+    connections = {one.inode: one for pid in namespaces.values() for one in sockets.of(pid, inodes)}
+    return plan.decide(
+        pids,
+        processes,
+        [plan.Connection(**vars(one)) for one in connections.values()],
+        _observer(),
+        ghost_limit_bytes=ghost_limit_bytes,
+    )
+
+
+def _observer() -> plan.Observer:
+    own = os.getpid()
+    return plan.Observer(
+        pid=own,
+        ancestors=tuple(proc.ancestors(own)),
+        namespaces=proc.namespaces(own),
+        capabilities=kernel.capabilities(),
+    )
+
+
+def _process(pid: int, *, required: bool) -> plan.Process | None:
+    """Read one process; None if it ended meanwhile, unless it is a ``required`` root."""
+    try:
+        seen = proc.stat(pid)
+        memory = proc.resident(pid)
+        gone = seen.kernel_thread or seen.state in "ZX"
+        return plan.Process(
+            pid=pid,
+            parent=seen.ppid,
+            program=seen.comm,
+            state=seen.state,
+            threads=seen.threads,
+            session=seen.session,
+            anonymous_bytes=memory.anon,
+            shared_bytes=memory.shmem,
+            file_bytes=memory.file,
+            swapped_bytes=memory.swap,
+            kernel_thread=seen.kernel_thread,
+            tracer=proc.status(pid).tracer_pid,
+            namespaces={} if gone else proc.namespaces(pid),
+            descriptors=() if gone else tuple(map(_descriptor, proc.open_files(pid))),
+            mappings=tuple(dict.fromkeys(m.path for m in proc.maps(pid) if m.path)),
+        )
+    except errors.NotFound:
+        if required:
+            raise
+        return None
+
+
+def _descriptor(file: proc.OpenFile) -> plan.Descriptor:
+    regular = stat.S_ISREG(file.mode)
+    device = stat.S_ISCHR(file.mode) or stat.S_ISBLK(file.mode)
+    return plan.Descriptor(
+        number=file.number,
+        link=file.link,
+        writable=file.writable,
+        regular=regular,
+        device=(os.major(file.rdev), os.minor(file.rdev)) if device else None,
+        socket=file.inode if stat.S_ISSOCK(file.mode) else 0,
+        size_bytes=file.size_bytes if regular else 0,
+        unlinked=regular and file.nlink == 0,
+    )
