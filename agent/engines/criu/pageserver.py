@@ -105,7 +105,7 @@ class Receiver:
 
     def __init__(self) -> None:
         self._open: AddressSpace | None = None
-        self._seen: set[AddressSpace] = set()
+        self.spaces: list[AddressSpace] = []
         self._next_address = 0
         self.raw_bytes = 0
         self.complete = False
@@ -119,9 +119,9 @@ class Receiver:
         if self.complete:
             raise _broken("a message after the end")
         if header.command is Command.OPEN2 and header.space is not None:
-            if header.space in self._seen:
+            if header.space in self.spaces:
                 raise _broken(f"{header.space} is opened twice")
-            self._seen.add(header.space)
+            self.spaces.append(header.space)
             self._open = header.space
             self._next_address = 0
             return b"\0"
@@ -162,6 +162,11 @@ class PageServer:
     def raw_bytes(self) -> int:
         """Bytes of memory received so far."""
         return self._receiver.raw_bytes
+
+    @property
+    def spaces(self) -> list[AddressSpace]:
+        """The address spaces opened so far, also those without a single page."""
+        return list(self._receiver.spaces)
 
     @property
     def failure(self) -> BaseException | None:

@@ -1,0 +1,34 @@
+"""The ``criu`` engine: process trees on this host, without Kubernetes."""
+
+from __future__ import annotations
+
+from agent.engines.base import CaptureOptions, CaptureReport, Cut, Promises
+from agent.engines.criu import dump, journal, probe
+from agent.model.streams import MemberSink
+
+
+class CriuEngine:
+    """Dumps and restores trees of this host's own pid and mount namespaces.
+
+    ``criu`` is the path of CRIU, or None to find it. ``work_dir`` is for scratch files and should
+    be on a real disk; ``runtime_dir`` for locks, emptied at boot.
+    """
+
+    name = "criu"
+    promises = Promises(incremental=False, live_tcp=True, isolates=True, streams_memory=True)
+
+    def __init__(
+        self,
+        criu: str | None = None,
+        *,
+        work_dir: str = journal.WORK_DIR,
+        runtime_dir: str = journal.RUNTIME_DIR,
+    ) -> None:
+        self._criu = criu
+        self._places = journal.Places(runtime_dir, work_dir)
+
+    def capture(
+        self, pid: int, sink: MemberSink, cut: Cut, options: CaptureOptions
+    ) -> CaptureReport:
+        """Capture the tree below ``pid``; see ``agent.engines.base.Engine``."""
+        return dump.capture(probe.probe(self._criu), self._places, pid, sink, cut, options)

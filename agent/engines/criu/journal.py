@@ -1,0 +1,241 @@
+"""What an operation leaves for its successor to find: locks, scratch folders, a journal.
+
+Below the runtime directory (tmpfs or at least emptied at boot):
+``locks/PID-START`` is held by flock while that process is dumped; ``ops/NAME.json`` says what an
+operation may leave behind, from before it begins until after it ended; ``tables/NAME`` marks an
+nft table that is kept on purpose, since a killed tree's connections wait behind it.
+Below the work directory (a real disk): ``NAME/`` is the operation's scratch folder.
+
+Promises: two operations never hold the same process; a dead agent's locks are void; a journal
+entry whose agent lives is never touched.
+Does not: undo anything; ``recovery`` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from agent import errors
+from agent.host import proc
+
+RUNTIME_DIR = "/run/ckpt-agent"
+WORK_DIR = "/var/tmp/ckpt-agent"  # noqa: S108 - a folder of our own, mode 0700, checked to be ours
+
+_counter = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One running operation. ``tables_before`` are the nft tables of CRIU that were there when it
+    began: what appears later and outlives it is its own.
+    """
+
+    name: str
+    action: str
+    agent: proc.Identity
+    criu: proc.Identity | None
+    pids: tuple[proc.Identity, ...]
+    scratch: str
+    tables_before: tuple[str, ...]
+
+
+class Places:
+    """The two directories; made and checked when first used."""
+
+    def __init__(self, runtime_dir: str = RUNTIME_DIR, work_dir: str = WORK_DIR) -> None:
+        self.runtime_dir = runtime_dir
+        self.work_dir = work_dir
+
+    def prepare(self) -> None:
+        """Make the directories, for root alone.
+
+        Raises:
+            errors.PrivilegeMissing: not allowed, or somebody else owns them.
+        """
+        for path in (
+            self.work_dir,
+            self.runtime_dir,
+            *(os.path.join(self.runtime_dir, sub) for sub in ("locks", "ops", "tables")),
+        ):
+            try:
+                os.makedirs(path, mode=0o700, exist_ok=True)
+                info = os.lstat(path)
+            except OSError as exc:
+                raise errors.PrivilegeMissing(
+                    f"cannot use {path}: {exc.strerror}", hint="run as root", path=path
+                ) from exc
+            # In a folder that everybody may write to, a stranger may have been there first.
+            if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+                raise errors.PrivilegeMissing(
+                    f"{path} does not belong to this user alone",
+                    hint="remove it, or run as its owner",
+                    path=path,
+                )
+
+    def entries(self) -> list[Entry]:
+        """The journal: every operation that runs or died, in order of names. Entries that cannot
+        be read (being written, or cut short by a crash) are left out.
+        """
+        found = []
+        ops = os.path.join(self.runtime_dir, "ops")
+        names = sorted(os.listdir(ops)) if os.path.isdir(ops) else []
+        for name in names:
+            with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+                found.append(_entry(json.loads(_content(os.path.join(ops, name)))))
+        return found
+
+    def write(self, entry: Entry) -> None:
+        """Put ``entry`` into the journal, or replace it."""
+        path = self._op(entry.name)
+        with open(path + ".new", "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(entry), file)
+        os.rename(path + ".new", path)
+
+    def remove(self, name: str) -> None:
+        """Strike an operation off; a no-op if it is not there."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._op(name))
+
+    def _op(self, name: str) -> str:
+        return os.path.join(self.runtime_dir, "ops", name + ".json")
+
+    def keep_table(self, name: str) -> None:
+        """Mark an nft table as kept on purpose."""
+        with open(os.path.join(self.runtime_dir, "tables", name), "w", encoding="utf-8"):
+            pass
+
+    def forget_table(self, name: str) -> None:
+        """Take the mark off; a no-op without one."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.runtime_dir, "tables", name))
+
+    def kept_tables(self) -> set[str]:
+        """The tables that are kept on purpose."""
+        with contextlib.suppress(FileNotFoundError):
+            return set(os.listdir(os.path.join(self.runtime_dir, "tables")))
+        return set()
+
+    def scratch_names(self) -> list[str]:
+        """The scratch folders there are."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(os.listdir(self.work_dir))
+        return []
+
+    def remove_scratch(self, name: str) -> None:
+        """Remove a scratch folder with all in it; a no-op without one."""
+        shutil.rmtree(os.path.join(self.work_dir, name), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def operation(
+        self, action: str, pids: Iterable[proc.Identity], tables_before: Iterable[str]
+    ) -> Iterator[Operation]:
+        """Begin an operation: its scratch folder and journal entry exist inside the context."""
+        me = proc.identity(os.getpid())
+        name = f"{action}-{me.pid}-{me.start_ticks}-{next(_counter)}"
+        scratch = os.path.join(self.work_dir, name)
+        entry = Entry(name, action, me, None, tuple(pids), scratch, tuple(sorted(tables_before)))
+        self.write(entry)
+        try:
+            os.mkdir(scratch, 0o700)
+            yield Operation(self, entry)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            self.remove(name)
+
+    @contextlib.contextmanager
+    def locked(self, identities: Iterable[proc.Identity]) -> Iterator[None]:
+        """Hold the processes against other operations of this host.
+
+        Raises:
+            errors.TargetBusy: another operation holds one of them.
+        """
+        with contextlib.ExitStack() as held:
+            for who in sorted(identities):
+                self._lock(who, held)
+            yield
+
+    def _lock(self, who: proc.Identity, held: contextlib.ExitStack) -> None:
+        path = os.path.join(self.runtime_dir, "locks", f"{who.pid}-{who.start_ticks}")
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(fd, 32).decode(errors="replace").strip() or "?"
+                os.close(fd)
+                raise errors.TargetBusy(
+                    f"process {who.pid} is being dumped or restored by the agent with pid {holder}",
+                    hint="wait until that has ended",
+                    pid=who.pid,
+                    holder=holder,
+                ) from None
+            # The last holder removes the file: a lock on a file without a name guards nothing.
+            if _same_file(fd, path):
+                break
+            os.close(fd)
+        os.ftruncate(fd, 0)
+        os.write(fd, str(os.getpid()).encode())
+        held.callback(os.close, fd)
+        held.callback(os.unlink, path)
+
+
+class Operation:
+    """A running operation's own view of its journal entry."""
+
+    def __init__(self, places: Places, entry: Entry) -> None:
+        self._places = places
+        self.entry = entry
+
+    @property
+    def scratch(self) -> str:
+        """The folder for its files."""
+        return self.entry.scratch
+
+    def folder(self, name: str) -> str:
+        """Make a folder inside the scratch folder and return its path."""
+        path = os.path.join(self.scratch, name)
+        os.mkdir(path, 0o700)
+        return path
+
+    def note_criu(self, pid: int) -> None:
+        """Write down which CRIU works for it."""
+        self.entry = dataclasses.replace(self.entry, criu=proc.identity(pid))
+        self._places.write(self.entry)
+
+
+def _content(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def _same_file(fd: int, path: str) -> bool:
+    try:
+        named = os.stat(path)
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(fd)
+    return (named.st_dev, named.st_ino) == (mine.st_dev, mine.st_ino)
+
+
+def _entry(raw: dict[str, Any]) -> Entry:
+    return Entry(
+        name=str(raw["name"]),
+        action=str(raw["action"]),
+        agent=_identity(raw["agent"]),
+        criu=_identity(raw["criu"]) if raw["criu"] else None,
+        pids=tuple(_identity(each) for each in raw["pids"]),
+        scratch=str(raw["scratch"]),
+        tables_before=tuple(str(each) for each in raw["tables_before"]),
+    )
+
+
+def _identity(raw: dict[str, Any]) -> proc.Identity:
+    return proc.Identity(int(raw["pid"]), int(raw["start_ticks"]))

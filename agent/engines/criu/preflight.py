@@ -1,0 +1,107 @@
+"""What can be known to be wrong with a target before anything is touched.
+
+Promises: refuses what CRIU would refuse late or obscurely, naming the process and the reason.
+Does not: predict everything; CRIU looks closer once the tree is frozen.
+"""
+
+from __future__ import annotations
+
+import os
+
+from agent import errors
+from agent.host import proc
+
+# include/uapi/linux/capability.h. CRIU reads and writes other processes (SYS_PTRACE), their files
+# (DAC_OVERRIDE), their connections and the packet filter (NET_ADMIN), and much else (SYS_ADMIN).
+_NEEDED = {"CAP_DAC_OVERRIDE": 1, "CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21}
+
+
+def privileges() -> None:
+    """Refuse unless this process may do what a dump or a restore needs.
+
+    Raises:
+        errors.PrivilegeMissing: not root, or a capability is missing; all of them are named.
+    """
+    if os.geteuid() != 0:
+        raise errors.PrivilegeMissing("this needs root", hint="run it with sudo")
+    held = proc.status(os.getpid()).caps_effective
+    missing = [name for name, bit in _NEEDED.items() if not held >> bit & 1]
+    if missing:
+        raise errors.PrivilegeMissing(
+            f"root lacks {', '.join(missing)}",
+            hint="run outside a restricted container, or grant the capabilities",
+            missing=missing,
+        )
+
+
+def target(pid: int) -> list[proc.Identity]:
+    """Return the tree below ``pid``, root first, if it can be dumped from here.
+
+    Raises:
+        errors.NotFound: there is no such process.
+        errors.TargetUnsuitable: it can never be dumped from here.
+        errors.TargetBusy: somebody traces it.
+    """
+    root = proc.stat(pid)
+    if root.kernel_thread:
+        raise errors.TargetUnsuitable(
+            f"process {pid} ({root.comm}) is a kernel thread",
+            hint="only programs can be dumped",
+            pid=pid,
+        )
+    if root.state in "ZX":
+        raise errors.TargetUnsuitable(
+            f"process {pid} ({root.comm}) has ended and waits for its parent",
+            hint="there is nothing left to dump",
+            pid=pid,
+        )
+    me = os.getpid()
+    if pid == me or pid in proc.ancestors(me):
+        raise errors.TargetUnsuitable(
+            f"process {pid} ({root.comm}) is this agent or one of its ancestors: it cannot be "
+            "stopped by its own descendant",
+            hint="start the agent from outside of the tree, for example from another session",
+            pid=pid,
+        )
+    ours = proc.namespaces(me)
+    found = []
+    for each in proc.tree(pid):
+        try:
+            _suitable(each, ours)
+            found.append(proc.identity(each))
+        except errors.NotFound:
+            if each == pid:
+                raise
+    return found
+
+
+def _suitable(pid: int, ours: dict[str, int]) -> None:
+    stat = proc.stat(pid)
+    if stat.state in "ZX":
+        return  # its parent has not asked for its status yet; CRIU keeps it as it is
+    status = proc.status(pid)
+    if status.tracer_pid:
+        tracer = _comm(status.tracer_pid)
+        raise errors.TargetBusy(
+            f"process {pid} ({stat.comm}) is traced by process {status.tracer_pid} ({tracer})",
+            hint="detach the debugger or wait for the other dump",
+            pid=pid,
+            tracer=status.tracer_pid,
+        )
+    theirs = proc.namespaces(pid)
+    for kind in ("pid", "mnt"):
+        if theirs[kind] != ours[kind]:
+            raise errors.TargetUnsuitable(
+                f"process {pid} ({stat.comm}) lives in another {kind} namespace: it belongs to a "
+                "container",
+                hint="this engine dumps processes of the host; use one for containers",
+                pid=pid,
+                namespace=kind,
+            )
+
+
+def _comm(pid: int) -> str:
+    try:
+        return proc.stat(pid).comm
+    except errors.NotFound:
+        return "gone"

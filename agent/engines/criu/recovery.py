@@ -1,0 +1,207 @@
+"""Undoing what an operation left that could not end properly: its agent or its CRIU was killed.
+
+A dying CRIU lets go of the tree by itself: the kernel detaches the tracer, the code it had put
+into each process sees its socket close and returns. What can stay behind: processes stopped by
+the tracer's last signal, TCP sockets in repair mode (the job would get EPERM), connections locked
+out by an nft table, half-restored processes, the scratch folder.
+
+Promises: after ``undo_*`` the tree of a dump runs (or stays stopped, if it was), and nothing of a
+restore is left; what belongs to an operation whose agent lives is never touched.
+Does not: raise for what cannot be undone; it says so in the ``Findings``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import re
+import signal
+import socket
+import stat
+
+from agent import errors
+from agent.engines.criu import journal
+from agent.host import clock, netfilter, proc, subprocesses
+
+TABLE_PREFIX = "CRIU-"
+# CRIU names its tables by a random UUID, cut to fit a buffer of 32 bytes.
+_TABLE = re.compile(r"CRIU-[0-9a-f-]{8,36}")
+# An abandoned CRIU notices that its agent is gone at its next message and thaws the tree.
+_CRIU_ENDS_S = 20.0
+_UNTRACED_S = 5.0
+# include/uapi/linux/tcp.h
+_TCP_REPAIR = 19
+_TCP_REPAIR_OFF = 0
+# System call numbers are the same on every architecture since Linux 5.1.
+_PIDFD_GETFD = 438
+
+
+@dataclasses.dataclass
+class Findings:
+    """What was found and undone, for people and for ``doctor``."""
+
+    operations: list[str] = dataclasses.field(default_factory=list)
+    tables: list[str] = dataclasses.field(default_factory=list)
+    sockets: int = 0
+    killed: list[int] = dataclasses.field(default_factory=list)
+    scratch: list[str] = dataclasses.field(default_factory=list)
+    unsettled: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        """Whether there was nothing to undo."""
+        return not any(dataclasses.asdict(self).values())
+
+
+def recover(places: journal.Places) -> Findings:
+    """Undo what dead agents left. Cheap if there is nothing."""
+    findings = Findings()
+    entries = places.entries()
+    for entry in entries:
+        if proc.alive(entry.agent):
+            continue
+        findings.operations.append(entry.name)
+        _end_criu(entry, findings)
+        if entry.action == "dump":
+            undo_dump(places, entry, findings)
+        else:
+            undo_restore(places, entry, findings)
+        places.remove(entry.name)
+    _sweep_scratch(places, findings)
+    return findings
+
+
+def undo_dump(
+    places: journal.Places, entry: journal.Entry, findings: Findings | None = None
+) -> Findings:
+    """See to it that the tree of a dump that failed is as it was before."""
+    findings = findings or Findings()
+    clock.wait_until(
+        lambda: not any(_traced(who) for who in entry.pids), clock.Deadline.after(_UNTRACED_S)
+    )
+    for who in entry.pids:
+        if _traced(who):
+            findings.unsettled.append(f"process {who.pid} is still traced")
+        with contextlib.suppress(errors.NotFound, errors.PrivilegeMissing):
+            findings.sockets += _end_repair(who)
+    settle_tables(places, entry, keep=False, findings=findings)
+    return findings
+
+
+def undo_restore(
+    places: journal.Places, entry: journal.Entry, findings: Findings | None = None
+) -> Findings:
+    """End what a failed restore left of its tree: every process that took one of its numbers
+    after it began.
+    """
+    findings = findings or Findings()
+    for who in entry.pids:
+        # Before the restore these numbers were free; ``start_ticks`` is when it began.
+        with contextlib.suppress(errors.NotFound):
+            now = proc.identity(who.pid)
+            if now.start_ticks >= who.start_ticks and subprocesses.signal_quietly(
+                who.pid, signal.SIGKILL
+            ):
+                findings.killed.append(who.pid)
+    settle_tables(places, entry, keep=False, findings=findings)
+    return findings
+
+
+def settle_tables(
+    places: journal.Places, entry: journal.Entry, *, keep: bool, findings: Findings | None = None
+) -> None:
+    """Remove the tables that came with ``entry``'s operation, or mark them as kept.
+
+    While another operation runs, a new table may be its: then nothing is removed, and the next
+    ``recover`` or operation that ends alone does it.
+    """
+    ours = {
+        name
+        for name in netfilter.tables(TABLE_PREFIX)
+        if _TABLE.fullmatch(name) and name not in entry.tables_before
+    } - places.kept_tables()
+    if not ours:
+        return
+    others = [
+        each for each in places.entries() if each.name != entry.name and proc.alive(each.agent)
+    ]
+    for name in sorted(ours):
+        if keep:
+            places.keep_table(name)
+        elif others:
+            if findings is not None:
+                findings.unsettled.append(f"nft table {name} may belong to another operation")
+        elif netfilter.delete_table(name) and findings is not None:
+            findings.tables.append(name)
+
+
+def forget_gone_tables(places: journal.Places) -> None:
+    """Take the marks off tables that a restore has removed."""
+    for name in places.kept_tables() - netfilter.tables(TABLE_PREFIX):
+        places.forget_table(name)
+
+
+def _end_criu(entry: journal.Entry, findings: Findings) -> None:
+    """Wait for an abandoned CRIU to undo its work; kill it if it does not."""
+    who = entry.criu
+    if who is None or not proc.alive(who):
+        return
+    if clock.wait_until(lambda: not proc.alive(who), clock.Deadline.after(_CRIU_ENDS_S)):
+        return
+    if proc.alive(who) and subprocesses.signal_quietly(who.pid, signal.SIGKILL):
+        findings.killed.append(who.pid)
+        clock.wait_until(lambda: not proc.alive(who), clock.Deadline.after(_UNTRACED_S))
+
+
+def _traced(who: proc.Identity) -> bool:
+    try:
+        return proc.alive(who) and proc.status(who.pid).tracer_pid != 0
+    except errors.NotFound:
+        return False
+
+
+def _end_repair(who: proc.Identity) -> int:
+    """Take the process's TCP sockets out of repair mode; return how many were in it."""
+    if not proc.alive(who):
+        return 0
+    count = 0
+    for file in proc.open_files(who.pid):
+        if stat.S_ISSOCK(file.mode):
+            with contextlib.suppress(OSError):
+                count += _end_repair_of(who.pid, file.number)
+    return count
+
+
+def _end_repair_of(pid: int, number: int) -> int:
+    pidfd = os.pidfd_open(pid)
+    try:
+        copy = _getfd(pidfd, number)
+    finally:
+        os.close(pidfd)
+    with socket.socket(fileno=copy) as sock:
+        if sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return 0
+        if not sock.getsockopt(socket.IPPROTO_TCP, _TCP_REPAIR):
+            return 0
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _TCP_REPAIR_OFF)
+        return 1
+
+
+def _getfd(pidfd: int, number: int) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    copy = int(libc.syscall(_PIDFD_GETFD, pidfd, number, 0))
+    if copy < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return copy
+
+
+def _sweep_scratch(places: journal.Places, findings: Findings) -> None:
+    """Remove scratch folders whose agent is dead; their names say who made them."""
+    for name in places.scratch_names():
+        match = re.fullmatch(r"[a-z]+-(\d+)-(\d+)-\d+", name)
+        if match and not proc.alive(proc.Identity(int(match[1]), int(match[2]))):
+            places.remove_scratch(name)
+            findings.scratch.append(name)
