@@ -192,6 +192,16 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def running(pid: int) -> bool:
+    """Whether ``pid`` exists and has not ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            # The name before the state is in parentheses and may hold anything.
+            return stat.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def reap(pids: Sequence[int], deadline_s: float = 10.0) -> None:
     """Wait until none of ``pids`` exists any more, reaping those that became our children.
 
