@@ -25,9 +25,9 @@ from agent.volumes.base import Volume
 from agent.volumes.directory import DirectoryVolume
 
 
-def volume(settings: Settings) -> Volume:
-    """The volume that ``settings.store`` names."""
-    return DirectoryVolume(settings.store.path)
+def volume(settings: Settings, *, create: bool = False) -> Volume:
+    """The volume that ``settings.store`` names; its directory is made if ``create``."""
+    return DirectoryVolume(settings.store.path, create=create)
 
 
 def store(settings: Settings, *, create: bool = False) -> Store:
@@ -37,7 +37,7 @@ def store(settings: Settings, *, create: bool = False) -> Store:
         errors.NotFound: no store there.
         errors.UnknownFormat | errors.Corrupt | errors.VolumeError: it cannot be used.
     """
-    return Store.open(volume(settings), create=create)
+    return Store.open(volume(settings, create=create), create=create)
 
 
 def engine(settings: Settings) -> Engine:

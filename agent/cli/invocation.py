@@ -111,7 +111,11 @@ class _CommonOptions(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         common = set(map(id, self._common))
-        own = [p for p in self.get_params(ctx) if id(p) not in common]
+        own = [
+            param
+            for param in self.get_params(ctx)
+            if isinstance(param, click.Option) and id(param) not in common
+        ]
         for title, params in (("Options", own), ("Common options", self._common)):
             records = [r for p in params if (r := p.get_help_record(ctx)) is not None]
             if records:

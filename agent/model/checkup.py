@@ -298,7 +298,7 @@ def _places(host: Host) -> Iterator[Check]:
             store.problem.hint or "name another store with --store",
         )
         return
-    images = f"{store.images} images" if store.exists else "made by the first dump"
+    images = f"{store.images} images" if store.exists else "not there yet, the first dump makes it"
     yield _check(
         "store",
         store.damaged == 0,

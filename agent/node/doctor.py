@@ -76,7 +76,9 @@ def _store(
     except errors.NotFound:
         exists = False
     except errors.CkptError as exc:
-        problem = exc
+        # A directory that is not there yet is made by the first dump; all else is in its way.
+        exists = not isinstance(exc.__cause__, FileNotFoundError)
+        problem = exc if exists else None
     return checkup.StoreState(url, exists, images, damaged, free_bytes, problem)
 
 
