@@ -52,8 +52,9 @@ class PageIndex:
         self._append(self._zero.reshape(1, 2))
 
     def extend(self, tags: Tags) -> int:
-        """Append rows and return the first one's number. Tags equal to the zero page's get a
-        row that is never found; no other tag may be in the table yet."""
+        """Append rows and return the first one's number. Tags equal to the zero page's get a row
+        that is never found; where a tag is there twice, either row may be found.
+        """
         first = self._append(tags)
         if self._rows > len(self._slots) * _MAX_LOAD:
             self._slots = self._empty_slots(self._rows * 2)
@@ -91,7 +92,8 @@ class PageIndex:
 
     def _claim(self, start: int, stop: int) -> None:
         """Give rows their slots. All take the next free one at once; where several took the
-        same, one has it and the others go on."""
+        same, one has it and the others go on.
+        """
         pending = np.arange(start, stop)
         pending = pending[(self._tags[start:stop] != self._zero).any(axis=1)]
         position = self._home(self._tags[pending])

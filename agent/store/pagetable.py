@@ -131,38 +131,45 @@ def _check(gap: Column, pages: Column, pack: Column, delta: Column, packs: int) 
         raise errors.Corrupt("a page table places zero pages in a pack")
 
 
+def covered(first: Column, count: Column, total: int) -> npt.NDArray[np.bool_]:
+    """Return which of ``total`` positions lie in one of the runs."""
+    change = np.zeros(total + 1, dtype=np.int32)
+    np.add.at(change, first, 1)
+    np.add.at(change, first + count, -1)
+    return np.cumsum(change[:-1]) > 0
+
+
 class TableBuilder:
-    """Collects runs in ascending order and joins neighbours. About 40 bytes a run."""
+    """Collects pages in ascending order as runs. About 40 bytes a run."""
 
     def __init__(self) -> None:
         self._parts: list[npt.NDArray[np.int64]] = []
         self.end = 0
 
-    def add(self, first_page: int, flags: int, rows: npt.NDArray[np.int64]) -> None:
-        """Append consecutive pages from ``first_page``; ``rows`` are their places, -1 for zero
-        pages."""
-        step = np.where(rows[1:] >= 0, rows[1:] != rows[:-1] + 1, rows[:-1] >= 0)
-        starts = np.concatenate(([0], np.flatnonzero(step) + 1))
-        part = np.empty((4, len(starts)), dtype=np.int64)
-        part[0] = starts + first_page
-        part[1] = np.diff(starts, append=len(rows))
-        part[2] = flags
-        part[3] = rows[starts]
+    def add(self, page: Column, flags: Column, row: Column) -> None:
+        """Append pages: the number of each, its flags, and its place, -1 for a zero page."""
+        if not len(page):
+            return
+        heads = _heads(page, np.ones(len(page), dtype=np.int64), flags, row)
+        part = np.stack([page[heads], np.diff(heads, append=len(page)), flags[heads], row[heads]])
         self._parts.append(part)
-        self.end = first_page + len(rows)
+        self.end = int(page[-1]) + 1
 
     def runs(self) -> npt.NDArray[np.int64]:
         """Return start, pages, flags and row of all runs, shape (4, runs), neighbours joined."""
         if not self._parts:
             return np.empty((4, 0), dtype=np.int64)
         joined = np.concatenate(self._parts, axis=1)
-        self._parts = [joined]
-        start, pages, flags, row = joined
-        zero = row < 0
-        follows = (start[1:] == start[:-1] + pages[:-1]) & (flags[1:] == flags[:-1])
-        same_place = np.where(zero[1:], zero[:-1], ~zero[:-1] & (row[1:] == row[:-1] + pages[:-1]))
-        heads = np.concatenate(([0], np.flatnonzero(~(follows & same_place)) + 1))
+        heads = _heads(joined[0], joined[1], joined[2], joined[3])
         merged = joined[:, heads]
-        merged[1] = np.add.reduceat(pages, heads)
+        merged[1] = np.add.reduceat(joined[1], heads)
         self._parts = [merged]
         return merged
+
+
+def _heads(start: Column, pages: Column, flags: Column, row: Column) -> Column:
+    """Return where runs begin that do not continue the one before."""
+    zero = row < 0
+    follows = np.where(zero[1:], zero[:-1], ~zero[:-1] & (row[1:] == row[:-1] + pages[:-1]))
+    follows &= (start[1:] == start[:-1] + pages[:-1]) & (flags[1:] == flags[:-1])
+    return np.concatenate(([0], np.flatnonzero(~follows) + 1))

@@ -22,7 +22,8 @@ from typing import Protocol
 @dataclasses.dataclass(frozen=True)
 class BlobInfo:
     """One blob as a listing shows it. ``modified_s`` is the volume's own clock, seconds since
-    1970, good for showing and for ages of days, not for ordering."""
+    1970, good for showing and for ages of days, not for ordering.
+    """
 
     name: str
     size_bytes: int
@@ -66,7 +67,8 @@ class Volume(Protocol):
 
     def create(self, name: str) -> AbstractContextManager[BlobWriter]:
         """Begin a blob. Leaving the context without ``commit`` leaves nothing under the name,
-        whether by an error or not."""
+        whether by an error or not.
+        """
 
     def put(self, name: str, data: bytes) -> None:
         """Create a small blob in one step, durable when this returns. Of several callers, in this
@@ -91,7 +93,8 @@ class Volume(Protocol):
 
     def list(self, prefix: str = "") -> Iterator[BlobInfo]:
         """Yield every blob whose name begins with ``prefix`` in order of names; unfinished blobs
-        are not shown. A blob put before the call began is in it, also if another machine put it."""
+        are not shown. A blob put before the call began is in it, also if another machine put it.
+        """
 
     def delete(self, name: str) -> None:
         """Remove a blob, durably; removing one that is not there is a no-op."""

@@ -36,6 +36,9 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _INSIDE = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+_Parts = list[str]
+
+
 class DirectoryVolume:
     """Blobs as files below ``root``, which must exist unless ``create``."""
 
@@ -191,7 +194,7 @@ class DirectoryVolume:
                     raise errors.VolumeError(f"blob {name} is not a regular file", blob=name)
             yield fd
 
-    def _drop_empty(self, root: int, folders: list[str]) -> None:
+    def _drop_empty(self, root: int, folders: _Parts) -> None:
         for depth in range(len(folders), 0, -1):
             try:
                 with _folder(root, folders[: depth - 1]) as fd:
@@ -269,9 +272,12 @@ class _Writer:
 
     def _write_back(self) -> None:
         """Make what was written durable and let go of its page cache, which nobody reads soon:
-        recycled pages are cheaper than fresh ones, above all in a virtual machine."""
+        recycled pages are cheaper than fresh ones, above all in a virtual machine.
+        """
         os.fdatasync(self._fd)
-        os.posix_fadvise(self._fd, self._synced, self._written - self._synced, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(
+            self._fd, self._synced, self._written - self._synced, os.POSIX_FADV_DONTNEED
+        )
         self._synced = self._written
 
     @contextlib.contextmanager

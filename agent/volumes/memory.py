@@ -13,6 +13,8 @@ from agent import errors
 from agent.host import clock
 from agent.volumes import base, names
 
+_Pieces = list[bytes]
+
 
 class MemoryVolume:
     """Blobs in a dictionary. ``capacity_bytes`` bounds them all together, or None."""
@@ -97,7 +99,7 @@ class MemoryVolume:
                 raise errors.VolumeFull("the volume is full", hint="prune the store")
             self._unfinished_bytes += count
 
-    def _finish(self, name: str, pieces: list[bytes] | None, count: int) -> None:
+    def _finish(self, name: str, pieces: _Pieces | None, count: int) -> None:
         with self._lock:
             self._unfinished_bytes -= count
             if pieces is None:

@@ -1,0 +1,227 @@
+"""Takes the content of one member apart into pages and notes where each came to lie.
+
+Promises: what ``model.streams.MemberSink`` promises; memory is a fixed buffer and about 40 bytes a
+run. One thread at a time; several members of an epoch may be written at once.
+Does not: decide which pages are new (``pages``), nor commit anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from agent import errors
+from agent.model.ids import EpochId, GroupName, MemberName
+from agent.model.streams import PAGE_BYTES, AddressSpace, FileEntry, PageRun
+from agent.store import fields, layout, manifest, pagetable
+from agent.store.digest import digest
+from agent.store.identity import Identity
+from agent.store.pages import EpochPages, Pages, as_pages
+from agent.volumes.base import Volume
+
+# Pages looked at in one step: enough to make numpy's calls cheap, few enough to stay in cache.
+_STEP_PAGES = 512
+# Shorter runs are collected first; longer ones are taken from the caller's buffer as they are.
+_DIRECT_PAGES = 64
+
+MemberTotals = manifest.Totals
+_Builder = pagetable.TableBuilder
+
+
+class MemberWriter:
+    """The sink of one member; see ``model.streams.MemberSink``."""
+
+    def __init__(
+        self, volume: Volume, pages: EpochPages, key: bytes, group: GroupName, epoch: EpochId,
+        name: MemberName,
+    ) -> None:  # fmt: skip
+        self._volume = volume
+        self._pages = pages
+        self._identity = Identity(key)
+        self._group = group
+        self._epoch = epoch
+        self.name = name
+        self._spaces: dict[AddressSpace, _Builder] = {}
+        self._metadata: dict[str, tuple[int, _Builder]] = {}
+        self._files: dict[str, tuple[FileEntry, _Builder | None]] = {}
+        self._facts: dict[str, Any] | None = None
+        self._staged = np.empty((_STEP_PAGES, PAGE_BYTES), dtype=np.uint8)
+        self._staged_pages = 0
+        self._staged_runs: list[tuple[int, int, int]] = []
+        self._staged_for: _Builder | None = None
+        self._new_pages = 0
+        self._stream_bytes = 0
+        self.ref: manifest.MemberRef | None = None
+        self._totals = MemberTotals()
+
+    def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
+        """Store a run of pages of an address space."""
+        self._check_open()
+        first, odd = divmod(run.address, PAGE_BYTES)
+        builder = self._spaces.setdefault(space, _Builder())
+        if odd or run.pages < 1 or len(data) != run.pages * PAGE_BYTES:
+            raise errors.InvalidInput("a run of pages has an odd address or a wrong length")
+        if first < self._end(builder) or first + run.pages > pagetable.MAX_PAGE:
+            raise errors.InvalidInput("runs of pages do not ascend within the address space")
+        if not 0 <= run.flags <= pagetable.MAX_FLAGS:
+            raise errors.InvalidInput("flags of a run of pages do not fit into 32 bits")
+        pages = as_pages(data)
+        if run.pages >= _DIRECT_PAGES:
+            self._flush_staged()
+            for at in range(0, run.pages, _STEP_PAGES):
+                part = pages[at : at + _STEP_PAGES]
+                self._place(builder, part, [(first + at, len(part), run.flags)])
+            return
+        if self._staged_for is not builder or self._staged_pages + run.pages > _STEP_PAGES:
+            self._flush_staged()
+            self._staged_for = builder
+        self._staged[self._staged_pages : self._staged_pages + run.pages] = pages
+        self._staged_pages += run.pages
+        self._staged_runs.append((first, run.pages, run.flags))
+
+    def metadata(self, name: str, content: BinaryIO) -> None:
+        """Store an image file of the engine."""
+        self._check_open()
+        if not manifest.is_file_name(name) or name in self._metadata:
+            raise errors.InvalidInput(f"metadata name {name!r} is impossible or was used before")
+        size_bytes, builder = self._stream(content)
+        if size_bytes > manifest.MAX_METADATA_BYTES:
+            raise errors.InvalidInput(f"image file {name} is too large", name=name)
+        self._metadata[name] = (size_bytes, builder)
+
+    def file(self, entry: FileEntry, content: BinaryIO | None) -> None:
+        """Store an ephemeral file. Its size is what was read, whatever the entry says."""
+        self._check_open()
+        if not manifest.is_absolute_path(entry.path) or entry.path in self._files:
+            raise errors.InvalidInput(f"file {entry.path!r} is impossible or was stored before")
+        if (entry.kind == "file") != (content is not None):
+            raise errors.InvalidInput("a regular file needs content, and nothing else has any")
+        if content is None:
+            self._files[entry.path] = (entry, None)
+            return
+        size_bytes, builder = self._stream(content)
+        entry = dataclasses.replace(entry, size_bytes=size_bytes)
+        self._files[entry.path] = (entry, builder)
+
+    def facts(self, facts: dict[str, Any]) -> None:
+        """Store what is to be known of the member."""
+        self._check_open()
+        if self._facts is not None:
+            raise errors.InvalidInput("facts of a member are given once")
+        fields.encode(facts)
+        self._facts = facts
+
+    def finish(self) -> MemberTotals:
+        """Make the member's image durable, still invisible; again: a no-op."""
+        if self.ref is not None:
+            return self._totals
+        self._flush_staged()
+        made, _ = self._pages.flush()
+        found = self._manifest(made)
+        sealed = manifest.encode_member(found)
+        self._volume.put(layout.member_name(self._group, self._epoch, self.name), sealed)
+        self._totals = found.totals
+        self.ref = manifest.MemberRef(self.name, len(sealed), digest(sealed))
+        return self._totals
+
+    def _check_open(self) -> None:
+        if self.ref is not None:
+            raise errors.InvalidInput(f"member {self.name} is finished")
+
+    def _end(self, builder: _Builder) -> int:
+        if self._staged_for is builder and self._staged_runs:
+            first, pages, _ = self._staged_runs[-1]
+            return first + pages
+        return builder.end
+
+    def _stream(self, content: BinaryIO) -> tuple[int, _Builder]:
+        """Store bytes as pages from 0."""
+        self._flush_staged()
+        builder = _Builder()
+        size_bytes = 0
+        room = self._staged.reshape(-1).data
+        while filled := _fill(content, room):
+            pages = -(-filled // PAGE_BYTES)
+            room[filled : pages * PAGE_BYTES] = bytes(pages * PAGE_BYTES - filled)
+            first = size_bytes // PAGE_BYTES
+            self._place(builder, self._staged[:pages], [(first, pages, 0)])
+            size_bytes += filled
+            if filled < len(room):
+                break
+        self._stream_bytes += size_bytes
+        return size_bytes, builder
+
+    def _flush_staged(self) -> None:
+        if self._staged_for is not None and self._staged_pages:
+            part = self._staged[: self._staged_pages]
+            self._place(self._staged_for, part, self._staged_runs)
+        self._staged_pages = 0
+        self._staged_runs = []
+        self._staged_for = None
+
+    def _place(self, builder: _Builder, pages: Pages, runs: list[tuple[int, int, int]]) -> None:
+        tags = self._identity.tags(pages.reshape(-1).data)
+        rows, new = self._pages.place(pages, tags)
+        self._new_pages += new
+        first, count, flags = np.array(runs, dtype=np.int64).T
+        within = np.arange(len(pages)) - np.repeat(np.cumsum(count) - count, count)
+        builder.add(np.repeat(first, count) + within, np.repeat(flags, count), rows)
+
+    def _manifest(self, made: list[manifest.PackRef]) -> manifest.MemberManifest:
+        builders = list(self._spaces.values())
+        builders += [builder for _, builder in self._metadata.values()]
+        builders += [builder for _, builder in self._files.values() if builder is not None]
+        all_runs = [builder.runs() for builder in builders]
+        rows = np.concatenate([runs[3][runs[3] >= 0] for runs in all_runs] or [np.empty(0, int)])
+        packs, ordinals, refs = self._pages.locate(rows, made)
+        tables: dict[int, bytes] = {}
+        at = 0
+        for builder, runs in zip(builders, all_runs, strict=True):
+            start, pages, flags, row = runs
+            stored = row >= 0
+            count = int(stored.sum())
+            pack_column = np.full(len(row), -1, dtype=np.int64)
+            pack_column[stored] = packs[at : at + count]
+            ordinal_column = np.zeros(len(row), dtype=np.int64)
+            ordinal_column[stored] = ordinals[at : at + count]
+            at += count
+            table = pagetable.Table(start, pages, flags, pack_column, ordinal_column)
+            tables[id(builder)] = pagetable.encode(table)
+
+        def stream(size_bytes: int, builder: _Builder | None) -> manifest.Stream | None:
+            return builder and manifest.Stream(size_bytes, tables[id(builder)])
+
+        memory = all_runs[: len(self._spaces)]
+        pages_count = sum(int(runs[1].sum()) for runs in memory)
+        zero_count = sum(int(runs[1][runs[3] < 0].sum()) for runs in memory)
+        totals = MemberTotals(
+            pages_count * PAGE_BYTES + self._stream_bytes,
+            self._new_pages * PAGE_BYTES,
+            pages_count,
+            zero_count,
+        )
+        return manifest.MemberManifest(
+            self._group,
+            self._epoch,
+            self.name,
+            tuple(refs),
+            tuple((space, tables[id(builder)]) for space, builder in self._spaces.items()),
+            tuple(
+                (name, manifest.Stream(size_bytes, tables[id(builder)]))
+                for name, (size_bytes, builder) in self._metadata.items()
+            ),
+            tuple((entry, stream(entry.size_bytes, b)) for entry, b in self._files.values()),
+            totals,
+            self._facts or {},
+        )
+
+
+def _fill(content: BinaryIO, room: memoryview) -> int:
+    """Read until ``room`` is full or the end comes; return how much there was."""
+    filled = 0
+    while filled < len(room) and (piece := content.read(len(room) - filled)):
+        room[filled : filled + len(piece)] = piece
+        filled += len(piece)
+    return filled

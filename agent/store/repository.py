@@ -1,0 +1,116 @@
+"""A store on a volume: the door for everybody outside this package.
+
+Promises: several processes on several machines may use one store at once: readers, writers and
+prunes; none waits for another. FORMAT.md says how.
+Does not: run engines, show progress or decide what to keep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from contextlib import AbstractContextManager
+
+from agent import errors
+from agent.model import ids
+from agent.model.ids import EpochId, GroupName
+from agent.store import catalog, envelope, identity, layout, reader, summary, writer
+from agent.store.fields import Fields, encode
+from agent.volumes.base import Volume
+
+EpochReader = reader.EpochReader
+EpochSummary = summary.EpochSummary
+EpochWriter = writer.EpochWriter
+MemberReader = reader.MemberReader
+
+_PAGE_KEY = "page_key"
+_ID = "id"
+
+
+class Store:
+    """All epochs of all groups on one volume."""
+
+    def __init__(self, volume: Volume, store_id: str, key: bytes) -> None:
+        self.volume = volume
+        self.id = store_id
+        self._key = key
+
+    @classmethod
+    def open(cls, volume: Volume, *, create: bool = False) -> Store:
+        """Open the store on a volume, or make one there if ``create`` and there is none.
+
+        Raises:
+            errors.NotFound: there is none.
+            errors.UnknownFormat: another version of this program made it.
+            errors.Corrupt: its first file is damaged.
+            errors.VolumeError: the volume failed.
+        """
+        try:
+            sealed = volume.read(layout.STORE)
+        except errors.BlobNotFound as exc:
+            if not create:
+                raise errors.NotFound(
+                    f"there is no store at {volume.url}",
+                    hint="check --store; the first dump makes one",
+                ) from exc
+            body = {_ID: secrets.token_hex(16), _PAGE_KEY: identity.new_key().hex()}
+            # If somebody else made one meanwhile, that is the store.
+            with contextlib.suppress(errors.BlobExists):
+                volume.put(layout.STORE, envelope.seal(envelope.Kind.STORE, encode(body)))
+            sealed = volume.read(layout.STORE)
+        fields = Fields.parse(
+            envelope.unseal(envelope.Kind.STORE, sealed, part=layout.STORE), layout.STORE
+        )
+        key = fields.blob(_PAGE_KEY, identity.KEY_BYTES)
+        return cls(volume, fields.text(_ID), key)
+
+    def begin(self, group: GroupName, *, now_s: float) -> AbstractContextManager[EpochWriter]:
+        """Open a new epoch; leaving the context without ``commit`` leaves nothing restorable."""
+        return writer.begin(self.volume, self._key, group, now_s=now_s)
+
+    def epochs(self, group: GroupName | None = None) -> list[EpochSummary]:
+        """Return all epochs, of one group or by group, oldest first. One whose manifest is
+        damaged is listed with ``damage`` set.
+        """
+        found = []
+        for file in catalog.group_files(self.volume, group):
+            if file.member is not None:
+                continue
+            try:
+                manifest = catalog.read_epoch(self.volume, file.group, file.epoch)
+            except errors.DataError as exc:
+                found.append(summary.damaged(file.group, file.epoch, exc.message))
+            except errors.BlobNotFound:  # deleted since we listed it
+                continue
+            else:
+                found.append(summary.of(manifest))
+        return found
+
+    def resolve(self, image: str) -> tuple[GroupName, EpochId]:
+        """Return what ``group`` (its newest epoch), ``group@epoch``, or an unambiguous beginning
+        of the epoch names.
+
+        Raises:
+            errors.NotFound: nothing, or several.
+            errors.InvalidInput: it is no name of an image.
+        """
+        name, at, start = image.partition("@")
+        group = ids.group_name(name)
+        epochs = catalog.epochs(self.volume, group)
+        if at and not start:
+            raise errors.InvalidInput(f"image {image!r} lacks its epoch after '@'")
+        matching = [epoch for epoch in epochs if epoch.startswith(start)]
+        if not matching:
+            raise errors.NotFound(
+                f"there is no image {image} at {self.volume.url}", hint="list shows what there is"
+            )
+        if at and len(matching) > 1:
+            raise errors.NotFound(
+                f"{image} may be any of {len(matching)} epochs",
+                hint=f"for instance {ids.image_name(group, matching[-1])}",
+            )
+        return group, matching[-1]
+
+    def read(self, group: GroupName, epoch: EpochId) -> EpochReader:
+        """Open a committed epoch; raises ``errors.NotFound`` and ``errors.DataError``."""
+        return reader.EpochReader(self.volume, group, epoch)
