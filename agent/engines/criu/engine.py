@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from agent.engines.base import CaptureOptions, CaptureReport, Cut, Promises
-from agent.engines.criu import dump, journal, probe
-from agent.model.streams import MemberSink
+from agent.engines.base import (
+    CaptureOptions,
+    CaptureReport,
+    Cut,
+    Gate,
+    Promises,
+    RestoredTree,
+    RestoreOptions,
+)
+from agent.engines.criu import dump, journal, probe, restore
+from agent.model.streams import MemberSink, MemberSource
 
 
 class CriuEngine:
@@ -32,3 +40,7 @@ class CriuEngine:
     ) -> CaptureReport:
         """Capture the tree below ``pid``; see ``agent.engines.base.Engine``."""
         return dump.capture(probe.probe(self._criu), self._places, pid, sink, cut, options)
+
+    def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:
+        """Bring a tree back; see ``agent.engines.base.Engine``."""
+        return restore.restore(probe.probe(self._criu), self._places, source, options, gate)

@@ -1,0 +1,138 @@
+"""What on this host is in the way of a restore: everything at once, before anything is touched.
+
+Promises: every reason is a sentence that names the thing; no reason means that CRIU has what it
+needs as far as can be seen from outside.
+Does not: change anything; files that travel with the image are ``ephemeral``'s.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from agent import errors
+from agent.engines.base import RestoreOptions
+from agent.engines.criu import facts
+from agent.host import proc
+
+# CRIU itself, page tables, and room for the rest of the host while the tree comes up.
+_SPARE_BYTES = 64 << 20
+# A shell tells a missing file in a line; a missing installation should not fill the screen.
+_MAX_REASONS = 50
+
+
+def numbers(known: dict[str, Any]) -> set[int]:
+    """Every pid, thread, group and session number that the tree will take."""
+    found: set[int] = set()
+    for each in known["processes"]:
+        found.update((each["pid"], *each["threads"]))
+    return found
+
+
+def find(known: dict[str, Any], memory_bytes: int, options: RestoreOptions) -> list[str]:
+    """The reasons why the tree of these facts cannot be restored here and now.
+
+    Raises:
+        errors.UnknownFormat: another engine made the image.
+        errors.Corrupt: the facts do not make sense.
+    """
+    if known.get("layout") != facts.LAYOUT:
+        raise errors.UnknownFormat(
+            f"the image has layout {known.get('layout')!r}, this engine restores {facts.LAYOUT}",
+            hint="use the engine that made it",
+        )
+    try:
+        reasons = [
+            *_machine(known),
+            *([] if options.isolate else _pids(known)),
+            *_files(known["files"], options.accept_changed),
+            *_directories(known["directories"]),
+            *_memory(memory_bytes),
+            *_sockets(known["sockets"]),
+        ]
+    except (KeyError, TypeError, ValueError) as exc:
+        raise errors.Corrupt(
+            "the facts of the image are incomplete", hint="use another image", part="facts"
+        ) from exc
+    return [*reasons[:_MAX_REASONS], *_rest(reasons)]
+
+
+def _rest(reasons: list[str]) -> list[str]:
+    left = len(reasons) - _MAX_REASONS
+    return [f"and {left} more"] if left > 0 else []
+
+
+def _machine(known: dict[str, Any]) -> Iterator[str]:
+    here = os.uname().machine
+    if known["machine"] != here:
+        yield f"the image is of a {known['machine']} machine, this is {here}"
+        return
+    missing = sorted(set(known["cpu_flags"]) - facts.cpu_flags())
+    if missing:
+        yield f"this CPU lacks {', '.join(missing)}"
+
+
+def _pids(known: dict[str, Any]) -> Iterator[str]:
+    for number in sorted(numbers(known)):
+        if proc.exists(number):
+            yield f"pid {number} is in use{_by(number)} (--isolate avoids that)"
+
+
+def _by(number: int) -> str:
+    try:
+        return f" by {proc.stat(number).comm}"
+    except errors.NotFound:
+        return ""
+
+
+def _files(files: Iterable[dict[str, Any]], accept_changed: bool) -> Iterator[str]:
+    for file in files:
+        path = file["path"]
+        try:
+            info = os.stat(path)
+        except OSError as exc:
+            yield f"{path} is missing: {exc.strerror}"
+            continue
+        if accept_changed:
+            continue
+        if info.st_size != file["size_bytes"]:
+            yield f"{path} has {info.st_size} bytes, {file['size_bytes']} at the dump"
+        elif info.st_mtime_ns != file["mtime_ns"]:
+            yield f"{path} was written since the dump"
+
+
+def _directories(directories: Iterable[str]) -> Iterator[str]:
+    for path in directories:
+        if path.endswith(" (deleted)"):
+            continue  # CRIU carries a directory without a name itself, or has refused to
+        if not os.path.isdir(path):
+            yield f"the directory {path} is missing"
+
+
+def _memory(memory_bytes: int) -> Iterator[str]:
+    free = proc.memory_available_bytes()
+    if memory_bytes + _SPARE_BYTES > free:
+        yield (f"the tree needs {memory_bytes >> 20} MiB of memory, {free >> 20} MiB are free")
+
+
+def _sockets(sockets: Iterable[dict[str, Any]]) -> Iterator[str]:
+    here = list(proc.sockets(os.getpid()).values())
+    listening = {
+        (each.kind, each.local)
+        for each in here
+        if each.state == "LISTEN" or (each.kind == "udp" and each.state == "CLOSE")
+    }
+    connected = {
+        (each.local, each.remote)
+        for each in here
+        if each.kind == "tcp" and each.state not in ("LISTEN", "TIME_WAIT", "CLOSE")
+    }
+    told = set()
+    for each in sockets:
+        name = (each["kind"], each["local"])
+        if each["state"] == "LISTEN" and each["local"] and name in listening and name not in told:
+            told.add(name)
+            yield f"{each['kind']} {each['local']} is being listened on by somebody else"
+        if each["kind"] == "tcp" and (each["local"], each["remote"]) in connected:
+            yield f"the connection {each['local']} - {each['remote']} still exists here"

@@ -1,0 +1,154 @@
+"""CRIU's image files: the frame around their records, and the memory images that a restore needs.
+
+A file is u32 0x54564319, u32 type, then records of u32 length and a protobuf message (little
+endian). ``pagemap-ID.img`` lists the runs of an address space after a head that names
+``pages-N.img``, which holds their pages one after the other without any frame.
+
+Promises: content that breaks the frame or a message is ``errors.Corrupt``, naming the file;
+zero pages become holes, so that a mostly empty memory costs no disk.
+Does not: interpret what CRIU stored beyond the few messages edited here.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, TypeVar
+
+import pycriu.images
+from google.protobuf.message import DecodeError, Message
+
+from agent import errors
+from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource, PageRun
+
+_FRAME = struct.Struct("<II")
+_LENGTH = struct.Struct("<I")
+# criu/include/magic.h
+_COMMON = 0x54564319
+_MAGIC = {
+    "files": 0x56303138,
+    "fdinfo": 0x56213732,
+    "ids": 0x54432030,
+    "pagemap": 0x56084025,
+    "mm": 0x57492820,
+    "pstree": 0x50273030,
+    "remap-fpath": 0x59133954,
+}
+_COUNT_LIMIT = (1 << 32) - 1
+# One record holds a file's or a mapping's description; the limit only bounds damage.
+_RECORD_BYTES = 16 << 20
+
+messages = pycriu.images.pb
+
+_M = TypeVar("_M", bound=Message)
+
+
+def load(kind: str, name: str, raw: bytes, make: Callable[[], _M]) -> list[_M]:
+    """The records of an image of ``kind`` as messages.
+
+    Raises:
+        errors.Corrupt: it is not such an image.
+    """
+    found = []
+    for record in _records(kind, name, raw):
+        message = make()
+        try:
+            message.ParseFromString(record)
+        except DecodeError as exc:
+            raise _corrupt(name) from exc
+        if not message.IsInitialized():
+            raise _corrupt(name)
+        found.append(message)
+    return found
+
+
+def dump(kind: str, records: Iterable[Any]) -> bytes:
+    """An image of ``kind`` with these messages."""
+    out = io.BytesIO()
+    out.write(_FRAME.pack(_COMMON, _MAGIC[kind]))
+    for message in records:
+        _write_record(out, message)
+    return out.getvalue()
+
+
+def _records(kind: str, name: str, raw: bytes) -> Iterator[bytes]:
+    if len(raw) < _FRAME.size or _FRAME.unpack_from(raw) != (_COMMON, _MAGIC[kind]):
+        raise _corrupt(name)
+    at = _FRAME.size
+    while at < len(raw):
+        if len(raw) - at < _LENGTH.size:
+            raise _corrupt(name)
+        (length,) = _LENGTH.unpack_from(raw, at)
+        at += _LENGTH.size
+        if length > _RECORD_BYTES or length > len(raw) - at:
+            raise _corrupt(name)
+        yield raw[at : at + length]
+        at += length
+
+
+def _write_record(out: BinaryIO, message: Any) -> None:
+    raw = message.SerializeToString()
+    out.write(_LENGTH.pack(len(raw)))
+    out.write(raw)
+
+
+def pagemap_name(space: AddressSpace) -> str:
+    """What CRIU calls the page map of ``space``."""
+    return f"pagemap-{space.id}.img" if space.kind == "process" else f"pagemap-shmem-{space.id}.img"
+
+
+def write_pagemap(folder: str, space: AddressSpace, pages_id: int, runs: Iterable[PageRun]) -> None:
+    """Write the page map of ``space``, pointing to ``pages-{pages_id}.img``."""
+    with open(os.path.join(folder, pagemap_name(space)), "wb") as out:
+        out.write(_FRAME.pack(_COMMON, _MAGIC["pagemap"]))
+        _write_record(out, messages.pagemap_head(pages_id=pages_id))
+        for run in runs:
+            # Readers before 4.2 know only the 32-bit count.
+            short = run.pages if run.pages <= _COUNT_LIMIT else 0
+            _write_record(
+                out,
+                messages.pagemap_entry(
+                    vaddr=run.address, compat_nr_pages=short, nr_pages=run.pages, flags=run.flags
+                ),
+            )
+
+
+def write_pages(folder: str, space: AddressSpace, pages_id: int, source: MemberSource) -> None:
+    """Write the pages of ``space`` as ``pages-{pages_id}.img``, zero pages as holes.
+
+    Raises:
+        errors.Corrupt | errors.Missing: the source cannot give them.
+        errors.RestoreFailed: no room in ``folder``.
+    """
+    path = os.path.join(folder, f"pages-{pages_id}.img")
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        at = 0
+        for _, data, pages in source.read(space):
+            if data is not None:
+                _write_all(fd, data, at)
+            at += pages * PAGE_BYTES
+        os.ftruncate(fd, at)
+    except OSError as exc:
+        raise errors.RestoreFailed(
+            f"cannot write the memory of the tree to {folder}: {exc.strerror}",
+            hint="free space there, or choose another work directory",
+            path=folder,
+        ) from exc
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, data: memoryview, at: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, at)
+        data = data[written:]
+        at += written
+
+
+def _corrupt(name: str) -> errors.Corrupt:
+    return errors.Corrupt(
+        f"{name} of the image is not what CRIU writes", hint="use another image", part=name
+    )
