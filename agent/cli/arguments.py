@@ -15,34 +15,19 @@ from agent import errors, settings, wiring
 from agent.model import ids
 
 
-class Pid(click.ParamType):
-    """A process number."""
-
-    name = "PID"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        """Return the number; anything but a whole number from 1 is wrong usage."""
-        text = str(value)
-        if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 31):
-            self.fail(f"{text!r} is not a process number, such as 4711", param, ctx)
-        return int(text)
+def pid(value: str) -> int:
+    """A process number; anything but a whole number from 1 is wrong usage."""
+    if not (value.isascii() and value.isdigit() and 0 < int(value) < 1 << 31):
+        raise click.BadParameter(f"{value!r} is not a process number, such as 4711")
+    return int(value)
 
 
-class Span(click.ParamType):
-    """A time span such as 90s, 15m, 12h or 7d."""
-
-    name = "SPAN"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Return seconds."""
-        try:
-            return settings.duration_s(value)
-        except errors.InvalidInput as exc:
-            self.fail(f"{exc.message}: {exc.hint}", param, ctx)
+def span_s(value: str) -> float:
+    """A time span such as 90s, 15m, 12h or 7d, in seconds."""
+    try:
+        return settings.duration_s(value)
+    except errors.InvalidInput as exc:
+        raise click.BadParameter(f"{exc.message}: {exc.hint}") from exc
 
 
 def complete_image(
@@ -57,7 +42,3 @@ def complete_image(
         return []
     names = [ids.image_name(summary.group, summary.epoch) for summary in found]
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
-
-
-PID = Pid()
-SPAN = Span()

@@ -32,6 +32,17 @@ def _time(seconds: float) -> str:
     return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
+def _created(summary: EpochSummary) -> str:
+    """When an epoch was made; a damaged manifest does not tell, but the epoch's name does."""
+    if summary.damage is None:
+        return _time(summary.created_s)
+    try:
+        moment = datetime.datetime.strptime(f"{summary.epoch[:15]}+0000", "%Y%m%d-%H%M%S%z")
+    except ValueError:  # digits that are no date
+        return _time(0.0)
+    return _time(moment.timestamp())
+
+
 def image(summary: EpochSummary) -> Document:
     """One image as a listing shows it."""
     return _document(
@@ -39,7 +50,7 @@ def image(summary: EpochSummary) -> Document:
         ids.image_name(summary.group, summary.epoch),
         group=summary.group,
         epoch=summary.epoch,
-        createdAt=_time(summary.created_s),
+        createdAt=_created(summary),
         members=list(summary.members),
         rawBytes=summary.raw_bytes,
         newBytes=summary.new_bytes,

@@ -30,7 +30,8 @@ from agent.node.dump import Cancel
 @click.option(
     "--pid",
     "pids",
-    type=arguments.PID,
+    type=arguments.pid,
+    metavar="PID",
     multiple=True,
     required=True,
     help="Root of a process tree; repeat it to cut several trees at one moment.",
@@ -43,7 +44,12 @@ from agent.node.dump import Cancel
     multiple=True,
     help="File or directory that travels with the image; may be repeated.",
 )
-@click.option("--deadline", type=arguments.SPAN, help="Give up after this time [default: 10m].")
+@click.option(
+    "--deadline",
+    type=arguments.span_s,
+    metavar="SPAN",
+    help="Give up after this time [default: 10m].",
+)
 @pass_invocation
 def verb(
     invocation: Invocation,

@@ -37,7 +37,7 @@ class Invocation:
         self._settings = settings.load(self.flags | verb_flags, self.config, os.environ)
         return self._settings
 
-    def output(self) -> str:
+    def form(self) -> str:
         """The output format, as far as it is known yet: errors need it before settings load."""
         if self._settings:
             return self._settings.output
@@ -46,7 +46,7 @@ class Invocation:
 
     def emit(self, document: output.Document) -> None:
         """Print a result on stdout."""
-        text = output.render(document, self.output(), now_s=clock.wall_s())
+        text = output.render(document, self.form(), now_s=clock.wall_s())
         if text:
             click.echo(text)
             sys.stdout.flush()

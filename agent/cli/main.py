@@ -126,7 +126,7 @@ def _attached(word: str) -> tuple[str, ...]:
 
 
 def _tell(document: output.Document, invocation: Invocation) -> None:
-    form = invocation.output()
+    form = invocation.form()
     if form not in ("json", "yaml"):
         form = "table"
     try:

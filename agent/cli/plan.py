@@ -19,7 +19,8 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
 @click.option(
     "--pid",
     "pids",
-    type=arguments.PID,
+    type=arguments.pid,
+    metavar="PID",
     multiple=True,
     required=True,
     help="Root of a process tree; may be repeated.",

@@ -20,7 +20,9 @@ from agent.store.retention import Retention
     example="ckpt-agent prune --keep-last 3 --keep-within 7d --dry-run",
 )
 @click.option("--keep-last", type=click.IntRange(min=1), help="Keep this many of each group.")
-@click.option("--keep-within", type=arguments.SPAN, help="Keep what is younger, such as 7d.")
+@click.option(
+    "--keep-within", type=arguments.span_s, metavar="SPAN", help="Keep what is younger, such as 7d."
+)
 @click.option("--group", help="Prune only this group.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @pass_invocation
@@ -47,7 +49,7 @@ def verb(
     )
     document = documents.prune_report(str(settings.store), report, dry_run=dry_run)
     invocation.say(
-        f"{'would free' if dry_run else 'freed'} {output.human_bytes(report.freed_bytes)},"
-        f" {len(report.kept)} images {'would stay' if dry_run else 'stay'}"
+        f"{'would free' if dry_run else 'freed'} {output.human_bytes(report.freed_bytes)};"
+        f" images kept: {len(report.kept)}"
     )
     invocation.emit(document)

@@ -54,7 +54,12 @@ _OUTPUT_MODE = 0o600
 @click.option(
     "--accept-changed", is_flag=True, help="Accept programs and libraries that have changed."
 )
-@click.option("--deadline", type=arguments.SPAN, help="Give up after this time [default: 10m].")
+@click.option(
+    "--deadline",
+    type=arguments.span_s,
+    metavar="SPAN",
+    help="Give up after this time [default: 10m].",
+)
 @pass_invocation
 def verb(
     invocation: Invocation,

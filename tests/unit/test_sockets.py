@@ -1,0 +1,61 @@
+"""Sockets of a process are found with their addresses, states and peers."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from agent.host import sockets
+
+
+def inode(of: socket.socket) -> int:
+    return os.fstat(of.fileno()).st_ino
+
+
+def looked_up(*held: socket.socket) -> list[sockets.Socket]:
+    found = {one.inode: one for one in sockets.of(os.getpid(), map(inode, held))}
+    return [found[inode(one)] for one in held]
+
+
+def test_the_two_ends_of_a_pair_name_each_other() -> None:
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with one, other:
+        first, second = looked_up(one, other)
+    assert (first.kind, first.state) == ("unix-seqpacket", "established")
+    assert first.peer_inode == second.inode
+    assert second.peer_inode == first.inode
+
+
+def test_a_listener_and_both_ends_of_a_connection_show_their_addresses() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        with socket.create_connection((host, port)) as client, server.accept()[0] as accepted:
+            listening, near, far = looked_up(server, client, accepted)
+            local = client.getsockname()
+    assert (listening.state, listening.local) == ("listen", f"127.0.0.1:{port}")
+    assert (near.state, near.peer) == ("established", f"127.0.0.1:{port}")
+    assert far.peer == f"{local[0]}:{local[1]}"
+
+
+def test_addresses_of_both_families_are_written_as_people_write_them() -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        (found,) = looked_up(server)
+        assert found.kind == "tcp6"
+        assert found.local == f"[::1]:{server.getsockname()[1]}"
+
+
+def test_an_abstract_name_is_shown_with_an_at_sign() -> None:
+    name = f"ckpt-agent-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as named:
+        named.bind(f"\0{name}")
+        named.listen()
+        (found,) = looked_up(named)
+    assert (found.kind, found.state, found.local) == ("unix-stream", "listen", f"@{name}")
+    assert found.peer_inode == 0
+
+
+def test_other_sockets_of_the_host_are_not_listed() -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        assert [found.inode for found in sockets.of(os.getpid(), [inode(one)])] == [inode(one)]
+    assert sockets.of(os.getpid(), []) == []
