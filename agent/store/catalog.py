@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from agent import errors
 from agent.model.ids import EpochId, GroupName, MemberName
-from agent.store import layout, manifest, pack
+from agent.store import layout, manifest, pack, summary
 from agent.store.digest import digest
 from agent.volumes.base import Volume
 
@@ -28,6 +28,23 @@ def group_files(volume: Volume, group: GroupName | None = None) -> Iterator[layo
 def epochs(volume: Volume, group: GroupName) -> list[EpochId]:
     """Return the committed epochs of a group, oldest first, by name only."""
     return [found.epoch for found in group_files(volume, group) if found.member is None]
+
+
+def summaries(volume: Volume, group: GroupName | None = None) -> list[summary.EpochSummary]:
+    """Return all epochs, of one group or by group, oldest first, damaged ones marked."""
+    result = []
+    for file in group_files(volume, group):
+        if file.member is not None:
+            continue
+        try:
+            found = read_epoch(volume, file.group, file.epoch)
+        except errors.DataError as exc:
+            result.append(summary.damaged(file.group, file.epoch, exc.message))
+        except errors.BlobNotFound:  # deleted since we listed it
+            continue
+        else:
+            result.append(summary.of(found))
+    return result
 
 
 def exists(volume: Volume, group: GroupName, epoch: EpochId) -> bool:
@@ -63,7 +80,11 @@ def read_member(
     sealed = _read_named(volume, part, 0, ref.size_bytes + 1)
     if len(sealed) != ref.size_bytes or digest(sealed) != ref.digest:
         raise errors.Corrupt(f"{part} is not what its epoch names", part=part)
-    return manifest.decode_member(sealed, of.group, of.epoch, member)
+    found = manifest.decode_member(sealed, of.group, of.epoch, member)
+    if not {pack_ref.name for pack_ref in found.packs} <= set(of.packs):
+        # A prune goes by the epoch's list.
+        raise errors.Corrupt(f"{part} needs a pack that its epoch does not name", part=part)
+    return found
 
 
 def read_pack_index(volume: Volume, ref: manifest.PackRef) -> pack.PackIndex:

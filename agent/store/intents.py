@@ -74,10 +74,11 @@ class Announced:
     intent: Intent | None
 
     def stale(self, here: Owner, now_s: float) -> bool:
-        """Tell whether its process has certainly ended."""
+        """Tell whether its process has certainly ended, or will do nothing more with it."""
         if self.intent is not None and self.intent.owner.same_place(here):
             owner = self.intent.owner
-            return not proc.alive(proc.Identity(owner.pid, owner.start_ticks))
+            if not proc.alive(proc.Identity(owner.pid, owner.start_ticks)):
+                return True
         return now_s - self.modified_s > STALE_S
 
 

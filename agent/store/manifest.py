@@ -62,13 +62,14 @@ class MemberRef:
 
 @dataclasses.dataclass(frozen=True)
 class EpochManifest:
-    """The commit."""
+    """The commit. ``packs`` are all that its members name."""
 
     group: GroupName
     epoch: EpochId
     attempt: str
     created_s: float
     members: tuple[MemberRef, ...]
+    packs: tuple[str, ...]
     totals: Totals
     stored_bytes: int
     facts: dict[str, Any]
@@ -112,11 +113,14 @@ class MemberManifest:
     totals: Totals
     facts: dict[str, Any]
 
+    def streams(self) -> list[Stream]:
+        """All image files and ephemeral files."""
+        streams = [stream for _, stream in self.metadata]
+        return streams + [stream for _, stream in self.files if stream is not None]
+
     def tables(self) -> list[bytes]:
         """All page tables."""
-        streams = [stream for _, stream in self.metadata]
-        streams += [stream for _, stream in self.files if stream is not None]
-        return [table for _, table in self.spaces] + [stream.table for stream in streams]
+        return [table for _, table in self.spaces] + [stream.table for stream in self.streams()]
 
 
 def encode_epoch(manifest: EpochManifest) -> bytes:
@@ -130,6 +134,7 @@ def encode_epoch(manifest: EpochManifest) -> bytes:
             {"name": ref.member, "size_bytes": ref.size_bytes, "digest": ref.digest.hex()}
             for ref in manifest.members
         ],
+        "packs": list(manifest.packs),
         "totals": dataclasses.asdict(manifest.totals),
         "stored_bytes": manifest.stored_bytes,
         "facts": manifest.facts,
@@ -154,12 +159,16 @@ def decode_epoch(sealed: bytes, group: GroupName, epoch: EpochId) -> EpochManife
     )
     if len({ref.member for ref in members}) != len(members):
         raise errors.Corrupt(f"{part} names a member twice", part=part)
+    packs = tuple(body.texts("packs"))
+    for name in packs:
+        layout.pack_attempt(name)
     return EpochManifest(
         group,
         epoch,
         attempt,
         body.number("created_s"),
         members,
+        packs,
         _totals(body, part),
         body.integer("stored_bytes"),
         body.mapping("facts"),

@@ -54,6 +54,7 @@ class MemberWriter:
         self._new_pages = 0
         self._stream_bytes = 0
         self.ref: manifest.MemberRef | None = None
+        self.packs: tuple[str, ...] = ()
         self._totals = MemberTotals()
 
     def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
@@ -123,6 +124,7 @@ class MemberWriter:
         sealed = manifest.encode_member(found)
         self._volume.put(layout.member_name(self._group, self._epoch, self.name), sealed)
         self._totals = found.totals
+        self.packs = tuple(ref.name for ref in found.packs)
         self.ref = manifest.MemberRef(self.name, len(sealed), digest(sealed))
         return self._totals
 
@@ -191,7 +193,9 @@ class MemberWriter:
             tables[id(builder)] = pagetable.encode(table)
 
         def stream(size_bytes: int, builder: _Builder | None) -> manifest.Stream | None:
-            return builder and manifest.Stream(size_bytes, tables[id(builder)])
+            if builder is None:
+                return None
+            return manifest.Stream(size_bytes, tables[id(builder)])
 
         memory = all_runs[: len(self._spaces)]
         pages_count = sum(int(runs[1].sum()) for runs in memory)

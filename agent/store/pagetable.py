@@ -20,6 +20,7 @@ import numpy as np
 from numpy import typing as npt
 
 from agent import errors
+from agent.model.streams import PAGE_BYTES
 from agent.store import codec
 
 _COLUMNS = (("gap", 8), ("pages", 4), ("flags", 4), ("pack", 4), ("ordinal", 4))
@@ -115,6 +116,17 @@ def decode(data: bytes | memoryview, pack_pages: Sequence[int]) -> Table:
     if (ordinal[stored] + pages[stored] > sizes[pack[stored] - 1]).any():
         raise errors.Corrupt("a page table points beyond the end of a pack")
     return Table(end - pages, pages, flags, pack - 1, ordinal)
+
+
+def decode_stream(data: bytes, pack_pages: Sequence[int], size_bytes: int) -> Table:
+    """Return the table of a stream of bytes: without holes, and just long enough; raises as
+    ``decode``.
+    """
+    table = decode(data, pack_pages)
+    ends = np.concatenate(([0], table.start + table.pages))
+    if (table.start != ends[:-1]).any() or int(ends[-1]) != -(-size_bytes // PAGE_BYTES):
+        raise errors.Corrupt("a page table of a file has holes or another length than the file")
+    return table
 
 
 def _check(gap: Column, pages: Column, pack: Column, delta: Column, packs: int) -> None:

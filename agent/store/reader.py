@@ -146,12 +146,10 @@ class MemberReader:
             raise errors.Corrupt(f"{self._part}: {exc.message}", part=self._part) from exc
 
     def _stream_table(self, stream: manifest.Stream) -> pagetable.Table:
-        table = self._table(stream.table)
-        ends = table.start + table.pages
-        whole = len(table) == 0 or (table.start[0] == 0 and (table.start[1:] == ends[:-1]).all())
-        if not whole or table.total_pages != -(-stream.size_bytes // PAGE_BYTES):
-            raise errors.Corrupt(f"{self._part} has a file with holes", part=self._part)
-        return table
+        try:
+            return pagetable.decode_stream(stream.table, self._pack_pages, stream.size_bytes)
+        except errors.Corrupt as exc:
+            raise errors.Corrupt(f"{self._part}: {exc.message}", part=self._part) from exc
 
     def _content(self, stream: manifest.Stream) -> Iterator[bytes]:
         left = stream.size_bytes

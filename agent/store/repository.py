@@ -14,14 +14,17 @@ from contextlib import AbstractContextManager
 from agent import errors
 from agent.model import ids
 from agent.model.ids import EpochId, GroupName
-from agent.store import catalog, envelope, identity, layout, reader, summary, writer
+from agent.store import catalog, envelope, identity, layout, prune, reader, summary, verify, writer
 from agent.store.fields import Fields, encode
+from agent.store.retention import Retention
 from agent.volumes.base import Volume
 
 EpochReader = reader.EpochReader
 EpochSummary = summary.EpochSummary
 EpochWriter = writer.EpochWriter
 MemberReader = reader.MemberReader
+PruneReport = prune.PruneReport
+VerifyReport = verify.VerifyReport
 
 _PAGE_KEY = "page_key"
 _ID = "id"
@@ -72,19 +75,7 @@ class Store:
         """Return all epochs, of one group or by group, oldest first. One whose manifest is
         damaged is listed with ``damage`` set.
         """
-        found = []
-        for file in catalog.group_files(self.volume, group):
-            if file.member is not None:
-                continue
-            try:
-                manifest = catalog.read_epoch(self.volume, file.group, file.epoch)
-            except errors.DataError as exc:
-                found.append(summary.damaged(file.group, file.epoch, exc.message))
-            except errors.BlobNotFound:  # deleted since we listed it
-                continue
-            else:
-                found.append(summary.of(manifest))
-        return found
+        return catalog.summaries(self.volume, group)
 
     def resolve(self, image: str) -> tuple[GroupName, EpochId]:
         """Return what ``group`` (its newest epoch), ``group@epoch``, or an unambiguous beginning
@@ -114,3 +105,37 @@ class Store:
     def read(self, group: GroupName, epoch: EpochId) -> EpochReader:
         """Open a committed epoch; raises ``errors.NotFound`` and ``errors.DataError``."""
         return reader.EpochReader(self.volume, group, epoch)
+
+    def delete(self, group: GroupName, epoch: EpochId) -> PruneReport:
+        """Remove one epoch, also a damaged one, and what only it needed.
+
+        Raises:
+            errors.NotFound: there is none.
+            errors.Conflict: somebody else is removing epochs right now.
+        """
+        return prune.delete(self.volume, group, epoch)
+
+    def prune(
+        self,
+        keep: Retention,
+        *,
+        group: GroupName | None = None,
+        now_s: float,
+        dry_run: bool = False,
+    ) -> PruneReport:
+        """Remove what ``keep`` does not keep, of one group or of each, and what is left over from
+        attempts that were never committed; or only say what would go.
+
+        Raises:
+            errors.Conflict: somebody else is removing epochs right now.
+        """
+        return prune.prune(self.volume, keep, group=group, now_s=now_s, dry_run=dry_run)
+
+    def verify(
+        self,
+        group: GroupName,
+        epoch: EpochId,
+        progress: verify.Progress | None = None,
+    ) -> VerifyReport:
+        """Read an epoch whole and list every damaged part; raises ``errors.NotFound``."""
+        return verify.verify(self.volume, self._key, group, epoch, progress)

@@ -16,16 +16,16 @@ from agent import errors
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """The newest ``last`` epochs of a group are kept, and all younger than ``within_s`` seconds;
-    None where a rule is not given. At least one is needed.
+    """The newest ``keep_last`` epochs of a group are kept, and all that are not older than
+    ``keep_within_s`` seconds; None where a rule is not given. At least one is needed.
     """
 
-    last: int | None = None
-    within_s: float | None = None
+    keep_last: int | None = None
+    keep_within_s: float | None = None
 
     def __post_init__(self) -> None:
         """Raise ``errors.InvalidInput`` if the rules do not make sense."""
-        given = [rule for rule in (self.last, self.within_s) if rule is not None]
+        given = [rule for rule in (self.keep_last, self.keep_within_s) if rule is not None]
         if not given or any(rule < 0 for rule in given):
             raise errors.InvalidInput(
                 "nothing says which epochs to keep", hint="give --keep-last or --keep-within"
@@ -54,6 +54,6 @@ def expired(epochs: Sequence[_Epoch], keep: Retention, now_s: float) -> list[_Ep
     """
     good = [epoch for epoch in epochs if epoch.damage is None]
     # Rules add up: whatever one of them keeps is kept.
-    newest = len(good) - max(1, keep.last or 0)
-    limit_s = now_s - keep.within_s if keep.within_s is not None else float("inf")
-    return [epoch for epoch in good[: max(0, newest)] if epoch.created_s < limit_s]
+    newest = len(good) - max(1, keep.keep_last or 0)
+    within_s = float("-inf") if keep.keep_within_s is None else keep.keep_within_s
+    return [epoch for epoch in good[: max(0, newest)] if now_s - epoch.created_s > within_s]

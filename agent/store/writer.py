@@ -9,16 +9,14 @@ Does not: read pages back.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
-import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from agent import errors
 from agent.model.ids import EpochId, GroupName, MemberName
-from agent.store import baseline, catalog, intents, layout, manifest, summary
+from agent.store import baseline, catalog, epoch_ids, intents, layout, manifest, summary
 from agent.store.identity import Identity
 from agent.store.member_writer import MemberWriter
 from agent.store.packing import Packer
@@ -31,7 +29,6 @@ log = logging.getLogger(__name__)
 _BASE_RACES = 16
 # Where the writer's own warnings go among the facts of an epoch.
 WARNINGS = "store_warnings"
-_TIME = "%Y%m%d-%H%M%S"
 
 
 @contextlib.contextmanager
@@ -42,8 +39,8 @@ def begin(volume: Volume, key: bytes, group: GroupName, *, now_s: float) -> Iter
         errors.VolumeError: the volume failed.
         errors.Conflict: whatever it would build on is being deleted.
     """
-    epoch = next_epoch(catalog.epochs(volume, group), now_s)
-    attempt = layout.attempt_id(epoch, secrets.token_hex(8))
+    epoch = epoch_ids.next_epoch(catalog.epochs(volume, group), now_s)
+    attempt = epoch_ids.new_attempt(epoch)
     age = intents.Age()
     base = _settle(volume, group, attempt)
     writer = EpochWriter(volume, key, group, epoch, attempt, base, age, now_s)
@@ -52,17 +49,6 @@ def begin(volume: Volume, key: bytes, group: GroupName, *, now_s: float) -> Iter
         yield writer
     finally:
         writer.close()
-
-
-def next_epoch(existing: Sequence[EpochId], now_s: float) -> EpochId:
-    """Return an id that sorts after all existing ones, also if the clock went back."""
-    moment = datetime.datetime.fromtimestamp(now_s, datetime.UTC)
-    for epoch in existing:
-        # One that states no possible time was not made here, and nothing sorts after it.
-        with contextlib.suppress(ValueError, OverflowError):
-            taken = datetime.datetime.strptime(epoch[:15], _TIME).replace(tzinfo=datetime.UTC)
-            moment = max(moment, taken + datetime.timedelta(seconds=1))
-    return EpochId(f"{moment.strftime(_TIME)}-{secrets.token_hex(3)}")
 
 
 def _settle(volume: Volume, group: GroupName, attempt: str) -> baseline.Baseline:
@@ -142,7 +128,8 @@ class EpochWriter:
             raise errors.InvalidInput("an epoch is committed once, with at least one member")
         totals = manifest.Totals()
         refs = []
-        for member in self._members.values():
+        members = list(self._members.values())
+        for member in members:
             totals += member.finish()
             if member.ref is not None:
                 refs.append(member.ref)
@@ -155,6 +142,7 @@ class EpochWriter:
             self._attempt,
             self._created_s,
             tuple(refs),
+            tuple(sorted({name for member in members for name in member.packs})),
             totals,
             pack_bytes + sum(ref.size_bytes for ref in refs),
             facts,

@@ -1,0 +1,203 @@
+"""Removing epochs, and then every pack that nobody needs: safe beside writers and readers' epochs.
+
+No locks and no clocks decide what is alive. The order of steps does: (1) delete manifests of
+epochs, (2) list packs and members' manifests, (3) list intents, (4) list manifests of epochs, (5)
+delete what was listed in 2 and is named neither in 3 nor in 4. A writer announces its base's packs
+before it looks whether the base is still there, writes packs only then, and withdraws the intent
+only after its commit; so at 3 or at 4 it is seen. Deleters exclude each other: each announces
+itself, then looks for others; of two at once, at least one sees the other and gives up. FORMAT.md
+has the whole argument.
+
+Promises: a crash or an error at any point loses nothing that is committed; what is left over goes
+with the next prune. Where a manifest or an intent cannot be read, no pack is deleted.
+Does not: rewrite packs; ``copyforward`` lets them die.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+from agent import errors
+from agent.host import clock
+from agent.model import ids
+from agent.model.ids import EpochId, GroupName
+from agent.store import catalog, epoch_ids, intents, layout, retention, summary
+from agent.volumes.base import BlobInfo, Volume
+
+Image = tuple[GroupName, EpochId]
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneReport:
+    """What went, or would go, and what stayed. ``files`` of the volume were ``freed_bytes``
+    together, leftovers included. ``blocked`` says why no pack was removed, part by part, if so.
+    """
+
+    removed: tuple[Image, ...]
+    kept: tuple[Image, ...]
+    freed_bytes: int
+    files: int
+    blocked: tuple[str, ...] = ()
+
+
+def prune(
+    volume: Volume,
+    keep: retention.Retention,
+    *,
+    group: GroupName | None,
+    now_s: float,
+    dry_run: bool,
+) -> PruneReport:
+    """Remove what ``keep`` does not keep, of one group or of each, and all leftovers."""
+    run = _Run(volume, now_s, dry_run)
+    with run:
+        expired: list[Image] = []
+        of_group = itertools.groupby(catalog.summaries(volume, group), lambda found: found.group)
+        for _, epochs in of_group:
+            going: list[summary.EpochSummary] = retention.expired(list(epochs), keep, now_s)
+            expired += [(found.group, found.epoch) for found in going]
+        return run.remove(expired)
+
+
+def delete(volume: Volume, group: GroupName, epoch: EpochId) -> PruneReport:
+    """Remove one epoch, whether good or damaged, and all leftovers.
+
+    Raises:
+        errors.NotFound: there is none.
+    """
+    if not catalog.exists(volume, group, epoch):
+        raise errors.NotFound(f"there is no epoch {epoch} of {group}")
+    run = _Run(volume, clock.wall_s(), dry_run=False)
+    with run:
+        return run.remove([(group, epoch)])
+
+
+class _Run:
+    """One deleter, announced while its context lasts unless it only looks."""
+
+    def __init__(self, volume: Volume, now_s: float, dry_run: bool) -> None:
+        self._volume = volume
+        self._now_s = now_s
+        self._dry_run = dry_run
+        self._age = intents.Age()
+        self._here = intents.Owner.myself()
+        self._attempt = epoch_ids.new_attempt(epoch_ids.next_epoch([], now_s))
+        self._freed_bytes = 0
+        self._files = 0
+
+    def __enter__(self) -> None:
+        if self._dry_run:
+            return
+        intents.announce(self._volume, intents.Intent(self._attempt, "delete", self._here))
+        try:
+            self._exclude_others()
+        except BaseException:
+            intents.withdraw(self._volume, self._attempt)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        if not self._dry_run:
+            intents.withdraw(self._volume, self._attempt)
+
+    def remove(self, going: list[Image]) -> PruneReport:
+        """Do the five steps."""
+        gone = set(going)
+        files = list(self._volume.list(layout.GROUPS))
+        for image in going:
+            self._delete_epoch(image, files)
+        packs = list(self._volume.list(layout.PACKS))
+        files = list(self._volume.list(layout.GROUPS))
+        announced = intents.all_announced(self._volume)
+        committed = [
+            (found.group, found.epoch)
+            for found in catalog.group_files(self._volume)
+            if found.member is None and (found.group, found.epoch) not in gone
+        ]
+        live_packs, blocked = self._live_packs(committed)
+        live_attempts: set[str] = set()
+        for found in announced:
+            if found.attempt == self._attempt or found.stale(self._here, self._now_s):
+                continue
+            live_attempts.add(found.attempt)
+            if found.intent is None:
+                blocked.append(f"{layout.intent_name(found.attempt)} cannot be read")
+            else:
+                live_packs.update(found.intent.packs)
+        self._sweep_members(files, {*committed, *gone}, live_attempts)
+        if not blocked:
+            for info in packs:
+                self._sweep_pack(info, live_packs, live_attempts)
+        if not self._dry_run:
+            if not blocked:
+                self._sweep_announced(announced)
+            self._volume.sweep(intents.STALE_S)
+        return PruneReport(
+            tuple(going), tuple(committed), self._freed_bytes, self._files, tuple(blocked)
+        )
+
+    def _exclude_others(self) -> None:
+        for found in intents.all_announced(self._volume):
+            other = found.intent is not None and found.intent.purpose == "delete"
+            if other and found.attempt != self._attempt:
+                if found.stale(self._here, self._now_s):
+                    continue
+                raise errors.Conflict(
+                    "somebody else is removing epochs of this store",
+                    hint="try again when that has ended",
+                )
+
+    def _delete_epoch(self, image: Image, files: list[BlobInfo]) -> None:
+        """Delete an epoch's manifest first, so that it can never be seen half there."""
+        group, epoch = image
+        name = layout.epoch_name(group, epoch)
+        folder = name.removesuffix("epoch")
+        mine = [info for info in files if info.name.startswith(folder)]
+        for info in sorted(mine, key=lambda info: info.name != name):
+            self._delete(info)
+
+    def _live_packs(self, committed: list[Image]) -> tuple[set[str], list[str]]:
+        live: set[str] = set()
+        blocked: list[str] = []
+        for group, epoch in committed:
+            try:
+                live.update(catalog.read_epoch(self._volume, group, epoch).packs)
+            except errors.BlobNotFound:
+                # Only this deleter deletes: somebody removed the file by hand.
+                continue
+            except errors.DataError as exc:
+                image = ids.image_name(group, epoch)
+                blocked.append(f"{exc.message}; to go on, delete {image}")
+        return live, blocked
+
+    def _sweep_members(
+        self, files: list[BlobInfo], known: set[Image], live_attempts: set[str]
+    ) -> None:
+        """Delete members' manifests of epochs that were never committed."""
+        for info in files:
+            found = layout.parse_group_file(info.name)
+            if found is None or found.member is None or (found.group, found.epoch) in known:
+                continue
+            if not any(attempt.startswith(f"{found.epoch}-") for attempt in live_attempts):
+                self._delete(info)
+
+    def _sweep_pack(self, info: BlobInfo, live_packs: set[str], live_attempts: set[str]) -> None:
+        try:
+            attempt = layout.pack_attempt(info.name)
+        except errors.Corrupt:  # not ours: left alone
+            return
+        if info.name not in live_packs and attempt not in live_attempts:
+            self._delete(info)
+
+    def _sweep_announced(self, announced: list[intents.Announced]) -> None:
+        """Delete stale intents, after what they had protected is gone."""
+        for found in announced:
+            if found.attempt != self._attempt and found.stale(self._here, self._now_s):
+                intents.withdraw(self._volume, found.attempt)
+
+    def _delete(self, info: BlobInfo) -> None:
+        self._freed_bytes += info.size_bytes
+        self._files += 1
+        if not self._dry_run:
+            self._age.check()
+            self._volume.delete(info.name)
