@@ -21,7 +21,7 @@ from demo.ring import Ring
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-_CLASSES = 10
+_PIXELS, _CLASSES = 16 * 16, 10
 _EVALUATED_AT_ONCE = 512
 # The usual constants of Adam, and a learning rate at which this network learns steadily.
 _BETA1, _BETA2, _EPSILON, _RATE = 0.9, 0.999, 1e-8, 3e-4
@@ -54,16 +54,20 @@ class Network:
 
     def __init__(self, inputs: int, hidden: int, seed: int) -> None:
         shapes = [(inputs, hidden), (hidden, hidden), (hidden, _CLASSES)]
-        draw = np.random.default_rng(seed)
-        parts = [draw.normal(0, (2 / a) ** 0.5, a * b) for a, b in shapes]
-        self.flat = np.concatenate(parts).astype(np.float32)
+        size = sum(a * b for a, b in shapes)
+        self.flat = np.zeros(size, np.float32)
         # The last element carries the loss, so that it is averaged in the same exchange.
-        self.gradient = np.zeros(len(self.flat) + 1, np.float32)
-        self._first = np.zeros_like(self.flat)
-        self._second = np.zeros_like(self.flat)
+        self.gradient = np.zeros(size + 1, np.float32)
+        self._first = np.zeros(size, np.float32)
+        self._second = np.zeros(size, np.float32)
+        self._scratch = np.zeros((2, size), np.float32)
         self._step = 0
         self.layers = _views(self.flat, shapes)
         self._gradients = _views(self.gradient, shapes)
+        draw = np.random.default_rng(seed)
+        for layer in self.layers:
+            draw.standard_normal(out=layer, dtype=np.float32)
+            layer *= np.float32((2 / len(layer)) ** 0.5)
 
     def forward(self, x: Floats) -> tuple[Floats, Floats, Floats]:
         """Both hidden layers and the probabilities of the classes."""
@@ -93,13 +97,18 @@ class Network:
     def update(self) -> None:
         """One step of Adam along ``gradient``."""
         self._step += 1
-        gradient = self.gradient[:-1]
+        gradient, (one, two) = self.gradient[:-1], self._scratch
         self._first *= _BETA1
-        self._first += (1 - _BETA1) * gradient
+        self._first += np.multiply(gradient, 1 - _BETA1, out=one)
         self._second *= _BETA2
-        self._second += (1 - _BETA2) * gradient * gradient
+        one *= gradient
+        self._second += np.multiply(one, (1 - _BETA2) / (1 - _BETA1), out=one)
         scale = _RATE * (1 - _BETA2**self._step) ** 0.5 / (1 - _BETA1**self._step)
-        self.flat -= np.float32(scale) * self._first / (np.sqrt(self._second) + _EPSILON)
+        np.sqrt(self._second, out=one)
+        one += _EPSILON
+        np.multiply(self._first, scale, out=two)
+        two /= one
+        self.flat -= two
 
     def accuracy(self, x: Floats, y: Ints) -> float:
         """The share of ``x`` that is classified right."""
@@ -118,8 +127,8 @@ def _views(flat: Floats, shapes: list[tuple[int, int]]) -> list[Floats]:
 
 def train(directory: str, plan: Plan, rank: int, ring: Ring, world: int) -> None:
     """Train to the end; log every step to ``rank-N.log``, rank 0 saves ``weights.npy``."""
+    network = Network(_PIXELS, plan.hidden, plan.seed)
     x, y = digits()
-    network = Network(x.shape[1], plan.hidden, plan.seed)
     order = np.random.default_rng(plan.seed)
     with open(os.path.join(directory, f"rank-{rank}.log"), "w", buffering=1) as log:
         step = 0
