@@ -28,5 +28,7 @@ def verb(invocation: Invocation, image: str) -> None:
     settings = invocation.settings()
     store = wiring.store(settings)
     report = store.delete(*store.resolve(image))
+    for reason in report.blocked:
+        invocation.say(f"no space was freed: {reason}")
     invocation.say(f"freed {output.human_bytes(report.freed_bytes)}")
     invocation.emit(documents.prune_report(str(settings.store), report, dry_run=False))

@@ -223,6 +223,8 @@ def prune_report(store: str, report: PruneReport, *, dry_run: bool) -> Document:
         store,
         dryRun=dry_run,
         freedBytes=report.freed_bytes,
+        leftovers=report.leftovers,
+        blocked=list(report.blocked),
         kept=[ids.image_name(*each) for each in report.kept],
         items=[{"name": ids.image_name(*each), "action": action} for each in report.removed],
     )

@@ -48,6 +48,8 @@ def verb(
         dry_run=dry_run,
     )
     document = documents.prune_report(str(settings.store), report, dry_run=dry_run)
+    for reason in report.blocked:
+        invocation.say(f"no space was freed: {reason}")
     invocation.say(
         f"{'would free' if dry_run else 'freed'} {output.human_bytes(report.freed_bytes)};"
         f" images kept: {len(report.kept)}"
