@@ -87,6 +87,7 @@ def dump(
         errors.Failed | errors.VolumeError: given up; every member is as it was before.
     """
     cancel = cancel or Cancel()
+    options = dataclasses.replace(options, kill=stop)
     began_s = clock.monotonic_s()
     with store.begin(group, now_s=clock.wall_s()) as writer:
         cut = _GroupCut(len(members), options.deadline_s, cancel)
