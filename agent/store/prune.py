@@ -30,14 +30,15 @@ Image = tuple[GroupName, EpochId]
 
 @dataclasses.dataclass(frozen=True)
 class PruneReport:
-    """What went, or would go, and what stayed. ``files`` of the volume were ``freed_bytes``
-    together, leftovers included. ``blocked`` says why no pack was removed, part by part, if so.
+    """What went, or would go, and what stayed. ``freed_bytes`` counts all files that went;
+    ``leftovers`` are those of them that no epoch needed any more before. ``blocked`` says why no
+    pack was removed, part by part, if so.
     """
 
     removed: tuple[Image, ...]
     kept: tuple[Image, ...]
     freed_bytes: int
-    files: int
+    leftovers: int
     blocked: tuple[str, ...] = ()
 
 
@@ -84,7 +85,7 @@ class _Run:
         self._here = intents.Owner.myself()
         self._attempt = epoch_ids.new_attempt(epoch_ids.next_epoch([], now_s))
         self._freed_bytes = 0
-        self._files = 0
+        self._leftovers = 0
 
     def __enter__(self) -> None:
         if self._dry_run:
@@ -103,6 +104,7 @@ class _Run:
     def remove(self, going: list[Image]) -> PruneReport:
         """Do the five steps."""
         gone = set(going)
+        had_packs, _ = self._live_packs(going)
         files = list(self._volume.list(layout.GROUPS))
         for image in going:
             self._delete_epoch(image, files)
@@ -127,13 +129,13 @@ class _Run:
         self._sweep_members(files, {*committed, *gone}, live_attempts)
         if not blocked:
             for info in packs:
-                self._sweep_pack(info, live_packs, live_attempts)
+                self._sweep_pack(info, live_packs, live_attempts, had_packs)
         if not self._dry_run:
             if not blocked:
                 self._sweep_announced(announced)
             self._volume.sweep(intents.STALE_S)
         return PruneReport(
-            tuple(going), tuple(committed), self._freed_bytes, self._files, tuple(blocked)
+            tuple(going), tuple(committed), self._freed_bytes, self._leftovers, tuple(blocked)
         )
 
     def _exclude_others(self) -> None:
@@ -180,14 +182,18 @@ class _Run:
                 continue
             if not any(attempt.startswith(f"{found.epoch}-") for attempt in live_attempts):
                 self._delete(info)
+                self._leftovers += 1
 
-    def _sweep_pack(self, info: BlobInfo, live_packs: set[str], live_attempts: set[str]) -> None:
+    def _sweep_pack(
+        self, info: BlobInfo, live_packs: set[str], live_attempts: set[str], had_packs: set[str]
+    ) -> None:
         try:
             attempt = layout.pack_attempt(info.name)
         except errors.Corrupt:  # not ours: left alone
             return
         if info.name not in live_packs and attempt not in live_attempts:
             self._delete(info)
+            self._leftovers += info.name not in had_packs
 
     def _sweep_announced(self, announced: list[intents.Announced]) -> None:
         """Delete stale intents, after what they had protected is gone."""
@@ -197,7 +203,6 @@ class _Run:
 
     def _delete(self, info: BlobInfo) -> None:
         self._freed_bytes += info.size_bytes
-        self._files += 1
         if not self._dry_run:
             self._age.check()
             self._volume.delete(info.name)
