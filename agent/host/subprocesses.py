@@ -64,6 +64,11 @@ class Child:
                 f"{self._name} did not end in time", program=self._name, pid=self.pid
             ) from exc
 
+    def let_go(self) -> None:
+        """Leave it running and unreaped when this program ends; nothing more may be asked."""
+        # Otherwise the last reference would complain that it still runs.
+        self._popen.returncode = 0
+
     def send(self, number: int) -> None:
         """Send it a signal; a no-op if it has ended."""
         self._popen.send_signal(number)

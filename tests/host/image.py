@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from agent import errors
@@ -116,9 +116,11 @@ class MemorySource:
                 merged.append(run)
         return merged
 
-    def read(self, space: AddressSpace) -> Iterator[tuple[int, memoryview | None, int]]:
+    def read(
+        self, space: AddressSpace, runs: Sequence[PageRun] | None = None
+    ) -> Iterator[tuple[int, memoryview | None, int]]:
         self.reading += 1
-        for run, data in self._image.runs_of[space]:
+        for run, data in self._pieces(space, runs):
             at = 0
             while at < run.pages:
                 zero = data[at * PAGE_BYTES : (at + 1) * PAGE_BYTES] == _ZERO
@@ -131,6 +133,21 @@ class MemorySource:
                 piece = memoryview(data)[at * PAGE_BYTES : end * PAGE_BYTES]
                 yield run.address + at * PAGE_BYTES, None if zero else piece, end - at
                 at = end
+
+    def _pieces(
+        self, space: AddressSpace, wanted: Sequence[PageRun] | None
+    ) -> Iterator[tuple[PageRun, bytes]]:
+        if wanted is None:
+            yield from self._image.runs_of[space]
+            return
+        for want in wanted:
+            end = want.address + want.pages * PAGE_BYTES
+            for run, data in self._image.runs_of[space]:
+                low = max(want.address, run.address)
+                high = min(end, run.address + run.pages * PAGE_BYTES)
+                if low < high:
+                    piece = data[low - run.address : high - run.address]
+                    yield PageRun(low, (high - low) // PAGE_BYTES, run.flags), piece
 
     def check(self) -> None:
         self.checked += 1

@@ -81,9 +81,12 @@ def _pids(known: dict[str, Any]) -> Iterator[str]:
 
 def _by(number: int) -> str:
     try:
-        return f" by {proc.stat(number).comm}"
+        now = proc.stat(number)
     except errors.NotFound:
         return ""
+    if now.state == "Z":
+        return f" by {now.comm}, which has ended, but its parent {now.ppid} has not noticed"
+    return f" by {now.comm}"
 
 
 def _files(files: Iterable[dict[str, Any]], accept_changed: bool) -> Iterator[str]:

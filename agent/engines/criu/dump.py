@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, cast
 
 from pycriu import rpc_pb2
@@ -27,13 +27,14 @@ from agent.engines.base import CaptureOptions, CaptureReport, Cut, Disposition
 from agent.engines.criu import facts, journal, log, pageserver, preflight, recovery, rpc
 from agent.engines.criu.probe import Criu
 from agent.host import clock, netfilter, proc
-from agent.model.streams import MemberSink
+from agent.model.streams import AddressSpace, MemberSink, PageRun
 
 LOG = "dump.log"
 # Files that CRIU writes beside the images and that no restore reads.
 _NOT_IMAGES = (LOG, "stats-dump")
 # Processes that CRIU killed are gone when the kernel has taken their memory apart.
 _DEATH_S = 30.0
+_REAPED_S = 2.0
 
 
 def capture(
@@ -98,11 +99,12 @@ class _Capture:
         self._options = options
         self._deadline = deadline
         self._images = operation.folder("images")
-        self._server = pageserver.PageServer(sink.pages, deadline)
+        self._server = pageserver.PageServer(self._on_pages, deadline)
         self._gatherer: _Gatherer | None = None
         self._times = _Times()
         self._metadata_bytes = 0
         self._pids: list[int] = [who.pid for who in tree]
+        self._states: dict[int, str] = {}
         self._facts: dict[str, Any] = {}
         self._killed = False
         self._criu_status: int | None = None
@@ -206,15 +208,23 @@ class _Capture:
         if descriptor is not None:
             os.close(descriptor)
         if stage == "pre-dump":
+            self._states = {each: _state(each) for each in proc.tree(self._root.pid)}
             self._times.freeze_from_s = clock.monotonic_s()
         elif stage == "query-ext-files":
             self._times.frozen_s = clock.monotonic_s()
             self._pids = proc.tree(self._root.pid)
             self._cut.frozen()
-            self._gatherer = _Gatherer(self._pids, self._criu)
+            self._gatherer = _Gatherer(self._pids, self._states, self._criu)
             self._gatherer.start()
         elif stage == "post-dump":
             self._on_captured()
+
+    def _on_pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
+        if not self._operation.entry.table:
+            # Memory flows, so CRIU's code is in a process of the tree: now it can be told apart
+            # from another CRIU's.
+            self._operation.note_table(recovery.table_of(self._pids) or "unknown")
+        self._sink.pages(space, run, data)
 
     def _on_captured(self) -> None:
         """All metadata is written and all memory streamed; the tree still stands still."""
@@ -256,6 +266,12 @@ class _Capture:
         clock.wait_until(
             lambda: not any(proc.alive(who) for who in self._tree), clock.Deadline.after(_DEATH_S)
         )
+        # The root is its parent's to reap; the others went to init, which does so at once, and
+        # until then their numbers are in the way of a restore.
+        orphans = [who.pid for who in self._tree[1:]]
+        clock.wait_until(
+            lambda: not any(proc.exists(pid) for pid in orphans), clock.Deadline.after(_REAPED_S)
+        )
         # Peers outside of the tree wait behind CRIU's lock for the restore; without the lock they
         # would be told that the connection is gone.
         recovery.settle_tables(
@@ -280,16 +296,17 @@ class _Capture:
 class _Gatherer(threading.Thread):
     """Reads the facts from /proc while CRIU streams the memory: that time is free."""
 
-    def __init__(self, pids: Sequence[int], criu: Criu) -> None:
+    def __init__(self, pids: Sequence[int], states: Mapping[int, str], criu: Criu) -> None:
         super().__init__(name="facts", daemon=True)
         self._pids = pids
+        self._states = states
         self._criu = criu
         self._facts: dict[str, Any] = {}
         self._failure: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self._facts = facts.gather(self._pids, self._criu)
+            self._facts = facts.gather(self._pids, self._states, self._criu)
         except BaseException as exc:  # noqa: BLE001 - carried to the thread that asks, by result
             self._failure = exc
 
@@ -298,6 +315,13 @@ class _Gatherer(threading.Thread):
         if self._failure is not None:
             raise self._failure
         return self._facts
+
+
+def _state(pid: int) -> str:
+    try:
+        return proc.stat(pid).state
+    except errors.NotFound:
+        return "X"
 
 
 def _outside_peers(known: dict[str, Any]) -> list[str]:

@@ -6,10 +6,11 @@ Does not: decide what is needed at restore; ``conflicts`` does, from these facts
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from agent import errors
@@ -23,43 +24,15 @@ _PSEUDO = ("/proc/", "/sys/", "/dev/", "/memfd:", "/SYSV", "/anon_hugepage", "/[
 _PIPE = re.compile(r"pipe:\[(\d+)\]")
 
 
-def gather(pids: Iterable[int], criu: Criu) -> dict[str, Any]:
-    """The facts of the tree, root first; processes that end meanwhile are left out."""
-    processes: list[dict[str, Any]] = []
-    files: dict[str, dict[str, Any]] = {}
-    pipes: dict[str, set[int]] = {}
-    stdio: list[dict[str, Any]] = []
-    used_sockets: list[dict[str, Any]] = []
-    known: dict[int, proc.Socket] | None = None
-    writable: set[str] = set()
+def gather(pids: Iterable[int], states: Mapping[int, str], criu: Criu) -> dict[str, Any]:
+    """The facts of the tree, root first; processes that end meanwhile are left out.
+
+    ``states`` are the kernel's letters from before the freeze, which hides them.
+    """
+    tree = _Tree(states)
     for pid in pids:
-        try:
-            processes.append(_process(pid))
-            opened = proc.open_files(pid)
-            mapped = proc.maps(pid)
-        except errors.NotFound:
-            continue
-        if known is None:
-            known = proc.sockets(pid)
-        if not stdio:
-            stdio = [_stdio(file) for file in opened if file.number <= 2]
-        for file in opened:
-            if _PIPE.fullmatch(file.link):
-                pipes.setdefault(file.link, set()).add(file.flags & os.O_ACCMODE)
-            elif stat.S_ISSOCK(file.mode):
-                found = known.get(file.inode)
-                if found:
-                    used_sockets.append(_socket(pid, file.number, found))
-            elif stat.S_ISREG(file.mode) and file.link.startswith("/"):
-                if file.writable:
-                    writable.add(file.link)
-                else:
-                    _note_file(files, file.link, "open", file.size_bytes, file.mtime_ns)
-        _note_mapped(pid, mapped, files, writable)
-    for each in stdio:
-        # A pipe with one end outside of the tree is cut at restore unless it is redirected.
-        ends = pipes.get(each["link"])
-        each["external"] = ends is not None and len(ends) == 1
+        with contextlib.suppress(errors.NotFound):
+            tree.add(pid)
     return {
         "layout": LAYOUT,
         "criu": criu.version_text,
@@ -67,12 +40,89 @@ def gather(pids: Iterable[int], criu: Criu) -> dict[str, Any]:
         "machine": os.uname().machine,
         "cpu_flags": sorted(cpu_flags()),
         "boot_id": proc.boot_id(),
-        "processes": processes,
-        "stdio": stdio,
-        "files": [files[path] for path in sorted(files) if path not in writable],
-        "sockets": used_sockets,
-        "directories": sorted({each["cwd"] for each in processes if each["cwd"]}),
+        **tree.facts(),
     }
+
+
+class _Tree:
+    """What is known of the processes seen so far."""
+
+    def __init__(self, states: Mapping[int, str]) -> None:
+        self._states = states
+        self._processes: list[dict[str, Any]] = []
+        self._files: dict[str, dict[str, Any]] = {}
+        self._writable: set[str] = set()
+        self._pipes: dict[str, set[int]] = {}
+        self._stdio: list[dict[str, Any]] | None = None
+        self._sockets: list[dict[str, Any]] = []
+        self._known_sockets: dict[int, proc.Socket] | None = None
+
+    def add(self, pid: int) -> None:
+        """Look at one process; raises ``errors.NotFound`` if it is gone."""
+        self._processes.append(_process(pid, self._states.get(pid, "?")))
+        opened = proc.open_files(pid)
+        if self._stdio is None:
+            self._stdio = [_stdio(file) for file in opened if file.number <= 2]
+        if self._known_sockets is None:
+            self._known_sockets = proc.sockets(pid)
+        for file in opened:
+            self._add_open(pid, file)
+        for mapping in proc.maps(pid):
+            self._add_mapped(pid, mapping)
+
+    def _add_open(self, pid: int, file: proc.OpenFile) -> None:
+        if _PIPE.fullmatch(file.link):
+            self._pipes.setdefault(file.link, set()).add(file.flags & os.O_ACCMODE)
+        elif stat.S_ISSOCK(file.mode):
+            found = (self._known_sockets or {}).get(file.inode)
+            if found:
+                self._sockets.append(_socket(pid, file.number, found))
+        elif stat.S_ISREG(file.mode) and file.link.startswith("/"):
+            if file.writable:
+                self._writable.add(file.link)
+            else:
+                self._note(file.link, "open", file.size_bytes, file.mtime_ns)
+
+    def _add_mapped(self, pid: int, each: proc.Mapping) -> None:
+        if not each.inode or each.deleted or not each.path.startswith("/"):
+            return
+        if each.shared and "w" in each.perms:
+            self._writable.add(each.path)
+        elif each.path not in self._files:
+            try:
+                info = os.stat(f"/proc/{pid}/root{each.path}")
+            except OSError:
+                return  # unlinked meanwhile: CRIU carries it or refuses
+            if stat.S_ISREG(info.st_mode):
+                self._note(each.path, "mapped", info.st_size, info.st_mtime_ns)
+
+    def _note(self, path: str, use: str, size_bytes: int, mtime_ns: int) -> None:
+        if not path.startswith(_PSEUDO) and not path.endswith(" (deleted)"):
+            self._files[path] = {
+                "path": path,
+                "use": use,
+                "size_bytes": size_bytes,
+                "mtime_ns": mtime_ns,
+            }
+
+    def facts(self) -> dict[str, Any]:
+        """What was found, as JSON values."""
+        stdio = self._stdio or []
+        ttys = outside_ttys(each["pid"] for each in self._processes)
+        for each in stdio:
+            # Cut off at restore unless it is redirected: its other end is not in the tree.
+            cut_pipe = each["kind"] == "pipe" and len(self._pipes.get(each["link"], ())) == 1
+            each["external"] = cut_pipe or each["key"] in ttys
+        return {
+            "ttys": sorted(ttys),
+            "processes": self._processes,
+            "stdio": stdio,
+            "files": [
+                self._files[path] for path in sorted(self._files) if path not in self._writable
+            ],
+            "sockets": self._sockets,
+            "directories": sorted({each["cwd"] for each in self._processes if each["cwd"]}),
+        }
 
 
 def cpu_flags() -> set[str]:
@@ -85,14 +135,14 @@ def cpu_flags() -> set[str]:
     return set()
 
 
-def _process(pid: int) -> dict[str, Any]:
+def _process(pid: int, state: str) -> dict[str, Any]:
     now = proc.stat(pid)
     status = proc.status(pid)
     memory = proc.resident(pid)
     return {
         "pid": pid,
         "comm": now.comm,
-        "state": now.state,
+        "state": state,
         "ppid": now.ppid,
         "pgid": now.pgid,
         "session": now.session,
@@ -137,30 +187,6 @@ def _socket(pid: int, number: int, found: proc.Socket) -> dict[str, Any]:
         "remote": found.remote,
         "state": found.state,
     }
-
-
-def _note_mapped(
-    pid: int, mapped: list[proc.Mapping], files: dict[str, dict[str, Any]], writable: set[str]
-) -> None:
-    for each in mapped:
-        if not each.inode or each.deleted or not each.path.startswith("/"):
-            continue
-        if each.shared and "w" in each.perms:
-            writable.add(each.path)
-        elif each.path not in files:
-            try:
-                info = os.stat(f"/proc/{pid}/root{each.path}")
-            except OSError:
-                continue  # unlinked meanwhile: CRIU carries it or refuses
-            if stat.S_ISREG(info.st_mode):
-                _note_file(files, each.path, "mapped", info.st_size, info.st_mtime_ns)
-
-
-def _note_file(
-    files: dict[str, dict[str, Any]], path: str, use: str, size_bytes: int, mtime_ns: int
-) -> None:
-    if not path.startswith(_PSEUDO) and not path.endswith(" (deleted)"):
-        files[path] = {"path": path, "use": use, "size_bytes": size_bytes, "mtime_ns": mtime_ns}
 
 
 def _is_tty(file: proc.OpenFile) -> bool:

@@ -1,47 +1,93 @@
-"""How an image becomes files that CRIU reads.
+"""How an image becomes a tree's memory and files: what CRIU reads from a folder, and what is
+poured into the tree once it stands.
 
-Promises: when ``lay_out`` returns, every byte that a restore needs has been read, and so verified
-by the source. Memory of this process stays bounded; zero pages take no disk.
+Promises: when ``lay_out`` returns, every byte of the image has been read and verified once. Memory
+of this program stays bounded; zero pages take no disk; what is poured takes none either.
 Does not: start anything.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from agent import errors
-from agent.engines.criu import images
-from agent.model.streams import AddressSpace, MemberSource
+from agent.engines.criu import images, pour
+from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource
 
 
-def lay_out(source: MemberSource, known: dict[str, Any], folder: str) -> None:
-    """Write all images of ``source`` into ``folder``.
-
-    Raises:
-        errors.Corrupt | errors.Missing: the image is damaged.
-        errors.RestoreFailed: no room in ``folder``.
+class Feed:
+    """Lays one image out in ``folder``; with ``pouring``, memory that can be written into the
+    standing tree is left out there.
     """
-    for name, content in source.metadata():
-        _write_metadata(folder, name, content)
-    stored = set(source.spaces())
-    for pages_id, space in enumerate(spaces(source, known), start=1):
-        images.write_pagemap(folder, space, pages_id, source.runs(space) if space in stored else [])
-        if space in stored:
-            images.write_pages(folder, space, pages_id, source)
-        else:
-            with open(os.path.join(folder, f"pages-{pages_id}.img"), "wb"):
-                pass
+
+    def __init__(
+        self, source: MemberSource, known: dict[str, Any], folder: str, *, pouring: bool
+    ) -> None:
+        self._source = source
+        self._known = known
+        self._folder = folder
+        self._pouring = pouring
+        self._shares: dict[AddressSpace, pour.Split] = {}
+
+    def lay_out(self) -> None:
+        """Write all images.
+
+        Raises:
+            errors.Corrupt | errors.Missing: the image is damaged.
+            errors.RestoreFailed: no room in the folder.
+        """
+        if self._pouring:
+            # Poured pages are read when processes stand already: too late to find damage.
+            self._source.check()
+        for name, content in self._source.metadata():
+            _write_metadata(self._folder, name, content)
+        if self._pouring:
+            self._shares = self._split()
+        stored = set(self._source.spaces())
+        for pages_id, space in enumerate(self._spaces(), start=1):
+            runs = list(self._source.runs(space)) if space in stored else []
+            share = self._shares.get(space)
+            if share is not None:
+                runs = list(share.criu)
+            images.write_pagemap(self._folder, space, pages_id, runs)
+            images.write_pages(self._folder, space, pages_id, self._source, runs)
+
+    def fill(self, host_pid: Callable[[int], int], check: Callable[[], None]) -> int:
+        """Write what was left out into the processes, found by ``host_pid`` from their numbers in
+        the image; return the bytes written.
+
+        Raises:
+            pour.PourRefused: this kernel does not allow it; without ``pouring`` it works.
+            errors.Corrupt | errors.Missing: the image was damaged meanwhile.
+        """
+        return sum(
+            pour.pour(self._source, space, share, f"/proc/{host_pid(space.id)}/mem", check)
+            for space, share in self._shares.items()
+        )
+
+    def _split(self) -> dict[AddressSpace, pour.Split]:
+        family = images.family(self._folder)
+        return {
+            space: pour.split(family[space.id], family, self._source.runs(space))
+            for space in self._source.spaces()
+            if space.kind == "process" and space.id in family
+        }
+
+    def _spaces(self) -> list[AddressSpace]:
+        """All address spaces, also those without a page: CRIU wants a page map of each."""
+        found = self._source.spaces()
+        for kind, number in self._known.get("spaces", []):
+            space = AddressSpace(kind, int(number))
+            if space not in found:
+                found.append(space)
+        return found
 
 
-def spaces(source: MemberSource, known: dict[str, Any]) -> list[AddressSpace]:
-    """All address spaces, those without a single page included: CRIU wants a page map of each."""
-    found = source.spaces()
-    for kind, number in known.get("spaces", []):
-        space = AddressSpace(kind, int(number))
-        if space not in found:
-            found.append(space)
-    return found
+def memory_bytes(source: MemberSource) -> int:
+    """How much memory the tree had, zero pages included."""
+    return sum(run.pages for space in source.spaces() for run in source.runs(space)) * PAGE_BYTES
 
 
 def _write_metadata(folder: str, name: str, content: bytes) -> None:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 import pycriu.images
 from google.protobuf.message import DecodeError, Message
 
 from agent import errors
+from agent.engines.criu import pour
 from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource, PageRun
 
 _FRAME = struct.Struct("<II")
@@ -35,6 +36,7 @@ _MAGIC = {
     "mm": 0x57492820,
     "pstree": 0x50273030,
     "remap-fpath": 0x59133954,
+    "core": 0x55053847,
 }
 _COUNT_LIMIT = (1 << 32) - 1
 # One record holds a file's or a mapping's description; the limit only bounds damage.
@@ -115,8 +117,14 @@ def write_pagemap(folder: str, space: AddressSpace, pages_id: int, runs: Iterabl
             )
 
 
-def write_pages(folder: str, space: AddressSpace, pages_id: int, source: MemberSource) -> None:
-    """Write the pages of ``space`` as ``pages-{pages_id}.img``, zero pages as holes.
+def write_pages(
+    folder: str,
+    space: AddressSpace,
+    pages_id: int,
+    source: MemberSource,
+    runs: Sequence[PageRun],
+) -> None:
+    """Write these runs of ``space`` as ``pages-{pages_id}.img``, zero pages as holes.
 
     Raises:
         errors.Corrupt | errors.Missing: the source cannot give them.
@@ -126,7 +134,7 @@ def write_pages(folder: str, space: AddressSpace, pages_id: int, source: MemberS
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         at = 0
-        for _, data, pages in source.read(space):
+        for _, data, pages in source.read(space, runs) if runs else ():
             if data is not None:
                 _write_all(fd, data, at)
             at += pages * PAGE_BYTES
@@ -139,6 +147,41 @@ def write_pages(folder: str, space: AddressSpace, pages_id: int, source: MemberS
         ) from exc
     finally:
         os.close(fd)
+
+
+def family(folder: str) -> dict[int, pour.ProcessMemory]:
+    """What decides about each process's memory, by pid, from the images in ``folder``.
+
+    Raises:
+        errors.Corrupt: the images cannot be understood.
+    """
+    found = {}
+    for entry in read(folder, "pstree", "pstree.img", messages.pstree_entry):
+        name = f"mm-{entry.pid}.img"
+        if not os.path.exists(os.path.join(folder, name)):
+            continue  # a zombie
+        areas = tuple(
+            pour.Area(vma.start, vma.end, vma.status, vma.flags, vma.pgoff, vma.shmid)
+            for mm in read(folder, "mm", name, messages.mm_entry)
+            for vma in mm.vmas
+        )
+        rseq = tuple(
+            core.thread_core.rseq_entry.rseq_abi_pointer
+            for tid in entry.threads
+            for core in read(folder, "core", f"core-{tid}.img", messages.core_entry)
+            if core.thread_core.HasField("rseq_entry")
+        )
+        found[entry.pid] = pour.ProcessMemory(entry.pid, entry.ppid, areas, rseq)
+    return found
+
+
+def read(folder: str, kind: str, name: str, make: Callable[[], _M]) -> list[_M]:
+    """The records of one image file in ``folder``; as ``load``, and it must be there."""
+    try:
+        with open(os.path.join(folder, name), "rb") as file:
+            return load(kind, name, file.read(), make)
+    except FileNotFoundError as exc:
+        raise errors.Corrupt(f"the image has no {name}", part=name) from exc
 
 
 def _write_all(fd: int, data: memoryview, at: int) -> None:

@@ -3,7 +3,8 @@
 Below the runtime directory (tmpfs or at least emptied at boot):
 ``locks/PID-START`` is held by flock while that process is dumped; ``ops/NAME.json`` says what an
 operation may leave behind, from before it begins until after it ended; ``tables/NAME`` marks an
-nft table that is kept on purpose, since a killed tree's connections wait behind it.
+nft table that is kept on purpose, since a killed tree's connections wait behind it;
+``strays/NAME`` one that is to be removed as soon as it is certain that no CRIU uses it.
 Below the work directory (a real disk): ``NAME/`` is the operation's scratch folder.
 
 Promises: two operations never hold the same process; a dead agent's locks are void; a journal
@@ -45,6 +46,7 @@ class Entry:
     pids: tuple[proc.Identity, ...]
     scratch: str
     tables_before: tuple[str, ...]
+    table: str = ""
 
 
 class Places:
@@ -63,7 +65,7 @@ class Places:
         for path in (
             self.work_dir,
             self.runtime_dir,
-            *(os.path.join(self.runtime_dir, sub) for sub in ("locks", "ops", "tables")),
+            *(os.path.join(self.runtime_dir, sub) for sub in ("locks", "ops", "tables", "strays")),
         ):
             try:
                 os.makedirs(path, mode=0o700, exist_ok=True)
@@ -116,6 +118,22 @@ class Places:
         """Take the mark off; a no-op without one."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self.runtime_dir, "tables", name))
+
+    def note_stray(self, name: str) -> None:
+        """Mark an nft table that nobody may need any more, but that cannot be told for sure yet."""
+        with open(os.path.join(self.runtime_dir, "strays", name), "w", encoding="utf-8"):
+            pass
+
+    def forget_stray(self, name: str) -> None:
+        """Take that mark off; a no-op without one."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.runtime_dir, "strays", name))
+
+    def strays(self) -> set[str]:
+        """The tables marked as strays."""
+        with contextlib.suppress(FileNotFoundError):
+            return set(os.listdir(os.path.join(self.runtime_dir, "strays")))
+        return set()
 
     def kept_tables(self) -> set[str]:
         """The tables that are kept on purpose."""
@@ -205,6 +223,11 @@ class Operation:
         os.mkdir(path, 0o700)
         return path
 
+    def note_table(self, name: str) -> None:
+        """Write down which nft table is its own."""
+        self.entry = dataclasses.replace(self.entry, table=name)
+        self._places.write(self.entry)
+
     def note_criu(self, pid: int) -> None:
         """Write down which CRIU works for it."""
         self.entry = dataclasses.replace(self.entry, criu=proc.identity(pid))
@@ -234,6 +257,7 @@ def _entry(raw: dict[str, Any]) -> Entry:
         pids=tuple(_identity(each) for each in raw["pids"]),
         scratch=str(raw["scratch"]),
         tables_before=tuple(str(each) for each in raw["tables_before"]),
+        table=str(raw["table"]),
     )
 
 

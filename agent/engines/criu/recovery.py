@@ -20,6 +20,7 @@ import re
 import signal
 import socket
 import stat
+from collections.abc import Iterable
 
 from agent import errors
 from agent.engines.criu import journal
@@ -69,6 +70,7 @@ def recover(places: journal.Places) -> Findings:
         else:
             undo_restore(places, entry, findings)
         places.remove(entry.name)
+    _remove_strays(places, findings)
     _sweep_scratch(places, findings)
     return findings
 
@@ -112,29 +114,69 @@ def undo_restore(
 def settle_tables(
     places: journal.Places, entry: journal.Entry, *, keep: bool, findings: Findings | None = None
 ) -> None:
-    """Remove the tables that came with ``entry``'s operation, or mark them as kept.
+    """Remove the table of ``entry``'s operation, or mark it as kept.
 
-    While another operation runs, a new table may be its: then nothing is removed, and the next
-    ``recover`` or operation that ends alone does it.
+    Where its name is not known (CRIU died before it could be seen), tables that are new since the
+    operation began are candidates, but may belong to another CRIU: then they are marked, and
+    removed by ``recover`` once no CRIU runs.
     """
-    ours = {
-        name
-        for name in netfilter.tables(TABLE_PREFIX)
-        if _TABLE.fullmatch(name) and name not in entry.tables_before
-    } - places.kept_tables()
-    if not ours:
-        return
-    others = [
-        each for each in places.entries() if each.name != entry.name and proc.alive(each.agent)
-    ]
+    now = {name for name in netfilter.tables(TABLE_PREFIX) if _TABLE.fullmatch(name)}
+    now -= places.kept_tables()
+    if entry.table:
+        ours = now & {entry.table}
+        certain = True
+    else:
+        ours = now - set(entry.tables_before)
+        certain = bool(ours) and not running_crius()
     for name in sorted(ours):
-        if keep:
+        if keep and entry.table:
             places.keep_table(name)
-        elif others:
-            if findings is not None:
-                findings.unsettled.append(f"nft table {name} may belong to another operation")
+        elif not certain:
+            places.note_stray(name)
         elif netfilter.delete_table(name) and findings is not None:
             findings.tables.append(name)
+
+
+def table_of(pids: Iterable[int]) -> str:
+    """The name of the nft table of the CRIU that has its code in one of ``pids`` right now; "" if
+    that cannot be told.
+
+    CRIU names its tables by the id of its run, and so the sockets by which it speaks to the code
+    that it puts into each process.
+    """
+    wanted = "|".join(str(pid) for pid in pids)
+    name = re.compile(rf"@X/crtools-pr-(?:{wanted})-([0-9a-f-]{{36}})@*")
+    for each in proc.sockets(os.getpid()).values():
+        match = name.fullmatch(each.local) if each.kind == "unix" else None
+        if match:
+            # snprintf into 32 bytes, "inet " included.
+            return f"inet {TABLE_PREFIX}{match[1]}"[:31].removeprefix("inet ")
+    return ""
+
+
+def running_crius() -> list[int]:
+    """The CRIU processes on this host, whoever started them."""
+    found = []
+    for pid in proc.pids():
+        with contextlib.suppress(errors.NotFound, errors.PrivilegeMissing):
+            # A private copy runs under the name of its dynamic loader.
+            comm = proc.stat(pid).comm
+            if comm == "criu" or (
+                comm.startswith("ld-linux")
+                and any(os.path.basename(each.path) == "criu" for each in proc.maps(pid))
+            ):
+                found.append(pid)
+    return found
+
+
+def _remove_strays(places: journal.Places, findings: Findings) -> None:
+    strays = places.strays()
+    if not strays or running_crius():
+        return
+    for name in sorted(strays):
+        if name not in places.kept_tables() and netfilter.delete_table(name):
+            findings.tables.append(name)
+        places.forget_stray(name)
 
 
 def forget_gone_tables(places: journal.Places) -> None:

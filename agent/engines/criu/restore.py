@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pycriu import rpc_pb2
@@ -23,10 +24,24 @@ from pycriu import rpc_pb2
 from agent import errors
 from agent.engines import ephemeral
 from agent.engines.base import FilePolicy, Gate, RestoredTree, RestoreOptions
-from agent.engines.criu import conflicts, feed, journal, log, preflight, recovery, rpc, stdio, trees
+from agent.engines.criu import (
+    conflicts,
+    feed,
+    journal,
+    log,
+    mend,
+    pour,
+    preflight,
+    recovery,
+    rpc,
+    stdio,
+    trees,
+)
 from agent.engines.criu.probe import Criu
 from agent.host import clock, netfilter, proc
-from agent.model.streams import PAGE_BYTES, MemberSource
+from agent.model.streams import MemberSource
+
+logger = logging.getLogger(__name__)
 
 LOG = "restore.log"
 # CRIU itself takes some pid; another attempt gets another one.
@@ -54,26 +69,38 @@ def restore(
     taken = [proc.Identity(number, began) for number in sorted(numbers)]
     with (
         places.locked(proc.Identity(number, 0) for number in numbers),
-        places.operation("restore", taken, before) as operation,
         ephemeral.put_back(source, options.files, f".before-restore-{int(clock.wall_s())}"),
     ):
-        running = _Restore(criu, operation, source, known, options, gate, deadline)
-        try:
-            return running.run()
-        except BaseException as exc:
-            recovery.undo_restore(places, operation.entry)
-            trees.reap(numbers)
-            explained = running.explained(exc)
-            if explained is exc:
-                raise
-            raise explained from exc
-        finally:
-            recovery.forget_gone_tables(places)
+        for pouring in (True, False):
+            with places.operation("restore", taken, before) as operation:
+                running = _Restore(
+                    criu, operation, source, known, options, gate, deadline, pouring=pouring
+                )
+                try:
+                    return running.run()
+                except pour.PourRefused as exc:
+                    _undo(places, operation, numbers)
+                    if not pouring:
+                        raise
+                    logger.info("pouring refused, using page files", extra={"reason": exc.message})
+                except BaseException as exc:
+                    _undo(places, operation, numbers)
+                    explained = running.explained(exc)
+                    if explained is exc:
+                        raise
+                    raise explained from exc
+                finally:
+                    recovery.forget_gone_tables(places)
+    raise errors.RestoreFailed("no way to restore memory worked")
+
+
+def _undo(places: journal.Places, operation: journal.Operation, numbers: set[int]) -> None:
+    recovery.undo_restore(places, operation.entry)
+    trees.reap(numbers)
 
 
 def _refuse_conflicts(known: dict[str, Any], source: MemberSource, options: RestoreOptions) -> None:
-    pages = sum(run.pages for space in source.spaces() for run in source.runs(space))
-    reasons = conflicts.find(known, pages * PAGE_BYTES, options)
+    reasons = conflicts.find(known, feed.memory_bytes(source), options)
     if options.files is FilePolicy.REFUSE:
         reasons.extend(ephemeral.differences(source))
     if reasons:
@@ -106,6 +133,8 @@ class _Restore:
         options: RestoreOptions,
         gate: Gate,
         deadline: clock.Deadline,
+        *,
+        pouring: bool,
     ) -> None:
         self._criu = criu
         self._operation = operation
@@ -116,11 +145,14 @@ class _Restore:
         self._deadline = deadline
         self._images = operation.folder("images")
         self._root_pid = int(known["processes"][0]["pid"])
+        self._feed = feed.Feed(source, known, self._images, pouring=pouring)
+        self._host_pid: Callable[[int], int] = int
         self._criu_status: int | None = None
 
     def run(self) -> RestoredTree:
         """Do it."""
-        feed.lay_out(self._source, self._known, self._images)
+        self._feed.lay_out()
+        mend.mend(self._images, accept_changed=self._options.accept_changed)
         with self._streams() as streams:
             redirected = stdio.redirect(self._images, self._root_pid, set(streams.by_number))
             inherit = {n: fd for n, fd in streams.by_number.items() if n in redirected}
@@ -179,6 +211,7 @@ class _Restore:
             )
             stack.callback(supervised.kill)
             self._operation.note_criu(supervised.supervisor_pid)
+            self._host_pid = supervised.host_pid
             self._ask(supervised.worker, inherit)
             supervised.settle(self._deadline)
             stack.pop_all()
@@ -219,6 +252,7 @@ class _Restore:
         if descriptor is not None:
             os.close(descriptor)
         if stage == "post-restore":
+            self._feed.fill(self._host_pid, lambda: self._deadline.check("the restore"))
             self._gate.restored()
 
     @contextlib.contextmanager

@@ -35,16 +35,13 @@ def redirect(folder: str, root_pid: int, streams: set[int]) -> set[int]:
     """
     if not streams:
         return set()
-    files_path = os.path.join(folder, "files.img")
-    entries = _load(files_path, "files", images.messages.file_entry)
+    entries = images.read(folder, "files", "files.img", images.messages.file_entry)
     tables = {
-        name: _load(os.path.join(folder, name), "fdinfo", images.messages.fdinfo_entry)
+        name: images.read(folder, "fdinfo", name, images.messages.fdinfo_entry)
         for name in sorted(os.listdir(folder))
         if name.startswith("fdinfo-")
     }
-    ids = _load(
-        os.path.join(folder, f"ids-{root_pid}.img"), "ids", images.messages.task_kobj_ids_entry
-    )
+    ids = images.read(folder, "ids", f"ids-{root_pid}.img", images.messages.task_kobj_ids_entry)
     root_table = tables.get(f"fdinfo-{ids[0].files_id}.img") if ids else None
     if root_table is None:
         raise errors.Corrupt(
@@ -59,7 +56,7 @@ def redirect(folder: str, root_pid: int, streams: set[int]) -> set[int]:
     kept.extend(_stream_entry(number, new[number]) for number in sorted(old))
     for name, table in tables.items():
         _store(os.path.join(folder, name), "fdinfo", table)
-    _store(files_path, "files", kept)
+    _store(os.path.join(folder, "files.img"), "files", kept)
     return set(old)
 
 
@@ -90,15 +87,6 @@ def _stream_entry(number: int, entry_id: int) -> Any:
     entry.reg.fown.pid_type = 0
     entry.reg.fown.pid = 0
     return entry
-
-
-def _load(path: str, kind: str, make: Any) -> list[Any]:
-    name = os.path.basename(path)
-    try:
-        with open(path, "rb") as file:
-            return images.load(kind, name, file.read(), make)
-    except FileNotFoundError as exc:
-        raise errors.Corrupt(f"the image has no {name}", part=name) from exc
 
 
 def _store(path: str, kind: str, records: list[Any]) -> None:

@@ -68,9 +68,14 @@ class InPlace:
         self.signal(signal.SIGKILL)
         self.wait(_DEATH_S)
 
-    def __del__(self) -> None:
-        with contextlib.suppress(OSError):
+    def close(self) -> None:
+        """Let go of the tree; it runs on."""
+        if self._pidfd >= 0:
             os.close(self._pidfd)
+            self._pidfd = -1
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Isolated:
@@ -105,13 +110,21 @@ class Isolated:
             )
 
     def _find_root(self) -> bool:
-        for init in proc.children(self._child.pid):
-            for pid in proc.children(init):
-                with contextlib.suppress(errors.NotFound):
-                    if proc.status(pid).ns_pids[-1] == self._inner_root:
-                        self._pid = pid
-                        return True
-        return False
+        with contextlib.suppress(errors.NotFound):
+            self._pid = self.host_pid(self._inner_root)
+        return self._pid > 0
+
+    def host_pid(self, number: int) -> int:
+        """The number on this host of the process that has ``number`` inside.
+
+        Raises:
+            errors.NotFound: there is none.
+        """
+        for pid in proc.tree(self._child.pid)[1:]:
+            with contextlib.suppress(errors.NotFound):
+                if proc.status(pid).ns_pids[-1] == number:
+                    return pid
+        raise errors.NotFound(f"no process {number} in the restored tree", pid=number)
 
     def wait(self, timeout_s: float | None = None) -> int:
         """Wait for the root's end; see ``agent.engines.base.RestoredTree``."""
@@ -149,6 +162,17 @@ class Isolated:
         )
         if self._status is None:
             self._status = 128 + signal.SIGKILL
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the tree; it runs on."""
+        self.worker.connection.close()
+        self._status_socket.close()
+        if self._child.poll() is None:
+            self._child.let_go()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def supervise(criu: str, root_pid: int, numbers: set[int], pass_fds: Iterable[int]) -> Isolated:

@@ -1,0 +1,220 @@
+"""What the tests with the real CRIU share: targets, an engine, and the look for leftovers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from agent import errors
+from agent.engines.base import (
+    CaptureOptions,
+    CaptureReport,
+    Disposition,
+    RestoredTree,
+    RestoreOptions,
+)
+from agent.engines.criu import engine as criu_engine
+from agent.engines.criu import probe
+from agent.host import netfilter, proc
+from tests.host.image import MemoryImage, MemorySource
+
+TARGETS = Path(__file__).parent / "targets"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _unfit()
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.host)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _unfit() -> str:
+    if os.geteuid() != 0:
+        return "needs root"
+    try:
+        probe.probe()
+    except errors.CriuMissing as exc:
+        return f"needs CRIU >= 4.2: {exc}"
+    return ""
+
+
+class Target:
+    """A running self-checking tree."""
+
+    def __init__(self, folder: Path, pid: int) -> None:
+        self.folder = folder
+        self.pid = pid
+
+    def check(self, pid: int | None = None) -> None:
+        """Let it check itself; fails with its complaints."""
+        answer = self.folder / "answer"
+        answer.unlink(missing_ok=True)
+        os.kill(pid or self.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + 20
+        while not answer.exists():
+            assert time.monotonic() < deadline, "the target does not answer"
+            time.sleep(0.005)
+        said = json.loads(answer.read_text())
+        assert {name: text for name, text in said.items() if text} == {}
+
+
+class Cut:
+    """A cut that does what a test says at its two moments."""
+
+    def __init__(
+        self,
+        frozen: Callable[[], None] = lambda: None,
+        captured: Callable[[], None] = lambda: None,
+        disposition: Disposition = Disposition.RESUME,
+    ) -> None:
+        self._frozen = frozen
+        self._captured = captured
+        self._disposition = disposition
+
+    def frozen(self) -> None:
+        self._frozen()
+
+    def captured(self) -> Disposition:
+        self._captured()
+        return self._disposition
+
+
+class Gate:
+    """A gate that does what a test says."""
+
+    def __init__(self, restored: Callable[[], None] = lambda: None) -> None:
+        self._restored = restored
+
+    def restored(self) -> None:
+        self._restored()
+
+
+class Host:
+    """An engine with directories of its own, and everything that a test started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.work = folder / "work"
+        self.runtime = folder / "run"
+        self.engine = criu_engine.CriuEngine(work_dir=str(self.work), runtime_dir=str(self.runtime))
+        self.popens: list[subprocess.Popen[bytes]] = []
+        self.trees: list[RestoredTree] = []
+        self.tables_before = netfilter.tables("")
+
+    def start(self, *features: str, under: tuple[str, ...] = (), **environment: str) -> Target:
+        """Start ``targets/tree.py`` with these features and wait until it stands."""
+        folder = self.folder / f"target{len(self.popens)}"
+        folder.mkdir()
+        argv = [*under, sys.executable, str(TARGETS / "tree.py"), str(folder), *features]
+        popen = self.popen(argv, environment)
+        target = Target(folder, popen.pid)
+        deadline = time.monotonic() + 20
+        while not (folder / "answer").exists():
+            assert popen.poll() is None, "the target ended"
+            assert time.monotonic() < deadline, "the target does not come up"
+            time.sleep(0.01)
+        return target
+
+    def popen(
+        self, argv: list[str], environment: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        popen = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL if "TARGET_STDERR" not in os.environ else None,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )
+        self.popens.append(popen)
+        return popen
+
+    def dump(
+        self, target: Target, cut: Cut | None = None, options: CaptureOptions | None = None
+    ) -> MemoryImage:
+        image = MemoryImage()
+        self.capture(target.pid, image, cut, options)
+        return image
+
+    def capture(
+        self,
+        pid: int,
+        image: MemoryImage,
+        cut: Cut | None = None,
+        options: CaptureOptions | None = None,
+    ) -> CaptureReport:
+        return self.engine.capture(pid, image, cut or Cut(), options or CaptureOptions())
+
+    def restore(
+        self, image: MemoryImage, options: RestoreOptions | None = None, gate: Gate | None = None
+    ) -> RestoredTree:
+        tree = self.engine.restore(MemorySource(image), options or RestoreOptions(), gate or Gate())
+        self.trees.append(tree)
+        return tree
+
+    def kill(self, target: Target) -> None:
+        """End a started tree and wait until its numbers are free."""
+        pids = proc.tree(target.pid)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for popen in self.popens:
+            if popen.pid == target.pid:
+                popen.wait()
+        deadline = time.monotonic() + 10
+        while any(proc.exists(pid) for pid in pids):
+            assert time.monotonic() < deadline, "the tree does not end"
+            time.sleep(0.005)
+
+    def assert_running(self, target: Target) -> None:
+        """The tree runs unfrozen and untraced, and is as it should be."""
+        for pid in proc.tree(target.pid):
+            assert proc.status(pid).tracer_pid == 0
+        assert proc.stat(target.pid).state not in "tTZ"
+        target.check()
+
+    def assert_clean(self) -> None:
+        """Nothing of an operation is left on the host."""
+        # Other programs of this host may dump at the same time: their tables come and go.
+        deadline = time.monotonic() + 10
+        while netfilter.tables("") - self.tables_before:
+            assert time.monotonic() < deadline, "an nft table is left"
+            time.sleep(0.05)
+        subs = ("ops", "locks", "tables", "strays")
+        for folder in (self.work, *(self.runtime / sub for sub in subs)):
+            if folder.exists():
+                assert list(folder.iterdir()) == []
+        me = os.getpid()
+        ours = {popen.pid for popen in self.popens} | {tree.pid for tree in self.trees}
+        left = [proc.stat(pid) for pid in proc.children(me) if pid not in ours]
+        assert [stat for stat in left if stat.comm in ("criu", "ld-linux-x86-64")] == []
+
+    def close(self) -> None:
+        for tree in self.trees:
+            tree.kill()
+        for popen in self.popens:
+            with contextlib.suppress(errors.NotFound):
+                for pid in reversed(proc.tree(popen.pid)):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            popen.wait()
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    found = Host(tmp_path)
+    try:
+        yield found
+    finally:
+        found.close()
