@@ -145,7 +145,7 @@ def _judge(section: Section, name: str, whole: Samples, alone: Samples) -> None:
     if name in _REQUIRED:
         section.targets.append(
             Target(
-                f"dump to durable against criu dump + {name.replace('|', chr(92) + '|')}",
+                f"dump to durable against criu dump + {name}",
                 f">= {_REQUIRED[name]:.0f}x",
                 f"{whole.told('x')}; against the backup alone {alone.told('x')}",
                 whole.median >= _REQUIRED[name],

@@ -11,6 +11,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+# A bar inside a cell of a Markdown table.
+PIPE = "\\|"
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -83,5 +86,5 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [
         f"| {' | '.join(heads)} |",
         f"|{'---|' * len(heads)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *(f"| {' | '.join(cell.replace('|', PIPE) for cell in row)} |" for row in rows),
     ]

@@ -18,6 +18,16 @@ from bench.holder import Holder, dirty_content
 from bench.machine import Context, warm
 from bench.report import Section, Target
 
+_HEADS = (
+    "dirty",
+    "dirty pages",
+    "found new",
+    "own size",
+    "stored",
+    "stored / own",
+    "time, s",
+    "time / first",
+)
 _PERCENTS = (0.0, 1.0, 5.0, 20.0)
 # The share that has a target, and the target.
 _JUDGED_PERCENT, _SIZE_LIMIT, _TIME_LIMIT = 5.0, 1.2, 0.35
@@ -31,6 +41,7 @@ def measure(context: Context) -> Section:
     stored: dict[float, list[float]] = {percent: [] for percent in _PERCENTS}
     own: dict[float, list[float]] = {percent: [] for percent in _PERCENTS}
     raw: dict[float, list[float]] = {percent: [] for percent in _PERCENTS}
+    new: dict[float, list[float]] = {percent: [] for percent in _PERCENTS}
     with Holder(os.path.join(context.work, "holder"), context.size_bytes) as holder:
         for number in range(context.pairs):
             agent = tools.Agent(os.path.join(context.work, "store"))
@@ -45,12 +56,13 @@ def measure(context: Context) -> Section:
                 ran, report = agent.dump(holder.pid, "bench")
                 took_s[percent].append(ran.took_s)
                 stored[percent].append(report["storedBytes"])
+                new[percent].append(report["newBytes"])
                 context.say(
                     f"round {number + 1}: {percent:.0f} % dirty: {ran.took_s:.2f} s,"
                     f" {mib(report['storedBytes'])} stored for {mib(own[percent][-1])}"
                 )
             shutil.rmtree(agent.store)
-    return _section(Samples.of(first_s), took_s, stored, own, raw)
+    return _section(Samples.of(first_s), took_s, stored, own, raw, new)
 
 
 def _compressed_bytes(pages: list[tuple[int, object]]) -> int:
@@ -65,6 +77,7 @@ def _section(
     stored: dict[float, list[float]],
     own: dict[float, list[float]],
     raw: dict[float, list[float]],
+    new: dict[float, list[float]],
 ) -> Section:
     section = Section(
         name="second-epoch",
@@ -74,7 +87,7 @@ def _section(
             f" is what these pages alone are as one zstd -1 stream. A first epoch took"
             f" {first_s.told('s')} in these rounds."
         ),
-        heads=("dirty", "pages", "own size", "stored", "stored / own", "time, s", "time / first"),
+        heads=_HEADS,
         data={"first_s": first_s.document()},
     )
     for percent in _PERCENTS:
@@ -86,6 +99,7 @@ def _section(
             (
                 f"{percent:.0f} %",
                 mib(Samples.of(raw[percent]).median),
+                mib(Samples.of(new[percent]).median),
                 mib(owned.median),
                 mib(sizes.median),
                 ratio.told() if ratio else "-",
@@ -94,6 +108,8 @@ def _section(
             )
         )
         section.data[f"{percent:.0f}"] = {
+            "dirty_bytes": Samples.of(raw[percent]).document(),
+            "new_bytes": Samples.of(new[percent]).document(),
             "stored_bytes": sizes.document(),
             "own_bytes": owned.document(),
             "took_s": times.document(),

@@ -192,14 +192,19 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def running(pid: int) -> bool:
-    """Whether ``pid`` exists and has not ended."""
+def state(pid: int) -> str:
+    """The state letter of ``pid`` as the kernel gives it; "X" if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
             # The name before the state is in parentheses and may hold anything.
-            return stat.read().rpartition(")")[2].split()[0] not in "ZX"
+            return stat.read().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return "X"
+
+
+def running(pid: int) -> bool:
+    """Whether ``pid`` exists and has not ended."""
+    return state(pid) not in ("Z", "X")
 
 
 def reap(pids: Sequence[int], deadline_s: float = 10.0) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from demo.job import Point
 from demo.timeline import Story
@@ -59,11 +59,14 @@ def draw(
         axes.spines[["top", "right"]].set_visible(False)
     _label(loss, story)
     loss.set_yscale("log")
-    for which in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
-        which(LogFormatter(minor_thresholds=(2, 0.5)))
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    loss.yaxis.set_minor_formatter(NullFormatter())
     loss.set_ylabel(f"training loss (mean of {_SMOOTH_STEPS} steps)")
-    loss.legend(loc="lower left", frameon=True, framealpha=0.95, edgecolor="none")
     progress.set_ylabel("step")
+    progress.legend(
+        *loss.get_legend_handles_labels(), loc="upper left", framealpha=0.9, edgecolor="none"
+    )
     progress.set_xlabel("wall time since the start of each training, s")
     progress.set_xlim(left=0)
     ends = "bit-identical" if identical else "DIFFERENT"
