@@ -43,6 +43,11 @@ class PageIndex:
         """Rows so far, those left out included."""
         return self._rows
 
+    @property
+    def memory_bytes(self) -> int:
+        """What the table takes."""
+        return int(self._tags.nbytes + self._slots.nbytes)
+
     def tags(self, first: int, count: int) -> Tags:
         """Return a copy of the tags of some rows."""
         return self._tags[first : first + count].copy()
