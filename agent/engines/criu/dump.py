@@ -107,6 +107,7 @@ class _Capture:
         self._states: dict[int, str] = {}
         self._facts: dict[str, Any] = {}
         self._killed = False
+        self._looked_for_table = False
         self._criu_status: int | None = None
 
     def run(self) -> CaptureReport:
@@ -220,10 +221,12 @@ class _Capture:
             self._on_captured()
 
     def _on_pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
-        if not self._operation.entry.table:
+        if not self._looked_for_table:
             # Memory flows, so CRIU's code is in a process of the tree: now it can be told apart
             # from another CRIU's.
-            self._operation.note_table(recovery.table_of(self._pids) or "unknown")
+            self._looked_for_table = True
+            if self._operation.entry.criu is not None:
+                self._operation.note_table(recovery.table_of(self._operation.entry.criu.pid))
         self._sink.pages(space, run, data)
 
     def _on_captured(self) -> None:

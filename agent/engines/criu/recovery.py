@@ -20,7 +20,6 @@ import re
 import signal
 import socket
 import stat
-from collections.abc import Iterable
 
 from agent import errors
 from agent.engines.criu import journal
@@ -137,19 +136,17 @@ def settle_tables(
             findings.tables.append(name)
 
 
-def table_of(pids: Iterable[int]) -> str:
-    """The name of the nft table of the CRIU that has its code in one of ``pids`` right now; "" if
-    that cannot be told.
+def table_of(criu_pid: int) -> str:
+    """The name of the nft table of the CRIU with this pid; "" while that cannot be told.
 
-    CRIU names its tables by the id of its run, and so the sockets by which it speaks to the code
-    that it puts into each process.
+    CRIU names its tables by the id of its run, and also the sockets, bound to its pid, by which it
+    speaks to the code that it puts into the processes that it dumps.
     """
-    wanted = "|".join(str(pid) for pid in pids)
-    name = re.compile(rf"@X/crtools-pr-(?:{wanted})-([0-9a-f-]{{36}})@*")
+    name = re.compile(rf"@/crtools-pr-{criu_pid}-([0-9a-f-]{{36}})")
     for each in proc.sockets(os.getpid()).values():
         match = name.fullmatch(each.local) if each.kind == "unix" else None
         if match:
-            # snprintf into 32 bytes, "inet " included.
+            # CRIU prints "inet CRIU-ID" into 32 bytes, one of them the final zero.
             return f"inet {TABLE_PREFIX}{match[1]}"[:31].removeprefix("inet ")
     return ""
 
