@@ -82,9 +82,10 @@ def verb(
             settings, pids, name, options, stop=stop, cancel=cancel, progress=show
         )
     document = documents.dump_report(outcome)
+    count = document["processes"]
     invocation.say(
         f"captured {output.human_bytes(document['rawBytes'])} from"
-        f" {document['processes']} processes, stopped for"
+        f" {count} process{'es' if count > 1 else ''}, stopped for"
         f" {output.human_s(document['stopSeconds'])}, durable after"
         f" {output.human_s(document['durableSeconds'])}; new"
         f" {output.human_bytes(document['newBytes'])}, stored"

@@ -49,6 +49,17 @@ class Socket:
     peer_inode: int | None
 
 
+def protocol(pid: int, number: int) -> str:
+    """The kernel's name for the protocol of a socket's descriptor, such as ``TCP``, ``UNIX`` or
+    ``MPTCP``; "" if it cannot be told.
+    """
+    try:
+        name = os.getxattr(f"/proc/{pid}/fd/{number}", "system.sockprotoname")
+    except OSError:  # closed meanwhile, or a kernel without the attribute
+        return ""
+    return name.rstrip(b"\0").decode(errors="replace")
+
+
 def of(pid: int, inodes: Iterable[int]) -> list[Socket]:
     """The sockets with these inode numbers, as the network namespace of ``pid`` knows them, in
     order of inode. Sockets of families without a table are left out.

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 @dataclasses.dataclass(frozen=True)
 class Descriptor:
     """An open file of a process. ``device`` is (major, minor) of a character or block device.
-    ``socket`` is the inode of a socket, else 0; ``unlinked``: no name leads to it any more.
+    ``socket`` is the inode of a socket, else 0, and ``protocol`` the kernel's name for what it
+    speaks, "" if unknown; ``unlinked``: no name leads to it any more.
     """
 
     number: int
@@ -25,6 +26,7 @@ class Descriptor:
     regular: bool = False
     device: tuple[int, int] | None = None
     socket: int = 0
+    protocol: str = ""
     size_bytes: int = 0
     unlinked: bool = False
 
@@ -81,13 +83,13 @@ class Observer:
 class Rates:
     """What the estimate assumes, measured on a machine with 2 cores and warm memory."""
 
-    capture_bytes_per_s: float = 1.2e9
+    capture_bytes_per_s: float = 0.8e9
     """Memory out of the stopped tree into the store's queue."""
 
-    fixed_s: float = 0.08
+    fixed_s: float = 0.04
     """Start CRIU, seize, freeze and thaw."""
 
-    process_s: float = 0.008
+    process_s: float = 0.005
     """Collect and write one process's state."""
 
 
@@ -149,10 +151,16 @@ class Plan:
 # Majors of Documentation/admin-guide/devices.txt that CRIU opens again by name: memory devices
 # (null, zero, random), terminals and pseudo-terminals.
 _PLAIN_MAJORS = frozenset((1, 4, 5, *range(128, 144)))
-_TUN = (10, 200)
-# Anonymous inodes that CRIU 4.2 can restore.
+# Anonymous inodes and protocols that CRIU 4.2 can capture outside of a network namespace; each was
+# tried, and others were seen to fail.
 _KNOWN_ANONYMOUS = frozenset(
-    ("eventfd", "eventpoll", "signalfd", "timerfd", "inotify", "fanotify", "pidfd", "bpf-map")
+    ("eventfd", "eventpoll", "signalfd", "timerfd", "inotify", "fanotify", "pidfd")
+)
+_KNOWN_PROTOCOLS = frozenset(
+    (
+        *("TCP", "TCPv6", "UDP", "UDPv6", "UDP-Lite", "UDPLITEv6", "RAW", "RAWv6"),
+        *("UNIX", "UNIX-STREAM", "NETLINK", "PACKET"),
+    )
 )
 _ANONYMOUS = re.compile(r"anon_inode:\[?([A-Za-z0-9_:-]+)\]?")
 # Without these nothing can be captured; CAP_CHECKPOINT_RESTORE alone is CRIU's experimental mode.
@@ -298,13 +306,22 @@ def _of_descriptor(
             else "let the job close it before the dump",
         )
     device = descriptor.device
-    if device and device[0] not in _PLAIN_MAJORS and device != _TUN:
+    if device and device[0] not in _PLAIN_MAJORS:
         yield Finding(
             "device",
             subject,
             f"it is the device {descriptor.link} ({device[0]}:{device[1]}), whose state is outside"
             " of the process",
             "let the job close it before the dump",
+        )
+    if descriptor.protocol and descriptor.protocol not in _KNOWN_PROTOCOLS:
+        yield Finding(
+            "socket-protocol",
+            subject,
+            f"it is a socket of the protocol {descriptor.protocol}, which CRIU cannot capture",
+            "let the job use plain TCP (GODEBUG=multipathtcp=0 for Go programs)"
+            if descriptor.protocol.startswith("MPTCP")
+            else "let the job close it before the dump",
         )
     if descriptor.unlinked and descriptor.regular and descriptor.size_bytes > ghost_limit_bytes:
         yield Finding(
@@ -329,6 +346,26 @@ def _of_unix_sockets(sockets: Sequence[Connection]) -> Iterator[Finding]:
             )
 
 
+def _outside_streams(processes: Sequence[Process]) -> Iterator[Finding]:
+    """Standard streams whose other end is outside: pipes with one end in the tree, terminals."""
+    ends: dict[str, set[bool]] = {}
+    for process in processes:
+        for one in process.descriptors:
+            if one.link.startswith("pipe:"):
+                ends.setdefault(one.link, set()).add(one.writable)
+    for process in processes:
+        for one in process.descriptors:
+            terminal = one.device is not None and 136 <= one.device[0] < 144
+            if one.number <= 2 and (terminal or len(ends.get(one.link, ())) == 1):
+                name = ("stdin", "stdout", "stderr")[one.number]
+                yield Finding(
+                    "outside-stream",
+                    f"{_label(process)} {name}",
+                    f"its other end, {one.link}, is outside of the tree and does not travel",
+                    f"restore with --{name} PATH",
+                )
+
+
 def _warnings(processes: Sequence[Process], sockets: Sequence[Connection]) -> Iterator[Finding]:
     locals_inside = {one.local for one in sockets if one.kind.startswith("tcp")}
     for one in sockets:
@@ -340,6 +377,7 @@ def _warnings(processes: Sequence[Process], sockets: Sequence[Connection]) -> It
                 "after a restore it lives on only if the peer still waits and the address is ours",
                 "dump the peer in the same epoch, or let the job reconnect",
             )
+    yield from _outside_streams(processes)
     for process in processes:
         if process.state == "D":
             yield Finding(

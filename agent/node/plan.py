@@ -66,7 +66,9 @@ def _process(pid: int, *, required: bool) -> plan.Process | None:
             kernel_thread=seen.kernel_thread,
             tracer=proc.status(pid).tracer_pid,
             namespaces={} if gone else proc.namespaces(pid),
-            descriptors=() if gone else tuple(map(_descriptor, proc.open_files(pid))),
+            descriptors=()
+            if gone
+            else tuple(_descriptor(pid, file) for file in proc.open_files(pid)),
             mappings=tuple(dict.fromkeys(m.path for m in proc.maps(pid) if m.path)),
         )
     except errors.NotFound:
@@ -75,7 +77,7 @@ def _process(pid: int, *, required: bool) -> plan.Process | None:
         return None
 
 
-def _descriptor(file: proc.OpenFile) -> plan.Descriptor:
+def _descriptor(pid: int, file: proc.OpenFile) -> plan.Descriptor:
     regular = stat.S_ISREG(file.mode)
     device = stat.S_ISCHR(file.mode) or stat.S_ISBLK(file.mode)
     return plan.Descriptor(
@@ -85,6 +87,7 @@ def _descriptor(file: proc.OpenFile) -> plan.Descriptor:
         regular=regular,
         device=(os.major(file.rdev), os.minor(file.rdev)) if device else None,
         socket=file.inode if stat.S_ISSOCK(file.mode) else 0,
+        protocol=sockets.protocol(pid, file.number) if stat.S_ISSOCK(file.mode) else "",
         size_bytes=file.size_bytes if regular else 0,
         unlinked=regular and file.nlink == 0,
     )

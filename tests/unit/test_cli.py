@@ -573,6 +573,25 @@ def program() -> list[str]:
     return [sys.executable, "-c", "from agent.cli.main import main; main()"]
 
 
+def test_a_terminal_gets_a_bar_on_stderr_and_stdout_stays_clean(images: list[str]) -> None:
+    ours, theirs = os.openpty()
+    ended = subprocess.run(
+        [*program(), "verify", images[0], "-o", "json"],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
+        timeout=60,
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the other side is closed and all is read
+        while part := os.read(ours, 1 << 16):
+            shown += part
+    os.close(ours)
+    assert images[0].encode() in shown
+    assert checked(json.loads(ended.stdout))["good"]
+
+
 def test_a_closed_pipe_is_quiet(images: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)

@@ -52,9 +52,10 @@ def codes(plan: Plan) -> list[str]:
 def test_an_ordinary_process_has_nothing_in_its_way() -> None:
     files = (
         Descriptor(0, "/dev/null", device=(1, 3)),
-        Descriptor(1, "/dev/pts/3", device=(136, 3)),
+        Descriptor(1, "socket:[9]", socket=9, protocol="TCPv6"),
         Descriptor(2, "/var/log/job", writable=True, regular=True, size_bytes=7),
         Descriptor(3, "pipe:[123]"),
+        Descriptor(8, "/dev/pts/3", device=(136, 3)),
         Descriptor(4, "anon_inode:[eventpoll]"),
         Descriptor(5, "anon_inode:inotify"),
     )
@@ -81,6 +82,9 @@ def test_an_ordinary_process_has_nothing_in_its_way() -> None:
         (planned(Descriptor(3, "anon_inode:kvm-vcpu:0")), "kernel-object"),
         (planned(Descriptor(3, "/dev/nvidia0", device=(195, 0))), "device"),
         (planned(Descriptor(3, "/dev/sda", device=(8, 0))), "device"),
+        (planned(Descriptor(3, "/dev/net/tun", device=(10, 200))), "device"),
+        (planned(Descriptor(3, "socket:[9]", socket=9, protocol="MPTCP")), "socket-protocol"),
+        (planned(Descriptor(3, "socket:[9]", socket=9, protocol="AF_VSOCK")), "socket-protocol"),
         (
             planned(Descriptor(3, "/t (deleted)", regular=True, unlinked=True, size_bytes=2 << 20)),
             "unlinked-too-large",
@@ -134,6 +138,24 @@ def test_only_connections_that_leave_the_tree_are_warned_of() -> None:
     (warning,) = planned(sockets=(*inside, outside)).warnings
     assert warning.code == "outward-connection"
     assert "2001:db8::1" in warning.subject
+
+
+@pytest.mark.parametrize(
+    "outside",
+    [
+        Descriptor(1, "pipe:[5]", writable=True),
+        Descriptor(1, "/dev/pts/3", writable=True, device=(136, 3)),
+    ],
+)
+def test_a_stream_whose_other_end_is_outside_is_warned_of(outside: Descriptor) -> None:
+    (warning,) = planned(outside).warnings
+    assert warning.code == "outside-stream"
+    assert "--stdout" in warning.cure
+
+
+def test_a_pipe_between_processes_of_the_tree_is_not_warned_of() -> None:
+    ends = (Descriptor(1, "pipe:[5]", writable=True), Descriptor(0, "pipe:[5]"))
+    assert planned(*ends).warnings == ()
 
 
 @pytest.mark.parametrize(("state", "code"), [("T", "stopped"), ("D", "uninterruptible")])
@@ -193,8 +215,9 @@ def test_a_real_process_is_read_without_being_stopped(job: subprocess.Popen[byte
     assert not {"own-ancestor", "external-unix-socket"} & set(codes(plan))
     os.kill(job.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, job.pid, os.WSTOPPED)
-    (warning,) = plan_dump([job.pid], ghost_limit_bytes=1 << 20).warnings
-    assert warning.code == "stopped"
+    warned = [found.code for found in plan_dump([job.pid], ghost_limit_bytes=1 << 20).warnings]
+    # Its standard output is a pipe to this test.
+    assert warned == ["outside-stream", "stopped"]
 
 
 def test_one_end_of_a_socket_pair_kept_outside_is_seen() -> None:

@@ -59,3 +59,10 @@ def test_other_sockets_of_the_host_are_not_listed() -> None:
     with one, other:
         assert [found.inode for found in sockets.of(os.getpid(), [inode(one)])] == [inode(one)]
     assert sockets.of(os.getpid(), []) == []
+
+
+def test_the_protocol_of_a_descriptor_is_the_kernels_name_for_it() -> None:
+    with socket.socket() as tcp, socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as udp:
+        assert sockets.protocol(os.getpid(), tcp.fileno()) == "TCP"
+        assert sockets.protocol(os.getpid(), udp.fileno()) == "UDPv6"
+    assert sockets.protocol(os.getpid(), 10**6) == ""
