@@ -6,12 +6,11 @@ Does not: print, parse or exit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 from agent import errors
 from agent.engines.base import CaptureOptions, Engine, RestoreOptions
-from agent.engines.criu import journal, probe
-from agent.engines.criu.engine import CriuEngine
 from agent.host import proc
 from agent.model import checkup, ids
 from agent.model import plan as model_plan
@@ -41,7 +40,13 @@ def store(settings: Settings, *, create: bool = False) -> Store:
 
 
 def engine(settings: Settings) -> Engine:
-    """The engine for process trees on this host."""
+    """The engine for process trees on this host.
+
+    Raises:
+        errors.CriuMissing: CRIU's Python messages are not installed.
+    """
+    with _needing_pycriu():
+        from agent.engines.criu.engine import CriuEngine
     return CriuEngine(criu=settings.criu, work_dir=settings.work_dir)
 
 
@@ -64,9 +69,10 @@ def dump(
     members = [
         node_dump.Member(ids.member_name(f"tree-{number}"), pid) for number, pid in enumerate(pids)
     ]
+    chosen = engine(settings)  # before the store, which is made if there is none
     return node_dump.dump(
         store(settings, create=True),
-        engine(settings),
+        chosen,
         group,
         members,
         options,
@@ -106,13 +112,33 @@ def doctor(settings: Settings) -> tuple[checkup.Check, ...]:
     )
 
 
+@contextlib.contextmanager
+def _needing_pycriu() -> Iterator[None]:
+    """Around imports of the engine: pycriu comes with CRIU, not with this package, and what does
+    not need CRIU works without.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").partition(".")[0] != "pycriu":
+            raise
+        raise errors.CriuMissing(
+            "CRIU's Python messages (pycriu) are not installed for this Python",
+            hint="run scripts/setup as this user, or install python3-pycriu 4.2",
+        ) from exc
+
+
 def _criu(settings: Settings) -> checkup.Criu:
+    with _needing_pycriu():
+        from agent.engines.criu import probe
     found = probe.probe(settings.criu)
-    return checkup.Criu(found.path, found.version_text, found.lazy_pages, found.pidfd_store)
+    return checkup.Criu(found.path, found.version_text, found.lazy_pages)
 
 
 def _leftovers(settings: Settings) -> list[str]:
     """What operations left whose agent is dead."""
+    with _needing_pycriu():
+        from agent.engines.criu import journal
     places = journal.Places(work_dir=settings.work_dir)
     entries = places.entries()
     known = {entry.name for entry in entries}

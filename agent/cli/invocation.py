@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from agent import settings
+from agent import errors, settings
 from agent.cli import exits, output
 from agent.host import clock
 
@@ -47,14 +47,31 @@ class Invocation:
     def emit(self, document: output.Document) -> None:
         """Print a result on stdout."""
         text = output.render(document, self.form(), now_s=clock.wall_s())
-        if text:
+        if not text:
+            return
+        try:
             click.echo(text)
-            sys.stdout.flush()
+            flush_stdout()
+        except BrokenPipeError:
+            raise
+        except OSError as exc:
+            raise errors.EnvironmentUnfit(
+                f"{document['kind']} {document['name']} is complete but cannot be written to"
+                f" standard output: {exc.strerror}",
+                hint="free space where standard output goes; what the verb did stays done",
+                name=document["name"],
+            ) from exc
 
     def say(self, message: str) -> None:
         """Tell a person something on stderr, unless ``--quiet``."""
         if not self.quiet:
             click.echo(message, err=True)
+
+
+def flush_stdout() -> None:
+    """Write out what is buffered; nothing where the caller closed standard output."""
+    if not (sys.stdout is None or sys.stdout.closed):
+        sys.stdout.flush()
 
 
 pass_invocation = click.make_pass_decorator(Invocation)

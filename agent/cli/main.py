@@ -8,6 +8,7 @@ Does not: know what any verb does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -35,7 +36,7 @@ from agent.cli import (
 from agent.cli import (
     list as list_verb,
 )
-from agent.cli.invocation import Invocation, Verbs
+from agent.cli.invocation import Invocation, Verbs, flush_stdout
 from agent.host import clock
 
 _PROGRAM = "ckpt-agent"
@@ -79,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
     invocation = Invocation()
     try:
         status = _invoke(arguments, invocation)
-        sys.stdout.flush()
+        flush_stdout()
     except BrokenPipeError:
         _abandon_stdout()
         return exits.PIPE_CLOSED
@@ -92,6 +93,8 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as exc:  # noqa: BLE001  a defect: told in one line, with its trace on request
         _tell(documents.defect(exc), invocation)
         status = exits.INTERNAL
+    if status != exits.DONE:
+        _abandon_stdout_if_stuck()
     return status
 
 
@@ -133,17 +136,21 @@ def _tell(document: output.Document, invocation: Invocation) -> None:
         click.echo(output.render(document, form, now_s=clock.wall_s()), err=True)
         if invocation.verbose and sys.exc_info()[1] is not None:
             traceback.print_exc()
-        sys.stdout.flush()
     except BrokenPipeError:
+        _abandon_stdout()
+
+
+def _abandon_stdout_if_stuck() -> None:
+    """A full disk behind standard output was told already; the last flush must not fail on it."""
+    try:
+        flush_stdout()
+    except OSError:
         _abandon_stdout()
 
 
 def _abandon_stdout() -> None:
     """Let the interpreter's last flush go nowhere instead of failing."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            os.dup2(nowhere, stream.fileno())
-        except OSError:
-            continue
+    with contextlib.suppress(OSError):
+        os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

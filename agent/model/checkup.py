@@ -44,7 +44,6 @@ class Criu:
     path: str
     version: str
     lazy_pages: bool
-    pidfd_store: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ _KERNEL = Kernel(
 )
 _HOST = Host(
     kernel=_KERNEL,
-    criu=Criu("/usr/sbin/criu", "4.2.1", lazy_pages=True, pidfd_store=True),
+    criu=Criu("/usr/sbin/criu", "4.2.1", lazy_pages=True),
     root=True,
     work_dir=Folder("/work", "", 10 << 30),
     store=StoreState("/store", True, 3, 0, 100 << 30, None),
@@ -63,7 +63,7 @@ _MISSING_CRIU = errors.CriuMissing("CRIU is not installed", hint="install it")
     [
         (dataclasses.replace(_HOST, criu=_MISSING_CRIU), "criu", "missing"),
         (
-            dataclasses.replace(_HOST, criu=Criu("/c", "4.2", False, True)),
+            dataclasses.replace(_HOST, criu=Criu("/c", "4.2", lazy_pages=False)),
             "criu-lazy-pages",
             "degraded",
         ),

@@ -602,6 +602,39 @@ def test_a_closed_pipe_is_quiet(images: list[str]) -> None:
     assert (ended.returncode, ended.stderr) == (exits.PIPE_CLOSED, b"")
 
 
+def test_a_full_disk_behind_stdout_names_what_was_done(images: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            [*program(), "show", images[0]], stdout=full, stderr=subprocess.PIPE, timeout=60
+        )
+    assert ended.returncode == exits.ENVIRONMENT
+    assert ended.stderr.startswith(f"ckpt-agent: Image {images[0]} is complete".encode())
+    assert b"Traceback" not in ended.stderr
+    assert b"Exception ignored" not in ended.stderr
+
+
+def test_a_closed_stdout_is_no_defect(images: list[str]) -> None:
+    ended = subprocess.run(
+        ["bash", "-c", '"$@" >&-', "bash", *program(), "list"], stderr=subprocess.PIPE, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_without_pycriu_doctor_says_so_and_the_store_can_be_read(images: list[str]) -> None:
+    # None in sys.modules makes an import fail as if the package were not there.
+    without = "import sys; sys.modules['pycriu'] = None; from agent.cli.main import main; main()"
+    command = [sys.executable, "-c", without]
+    listed = subprocess.run([*command, "list", "-o", "name"], capture_output=True, timeout=60)
+    assert listed.stdout.decode().split() == images
+    ended = subprocess.run([*command, "doctor", "-o", "json"], capture_output=True, timeout=60)
+    assert ended.returncode == exits.ENVIRONMENT
+    lines = {check["name"]: check for check in checked(json.loads(ended.stdout))["checks"]}
+    assert lines["criu"]["status"] == "missing"
+    assert "scripts/setup" in lines["criu"]["cure"]
+    refused = subprocess.run([*command, "restore", images[0]], capture_output=True, timeout=60)
+    assert refused.returncode == exits.ENVIRONMENT
+
+
 def test_head_takes_the_first_name(images: list[str], tmp_path: pathlib.Path) -> None:
     script = f"{sys.executable} -c 'from agent.cli.main import main; main()' list -o name | head -1"
     ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
