@@ -123,7 +123,7 @@ def judge(host: Host) -> tuple[Check, ...]:
     """Return the lines in the order a person would mend things."""
     return (
         *_criu(host),
-        *_kernel(host.kernel),
+        *_kernel(host.kernel, host.root),
         *_privileges(host.kernel, host.root),
         *_places(host),
         *_leftovers(host),
@@ -138,6 +138,11 @@ def _check(name: str, good: bool, found: str, bad: Status, consequence: str, cur
 
 def _present(good: bool) -> str:
     return "present" if good else "not there"
+
+
+def _seen(good: bool, root: bool) -> str:
+    """As ``_present``, of something that the kernel may hide from others than root."""
+    return _present(good) if good or root else "not there, or hidden without root"
 
 
 def _criu(host: Host) -> Iterator[Check]:
@@ -161,12 +166,12 @@ def _criu(host: Host) -> Iterator[Check]:
     )
 
 
-def _kernel(kernel: Kernel) -> Iterator[Check]:
+def _kernel(kernel: Kernel, root: bool) -> Iterator[Check]:
     yield Check("kernel", "ok", kernel.release)
     yield _check(
         "kernel-kcmp",
         kernel.kcmp,
-        _present(kernel.kcmp),
+        _seen(kernel.kcmp, root),
         "missing",
         "shared descriptors cannot be told apart: no tree can be dumped",
         "use a kernel with CONFIG_KCMP and CONFIG_CHECKPOINT_RESTORE",
@@ -174,7 +179,7 @@ def _kernel(kernel: Kernel) -> Iterator[Check]:
     yield _check(
         "kernel-set-pid",
         kernel.set_pid,
-        _present(kernel.set_pid),
+        _seen(kernel.set_pid, root),
         "missing",
         "processes cannot get their numbers back",
         "make /proc/sys writable; use a kernel with CONFIG_CHECKPOINT_RESTORE",
@@ -182,7 +187,7 @@ def _kernel(kernel: Kernel) -> Iterator[Check]:
     yield _check(
         "kernel-userfaultfd",
         kernel.userfaultfd and kernel.wp_async,
-        f"userfaultfd {_present(kernel.userfaultfd)}, WP_ASYNC {_present(kernel.wp_async)}",
+        f"userfaultfd {_seen(kernel.userfaultfd, root)}, WP_ASYNC {_seen(kernel.wp_async, root)}",
         "degraded",
         "memory cannot be tracked while a job runs: each dump reads all of it",
         _NEWER_KERNEL,
@@ -190,16 +195,18 @@ def _kernel(kernel: Kernel) -> Iterator[Check]:
     yield _check(
         "kernel-pagemap-scan",
         kernel.pagemap_scan,
-        _present(kernel.pagemap_scan),
+        _seen(kernel.pagemap_scan, root),
         "degraded",
         "finding a process's pages takes longer, and so does the stop",
         _NEWER_KERNEL,
     )
+    better = kernel.wp_async and kernel.pagemap_scan
     yield _check(
         "kernel-soft-dirty",
-        kernel.soft_dirty or (kernel.wp_async and kernel.pagemap_scan),
-        f"{_present(kernel.soft_dirty)}"
-        + ("" if kernel.soft_dirty else ", not needed beside WP_ASYNC and PAGEMAP_SCAN"),
+        kernel.soft_dirty or better,
+        "not there, not needed beside WP_ASYNC and PAGEMAP_SCAN"
+        if better and not kernel.soft_dirty
+        else _seen(kernel.soft_dirty, root),
         "degraded",
         "neither way of tracking written pages is there: each dump reads all memory",
         "use a kernel with CONFIG_MEM_SOFT_DIRTY, or >= 6.7",
@@ -207,7 +214,7 @@ def _kernel(kernel: Kernel) -> Iterator[Check]:
     yield _check(
         "kernel-nf-tables",
         kernel.nf_tables,
-        _present(kernel.nf_tables),
+        _seen(kernel.nf_tables, root),
         "degraded",
         "trees with live TCP connections cannot be dumped or restored",
         "load the module nf_tables, and give CAP_NET_ADMIN",
@@ -232,7 +239,7 @@ def _kernel(kernel: Kernel) -> Iterator[Check]:
     yield _check(
         "kernel-pidfd",
         kernel.pidfd,
-        _present(kernel.pidfd),
+        _seen(kernel.pidfd, root),
         "degraded",
         "processes that hold pidfds cannot be dumped",
         "use a kernel >= 5.6 and allow pidfd_getfd",
@@ -323,6 +330,6 @@ def _leftovers(host: Host) -> Iterator[Check]:
         not host.leftovers,
         ", ".join(host.leftovers) or "none",
         "degraded",
-        "an operation was killed; what it left takes space or blocks traffic",
+        "if an operation was killed, what it left takes space or blocks traffic",
         "the next dump or restore clears it away",
     )

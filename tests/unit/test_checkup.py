@@ -107,6 +107,13 @@ def test_soft_dirty_is_needed_only_where_nothing_better_is() -> None:
     assert [check.name for check in found] == ["kernel-userfaultfd", "kernel-soft-dirty"]
 
 
+def test_what_is_hidden_from_others_than_root_is_not_called_missing_from_the_kernel() -> None:
+    host = dataclasses.replace(with_kernel(userfaultfd=False, wp_async=False), root=False)
+    lines = {check.name: check for check in judge(host)}
+    assert "hidden without root" in lines["kernel-userfaultfd"].found
+    assert "hidden" not in {c.name: c for c in judge(_HOST)}["kernel-soft-dirty"].found
+
+
 def test_a_store_that_the_first_dump_will_make_is_ok() -> None:
     assert not_ok(with_store(exists=False)) == []
 
