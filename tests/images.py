@@ -16,11 +16,14 @@ from typing import Any
 from agent.model import ids
 from agent.model.ids import MemberName
 from agent.model.streams import PAGE_BYTES, AddressSpace, FileEntry, PageRun
+from agent.store import layout
 from agent.store.repository import EpochReader, EpochWriter, MemberReader
 
 NOW_S = 1_790_000_000.0
 GROUP = ids.group_name("group")
 MEMBER = ids.member_name("member")
+
+EMPTY = [layout.RESERVE, layout.STORE]  # the files of a store without epochs
 
 Runs = tuple[tuple[int, int, tuple[int, ...]], ...]  # first page, flags, pages by number
 

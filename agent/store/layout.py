@@ -15,6 +15,7 @@ from agent.model import ids
 from agent.model.ids import EpochId, GroupName, MemberName
 
 STORE = "store"
+RESERVE = "reserve"
 GROUPS = "groups/"
 PACKS = "packs/"
 INTENTS = "intents/"

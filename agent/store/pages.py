@@ -94,7 +94,7 @@ class EpochPages:
             if self._block is None:
                 self._block = self._packer.buffer()
                 self._block_pages = 0
-            room = pack.BLOCK_PAGES - self._block_pages
+            room = min(pack.BLOCK_PAGES - self._block_pages, pack.PACK_PAGES - self._open_pages)
             part = chosen[done : done + room]
             at = self._block_pages
             # Neighbours are copied at once, which is what most of a first dump consists of.

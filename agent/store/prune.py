@@ -15,6 +15,7 @@ Does not: rewrite packs; ``copyforward`` lets them die.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -22,7 +23,7 @@ from agent import errors
 from agent.host import clock
 from agent.model import ids
 from agent.model.ids import EpochId, GroupName
-from agent.store import catalog, epoch_ids, intents, layout, retention, summary
+from agent.store import catalog, epoch_ids, intents, layout, reserve, retention, summary
 from agent.volumes.base import BlobInfo, Volume
 
 Image = tuple[GroupName, EpochId]
@@ -90,7 +91,7 @@ class _Run:
     def __enter__(self) -> None:
         if self._dry_run:
             return
-        intents.announce(self._volume, intents.Intent(self._attempt, "delete", self._here))
+        self._announce()
         try:
             self._exclude_others()
         except BaseException:
@@ -100,6 +101,7 @@ class _Run:
     def __exit__(self, *_: object) -> None:
         if not self._dry_run:
             intents.withdraw(self._volume, self._attempt)
+            reserve.set_aside(self._volume)
 
     def remove(self, going: list[Image]) -> PruneReport:
         """Do the five steps."""
@@ -137,6 +139,16 @@ class _Run:
         return PruneReport(
             tuple(going), tuple(committed), self._freed_bytes, self._leftovers, tuple(blocked)
         )
+
+    def _announce(self) -> None:
+        intent = intents.Intent(self._attempt, "delete", self._here)
+        try:
+            intents.announce(self._volume, intent)
+        except errors.VolumeFull:
+            reserve.give_up(self._volume)
+            # If it is there after all, then because the first try succeeded.
+            with contextlib.suppress(errors.BlobExists):
+                intents.announce(self._volume, intent)
 
     def _exclude_others(self) -> None:
         for found in intents.all_announced(self._volume):

@@ -14,7 +14,18 @@ from contextlib import AbstractContextManager
 from agent import errors
 from agent.model import ids
 from agent.model.ids import EpochId, GroupName
-from agent.store import catalog, envelope, identity, layout, prune, reader, summary, verify, writer
+from agent.store import (
+    catalog,
+    envelope,
+    identity,
+    layout,
+    prune,
+    reader,
+    reserve,
+    summary,
+    verify,
+    writer,
+)
 from agent.store.fields import Fields, encode
 from agent.store.retention import Retention
 from agent.volumes.base import Volume
@@ -60,6 +71,7 @@ class Store:
             # If somebody else made one meanwhile, that is the store.
             with contextlib.suppress(errors.BlobExists):
                 volume.put(layout.STORE, envelope.seal(envelope.Kind.STORE, encode(body)))
+            reserve.set_aside(volume)
             sealed = volume.read(layout.STORE)
         fields = Fields.parse(
             envelope.unseal(envelope.Kind.STORE, sealed, part=layout.STORE), layout.STORE
