@@ -177,6 +177,17 @@ def _section(
     return [f"{title}:", *(f"  {line}" for line in table(columns, items, now_s))]
 
 
+def _files(items: list[Document], wide: bool, now_s: float) -> list[str]:
+    """The files that travel; those that must be there at restore, often many, only if ``wide``."""
+    shown = [item for item in items if wide or item["travels"]]
+    lines = _section("Files", _FILES, shown, now_s)
+    if len(shown) < len(items):
+        lines.append(
+            f"  and {len(items) - len(shown)} that do not travel but must be there: see -o wide"
+        )
+    return lines
+
+
 def _pairs(rows: Iterable[tuple[str, str]]) -> list[str]:
     rows = list(rows)
     width = max(len(key) for key, _ in rows) + 2
@@ -206,7 +217,7 @@ def _image(document: Document, wide: bool, now_s: float) -> list[str]:
         lines += ["", f"Member {member['name']}, engine {member['engine'] or 'unknown'}"]
         lines += _section("Processes", _PROCESSES, member["processes"], now_s)
         lines += _section("Memory", _MEMORY, member["memory"], now_s)
-        lines += _section("Files", _FILES, member["files"], now_s)
+        lines += _files(member["files"], wide, now_s)
         lines += _section("Sockets", _SOCKETS, member["sockets"], now_s)
     return lines
 
@@ -263,11 +274,10 @@ def _plan(document: Document, wide: bool, now_s: float) -> list[str]:
         ("Warnings", _FINDINGS, "warnings"),
         ("Processes", _PROCESSES, "processes"),
         ("Memory", _MEMORY, "memory"),
-        ("Files", _FILES, "files"),
         ("Sockets", _SOCKETS, "sockets"),
     ):
         lines += ["", *_section(title, columns, document[key], now_s)]
-    return lines
+    return [*lines, "", *_files(document["files"], wide, now_s)]
 
 
 def _error(document: Document, wide: bool, now_s: float) -> list[str]:

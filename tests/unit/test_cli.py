@@ -290,6 +290,14 @@ def test_show_tells_what_the_image_holds_and_which_was_before(run: Any, images: 
     assert run("show", images[0], "-o", "json").document()["previous"] is None
 
 
+def test_a_table_leaves_files_that_do_not_travel_to_wide(run: Any, images: list[str]) -> None:
+    narrow, wide = run("show", "job").out, run("show", "job", "-o", "wide").out
+    assert "/tmp/out" in narrow
+    assert "/lib/x.so" not in narrow
+    assert "1 that do not travel" in narrow
+    assert "/lib/x.so" in wide
+
+
 def test_a_group_stands_for_its_newest_image(run: Any, images: list[str]) -> None:
     assert run("show", "job", "-o", "name").out.split() == [images[2]]
 
@@ -364,6 +372,14 @@ def test_doctor_is_validated_and_its_status_follows_the_worst_line(
     lines = {check["name"]: check for check in without.document()["checks"]}
     assert lines["criu"]["status"] == "missing"
     assert "cure: " in run("doctor", "--criu", "/nonexistent/criu").out
+
+
+def test_doctor_names_what_a_killed_operation_left(run: Any, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "work" / "dump-1-2-0").mkdir(parents=True)
+    ran = run("doctor", "--work-dir", str(tmp_path / "work"), "-o", "json")
+    lines = {check["name"]: check for check in ran.document()["checks"]}
+    assert lines["leftovers"]["status"] == "degraded"
+    assert "dump-1-2-0" in lines["leftovers"]["found"]
 
 
 def test_plan_is_validated_and_names_what_is_in_the_way(run: Any) -> None:
