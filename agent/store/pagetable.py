@@ -143,6 +143,23 @@ def _check(gap: Column, pages: Column, pack: Column, delta: Column, packs: int) 
         raise errors.Corrupt("a page table places zero pages in a pack")
 
 
+def clip(table: Table, start: Column, pages: Column) -> Table:
+    """Return the parts of ``table`` that lie in the given runs, ascending without overlap."""
+    end = start + pages
+    own_end = table.start + table.pages
+    # Each wanted run meets the table's runs from ``first`` up to, not including, ``last``.
+    first = np.searchsorted(own_end, start, side="right")
+    last = np.searchsorted(table.start, end, side="left")
+    count = np.maximum(last - first, 0)
+    wanted = np.repeat(np.arange(len(start)), count)
+    within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+    row = first[wanted] + within
+    clipped = np.maximum(table.start[row], start[wanted])
+    size = np.minimum(own_end[row], end[wanted]) - clipped
+    moved = np.where(table.pack[row] < 0, 0, clipped - table.start[row])
+    return Table(clipped, size, table.flags[row], table.pack[row], table.ordinal[row] + moved)
+
+
 def covered(first: Column, count: Column, total: int) -> npt.NDArray[np.bool_]:
     """Return which of ``total`` positions lie in one of the runs."""
     change = np.zeros(total + 1, dtype=np.int32)

@@ -7,7 +7,7 @@ Does not: write, or offer another epoch where one is damaged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,9 +119,16 @@ class MemberReader:
         columns = (table.start[heads] * PAGE_BYTES, pages, table.flags[heads])
         return [PageRun(*run) for run in zip(*(c.tolist() for c in columns), strict=True)]
 
-    def read(self, space: AddressSpace) -> Iterator[tuple[int, memoryview | None, int]]:
-        """Yield ``(address, data, pages)`` over all runs; see ``MemberSource.read``."""
-        for piece in self._blocks.pieces(self._table(self._space(space))):
+    def read(
+        self, space: AddressSpace, runs: Sequence[PageRun] | None = None
+    ) -> Iterator[tuple[int, memoryview | None, int]]:
+        """Yield ``(address, data, pages)`` over ``runs`` or all; see ``MemberSource.read``."""
+        table = self._table(self._space(space))
+        if runs is not None:
+            start = np.array([run.address // PAGE_BYTES for run in runs], dtype=np.int64)
+            pages = np.array([run.pages for run in runs], dtype=np.int64)
+            table = pagetable.clip(table, start, pages)
+        for piece in self._blocks.pieces(table):
             yield piece.page * PAGE_BYTES, piece.pages, piece.count
 
     def check(self) -> None:
