@@ -45,7 +45,7 @@ MIX = {
 _RECORD_BYTES = 640  # of one object below, measured with CPython 3.11
 _BEAT_S = 0.005
 # Pages are made dirty in batches, so that the worker's own memory hardly grows.
-_BATCH_PAGES = 256
+_BATCH_PAGES = 8
 # How many 8-byte words change in a dirty page of text, program text or zeros.
 _CHANGED_WORDS = 8
 
@@ -107,6 +107,7 @@ class Worker:
         self._directory = directory
         self._number = number
         self._draw = np.random.default_rng(number + 1)
+        self._answered = 0
         self.regions: dict[str, Bytes] = {}
         fill: dict[str, Callable[[Bytes], int | None]] = {
             "float32 weights": lambda r: _normal(self._draw, r, 0.02),
@@ -167,7 +168,13 @@ class Worker:
         pages[chosen] = part
 
     def answer(self, request: dict[str, Any]) -> None:
-        """Do what ``request`` says and write the answer, whole or not at all."""
+        """Do what ``request`` says and write the answer, whole or not at all. A request that was
+        answered already is left alone: CPython's sigtimedwait can return as if a signal had come
+        when it was interrupted, as it is by a dump, and its time was over meanwhile.
+        """
+        if request["serial"] == self._answered:
+            return
+        self._answered = request["serial"]
         said: dict[str, Any] = {"serial": request["serial"]}
         if request["do"] == "dirty":
             addresses = self.dirty(request["percent"])

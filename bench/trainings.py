@@ -190,15 +190,16 @@ def measure(context: Context) -> Section:
         heads=_HEADS,
     )
     _save_digits(os.path.join(context.work, "digits.npz"))
-    totals = np.zeros(2)
+    raw = kept = 0
     for kind in kinds(context.work):
         if kind.missing:
             section.notes.append(f"{kind.name}: {kind.missing}")
             continue
         yard, stored = _epochs(context, kind)
-        totals += (yard.raw_bytes, stored)
+        raw += yard.raw_bytes
+        kept += stored
         _add(section, kind, yard, stored)
-    ratio = totals[0] / totals[1]
+    ratio = raw / kept
     section.targets.insert(
         0,
         Target("all trainings together", f">= {_RATIO:.0f}:1", f"{ratio:.2f}:1", ratio >= _RATIO),
@@ -262,6 +263,11 @@ def _add(section: Section, kind: Kind, yard: Yardsticks, stored: int) -> None:
             zstd3 >= _UNDER_ZSTD3,
         ),
     ]
+    if (possible := yard.zstd3_bytes / yard.unique_bytes) < _UNDER_ZSTD3:
+        section.notes.append(
+            f"{kind.name}: the unique pages themselves are only {possible:.2f} times smaller than"
+            " zstd-3 of each dump: too much of this small training changes between epochs"
+        )
     if unique > 1:
         section.slower.append(f"{kind.name}: stored is {unique:.3f} times the unique pages")
     section.data[kind.name] = {
