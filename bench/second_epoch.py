@@ -43,6 +43,8 @@ def measure(context: Context) -> Section:
     raw: dict[float, list[float]] = {percent: [] for percent in _PERCENTS}
     new: dict[float, list[float]] = {percent: [] for percent in _PERCENTS}
     with Holder(os.path.join(context.work, "holder"), context.size_bytes) as holder:
+        # The first time, the workers need memory of their own for this.
+        holder.dirty(_PERCENTS[1])
         for number in range(context.pairs):
             agent = tools.Agent(os.path.join(context.work, "store"))
             os.sync()
