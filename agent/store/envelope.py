@@ -19,6 +19,8 @@ from agent.store.digest import DIGEST_BYTES, digest
 FORMAT_VERSION = 1
 MAGIC = b"CKPTFILE"
 _HEADER = struct.Struct("<8sHHIQ")
+# All that another version is sure to have in common with this one.
+_VERSION_END = len(MAGIC) + 2
 OVERHEAD_BYTES = _HEADER.size + DIGEST_BYTES
 
 
@@ -42,15 +44,13 @@ def unseal(kind: Kind, sealed: bytes, *, part: str) -> bytes:
     """Return the body of a file of that kind; ``part`` names it in errors.
 
     Raises:
-        errors.UnknownFormat: it is whole, but of a version that this program does not know, or
-            it claims such a version and nothing more can be said.
+        errors.UnknownFormat: it claims a version that this program does not know, and nothing
+            more can be said.
         errors.Corrupt: it is damaged, or something else.
     """
-    if len(sealed) < OVERHEAD_BYTES:
-        raise errors.Corrupt(f"{part} is cut short", part=part)
-    magic, version, found_kind, zero, length = _HEADER.unpack_from(sealed)
-    if magic != MAGIC:
+    if len(sealed) < _VERSION_END or not sealed.startswith(MAGIC):
         raise errors.Corrupt(f"{part} is not a file of a store", part=part)
+    version = int.from_bytes(sealed[len(MAGIC) : _VERSION_END], "little")
     if version != FORMAT_VERSION and not _is_version_one_damaged(sealed):
         raise errors.UnknownFormat(
             f"{part} has format version {version}; this program knows {FORMAT_VERSION}",
@@ -58,6 +58,9 @@ def unseal(kind: Kind, sealed: bytes, *, part: str) -> bytes:
             part=part,
             version=version,
         )
+    if len(sealed) < OVERHEAD_BYTES:
+        raise errors.Corrupt(f"{part} is cut short", part=part)
+    _, _, found_kind, zero, length = _HEADER.unpack_from(sealed)
     if digest(memoryview(sealed)[:-DIGEST_BYTES]) != sealed[-DIGEST_BYTES:]:
         raise errors.Corrupt(f"{part} does not match its digest", part=part)
     if found_kind != kind or zero != 0 or length != len(sealed) - OVERHEAD_BYTES:
@@ -67,5 +70,5 @@ def unseal(kind: Kind, sealed: bytes, *, part: str) -> bytes:
 
 def _is_version_one_damaged(sealed: bytes) -> bool:
     """Tell whether only the version was changed: the digest fits with the version put right."""
-    fixed = MAGIC + FORMAT_VERSION.to_bytes(2, "little") + sealed[len(MAGIC) + 2 :]
+    fixed = MAGIC + FORMAT_VERSION.to_bytes(2, "little") + sealed[_VERSION_END:]
     return digest(memoryview(fixed)[:-DIGEST_BYTES]) == fixed[-DIGEST_BYTES:]

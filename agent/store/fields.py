@@ -29,6 +29,10 @@ def encode(value: dict[str, Any]) -> bytes:
     return text.encode("ascii")
 
 
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
 class Fields:
     """One JSON object of a file called ``part``."""
 
@@ -42,7 +46,7 @@ class Fields:
     def parse(cls, data: bytes, part: str) -> Fields:
         """Parse bytes that hold one JSON object."""
         try:
-            value = json.loads(data)
+            value = json.loads(data, parse_constant=_no_number)
         except (ValueError, RecursionError) as exc:
             raise errors.Corrupt(f"{part} is not JSON", part=part, hint=_MAX_DEPTH_HINT) from exc
         return cls(value, part)

@@ -68,6 +68,7 @@ class MemberReader:
         self._blocks = blocks.BlockSource(volume, found.packs)
         self._spaces = dict(found.spaces)
         self._metadata = dict(found.metadata)
+        self._last_table: tuple[AddressSpace, pagetable.Table] | None = None
         self._files = {entry.path: stream for entry, stream in found.files}
 
     @property
@@ -109,7 +110,7 @@ class MemberReader:
 
     def runs(self, space: AddressSpace) -> list[PageRun]:
         """The runs of an address space, ascending, merged where neighbours have equal flags."""
-        table = self._table(self._space(space))
+        table = self._space(space)
         if not len(table):
             return []
         ends = table.start + table.pages
@@ -123,7 +124,7 @@ class MemberReader:
         self, space: AddressSpace, runs: Sequence[PageRun] | None = None
     ) -> Iterator[tuple[int, memoryview | None, int]]:
         """Yield ``(address, data, pages)`` over ``runs`` or all; see ``MemberSource.read``."""
-        table = self._table(self._space(space))
+        table = self._space(space)
         if runs is not None:
             start = np.array([run.address // PAGE_BYTES for run in runs], dtype=np.int64)
             pages = np.array([run.pages for run in runs], dtype=np.int64)
@@ -138,12 +139,17 @@ class MemberReader:
         tables += [self._stream_table(stream) for stream in streams if stream is not None]
         self._blocks.verify(tables)
 
-    def _space(self, space: AddressSpace) -> bytes:
-        table = self._spaces.get(space)
-        if table is None:
+    def _space(self, space: AddressSpace) -> pagetable.Table:
+        """Return a space's table; the last one is kept, for callers that ask part by part."""
+        if self._last_table is not None and self._last_table[0] == space:
+            return self._last_table[1]
+        encoded = self._spaces.get(space)
+        if encoded is None:
             raise errors.Missing(
                 f"{self._part} has no {space.kind} memory {space.id}", part=self._part
             )
+        table = self._table(encoded)
+        self._last_table = (space, table)
         return table
 
     def _table(self, encoded: bytes) -> pagetable.Table:

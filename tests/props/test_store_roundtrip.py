@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from agent.model import ids
 from agent.model.streams import AddressSpace
 from agent.store import dedup, envelope, identity, pack, pagetable
-from agent.store.repository import Store
+from agent.store.repository import EpochSummary, Store
 from agent.volumes.memory import MemoryVolume
 from tests import images
 
@@ -172,7 +172,7 @@ epochs = st.lists(st.dictionaries(member_names, members, min_size=1), min_size=1
 @given(epochs)
 def test_every_epoch_comes_back_as_it_was_written(stored: list[images.Image]) -> None:
     store = Store.open(MemoryVolume(), create=True)
-    written = []
+    written: list[EpochSummary] = []
     for image in stored:
         with store.begin(images.GROUP, now_s=images.NOW_S) as epoch:
             images.write(epoch, image)

@@ -54,7 +54,7 @@ def test_a_store_must_exist_unless_asked_to_make_it(volume: Volume) -> None:
 
 
 def test_two_that_make_a_store_at_once_make_one(volume: Volume) -> None:
-    made = []
+    made: list[str] = []
 
     def plan(number: int, method: str, name: str) -> None:
         if method == "put" and not made:
@@ -394,7 +394,7 @@ def test_an_intent_that_cannot_be_read_blocks_a_prune_until_it_is_old(
 
 def test_two_deleters_at_once_are_one_too_many(store: Store, volume: Volume) -> None:
     summary = dump(store, images.simple())
-    caught = []
+    caught: list[bool] = []
 
     def plan(number: int, method: str, name: str) -> None:
         if method == "list" and name == layout.PACKS and not caught:
