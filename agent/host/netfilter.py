@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 
 from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.nfnetlink.nftsocket import NFT_MSG_GETSETELEM, nft_set_elem_list_msg
 from pyroute2.nftables.main import NFTables
 
 from agent import errors
@@ -32,6 +33,28 @@ def tables(prefix: str) -> set[str]:
         # A kernel without nf_tables has no tables.
         return set()
     return {name for name in names if name.startswith(prefix)}
+
+
+def set_keys(table: str, name: str) -> set[bytes]:
+    """The keys of an inet table's set as the kernel holds them; empty if there is no such set.
+
+    Raises:
+        errors.PrivilegeMissing: CAP_NET_ADMIN is missing.
+    """
+    question = nft_set_elem_list_msg()
+    question["attrs"] = [("NFTA_SET_ELEM_LIST_TABLE", table), ("NFTA_SET_ELEM_LIST_SET", name)]
+    found: set[bytes] = set()
+    try:
+        with NFTables(nfgen_family=_INET) as nft:
+            for answer in nft.request_get(question, NFT_MSG_GETSETELEM):
+                for element in answer.get_attr("NFTA_SET_ELEM_LIST_ELEMENTS") or ():
+                    key = element.get_attr("NFTA_SET_ELEM_KEY")
+                    found.add(bytes(key.get_attr("NFTA_DATA_VALUE")))
+    except NetlinkError as exc:
+        if exc.code == errno.EPERM:
+            raise _not_allowed() from exc
+        return set()
+    return found
 
 
 def delete_table(name: str) -> bool:

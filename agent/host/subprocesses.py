@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 
 from agent import errors
-from agent.host import clock
+from agent.host import clock, proc
 
 # What a child finds its own programs by; nothing else of the caller's environment matters to it.
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -40,11 +41,41 @@ class Child:
     def __init__(self, popen: subprocess.Popen[bytes], name: str) -> None:
         self._popen = popen
         self._name = name
+        self._pidfd = os.pidfd_open(popen.pid)
 
     @property
     def pid(self) -> int:
         """Its number; stays ours until it is reaped."""
         return self._popen.pid
+
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when it has ended; valid until it is reaped."""
+        return self._pidfd
+
+    @property
+    def reaped(self) -> bool:
+        """Whether its number may belong to somebody else by now."""
+        return self._popen.returncode is not None
+
+    def ended(self, deadline: clock.Deadline) -> bool:
+        """Wait for its end without reaping it; False if it still runs."""
+        if self.reaped:
+            return True
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(deadline.remaining_s * 1000))
+
+    def kill_session(self) -> list[int]:
+        """Kill what it started and left behind: every other process of its session. To be called
+        when it has ended and before it is reaped, since only until then its number names it.
+        """
+        killed = []
+        for pid in [] if self.reaped else proc.pids():
+            with contextlib.suppress(errors.NotFound):
+                if pid != self.pid and proc.stat(pid).session == self.pid:
+                    signal_quietly(pid)
+                    killed.append(pid)
+        return killed
 
     def poll(self) -> int | None:
         """Its exit status, or None while it runs."""
@@ -58,16 +89,24 @@ class Child:
             errors.DeadlineExceeded: it still runs.
         """
         try:
-            return _shell_status(self._popen.wait(deadline.remaining_s))
+            status = self._popen.wait(deadline.remaining_s)
         except subprocess.TimeoutExpired as exc:
             raise errors.DeadlineExceeded(
                 f"{self._name} did not end in time", program=self._name, pid=self.pid
             ) from exc
+        self._close()
+        return _shell_status(status)
 
     def let_go(self) -> None:
         """Leave it running and unreaped when this program ends; nothing more may be asked."""
         # Otherwise the last reference would complain that it still runs.
         self._popen.returncode = 0
+        self._close()
+
+    def _close(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     def send(self, number: int) -> None:
         """Send it a signal; a no-op if it has ended."""

@@ -23,7 +23,7 @@ from agent.engines.base import (
     RestoreOptions,
 )
 from agent.engines.criu import engine as criu_engine
-from agent.engines.criu import probe
+from agent.engines.criu import journal, probe, recovery
 from agent.host import netfilter, proc
 from tests.host.image import MemoryImage, MemorySource
 
@@ -186,11 +186,14 @@ class Host:
 
     def assert_clean(self) -> None:
         """Nothing of an operation is left on the host."""
-        # Other programs of this host may dump at the same time: their tables come and go.
-        deadline = time.monotonic() + 10
-        while netfilter.tables("") - self.tables_before:
+        # Other programs of this host may dump at the same time: their tables come and go, and
+        # while they run, what a dead CRIU left cannot always be told from what they use.
+        places = journal.Places(str(self.runtime), str(self.work))
+        deadline = time.monotonic() + 20
+        while netfilter.tables("") - self.tables_before or places.strays():
             assert time.monotonic() < deadline, "an nft table is left"
             time.sleep(0.05)
+            recovery.recover(places)
         subs = ("ops", "locks", "tables", "strays")
         for folder in (self.work, *(self.runtime / sub for sub in subs)):
             if folder.exists():

@@ -14,12 +14,14 @@ from typing import Any
 from agent import errors
 from agent.engines.base import RestoreOptions
 from agent.engines.criu import facts
-from agent.host import proc
+from agent.host import clock, proc
 
 # CRIU itself, page tables, and room for the rest of the host while the tree comes up.
 _SPARE_BYTES = 64 << 20
 # A shell tells a missing file in a line; a missing installation should not fill the screen.
 _MAX_REASONS = 50
+# Inits that look after their children only now and then do so every second.
+_INIT_S = 3.0
 
 
 def numbers(known: dict[str, Any]) -> set[int]:
@@ -28,6 +30,24 @@ def numbers(known: dict[str, Any]) -> set[int]:
     for each in known["processes"]:
         found.update((each["pid"], *each["threads"]))
     return found
+
+
+def wait_for_init(known: dict[str, Any]) -> None:
+    """Give init a moment to notice the end of processes whose numbers the tree needs: a restore
+    right after a kill would else be refused for the sake of a few milliseconds.
+    """
+    clock.wait_until(
+        lambda: not any(_orphaned_zombie(number) for number in numbers(known)),
+        clock.Deadline.after(_INIT_S),
+    )
+
+
+def _orphaned_zombie(number: int) -> bool:
+    try:
+        now = proc.stat(number)
+    except errors.NotFound:
+        return False
+    return now.state in "ZX" and now.ppid == 1
 
 
 def find(known: dict[str, Any], memory_bytes: int, options: RestoreOptions) -> list[str]:

@@ -51,8 +51,7 @@ def capture(
     places.prepare()
     recovery.recover(places)
     tree = preflight.target(pid)
-    before = netfilter.tables(recovery.TABLE_PREFIX)
-    with places.locked(tree), places.operation("dump", tree, before) as operation:
+    with places.locked(tree), places.operation("dump", tree) as operation:
         running = _Capture(criu, places, operation, tree, sink, cut, options, deadline)
         try:
             return running.run()
@@ -217,6 +216,8 @@ class _Capture:
             self._cut.frozen()
             self._gatherer = _Gatherer(self._pids, self._states, self._criu)
             self._gatherer.start()
+            # CRIU locks the network next.
+            self._operation.note_tables_before(netfilter.tables(recovery.TABLE_PREFIX))
         elif stage == "post-dump":
             self._on_captured()
 

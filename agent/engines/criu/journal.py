@@ -35,8 +35,9 @@ _counter = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One running operation. ``tables_before`` are the nft tables of CRIU that were there when it
-    began: what appears later and outlives it is its own.
+    """One running operation. ``table`` is its CRIU's nft table as soon as the name is known;
+    until then ``tables_before`` are those that others had when CRIU was about to make its own,
+    and None before that.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Entry:
     criu: proc.Identity | None
     pids: tuple[proc.Identity, ...]
     scratch: str
-    tables_before: tuple[str, ...]
+    tables_before: tuple[str, ...] | None = None
     table: str = ""
 
 
@@ -152,14 +153,12 @@ class Places:
         shutil.rmtree(os.path.join(self.work_dir, name), ignore_errors=True)
 
     @contextlib.contextmanager
-    def operation(
-        self, action: str, pids: Iterable[proc.Identity], tables_before: Iterable[str]
-    ) -> Iterator[Operation]:
+    def operation(self, action: str, pids: Iterable[proc.Identity]) -> Iterator[Operation]:
         """Begin an operation: its scratch folder and journal entry exist inside the context."""
         me = proc.identity(os.getpid())
         name = f"{action}-{me.pid}-{me.start_ticks}-{next(_counter)}"
         scratch = os.path.join(self.work_dir, name)
-        entry = Entry(name, action, me, None, tuple(pids), scratch, tuple(sorted(tables_before)))
+        entry = Entry(name, action, me, None, tuple(pids), scratch)
         self.write(entry)
         try:
             os.mkdir(scratch, 0o700)
@@ -223,6 +222,11 @@ class Operation:
         os.mkdir(path, 0o700)
         return path
 
+    def note_tables_before(self, names: Iterable[str]) -> None:
+        """Write down which nft tables are others'."""
+        self.entry = dataclasses.replace(self.entry, tables_before=tuple(sorted(names)))
+        self._places.write(self.entry)
+
     def note_table(self, name: str) -> None:
         """Write down which nft table is its own."""
         self.entry = dataclasses.replace(self.entry, table=name)
@@ -249,6 +253,7 @@ def _same_file(fd: int, path: str) -> bool:
 
 
 def _entry(raw: dict[str, Any]) -> Entry:
+    before = raw["tables_before"]
     return Entry(
         name=str(raw["name"]),
         action=str(raw["action"]),
@@ -256,7 +261,7 @@ def _entry(raw: dict[str, Any]) -> Entry:
         criu=_identity(raw["criu"]) if raw["criu"] else None,
         pids=tuple(_identity(each) for each in raw["pids"]),
         scratch=str(raw["scratch"]),
-        tables_before=tuple(str(each) for each in raw["tables_before"]),
+        tables_before=None if before is None else tuple(str(each) for each in before),
         table=str(raw["table"]),
     )
 

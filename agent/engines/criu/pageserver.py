@@ -225,7 +225,7 @@ class PageServer:
             if parsed.run is not None and parsed.space is not None:
                 self._receive_run(parsed.space, parsed.run, buffer)
             if answer:
-                self._ours.sendall(answer)
+                self._answer(answer)
 
     def _receive_run(self, space: AddressSpace, run: PageRun, buffer: memoryview) -> None:
         address, left = run.address, run.pages
@@ -236,6 +236,12 @@ class PageServer:
             self._pages(space, PageRun(address, pages, run.flags), piece)
             address += pages * PAGE_BYTES
             left -= pages
+
+    def _answer(self, answer: bytes) -> None:
+        try:
+            self._ours.send(answer, socket.MSG_NOSIGNAL)
+        except ConnectionError as exc:
+            raise _broken("CRIU broke the stream off") from exc
 
     def _fill(self, target: memoryview) -> None:
         while target:

@@ -15,11 +15,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import ipaddress
 import os
 import re
 import signal
 import socket
 import stat
+from collections.abc import Iterable
 
 from agent import errors
 from agent.engines.criu import journal
@@ -115,25 +117,78 @@ def settle_tables(
 ) -> None:
     """Remove the table of ``entry``'s operation, or mark it as kept.
 
-    Where its name is not known (CRIU died before it could be seen), tables that are new since the
-    operation began are candidates, but may belong to another CRIU: then they are marked, and
-    removed by ``recover`` once no CRIU runs.
+    Where its name is not known (CRIU died before it could be seen), tables that are new since CRIU
+    could make one are candidates: one that locks a connection of the tree is the operation's, one
+    that locks others' is not, and an empty one does no harm: it is removed if no CRIU runs that
+    might be about to use it, else marked for ``recover`` to remove later.
     """
+    if entry.tables_before is None:
+        return
     now = {name for name in netfilter.tables(TABLE_PREFIX) if _TABLE.fullmatch(name)}
     now -= places.kept_tables()
     if entry.table:
         ours = now & {entry.table}
-        certain = True
     else:
-        ours = now - set(entry.tables_before)
-        certain = bool(ours) and not running_crius()
+        candidates = now - set(entry.tables_before)
+        ours = _told_apart(places, candidates, _connections(entry.pids)) if candidates else set()
     for name in sorted(ours):
-        if keep and entry.table:
+        if keep:
             places.keep_table(name)
-        elif not certain:
-            places.note_stray(name)
         elif netfilter.delete_table(name) and findings is not None:
             findings.tables.append(name)
+
+
+def _told_apart(
+    places: journal.Places, candidates: set[str], connections: set[tuple[str, str]]
+) -> set[str]:
+    """Those of the candidates that lock a connection of the tree, or nothing while no CRIU runs."""
+    ours = set()
+    unused = not running_crius()
+    for name in candidates:
+        locked = _locked(name)
+        if locked & connections or (unused and not locked):
+            ours.add(name)
+        elif not locked or not connections:
+            places.note_stray(name)
+    return ours
+
+
+def _connections(tree: Iterable[proc.Identity]) -> set[tuple[str, str]]:
+    """The live TCP connections of the tree, as pairs of addresses."""
+    found = set()
+    for who in tree:
+        with contextlib.suppress(errors.NotFound):
+            if not proc.alive(who):
+                continue
+            sockets = proc.sockets(who.pid)
+            for file in proc.open_files(who.pid):
+                each = sockets.get(file.inode) if stat.S_ISSOCK(file.mode) else None
+                if each is not None and each.kind == "tcp" and each.state != "LISTEN":
+                    found.add((_plain(each.local), _plain(each.remote)))
+    return found
+
+
+def _plain(address: str) -> str:
+    """An IPv4 address that an IPv6 socket uses, as IPv4: so CRIU locks it."""
+    return re.sub(r"^\[::ffff:([0-9.]+)\]", r"\1", address)
+
+
+def _locked(table: str) -> set[tuple[str, str]]:
+    """The connections that a table of CRIU locks. Its sets ``conns4`` and ``conns6`` hold
+    addresses and ports in network order, each padded to a multiple of four bytes.
+    """
+    found = set()
+    for name, size in (("conns4", 4), ("conns6", 16)):
+        for key in netfilter.set_keys(table, name):
+            if len(key) != 2 * (size + 4):
+                continue
+            ends = []
+            for at in (0, size + 4):
+                host = ipaddress.ip_address(key[at : at + size])
+                port = int.from_bytes(key[at + size : at + size + 2], "big")
+                ends.append(f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}")
+            found.add((ends[0], ends[1]))
+    return found
 
 
 def table_of(criu_pid: int) -> str:

@@ -38,7 +38,7 @@ from agent.engines.criu import (
     trees,
 )
 from agent.engines.criu.probe import Criu
-from agent.host import clock, netfilter, proc
+from agent.host import clock, proc
 from agent.model.streams import MemberSource
 
 logger = logging.getLogger(__name__)
@@ -61,9 +61,10 @@ def restore(
     places.prepare()
     recovery.recover(places)
     known = source.facts()
+    if not options.isolate:
+        conflicts.wait_for_init(known)
     _refuse_conflicts(known, source, options)
     numbers = set() if options.isolate else conflicts.numbers(known)
-    before = netfilter.tables(recovery.TABLE_PREFIX)
     # The numbers are free now; whoever has one after this moment got it from this restore.
     began = int(clock.boottime_s() * proc.TICKS_PER_S)
     taken = [proc.Identity(number, began) for number in sorted(numbers)]
@@ -72,7 +73,7 @@ def restore(
         ephemeral.put_back(source, options.files, f".before-restore-{int(clock.wall_s())}"),
     ):
         for pouring in (True, False):
-            with places.operation("restore", taken, before) as operation:
+            with places.operation("restore", taken) as operation:
                 running = _Restore(
                     criu, operation, source, known, options, gate, deadline, pouring=pouring
                 )
@@ -183,7 +184,8 @@ class _Restore:
         with contextlib.ExitStack() as stack:
             worker = self._start_beside(inherit, stack)
             response = self._ask(worker, inherit)
-            self._criu_status = worker.end()
+            # The restored root may be in CRIU's session: it stays.
+            self._criu_status = worker.end(alone=False)
         return trees.InPlace(int(response.restore.pid))
 
     def _start_beside(self, inherit: dict[int, int], stack: contextlib.ExitStack) -> rpc.Worker:

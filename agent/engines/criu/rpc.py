@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -43,10 +44,11 @@ class Gone(errors.CriuFailed):
 
 
 class Connection:
-    """Our end of the socket to one ``criu swrk``."""
+    """Our end of the socket to one ``criu swrk``, whose process is ``child``."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, child: subprocesses.Child) -> None:
         self._sock = sock
+        self._child = child
 
     def request(
         self, request: Request, handler: Handler | None, deadline: clock.Deadline
@@ -94,8 +96,13 @@ class Connection:
     def _receive(self, deadline: clock.Deadline) -> tuple[Response, int | None]:
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
-        if not poll.poll(deadline.remaining_s * 1000):
+        # A CRIU that is killed may leave children that hold its end of the socket.
+        poll.register(self._child, select.POLLIN)
+        ready = [descriptor for descriptor, _ in poll.poll(deadline.remaining_s * 1000)]
+        if not ready:
             raise errors.DeadlineExceeded("CRIU did not answer in time")
+        if self._sock.fileno() not in ready and not select.select([self._sock], [], [], 0)[0]:
+            raise Gone("CRIU died", hint="its log may say why")
         try:
             data, descriptors, _, _ = socket.recv_fds(self._sock, _PACKET_BYTES, 1)
         except ConnectionResetError:
@@ -120,15 +127,20 @@ class Worker:
         self.child = child
         self.connection = connection
 
-    def end(self, grace_s: float = _UNDO_S) -> int:
+    def end(self, *, alone: bool = True) -> int:
         """Close the connection, let CRIU undo what it was doing, kill it if it does not; reap it
         and return its exit status (128 + N if signal N ended it).
+
+        With ``alone``, what it left in its session is killed too: probes of the kernel that it was
+        killed in the middle of, or a half-restored tree. Ending it again does nothing.
         """
         self.connection.close()
-        try:
-            return self.child.wait(clock.Deadline.after(grace_s))
-        except errors.DeadlineExceeded:
-            return self.child.kill()
+        if not self.child.ended(clock.Deadline.after(_UNDO_S)):
+            self.child.send(signal.SIGKILL)
+            self.child.ended(clock.Deadline.after(_UNDO_S))
+        if alone:
+            self.child.kill_session()
+        return self.child.wait(clock.Deadline.after(_UNDO_S))
 
 
 @contextlib.contextmanager
@@ -145,7 +157,7 @@ def worker(
         except BaseException:
             ours.close()
             raise
-    running = Worker(child, Connection(ours))
+    running = Worker(child, Connection(ours, child))
     try:
         yield running
     finally:

@@ -186,7 +186,7 @@ def supervise(criu: str, root_pid: int, numbers: set[int], pass_fds: Iterable[in
             *map(str, (*fds, root_pid, supervisor.last_pid(numbers, proc.last_pid_max()))),
         ]
         child = subprocesses.start(argv, pass_fds=[*fds, *pass_fds])
-    return Isolated(child, rpc.Worker(child, rpc.Connection(ours)), status, root_pid)
+    return Isolated(child, rpc.Worker(child, rpc.Connection(ours, child)), status, root_pid)
 
 
 def reap(numbers: Iterable[int]) -> None:
