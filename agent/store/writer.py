@@ -9,6 +9,7 @@ Does not: read pages back.
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import threading
 from collections.abc import Iterator
@@ -71,6 +72,15 @@ def _settle(volume: Volume, group: GroupName, attempt: str) -> baseline.Baseline
     )
 
 
+class _Seen(enum.Enum):
+    """Whether others may have seen the epoch."""
+
+    NEVER = enum.auto()
+    PERHAPS = enum.auto()
+    PERHAPS_STILL = enum.auto()
+    COMMITTED = enum.auto()
+
+
 class EpochWriter:
     """One attempt to write an epoch of ``group``, called ``epoch``. Members may be written from
     several threads; everything else comes from one.
@@ -99,8 +109,7 @@ class EpochWriter:
         self._lock = threading.Lock()
         self._packer = Packer(volume, attempt)
         self._pages = EpochPages(base, self._packer, Identity(key).zero)
-        self._committed = False
-        self._maybe_committed = False
+        self._seen = _Seen.NEVER
 
     def member(self, name: MemberName) -> MemberWriter:
         """Begin a member of the epoch.
@@ -109,7 +118,7 @@ class EpochWriter:
             errors.InvalidInput: the epoch has one of this name already, or is committed.
         """
         with self._lock:
-            if self._committed or name in self._members:
+            if self._seen is not _Seen.NEVER or name in self._members:
                 raise errors.InvalidInput(f"member {name} cannot be added to epoch {self.epoch}")
             writer = MemberWriter(
                 self._volume, self._pages, self._key, self.group, self.epoch, name
@@ -124,7 +133,7 @@ class EpochWriter:
             errors.VolumeError | errors.Conflict | errors.DeadlineExceeded: it is not committed.
             errors.InvalidInput: it has no members, or was committed before.
         """
-        if self._committed or not self._members:
+        if self._seen is not _Seen.NEVER or not self._members:
             raise errors.InvalidInput("an epoch is committed once, with at least one member")
         totals = manifest.Totals()
         refs = []
@@ -150,20 +159,20 @@ class EpochWriter:
         sealed = manifest.encode_epoch(found)
         self._age.check()
         self._put(sealed)
-        self._committed = True
+        self._seen = _Seen.COMMITTED
         return summary.of(found)
 
     def close(self) -> None:
         """Let go of everything; without a commit, remove what was written."""
         packs = self._packer.close()
-        if self._maybe_committed:
+        if self._seen is _Seen.PERHAPS_STILL:
             log.warning(
                 "it is not known whether the epoch was committed; nothing of it was removed",
                 extra={"group": self.group, "epoch": self.epoch},
             )
             return
         try:
-            if not self._committed:
+            if self._seen is _Seen.NEVER:
                 for name in self._members:
                     self._volume.delete(layout.member_name(self.group, self.epoch, name))
                 for pack in packs:
@@ -180,14 +189,17 @@ class EpochWriter:
         try:
             self._volume.put(name, sealed)
         except errors.BlobExists as exc:
+            if self._volume.read(name) == sealed:
+                return  # an earlier try of the volume's own succeeded
             raise errors.Conflict(
                 f"epoch {self.epoch} of {self.group} was committed by somebody else",
                 hint="dump again",
             ) from exc
         except errors.VolumeError:
-            # It may be visible all the same (a reply that was lost). Its packs may go only if
-            # it certainly is not.
-            self._maybe_committed = True
+            # It may be visible all the same (a reply that was lost), and somebody may have begun
+            # to build on it. So its packs stay for a prune to judge, and if even the name cannot
+            # be removed, then everything stays.
+            self._seen = _Seen.PERHAPS_STILL
             self._volume.delete(name)
-            self._maybe_committed = False
+            self._seen = _Seen.PERHAPS
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 
@@ -12,7 +13,7 @@ from agent.host import clock
 from agent.model import ids
 from agent.model.streams import AddressSpace, PageRun
 from agent.store import epoch_ids, intents, layout, packing
-from agent.store.repository import EpochSummary, Store
+from agent.store.repository import EpochSummary, EpochWriter, Store
 from agent.store.retention import Retention
 from agent.store.writer import WARNINGS
 from agent.volumes.base import Volume
@@ -444,6 +445,45 @@ def test_an_epoch_that_somebody_else_committed_is_a_conflict(store: Store, volum
             epoch.commit({})
     assert names(volume, layout.PACKS) == []
     assert volume.read(layout.epoch_name(GROUP, epoch.epoch)) == b"somebody else's"
+
+
+def test_a_commit_whose_reply_was_lost_does_not_harm_who_built_on_it(
+    store: Store, volume: Volume
+) -> None:
+    """The failed epoch was visible for a moment, and another writer took it for its base."""
+    others = contextlib.ExitStack()
+    building: list[EpochWriter] = []
+
+    class LosesReply(FaultyVolume):
+        def put(self, name: str, data: bytes) -> None:
+            super().put(name, data)
+            if name.startswith(layout.GROUPS) and name.endswith("/epoch"):
+                building.append(others.enter_context(store.begin(GROUP, now_s=NOW_S)))
+                images.write(building[0], images.simple())
+                raise errors.VolumeError("timed out")
+
+    with pytest.raises(errors.VolumeError):
+        dump(Store.open(LosesReply(volume)), images.simple())
+    assert store.epochs() == []
+    store.prune(Retention(keep_last=1), now_s=NOW_S)
+    summary = building[0].commit({})
+    others.close()
+    assert summary.new_bytes == 0
+    images.assert_epoch(store.read(GROUP, summary.epoch), images.simple())
+    store.delete(GROUP, summary.epoch)
+    assert names(volume) == EMPTY
+
+
+def test_a_volume_that_says_exists_of_its_own_retry_has_committed(volume: Volume) -> None:
+    class Retries(FaultyVolume):
+        def put(self, name: str, data: bytes) -> None:
+            super().put(name, data)
+            if name.startswith(layout.GROUPS) and name.endswith("/epoch"):
+                super().put(name, data)
+
+    store = Store.open(Retries(volume), create=True)
+    summary = dump(store, images.simple())
+    assert store.epochs() == [summary]
 
 
 def test_a_volume_that_takes_nothing_does_not_hold_a_job_for_ever(
