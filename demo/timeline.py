@@ -76,10 +76,15 @@ def table(story: Story) -> str:
             )
         )
     rows.append(("", "", "all dumps", "", "", _mb(raw), "", _mb(stored), _ratio(raw, stored), ""))
+    read = f"which verify has read in {_s(story.verify_took_s)}"
     lost = story.killed_step - story.resumed_step + 1
     rows += [
         _event(story.killed_s, story.killed_step, "kill -9 of every process"),
-        _event(story.restore_s, story.killed_step, "restore of the last dump asked for"),
+        _event(
+            story.restore_s,
+            story.killed_step,
+            f"restore of dump {len(story.dumps)}, {read}",
+        ),
         _event(story.stepping_s, story.resumed_step, f"trains again, {lost} steps are done anew"),
         _event(story.ended_s, None, "end"),
     ]
