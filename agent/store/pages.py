@@ -15,7 +15,7 @@ from numpy import typing as npt
 from agent.model.streams import PAGE_BYTES
 from agent.store import pack
 from agent.store.baseline import Baseline
-from agent.store.dedup import PageIndex, Rows
+from agent.store.dedup import PageIndex, Rows, differ
 from agent.store.identity import Tags
 from agent.store.manifest import PackRef
 from agent.store.packing import Buffer, Packer
@@ -53,7 +53,7 @@ class EpochPages:
             errors.VolumeError: the volume failed, now or earlier.
         """
         rows = np.full(len(tags), -1, dtype=np.int64)
-        full = np.flatnonzero((tags != self._zero).any(axis=1))
+        full = np.flatnonzero(differ(tags, self._zero))
         if not len(full):
             return rows, 0
         with self._lock:
