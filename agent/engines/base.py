@@ -56,7 +56,8 @@ class CaptureOptions:
     ``deadline_s`` bounds the whole capture. ``include`` are absolute directories or files that
     travel with the image besides the files open for writing. ``tcp_established`` keeps live TCP
     connections (otherwise their presence fails the dump). ``kill`` must be set for a cut that may
-    answer ``KILL``: CRIU has to know beforehand, and then needs a definite no to let the tree go on.
+    answer ``KILL``: CRIU has to know beforehand, and then needs a definite no to let the tree go
+    on.
     """
 
     deadline_s: float = 600.0

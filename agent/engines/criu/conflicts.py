@@ -14,7 +14,7 @@ from typing import Any
 from agent import errors
 from agent.engines.base import RestoreOptions
 from agent.engines.criu import facts
-from agent.host import clock, proc
+from agent.host import clock, hold, proc
 
 # CRIU itself, page tables, and room for the rest of the host while the tree comes up.
 _SPARE_BYTES = 64 << 20
@@ -25,19 +25,53 @@ _INIT_S = 3.0
 
 
 def numbers(known: dict[str, Any]) -> set[int]:
-    """Every pid, thread, group and session number that the tree will take."""
-    found: set[int] = set()
-    for each in known["processes"]:
-        found.update((each["pid"], *each["threads"]))
+    """Every pid and thread number that the tree will take.
+
+    Raises:
+        errors.UnknownFormat: another engine made the image.
+        errors.Corrupt: the facts do not make sense.
+    """
+    if known.get("layout") != facts.LAYOUT:
+        raise errors.UnknownFormat(
+            f"the image has layout {known.get('layout')!r}, this engine restores {facts.LAYOUT}",
+            hint="use the engine that made it",
+        )
+    try:
+        found = {int(number) for each in known["processes"] for number in each["threads"]}
+        return found | {int(each["pid"]) for each in known["processes"]}
+    except (KeyError, TypeError, ValueError) as exc:
+        raise _incomplete() from exc
+
+
+def programs(known: dict[str, Any]) -> list[str]:
+    """The names of the programs that the tree will run."""
+    return [str(each["comm"]) for each in known["processes"]]
+
+
+def connections(known: dict[str, Any]) -> list[hold.Connection]:
+    """The tree's live TCP connections, each as both of its ends see it: the other end may be in
+    the tree as well, or in another one that is restored at the same time.
+    """
+    found = []
+    for each in known["sockets"]:
+        if each["kind"] == "tcp" and each["state"] not in ("LISTEN", "CLOSE"):
+            local, remote = _endpoint(each["local"]), _endpoint(each["remote"])
+            found += [hold.Connection(*local, *remote), hold.Connection(*remote, *local)]
     return found
 
 
-def wait_for_init(known: dict[str, Any]) -> None:
+def _endpoint(text: str) -> tuple[str, int]:
+    """``127.0.0.1:80`` or ``[::1]:80``."""
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def wait_for_init(numbers: Iterable[int]) -> None:
     """Give init a moment to notice the end of processes whose numbers the tree needs: a restore
     right after a kill would else be refused for the sake of a few milliseconds.
     """
     clock.wait_until(
-        lambda: not any(_orphaned_zombie(number) for number in numbers(known)),
+        lambda: not any(_orphaned_zombie(number) for number in numbers),
         clock.Deadline.after(_INIT_S),
     )
 
@@ -54,14 +88,8 @@ def find(known: dict[str, Any], memory_bytes: int, options: RestoreOptions) -> l
     """The reasons why the tree of these facts cannot be restored here and now.
 
     Raises:
-        errors.UnknownFormat: another engine made the image.
         errors.Corrupt: the facts do not make sense.
     """
-    if known.get("layout") != facts.LAYOUT:
-        raise errors.UnknownFormat(
-            f"the image has layout {known.get('layout')!r}, this engine restores {facts.LAYOUT}",
-            hint="use the engine that made it",
-        )
     try:
         reasons = [
             *_machine(known),
@@ -72,10 +100,14 @@ def find(known: dict[str, Any], memory_bytes: int, options: RestoreOptions) -> l
             *_sockets(known["sockets"]),
         ]
     except (KeyError, TypeError, ValueError) as exc:
-        raise errors.Corrupt(
-            "the facts of the image are incomplete", hint="use another image", part="facts"
-        ) from exc
+        raise _incomplete() from exc
     return [*reasons[:_MAX_REASONS], *_rest(reasons)]
+
+
+def _incomplete() -> errors.Corrupt:
+    return errors.Corrupt(
+        "the facts of the image are incomplete", hint="use another image", part="facts"
+    )
 
 
 def _rest(reasons: list[str]) -> list[str]:

@@ -37,7 +37,7 @@ _counter = itertools.count()
 class Entry:
     """One running operation. ``table`` is its CRIU's nft table as soon as the name is known;
     until then ``tables_before`` are those that others had when CRIU was about to make its own,
-    and None before that.
+    and None before that. ``programs`` are the names of the processes that a restore makes.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Entry:
     scratch: str
     tables_before: tuple[str, ...] | None = None
     table: str = ""
+    programs: tuple[str, ...] = ()
 
 
 class Places:
@@ -153,12 +154,15 @@ class Places:
         shutil.rmtree(os.path.join(self.work_dir, name), ignore_errors=True)
 
     @contextlib.contextmanager
-    def operation(self, action: str, pids: Iterable[proc.Identity]) -> Iterator[Operation]:
+    def operation(
+        self, action: str, pids: Iterable[proc.Identity], programs: Iterable[str] = ()
+    ) -> Iterator[Operation]:
         """Begin an operation: its scratch folder and journal entry exist inside the context."""
         me = proc.identity(os.getpid())
         name = f"{action}-{me.pid}-{me.start_ticks}-{next(_counter)}"
         scratch = os.path.join(self.work_dir, name)
-        entry = Entry(name, action, me, None, tuple(pids), scratch)
+        named = tuple(sorted(set(programs)))
+        entry = Entry(name, action, me, None, tuple(pids), scratch, programs=named)
         self.write(entry)
         try:
             os.mkdir(scratch, 0o700)
@@ -263,6 +267,7 @@ def _entry(raw: dict[str, Any]) -> Entry:
         scratch=str(raw["scratch"]),
         tables_before=None if before is None else tuple(str(each) for each in before),
         table=str(raw["table"]),
+        programs=tuple(str(each) for each in raw["programs"]),
     )
 
 

@@ -79,6 +79,8 @@ _HINTS = (
     (r"No space left", "free space in the work directory"),
     (r"Cannot allocate memory", "free memory on this host"),
 )
+# Logged as errors, but CRIU goes on: it tries to raise its own limits, and it probes the kernel.
+_NOISE = re.compile(r"FAILED|RLIMIT_NOFILE for self|Unable to create tun|Can't find tun")
 _COMPILED = tuple((re.compile(pattern), hint) for pattern, hint in _HINTS)
 
 
@@ -92,13 +94,13 @@ class Log:
     @property
     def hint(self) -> str:
         """The way out if the cause is known, else ""."""
-        text = "\n".join(self.errors)
+        text = "\n".join(line for line in self.errors if not _NOISE.search(line))
         return next((hint for pattern, hint in _COMPILED if pattern.search(text)), "")
 
     @property
     def cause(self) -> str:
-        """The error line to show first: the earliest, since later ones follow from it."""
-        return next((line for line in self.errors if "FAILED" not in line), "")
+        """The error line to show first: the earliest that matters, since later ones follow."""
+        return next((line for line in self.errors if not _NOISE.search(line)), "")
 
 
 def parse(raw: bytes) -> Log:
@@ -123,7 +125,8 @@ def read(path: str) -> Log:
 
 def failure(action: str, log: Log, errmsg: str = "", **facts: object) -> errors.CriuFailed:
     """The error for a failed ``action`` ("dump" or "restore")."""
-    cause = log.cause or errmsg.strip()[:_LINE_CHARACTERS] or "it gave no reason"
+    said = "" if _NOISE.search(errmsg) else errmsg.strip()[:_LINE_CHARACTERS]
+    cause = log.cause or said or "it gave no reason"
     return errors.CriuFailed(
         f"CRIU could not {action}: {cause}",
         hint=log.hint or "the last lines of CRIU's log say what it was doing",

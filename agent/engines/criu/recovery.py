@@ -25,9 +25,11 @@ from collections.abc import Iterable
 
 from agent import errors
 from agent.engines.criu import journal
-from agent.host import clock, netfilter, proc, subprocesses
+from agent.host import clock, hold, netfilter, proc, subprocesses
 
 TABLE_PREFIX = "CRIU-"
+# The program's name while it runs by itself, and through a loader of its own.
+_CRIU_PROGRAMS = ("criu", "ld-linux-x86-64", "ld-linux-aarch6")
 # CRIU names its tables by a random UUID, cut to fit a buffer of 32 bytes.
 _TABLE = re.compile(r"CRIU-[0-9a-f-]{8,36}")
 # An abandoned CRIU notices that its agent is gone at its next message and thaws the tree.
@@ -96,20 +98,43 @@ def undo_dump(
 def undo_restore(
     places: journal.Places, entry: journal.Entry, findings: Findings | None = None
 ) -> Findings:
-    """End what a failed restore left of its tree: every process that took one of its numbers
-    after it began.
-    """
+    """End what a failed restore left of its tree, and let go of its connections."""
     findings = findings or Findings()
     for who in entry.pids:
-        # Before the restore these numbers were free; ``start_ticks`` is when it began.
         with contextlib.suppress(errors.NotFound):
-            now = proc.identity(who.pid)
-            if now.start_ticks >= who.start_ticks and subprocesses.signal_quietly(
-                who.pid, signal.SIGKILL
-            ):
+            if _made_by(entry, who) and subprocesses.signal_quietly(who.pid, signal.SIGKILL):
                 findings.killed.append(who.pid)
+    if hold.release(hold_name(entry)):
+        findings.tables.append(hold_name(entry))
     settle_tables(places, entry, keep=False, findings=findings)
     return findings
+
+
+def hold_name(entry: journal.Entry) -> str:
+    """The nft table by which a restore holds its connections."""
+    return f"ckpt-agent-{entry.name}"
+
+
+def _made_by(entry: journal.Entry, who: proc.Identity) -> bool:
+    """Whether the process with this number came from the restore, not from somebody who was given
+    the number meanwhile. ``who.start_ticks`` is when the restore began; the number was free then.
+    """
+    now = proc.stat(who.pid)
+    if now.start_ticks < who.start_ticks:
+        return False
+    if proc.alive(entry.agent):
+        # CRIU makes the root our child.
+        return entry.agent.pid in proc.ancestors(who.pid)
+    # An orphan: under CRIU's own name until its memory is in place, then under its program's.
+    mine = {*entry.programs, *_CRIU_PROGRAMS}
+    above = proc.ancestors(who.pid)
+    own = {each.pid for each in entry.pids}
+    return now.comm in mine and all(pid in own or _reaper(pid) for pid in above)
+
+
+def _reaper(pid: int) -> bool:
+    """Whether orphans end up there: the init of this namespace, or one that asked for it."""
+    return pid == 1 or proc.stat(pid).ppid in (0, 1)
 
 
 def settle_tables(

@@ -38,7 +38,7 @@ from agent.engines.criu import (
     trees,
 )
 from agent.engines.criu.probe import Criu
-from agent.host import clock, proc
+from agent.host import clock, hold, proc
 from agent.model.streams import MemberSource
 
 logger = logging.getLogger(__name__)
@@ -61,10 +61,11 @@ def restore(
     places.prepare()
     recovery.recover(places)
     known = source.facts()
-    if not options.isolate:
-        conflicts.wait_for_init(known)
+    numbers = conflicts.numbers(known)
+    if options.isolate:
+        numbers = set()
+    conflicts.wait_for_init(numbers)
     _refuse_conflicts(known, source, options)
-    numbers = set() if options.isolate else conflicts.numbers(known)
     # The numbers are free now; whoever has one after this moment got it from this restore.
     began = int(clock.boottime_s() * proc.TICKS_PER_S)
     taken = [proc.Identity(number, began) for number in sorted(numbers)]
@@ -73,7 +74,7 @@ def restore(
         ephemeral.put_back(source, options.files, f".before-restore-{int(clock.wall_s())}"),
     ):
         for pouring in (True, False):
-            with places.operation("restore", taken) as operation:
+            with places.operation("restore", taken, conflicts.programs(known)) as operation:
                 running = _Restore(
                     criu, operation, source, known, options, gate, deadline, pouring=pouring
                 )
@@ -98,6 +99,7 @@ def restore(
 def _undo(places: journal.Places, operation: journal.Operation, numbers: set[int]) -> None:
     recovery.undo_restore(places, operation.entry)
     trees.reap(numbers)
+    conflicts.wait_for_init(numbers)
 
 
 def _refuse_conflicts(known: dict[str, Any], source: MemberSource, options: RestoreOptions) -> None:
@@ -148,6 +150,7 @@ class _Restore:
         self._root_pid = int(known["processes"][0]["pid"])
         self._feed = feed.Feed(source, known, self._images, pouring=pouring)
         self._host_pid: Callable[[int], int] = int
+        self._hold = contextlib.ExitStack()
         self._criu_status: int | None = None
 
     def run(self) -> RestoredTree:
@@ -157,9 +160,17 @@ class _Restore:
         with self._streams() as streams:
             redirected = stdio.redirect(self._images, self._root_pid, set(streams.by_number))
             inherit = {n: fd for n, fd in streams.by_number.items() if n in redirected}
-            if self._options.isolate:
-                return self._isolated(inherit)
-            return self._in_place(inherit)
+            # An end of a connection may be there before its peer, also of another member's tree.
+            with self._hold:
+                self._hold.enter_context(
+                    hold.held(
+                        recovery.hold_name(self._operation.entry),
+                        conflicts.connections(self._known),
+                    )
+                )
+                if self._options.isolate:
+                    return self._isolated(inherit)
+                return self._in_place(inherit)
 
     def explained(self, exc: BaseException) -> BaseException:
         """The error to show for ``exc``."""
@@ -256,6 +267,8 @@ class _Restore:
         if stage == "post-restore":
             self._feed.fill(self._host_pid, lambda: self._deadline.check("the restore"))
             self._gate.restored()
+            # All ends of the group are complete now.
+            self._hold.close()
 
     @contextlib.contextmanager
     def _streams(self) -> Iterator[_Streams]:
