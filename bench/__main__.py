@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
     options = _options(arguments)
     began_s = time.monotonic()
     job.become_reaper()
-    work = tempfile.mkdtemp(prefix="ckpt-agent-bench-", dir=options.work)
+    work = tempfile.mkdtemp(prefix="bench-", dir=options.work)
     sections, failed = [], False
     facts = machine.facts(work) | tools.versions()
     try:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import zstandard
 
-from bench import tools
+from bench import programs, tools
 from bench.figures import mib
 from bench.machine import Context
 from bench.pages import PAGE_BYTES
@@ -42,6 +42,8 @@ _STEPS_APART = 10
 _PACE_S = 0.05
 _DEADLINE_S = 180.0
 _ZERO = bytes(PAGE_BYTES)
+# Memory, and files that have no name any more: Ray's shared object store is one of those.
+_PAGES = ("pages-", "ghost-file-")
 _RATIO, _OVER_UNIQUE, _UNDER_ZSTD3 = 5.0, 1.10, 1.5
 _WORKLOADS = os.path.join(os.path.dirname(__file__), "workloads")
 
@@ -78,7 +80,7 @@ class Yardsticks:
                 content = file.read()
             self.raw_bytes += len(content)
             self.zstd3_bytes += len(whole.compress(content))
-            if not name.startswith("pages-"):
+            if not name.startswith(_PAGES):
                 continue
             for at in range(0, len(content), PAGE_BYTES):
                 page = content[at : at + PAGE_BYTES]
@@ -143,15 +145,16 @@ def kinds(work: str) -> list[Kind]:
     cache = os.environ.get("CKPT_AGENT_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ckpt-agent"
     )
-    at = {name: os.path.join(work, name) for name in ("demo", "np", "jax", "torch")}
+    at = {name: os.path.join(work, name) for name in ("demo", "np", "jax", "torch", "ray")}
     env = {"DATA": os.path.join(work, "digits.npz"), "PACE": str(_PACE_S)}
     env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
-    def launch(python: str, name: str, script: str) -> list[str]:
+    def launch(python: str, name: str, script: str, ranks: int = 2) -> list[str]:
         launcher = os.path.join(_WORKLOADS, "launch.py")
-        return [python, launcher, os.path.join(_WORKLOADS, script), "2", at[name]]
+        return [python, launcher, os.path.join(_WORKLOADS, script), str(ranks), at[name]]
 
     jax = os.path.join(cache, "bench", "jax", "bin", "python")
+    ray = os.path.join(cache, "bench", "ray", "bin", "python")
     torch = os.path.join(cache, "bench", "torch", "python")
     setup = "not installed: run scripts/bench-setup"
     endless = [sys.executable, "-m", "demo.train", at["demo"], "--steps=1000000"]
@@ -174,6 +177,15 @@ def kinds(work: str) -> list[Kind]:
             env,
             "" if os.path.exists(torch) else setup,
         ),
+        Kind(
+            "ray: 2 actors, 10 processes",
+            5,
+            launch(ray, "ray", "ray_actors.py", 1),
+            at["ray"],
+            # A short path, since Ray's socket names below it must fit into 107 bytes.
+            env | {"RAY_DIR": os.path.join(work, "r"), "RAY_USAGE_STATS_ENABLED": "0"},
+            "" if os.path.exists(ray) else setup,
+        ),
     ]
 
 
@@ -195,7 +207,12 @@ def measure(context: Context) -> Section:
         if kind.missing:
             section.notes.append(f"{kind.name}: {kind.missing}")
             continue
-        yard, stored = _epochs(context, kind)
+        try:
+            yard, stored = _epochs(context, kind)
+        except (programs.ProgramFailed, job.JobFailed) as exc:
+            context.say(f"{kind.name}: {exc}")
+            section.targets.append(Target(kind.name, "measured", str(exc).splitlines()[0], False))
+            continue
         raw += yard.raw_bytes
         kept += stored
         _add(section, kind, yard, stored)
