@@ -355,9 +355,12 @@ def test_two_dumps_of_different_trees_at_once(host: Host) -> None:
     images = [MemoryImage(), MemoryImage()]
     failures: list[BaseException] = []
 
+    def meet() -> None:
+        barrier.wait(20)
+
     def one(at: int) -> None:
         try:
-            host.capture(targets[at].pid, images[at], Cut(frozen=lambda: barrier.wait(20) and None))
+            host.capture(targets[at].pid, images[at], Cut(frozen=meet))
         except errors.CkptError as exc:
             failures.append(exc)
             barrier.abort()

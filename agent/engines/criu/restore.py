@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 LOG = "restore.log"
 # CRIU itself takes some pid; another attempt gets another one.
 _STARTS = 20
+_DEATH_S = 5.0
 
 
 def restore(
@@ -99,7 +100,10 @@ def restore(
 def _undo(places: journal.Places, operation: journal.Operation, numbers: set[int]) -> None:
     recovery.undo_restore(places, operation.entry)
     trees.reap(numbers)
-    conflicts.wait_for_init(numbers)
+    # What was no child of ours is init's to reap; until then a second attempt would collide.
+    clock.wait_until(
+        lambda: not any(proc.exists(number) for number in numbers), clock.Deadline.after(_DEATH_S)
+    )
 
 
 def _refuse_conflicts(known: dict[str, Any], source: MemberSource, options: RestoreOptions) -> None:

@@ -60,13 +60,15 @@ class InPlace:
         if self._status is not None:
             return
         # Parents first would let children run on under init; freeze each before looking below it.
-        with contextlib.suppress(errors.NotFound):
-            everyone = _stopped_tree(self._pid)
-            for who in everyone:
-                if proc.alive(who):
-                    subprocesses.signal_quietly(who.pid)
+        everyone = _stopped_tree(self._pid)
+        for who in everyone:
+            if proc.alive(who):
+                subprocesses.signal_quietly(who.pid)
         self.signal(signal.SIGKILL)
         self.wait(_DEATH_S)
+        clock.wait_until(
+            lambda: not any(proc.alive(who) for who in everyone), clock.Deadline.after(_DEATH_S)
+        )
 
     def close(self) -> None:
         """Let go of the tree; it runs on."""
