@@ -142,7 +142,9 @@ def _process(pid: int) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, ProcessLookupError) as exc:
-        raise errors.NotFound(f"there is no process {pid}", pid=pid) from exc
+        raise errors.NotFound(
+            f"there is no process {pid}", hint="it has ended, or the number is wrong", pid=pid
+        ) from exc
     except PermissionError as exc:
         raise errors.PrivilegeMissing(
             f"not allowed to look into process {pid}",

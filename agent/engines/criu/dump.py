@@ -47,7 +47,6 @@ def capture(
 ) -> CaptureReport:
     """Capture the tree below ``pid``; see ``agent.engines.base.Engine.capture``."""
     deadline = clock.Deadline.after(options.deadline_s)
-    preflight.privileges()
     places.prepare()
     recovery.recover(places)
     tree = preflight.target(pid)

@@ -11,7 +11,7 @@ from agent.engines.base import (
     RestoredTree,
     RestoreOptions,
 )
-from agent.engines.criu import dump, journal, probe, restore
+from agent.engines.criu import dump, journal, preflight, probe, restore
 from agent.model.streams import MemberSink, MemberSource
 
 
@@ -39,8 +39,11 @@ class CriuEngine:
         self, pid: int, sink: MemberSink, cut: Cut, options: CaptureOptions
     ) -> CaptureReport:
         """Capture the tree below ``pid``; see ``agent.engines.base.Engine``."""
+        # First: without them, not even CRIU might be found.
+        preflight.privileges()
         return dump.capture(probe.probe(self._criu), self._places, pid, sink, cut, options)
 
     def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:
         """Bring a tree back; see ``agent.engines.base.Engine``."""
+        preflight.privileges()
         return restore.restore(probe.probe(self._criu), self._places, source, options, gate)

@@ -31,7 +31,6 @@ from agent.engines.criu import (
     log,
     mend,
     pour,
-    preflight,
     recovery,
     rpc,
     stdio,
@@ -58,7 +57,6 @@ def restore(
 ) -> RestoredTree:
     """Bring a tree back; see ``agent.engines.base.Engine.restore``."""
     deadline = clock.Deadline.after(options.deadline_s)
-    preflight.privileges()
     places.prepare()
     recovery.recover(places)
     known = source.facts()

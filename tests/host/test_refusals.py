@@ -1,0 +1,215 @@
+"""Dumps that are refused before anything is touched."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agent import errors
+from agent.engines.base import CaptureOptions, RestoreOptions
+from agent.engines.criu.engine import CriuEngine
+from agent.host import proc
+from tests.host.conftest import Cut, Gate, Host
+from tests.host.image import MemoryImage, MemorySource
+
+
+def refused(host: Host, pid: int) -> errors.CkptError:
+    with pytest.raises(errors.CkptError) as refusal:
+        host.capture(pid, MemoryImage())
+    assert isinstance(refusal.value, errors.Refused | errors.EnvironmentUnfit)
+    assert refusal.value.hint
+    host.assert_clean()
+    return refusal.value
+
+
+def test_no_such_process(host: Host) -> None:
+    assert isinstance(refused(host, proc.last_pid_max() - 1), errors.NotFound)
+
+
+def test_a_kernel_thread(host: Host) -> None:
+    kernel_thread = next(pid for pid in proc.pids() if proc.stat(pid).kernel_thread)
+    refusal = refused(host, kernel_thread)
+    assert isinstance(refusal, errors.TargetUnsuitable)
+    assert "kernel thread" in refusal.message
+
+
+def test_the_agent_itself_and_its_ancestors(host: Host) -> None:
+    for pid in (os.getpid(), os.getppid()):
+        refusal = refused(host, pid)
+        assert isinstance(refusal, errors.TargetUnsuitable)
+        assert "ancestors" in refusal.message
+
+
+def test_a_process_that_has_ended_but_was_not_reaped(host: Host) -> None:
+    popen = host.popen([sys.executable, "-c", ""])
+    while proc.stat(popen.pid).state != "Z":
+        time.sleep(0.01)
+    assert isinstance(refused(host, popen.pid), errors.TargetUnsuitable)
+
+
+@pytest.mark.parametrize("namespace", ["pid", "mnt"])
+def test_a_process_of_another_container(host: Host, namespace: str) -> None:
+    flags = {"pid": ["--pid", "--fork"], "mnt": ["--mount"]}[namespace]
+    popen = host.popen(["unshare", *flags, "sleep", "1000"])
+    time.sleep(0.3)
+    pid = proc.tree(popen.pid)[-1]
+    refusal = refused(host, pid)
+    assert isinstance(refusal, errors.TargetUnsuitable)
+    assert f"another {namespace} namespace" in refusal.message
+
+
+def test_a_traced_process_names_its_tracer(host: Host) -> None:
+    target = host.start("memory")
+    script = (
+        "import ctypes,os,time\n"
+        f"assert ctypes.CDLL(None).ptrace(0x4206,{target.pid},0,0)==0\n"
+        "time.sleep(1000)"
+    )
+    tracer = host.popen([sys.executable, "-c", script])
+    while not proc.status(target.pid).tracer_pid:
+        time.sleep(0.01)
+    refusal = refused(host, target.pid)
+    assert isinstance(refusal, errors.TargetBusy)
+    assert str(tracer.pid) in refusal.message
+    tracer.kill()
+    tracer.wait()
+    assert host.dump(target).memory_bytes
+    host.assert_running(target)
+
+
+def in_child(before: Callable[[], None], act: Callable[[], object]) -> str:
+    """Run both in a forked child; return the name and message of what ``act`` raised."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            before()
+            act()
+            said = "nothing"
+        except errors.CkptError as exc:
+            said = f"{type(exc).__name__}: {exc} / {exc.hint}"
+        finally:
+            os.write(writer, said.encode())
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(pid, 0)
+    with os.fdopen(reader) as file:
+        return file.read()
+
+
+def become_nobody() -> None:
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+
+
+def drop_net_admin() -> None:
+    # struct __user_cap_header_struct and two __user_cap_data_struct; version 3.
+    header = struct.pack("<Ii", 0x20080522, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    data = ctypes.create_string_buffer(24)
+    assert libc.capget(header, data) == 0
+    words = list(struct.unpack("<6I", data.raw))
+    words[0] &= ~(1 << 12)
+    assert libc.capset(header, struct.pack("<6I", *words)) == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [(become_nobody, "this needs root"), (drop_net_admin, "root lacks CAP_NET_ADMIN")],
+)
+def test_missing_privileges(host: Host, before: Callable[[], None], says: str) -> None:
+    target = host.start("memory")
+    image = host.dump(target)
+    dumping = in_child(before, lambda: host.capture(target.pid, MemoryImage()))
+    restoring = in_child(
+        before, lambda: host.engine.restore(MemorySource(image), RestoreOptions(), Gate())
+    )
+    assert dumping.startswith(f"PrivilegeMissing: {says}")
+    assert restoring.startswith(f"PrivilegeMissing: {says}")
+    host.assert_running(target)
+    host.assert_clean()
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("echo 'Version: 4.1'", "CRIU 4.1 at {path} is too old"),
+        ("echo 'Version: 4.3'", "CRIU 4.3 at {path} is newer than this program knows"),
+        ("echo 'Version: 4.2'", "{path} does not answer"),
+        ("exit 1", "{path} does not tell its version"),
+        (None, "there is no program {path}"),
+    ],
+)
+def test_criu_missing_too_old_or_too_new(
+    host: Host, tmp_path: Path, script: str | None, says: str
+) -> None:
+    path = tmp_path / "other-criu"
+    if script is not None:
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    target = host.start("memory")
+    engine = CriuEngine(str(path), work_dir=str(host.work), runtime_dir=str(host.runtime))
+    with pytest.raises(errors.CriuMissing) as refusal:
+        engine.capture(target.pid, MemoryImage(), Cut(), CaptureOptions())
+    assert says.format(path=path) in refusal.value.message
+    assert refusal.value.hint
+    host.assert_running(target)
+    host.assert_clean()
+
+
+def test_a_runtime_directory_of_somebody_else(host: Host) -> None:
+    target = host.start("memory")
+    host.runtime.mkdir()
+    os.chown(host.runtime, 65534, 65534)
+    with pytest.raises(errors.PrivilegeMissing, match="does not belong to this user alone"):
+        host.dump(target)
+    host.assert_running(target)
+
+
+def test_what_criu_cannot_dump_is_named_with_its_log(host: Host) -> None:
+    """System V shared memory needs an IPC namespace of its own."""
+    target = host.start("sysv_shm")
+    with pytest.raises(errors.CriuFailed) as failure:
+        host.dump(target)
+    assert failure.value.facts["log_tail"]
+    assert "Error (" in failure.value.message
+    assert "IPC namespace" in failure.value.hint
+    host.assert_running(target)
+    host.assert_clean()
+
+
+def test_sysv_shared_memory_in_an_ipc_namespace_of_its_own(host: Host) -> None:
+    target = host.start("sysv_shm", under=("unshare", "--ipc"))
+    image = host.dump(target)
+    host.assert_running(target)
+    host.kill(target)
+    tree = host.restore(image)
+    target.check(tree.pid)
+    host.assert_clean()
+
+
+def test_a_unix_socket_to_a_process_outside_is_named(host: Host) -> None:
+    script = "import socket,time;a=socket.socket(fileno=0);time.sleep(1000)"
+    import socket
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        popen = subprocess.Popen(
+            [sys.executable, "-c", script], stdin=theirs.fileno(), start_new_session=True
+        )
+        host.popens.append(popen)
+        time.sleep(0.3)
+        with pytest.raises(errors.CriuFailed) as failure:
+            host.capture(popen.pid, MemoryImage())
+        assert "outside the tree" in failure.value.hint
+        assert proc.status(popen.pid).tracer_pid == 0
+    host.assert_clean()
