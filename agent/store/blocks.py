@@ -1,19 +1,20 @@
 """Reading blocks: each once, ahead of time, in parallel, verified.
 
 Promises: a block that is returned matched its digest before it was decompressed; memory is
-bounded by ``_CACHED_BLOCKS`` and ``_AHEAD_BLOCKS``.
+bounded: 24 blocks kept, those of two windows, and 8 MiB to put pages together in.
 Does not: know address spaces or files.
 """
 
 from __future__ import annotations
 
-import bisect
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from concurrent import futures
 
 import numpy as np
+from numpy import typing as npt
 
 from agent import errors
 from agent.model.streams import PAGE_BYTES
@@ -23,12 +24,19 @@ from agent.store.manifest import PackRef
 from agent.volumes.base import Volume
 
 _WORKERS = 2
-# 32 MiB of blocks that pages keep coming back to: those with what changed last.
-_CACHED_BLOCKS = 32
-_AHEAD_BLOCKS = 8
-_AHEAD_PIECES = 1024
+# 24 MiB of blocks that pages keep coming back to: those with what changed last.
+_CACHED_BLOCKS = 24
+# A window of pages is given out while the blocks of the next one are being read.
+_WINDOW_PAGES = 2048
+_WINDOW_BLOCKS = 12
+# Runs that are cut into windows at once, to bound temporary arrays.
+_RUNS_AT_ONCE = 1 << 14
+# Among neighbours with a cut of this many pages, copying costs more than small pieces do.
+_WORTH_VIEWING = 128
+_ZERO = -1
 
 _Key = tuple[int, int]
+_Column = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,13 +49,30 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Cut:
-    """A piece to be read: which block, and which page of it comes first."""
+class _Cuts:
+    """Runs cut where blocks end, as columns: the first page's number, flags, how many, pack and
+    block (``_ZERO`` for zero pages), and which page of the block comes first.
+    """
 
-    page: int
-    count: int
-    key: _Key | None
-    first: int
+    page: _Column
+    flags: _Column
+    count: _Column
+    pack: _Column
+    block: _Column
+    first: _Column
+
+    def part(self, start: int, stop: int) -> _Cuts:
+        at = slice(start, stop)
+        columns = (self.page, self.flags, self.count, self.pack, self.block, self.first)
+        return _Cuts(*(column[at] for column in columns))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Window:
+    """Cuts whose blocks are held or being read."""
+
+    cuts: _Cuts
+    blocks: dict[_Key, futures.Future[bytes]]
 
 
 class BlockTable:
@@ -103,39 +128,23 @@ class BlockSource:
         )
 
     def pieces(self, table: pagetable.Table) -> Iterator[Piece]:
-        """Yield the pages of a table in order, in pieces of one block or of zero pages.
+        """Yield the pages of a table in order. Neighbours of equal flags that lie in different
+        places are put together, so that pages changed here and there do not make many pieces.
 
         Raises:
             errors.Corrupt | errors.Missing: a block cannot be had whole.
         """
-        ahead: collections.deque[tuple[_Cut, futures.Future[bytes] | None]] = collections.deque()
-        waiting: collections.Counter[_Key] = collections.Counter()
-        cuts = self._cut(table)
-        more = True
         pool = futures.ThreadPoolExecutor(_WORKERS, "ckpt-read")
+        scratch = np.empty((0, PAGE_BYTES), dtype=np.uint8)
         try:
-            while more or ahead:
-                while more and len(waiting) < _AHEAD_BLOCKS and len(ahead) < _AHEAD_PIECES:
-                    cut = next(cuts, None)
-                    if cut is None:
-                        more = False
-                    elif cut.key is None:
-                        ahead.append((cut, None))
-                    else:
-                        ahead.append((cut, self._request(pool, cut.key)))
-                        waiting[cut.key] += 1
-                if not ahead:
-                    return
-                cut, block = ahead.popleft()
-                if block is None or cut.key is None:
-                    yield Piece(cut.page, cut.count, None)
-                    continue
-                waiting[cut.key] -= 1
-                if not waiting[cut.key]:
-                    del waiting[cut.key]
-                first = cut.first * PAGE_BYTES
-                pages = memoryview(block.result())[first : first + cut.count * PAGE_BYTES]
-                yield Piece(cut.page, cut.count, pages)
+            windows = (self._request(pool, cuts) for cuts in self._windows(table))
+            window = next(windows, None)
+            while window is not None:
+                following = next(windows, None)  # is being read while this one is used
+                if len(window.cuts.page) > 1 and not len(scratch):
+                    scratch = np.empty((_WINDOW_PAGES, PAGE_BYTES), dtype=np.uint8)
+                yield from _emit(window, scratch)
+                window = following
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -172,27 +181,59 @@ class BlockSource:
             self._tables[number] = BlockTable(self._refs[number], index)
         return self._tables[number]
 
-    def _cut(self, table: pagetable.Table) -> Iterator[_Cut]:
-        """Cut runs where blocks end."""
-        rows = zip(
-            table.start.tolist(),
-            table.pages.tolist(),
-            table.pack.tolist(),
-            table.ordinal.tolist(),
-            strict=True,
-        )
-        for page, count, number, ordinal in rows:
-            if number < 0:
-                yield _Cut(page, count, None, 0)
-                continue
-            starts = self._table(number).starts
-            while count:
-                block = bisect.bisect_right(starts, ordinal) - 1
-                part = min(count, starts[block + 1] - ordinal)
-                yield _Cut(page, part, (number, block), ordinal - starts[block])
-                page, count, ordinal = page + part, count - part, ordinal + part
+    def _windows(self, table: pagetable.Table) -> Iterator[_Cuts]:
+        """Cut a table into windows of few pages and few blocks."""
+        for start in range(0, len(table), _RUNS_AT_ONCE):
+            cuts = self._cut(table, slice(start, start + _RUNS_AT_ONCE))
+            cost = np.where(cuts.pack == _ZERO, 0, cuts.count)
+            ends = np.cumsum(cost)
+            at, total = 0, len(cuts.page)
+            while at < total:
+                spent = int(ends[at - 1]) if at else 0
+                stop = int(np.searchsorted(ends, spent + _WINDOW_PAGES, side="right"))
+                stop = max(at + 1, min(stop, at + _WINDOW_PAGES))
+                keys = cuts.pack[at:stop] << 32 | cuts.block[at:stop]
+                _, first_use = np.unique(keys, return_index=True)
+                if len(first_use) > _WINDOW_BLOCKS:
+                    stop = at + int(np.sort(first_use)[_WINDOW_BLOCKS])
+                yield cuts.part(at, stop)
+                at = stop
 
-    def _request(self, pool: futures.Executor, key: _Key) -> futures.Future[bytes]:
+    def _cut(self, table: pagetable.Table, runs: slice) -> _Cuts:
+        """Cut some runs where blocks end."""
+        pack, ordinal, pages = table.pack[runs], table.ordinal[runs], table.pages[runs]
+        from_block = np.zeros(len(pack), dtype=np.int64)
+        to_block = np.zeros(len(pack), dtype=np.int64)
+        numbers = [int(number) for number in np.unique(pack) if number != _ZERO]
+        for number in numbers:
+            mine = pack == number
+            starts = self._table(number).first_pages
+            last = ordinal[mine] + pages[mine] - 1
+            from_block[mine] = np.searchsorted(starts, ordinal[mine], side="right") - 1
+            to_block[mine] = np.searchsorted(starts, last, side="right") - 1
+        parts = to_block - from_block + 1
+        run = np.repeat(np.arange(len(pack)), parts)
+        block = from_block[run] + np.arange(len(run)) - np.repeat(np.cumsum(parts) - parts, parts)
+        cut_pack = pack[run]
+        block_start, block_end = ordinal[run], (ordinal + pages)[run]
+        for number in numbers:
+            mine = cut_pack == number
+            found = self._table(number)
+            block_start[mine] = found.first_pages[block[mine]]
+            block_end[mine] = block_start[mine] + found.block_pages[block[mine]]
+        start = np.maximum(ordinal[run], block_start)
+        count = np.minimum((ordinal + pages)[run], block_end) - start
+        page = table.start[runs][run] + start - ordinal[run]
+        block[cut_pack == _ZERO] = _ZERO
+        flags = table.flags[runs][run]
+        return _Cuts(page, flags, count, cut_pack, block, start - block_start)
+
+    def _request(self, pool: futures.Executor, cuts: _Cuts) -> _Window:
+        wanted = dict.fromkeys(zip(cuts.pack.tolist(), cuts.block.tolist(), strict=True))
+        wanted.pop((_ZERO, _ZERO), None)
+        return _Window(cuts, {key: self._block(pool, key) for key in wanted})
+
+    def _block(self, pool: futures.Executor, key: _Key) -> futures.Future[bytes]:
         block = self._cache.get(key)
         if block is None or block.cancelled():
             number, at = key
@@ -202,3 +243,38 @@ class BlockSource:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return block
+
+
+def _emit(window: _Window, scratch: npt.NDArray[np.uint8]) -> Iterator[Piece]:
+    """Yield a window's pages, neighbours together."""
+    cuts = window.cuts
+    zero = cuts.pack == _ZERO
+    joins = (cuts.page[1:] == (cuts.page + cuts.count)[:-1]) & ~zero[1:] & ~zero[:-1]
+    joins &= cuts.flags[1:] == cuts.flags[:-1]
+    heads = np.concatenate(([0], np.flatnonzero(~joins) + 1, [len(zero)])).tolist()
+    for start, stop in itertools.pairwise(heads):
+        page, count = int(cuts.page[start]), int(cuts.count[start:stop].sum())
+        if zero[start]:
+            yield Piece(page, count, None)
+        elif stop == start + 1 or int(cuts.count[start:stop].max()) >= _WORTH_VIEWING:
+            for at in range(start, stop):
+                key = int(cuts.pack[at]), int(cuts.block[at])
+                first, pages = int(cuts.first[at]) * PAGE_BYTES, int(cuts.count[at])
+                content = memoryview(window.blocks[key].result())
+                yield Piece(int(cuts.page[at]), pages, content[first : first + pages * PAGE_BYTES])
+        else:
+            _gather(cuts.part(start, stop), window, scratch)
+            yield Piece(page, count, scratch[:count].reshape(-1).data)
+
+
+def _gather(cuts: _Cuts, window: _Window, out: npt.NDArray[np.uint8]) -> None:
+    """Copy pages to where they belong, one block after the other."""
+    ends = np.cumsum(cuts.count)
+    within = np.arange(int(ends[-1])) - np.repeat(ends - cuts.count, cuts.count)
+    source = np.repeat(cuts.first, cuts.count) + within
+    keys = np.repeat(cuts.pack << 32 | cuts.block, cuts.count)
+    for key in np.unique(keys).tolist():
+        mine = np.flatnonzero(keys == key)
+        content = window.blocks[key >> 32, key & 0xFFFFFFFF].result()
+        block = np.frombuffer(content, dtype=np.uint8).reshape(-1, PAGE_BYTES)
+        out[mine] = block[source[mine]]

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy import typing as npt
 
 from agent import errors
 from agent.model.ids import EpochId, GroupName, MemberName
@@ -18,7 +19,7 @@ from agent.model.streams import PAGE_BYTES, AddressSpace, FileEntry, PageRun
 from agent.store import fields, layout, manifest, pagetable
 from agent.store.digest import digest
 from agent.store.identity import Identity
-from agent.store.pages import EpochPages, Pages, as_pages
+from agent.store.pages import EpochPages, Pages, Places, as_pages
 from agent.volumes.base import Volume
 
 # Pages looked at in one step: enough to make numpy's calls cheap, few enough to stay in cache.
@@ -175,31 +176,22 @@ class MemberWriter:
         builders = list(self._spaces.values())
         builders += [builder for _, builder in self._metadata.values()]
         builders += [builder for _, builder in self._files.values() if builder is not None]
-        all_runs = [builder.runs() for builder in builders]
-        rows = np.concatenate([runs[3][runs[3] >= 0] for runs in all_runs] or [np.empty(0, int)])
-        packs, ordinals, refs = self._pages.locate(rows, made)
-        tables: dict[int, bytes] = {}
-        at = 0
-        for builder, runs in zip(builders, all_runs, strict=True):
-            start, pages, flags, row = runs
-            stored = row >= 0
-            count = int(stored.sum())
-            pack_column = np.full(len(row), -1, dtype=np.int64)
-            pack_column[stored] = packs[at : at + count]
-            ordinal_column = np.zeros(len(row), dtype=np.int64)
-            ordinal_column[stored] = ordinals[at : at + count]
-            at += count
-            table = pagetable.Table(start, pages, flags, pack_column, ordinal_column)
-            tables[id(builder)] = pagetable.encode(table)
+        places = self._pages.places(made)
+        used = np.zeros(len(places.refs), dtype=np.bool_)
+        memory = np.zeros(2, dtype=np.int64)
+        for number, builder in enumerate(builders):
+            _, pages, _, row = builder.runs()
+            used[places.packs(row[row >= 0])] = True
+            if number < len(self._spaces):
+                memory += pages.sum(), pages[row < 0].sum()
+        tables = {id(builder): _encode(builder, places, used) for builder in builders}
 
         def stream(size_bytes: int, builder: _Builder | None) -> manifest.Stream | None:
             if builder is None:
                 return None
             return manifest.Stream(size_bytes, tables[id(builder)])
 
-        memory = all_runs[: len(self._spaces)]
-        pages_count = sum(int(runs[1].sum()) for runs in memory)
-        zero_count = sum(int(runs[1][runs[3] < 0].sum()) for runs in memory)
+        pages_count, zero_count = memory.tolist()
         totals = MemberTotals(
             pages_count * PAGE_BYTES + self._stream_bytes,
             self._new_pages * PAGE_BYTES,
@@ -210,7 +202,7 @@ class MemberWriter:
             self._group,
             self._epoch,
             self.name,
-            tuple(refs),
+            tuple(ref for ref, needed in zip(places.refs, used, strict=True) if needed),
             tuple((space, tables[id(builder)]) for space, builder in self._spaces.items()),
             tuple(
                 (name, manifest.Stream(size_bytes, tables[id(builder)]))
@@ -220,6 +212,17 @@ class MemberWriter:
             totals,
             self._facts or {},
         )
+
+
+def _encode(builder: _Builder, places: Places, used: npt.NDArray[np.bool_]) -> bytes:
+    """Return a table whose packs are numbered among those used."""
+    start, pages, flags, row = builder.runs()
+    stored = row >= 0
+    pack = np.full(len(row), -1, dtype=np.int64)
+    pack[stored] = places.packs(row[stored])
+    ordinal = np.where(stored, row - places.first_rows[pack], 0) if len(used) else row * 0
+    renumbered = np.append(np.cumsum(used) - 1, -1)  # the last one stands for zero pages
+    return pagetable.encode(pagetable.Table(start, pages, flags, renumbered[pack], ordinal))
 
 
 def _fill(content: BinaryIO, room: memoryview) -> int:

@@ -7,6 +7,7 @@ Does not: know members, address spaces or manifests.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -23,8 +24,20 @@ from agent.store.packing import Buffer, Packer
 Pages = npt.NDArray[np.uint8]
 
 
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where rows are: in which of ``refs``, and where in it."""
+
+    refs: list[PackRef]
+    first_rows: Rows
+
+    def packs(self, rows: Rows) -> Rows:
+        """Return the number of each row's pack; rows are not negative and durable."""
+        return np.searchsorted(self.first_rows, rows, side="right") - 1
+
+
 class EpochPages:
-    """Places pages, by row. A row is a pack and a place in it; see ``locate``."""
+    """Places pages, by row. A row is a pack and a place in it; see ``places``."""
 
     def __init__(self, baseline: Baseline, packer: Packer, zero: Tags) -> None:
         self._packer = packer
@@ -74,18 +87,10 @@ class EpochPages:
             self._end_pack()
             return self._packer.wait()
 
-    def locate(
-        self, rows: Rows, made: list[PackRef]
-    ) -> tuple[npt.NDArray[np.int64], Rows, list[PackRef]]:
-        """Return for each row, not negative and durable, its pack's number in the list returned,
-        and its place there. ``made`` is what ``flush`` returned.
-        """
+    def places(self, made: list[PackRef]) -> Places:
+        """Return where rows are; ``made`` is what ``flush`` returned."""
         refs = self._base_refs + made
-        starts = np.array(self._first_rows[: len(refs)], dtype=np.int64)
-        packs = np.searchsorted(starts, rows, side="right") - 1
-        needed, renumbered = np.unique(packs, return_inverse=True)
-        ordinals = rows - starts[packs] if len(rows) else rows
-        return renumbered.astype(np.int64), ordinals, [refs[number] for number in needed]
+        return Places(refs, np.array(self._first_rows[: len(refs)], dtype=np.int64))
 
     def _store(self, pages: Pages, chosen: Rows, tags: Tags) -> Rows:
         rows = np.empty(len(chosen), dtype=np.int64)

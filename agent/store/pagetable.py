@@ -75,15 +75,13 @@ def encode(table: Table) -> bytes:
     expected = np.zeros(len(first), dtype=np.int64)
     expected[1:] = first[:-1] + table.pages[stored][:-1]
     ordinal[stored] = (first - expected) & 0xFFFFFFFF
-    columns = [
-        gap.astype("<u8"),
-        table.pages.astype("<u4"),
-        table.flags.astype("<u4"),
-        (table.pack + 1).astype("<u4"),
-        ordinal.astype("<u4"),
-    ]
-    frame = codec.compress(b"".join(column.tobytes() for column in columns))
-    return len(table).to_bytes(4, "little") + frame
+    raw = bytearray(len(table) * _RUN_BYTES)
+    at = 0
+    values = (gap, table.pages, table.flags, table.pack + 1, ordinal)
+    for (_, width), column in zip(_COLUMNS, values, strict=True):
+        np.frombuffer(raw, f"<u{width}", len(table), at)[:] = column
+        at += len(table) * width
+    return len(table).to_bytes(4, "little") + codec.compress(raw)
 
 
 def decode(data: bytes | memoryview, pack_pages: Sequence[int]) -> Table:
@@ -190,10 +188,12 @@ class TableBuilder:
             return np.empty((4, 0), dtype=np.int64)
         joined = np.concatenate(self._parts, axis=1)
         heads = _heads(joined[0], joined[1], joined[2], joined[3])
-        merged = joined[:, heads]
-        merged[1] = np.add.reduceat(joined[1], heads)
-        self._parts = [merged]
-        return merged
+        if len(heads) < joined.shape[1]:
+            pages = np.add.reduceat(joined[1], heads)
+            joined = joined[:, heads]
+            joined[1] = pages
+        self._parts = [joined]
+        return joined
 
 
 def _heads(start: Column, pages: Column, flags: Column, row: Column) -> Column:
