@@ -100,10 +100,13 @@ def undo_restore(
 ) -> Findings:
     """End what a failed restore left of its tree, and let go of its connections."""
     findings = findings or Findings()
+    # All are told apart before one is killed: a killed parent's children change their parent.
+    made = []
     for who in entry.pids:
         with contextlib.suppress(errors.NotFound):
-            if _made_by(entry, who) and subprocesses.signal_quietly(who.pid, signal.SIGKILL):
-                findings.killed.append(who.pid)
+            if _made_by(entry, who):
+                made.append(who.pid)
+    findings.killed.extend(pid for pid in made if subprocesses.signal_quietly(pid))
     if hold.release(hold_name(entry)):
         findings.tables.append(hold_name(entry))
     settle_tables(places, entry, keep=False, findings=findings)

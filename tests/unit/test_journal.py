@@ -1,0 +1,121 @@
+"""What operations leave on the host for their successors, without CRIU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from agent import errors
+from agent.engines.criu import journal, supervisor
+from agent.host import proc
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> journal.Places:
+    found = journal.Places(str(tmp_path / "run"), str(tmp_path / "work"))
+    found.prepare()
+    return found
+
+
+def me() -> proc.Identity:
+    return proc.identity(os.getpid())
+
+
+def test_an_operation_is_in_the_journal_with_its_scratch_folder_while_it_runs(
+    places: journal.Places,
+) -> None:
+    with places.operation("dump", [me()]) as operation:
+        (entry,) = places.entries()
+        assert entry == operation.entry
+        assert entry.agent == me()
+        assert os.stat(operation.scratch).st_mode & 0o777 == 0o700
+        operation.note_criu(os.getpid())
+        operation.note_tables_before({"b", "a"})
+        operation.note_table("c")
+        (entry,) = places.entries()
+        assert (entry.criu, entry.tables_before, entry.table) == (me(), ("a", "b"), "c")
+        (Path(operation.folder("images")) / "x").touch()
+    assert places.entries() == []
+    assert places.scratch_names() == []
+
+
+def test_an_operation_that_raises_leaves_nothing(places: journal.Places) -> None:
+    with pytest.raises(ValueError, match="x"), places.operation("dump", []):
+        raise ValueError("x")
+    assert places.entries() == []
+    assert places.scratch_names() == []
+
+
+def test_a_torn_entry_is_passed_over(places: journal.Places, tmp_path: Path) -> None:
+    (tmp_path / "run" / "ops" / "torn.json").write_text('{"name": "x"')
+    (tmp_path / "run" / "ops" / "other.json").write_text("[]")
+    assert places.entries() == []
+
+
+def test_a_process_is_held_by_one_operation_at_a_time(places: journal.Places) -> None:
+    held = pytest.raises(errors.TargetBusy, match=f"agent with pid {os.getpid()}")
+    with places.locked([me()]), held as refusal, places.locked([me()]):
+        pass
+    assert refusal.value.retryable
+    with places.locked([me()]):
+        pass
+
+
+def test_the_lock_of_a_dead_agent_is_void(places: journal.Places, tmp_path: Path) -> None:
+    script = (
+        "import os\n"
+        "from agent.engines.criu import journal\n"
+        "from agent.host import proc\n"
+        f"places = journal.Places({str(tmp_path / 'run')!r}, {str(tmp_path / 'work')!r})\n"
+        f"with places.locked([proc.identity({os.getpid()})]): os._exit(9)\n"
+    )
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", script], cwd=root).returncode == 9
+    with places.locked([me()]):
+        pass
+
+
+def test_many_at_once_never_hold_the_same_process(places: journal.Places) -> None:
+    holding = 0
+    most = 0
+    won = 0
+
+    def one() -> None:
+        nonlocal holding, most, won
+        for _ in range(50):
+            try:
+                with places.locked([me()]):
+                    holding += 1
+                    most = max(most, holding)
+                    won += 1
+                    holding -= 1
+            except errors.TargetBusy:
+                continue
+
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert won > 0
+
+
+def test_directories_that_others_may_write_to_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir(mode=0o777)
+    os.chmod(tmp_path / "work", 0o777)
+    with pytest.raises(errors.PrivilegeMissing, match="this user alone"):
+        journal.Places(str(tmp_path / "run"), str(tmp_path / "work")).prepare()
+
+
+def test_the_pid_counter_of_an_isolated_tree_is_set_off_its_numbers() -> None:
+    assert supervisor.last_pid({5000, 5001}, 32768) == 5002
+    high = supervisor.last_pid({32700, 32767}, 32768)
+    assert not {32700, 32767} & set(range(high, high + 300))
+    crowded = supervisor.last_pid(set(range(300, 2000)) | {32767}, 32768)
+    assert crowded == 2000
