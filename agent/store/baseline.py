@@ -16,7 +16,7 @@ import numpy as np
 
 from agent import errors
 from agent.model.ids import EpochId, GroupName
-from agent.store import catalog, copyforward, manifest, pack, pagetable
+from agent.store import catalog, copyforward, manifest, pack, pagetable, suspects
 from agent.volumes.base import Volume
 
 
@@ -71,7 +71,11 @@ def _packs(volume: Volume, found: manifest.EpochManifest, warnings: list[str]) -
         except (errors.DataError, errors.VolumeError) as exc:
             warnings.append(f"not built on {ref.member} of {found.epoch}: {exc.message}")
     packs = []
+    damaged = suspects.known(volume) if refs else set()
     for name, pack_ref in sorted(refs.items()):
+        if name in damaged:
+            warnings.append(f"not built on {name}: a verification found it damaged")
+            continue
         try:
             index = catalog.read_pack_index(volume, pack_ref)
         except (errors.DataError, errors.VolumeError) as exc:

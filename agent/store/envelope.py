@@ -32,6 +32,7 @@ class Kind(enum.IntEnum):
     MEMBER = 3
     PACK_INDEX = 4
     INTENT = 5
+    SUSPECT = 6
 
 
 def seal(kind: Kind, body: bytes) -> bytes:

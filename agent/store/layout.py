@@ -19,6 +19,7 @@ RESERVE = "reserve"
 GROUPS = "groups/"
 PACKS = "packs/"
 INTENTS = "intents/"
+SUSPECTS = "suspects/"
 _EPOCH_FILE = "epoch"
 _MEMBER_PREFIX = "member-"
 _ATTEMPT = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}-[0-9a-f]{16}")
@@ -52,6 +53,11 @@ def pack_name(attempt: str, number: int) -> str:
 def intent_name(attempt: str) -> str:
     """What a writer or a deleter announces before it begins."""
     return f"{INTENTS}{attempt}"
+
+
+def suspect_name(pack: str) -> str:
+    """The mark of a damaged pack."""
+    return SUSPECTS + pack.removeprefix(PACKS)
 
 
 def attempt_id(epoch: EpochId, unique: str) -> str:

@@ -87,6 +87,7 @@ class _Run:
         self._attempt = epoch_ids.new_attempt(epoch_ids.next_epoch([], now_s))
         self._freed_bytes = 0
         self._leftovers = 0
+        self._gone_packs: set[str] = set()
 
     def __enter__(self) -> None:
         if self._dry_run:
@@ -132,6 +133,7 @@ class _Run:
         if not blocked:
             for info in packs:
                 self._sweep_pack(info, live_packs, live_attempts, had_packs)
+            self._sweep_suspects({info.name for info in packs})
         if not self._dry_run:
             if not blocked:
                 self._sweep_announced(announced)
@@ -205,7 +207,15 @@ class _Run:
             return
         if info.name not in live_packs and attempt not in live_attempts:
             self._delete(info)
+            self._gone_packs.add(info.name)
             self._leftovers += info.name not in had_packs
+
+    def _sweep_suspects(self, packs: set[str]) -> None:
+        """Delete the marks of damaged packs that are no more."""
+        for info in list(self._volume.list(layout.SUSPECTS)):
+            pack = layout.PACKS + info.name.removeprefix(layout.SUSPECTS)
+            if pack not in packs or pack in self._gone_packs:
+                self._delete(info)
 
     def _sweep_announced(self, announced: list[intents.Announced]) -> None:
         """Delete stale intents, after what they had protected is gone."""

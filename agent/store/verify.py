@@ -3,7 +3,8 @@
 Promises: every byte of every file that the epoch names is read and checked: digests, the plain
 bytes' checksums, and that each page still has the tag by which later epochs find it. Goes on after
 damage, so that the report is complete.
-Does not: repair, or change anything.
+Does not: repair. Packs that are found damaged are marked, so that later epochs do not build on
+them (``suspects``); nothing else on the volume changes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from concurrent import futures
 
 from agent import errors
 from agent.model.ids import EpochId, GroupName
-from agent.store import blocks, catalog, layout, manifest, pack, pagetable
+from agent.store import blocks, catalog, layout, manifest, pack, pagetable, suspects
 from agent.store.identity import Identity
 from agent.volumes.base import Volume
 
@@ -67,6 +68,7 @@ class _Verification:
         self._progress = progress
         self._damaged: list[Damage] = []
         self._read_bytes = 0
+        self._whole: set[str] = set()  # packs of which everything was looked at
         self._per_thread = threading.local()
 
     def run(self, group: GroupName, epoch: EpochId) -> VerifyReport:
@@ -78,12 +80,23 @@ class _Verification:
             self._note(layout.epoch_name(group, epoch), exc)
         else:
             self._blocks(self._indexes(found))
+            self._remember(found.packs)
         return VerifyReport(group, epoch, tuple(self._damaged), self._read_bytes)
 
     def _note(self, part: str, exc: errors.CkptError) -> None:
         if isinstance(exc, errors.VolumeGone):
             raise exc
         self._damaged.append(Damage(part, exc.message))
+
+    def _remember(self, packs: tuple[str, ...]) -> None:
+        """Keep later epochs from building on damaged packs, and from avoiding good ones."""
+        problems = {damage.part: damage.problem for damage in reversed(self._damaged)}
+        known = suspects.known(self._volume)
+        for name in packs:
+            if name in problems and name not in known:
+                suspects.mark(self._volume, name, problems[name])
+            elif name in known and name not in problems and name in self._whole:
+                suspects.clear(self._volume, name)
 
     def _indexes(
         self, found: manifest.EpochManifest
@@ -124,6 +137,7 @@ class _Verification:
                             self._note(ref.name, exc)
                     if self._progress is not None:
                         self._progress(done, total)
+                self._whole.add(ref.name)
 
     def _block(self, table: blocks.BlockTable, index: pack.PackIndex, block: int) -> int:
         pages = table.load(self._volume, block)

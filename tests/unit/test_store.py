@@ -302,6 +302,34 @@ def test_a_base_whose_manifests_are_damaged_is_not_built_on(store: Store, volume
     assert good.damage is None
 
 
+def test_once_damage_is_known_the_next_epoch_is_good_again(store: Store, volume: Volume) -> None:
+    """A damaged block may be part of every epoch so far; new ones must not inherit it."""
+    image = images.simple(1, 600)
+    first = dump(store, image)
+    pack = names(volume, layout.PACKS)[0]
+    content = volume.read(pack)
+    volume.delete(pack)
+    volume.put(pack, content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    inherits = dump(store, image)
+    assert inherits.new_bytes == 0  # a dump looks at the index only
+    assert [d.part for d in store.verify(GROUP, inherits.epoch).damaged] == [pack]
+    healed = dump(store, image)
+    assert healed.new_bytes == first.new_bytes
+    assert "verification" in healed.facts[WARNINGS][0]
+    assert store.verify(GROUP, healed.epoch).good
+    images.assert_epoch(store.read(GROUP, healed.epoch), image)
+    # If the pack is found good after all, it is built on again; and its mark goes with it.
+    assert names(volume, layout.SUSPECTS) == [layout.suspect_name(pack)]
+    volume.delete(pack)
+    volume.put(pack, content)
+    assert store.verify(GROUP, inherits.epoch).good
+    assert names(volume, layout.SUSPECTS) == []
+    volume.delete(pack)
+    assert not store.verify(GROUP, inherits.epoch).good
+    store.prune(Retention(keep_last=1), now_s=NOW_S)
+    assert names(volume, layout.SUSPECTS) == []
+
+
 def test_a_damaged_epoch_is_listed_and_can_be_deleted(store: Store, volume: Volume) -> None:
     good, bad = dump(store, images.simple()), dump(store, images.simple(500))
     name = layout.epoch_name(GROUP, bad.epoch)
