@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -100,9 +99,7 @@ class Holder:
     def __enter__(self) -> Holder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.kill()
 
     def rss_bytes(self) -> int:
@@ -192,10 +189,8 @@ class Pulse:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        if exc is None:
+    def __exit__(self, *exc: object) -> None:
+        if exc[1] is None:
             # The first beat after the stop ends the silence.
             self._holder.wait_running(time.time_ns())
         self._over.set()

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 # From <linux/prctl.h>. Orphaned ranks become our children, so that their pids are free for a
 # restore as soon as they are dead, whatever pid 1 of this machine does.
@@ -63,9 +62,7 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._closed.set()
         self._thread.join()
 
@@ -132,13 +129,12 @@ class Job:
                 start_new_session=True,
             )
         self.pid = self._process.pid
+        self._pids = [self.pid]
 
     def __enter__(self) -> Job:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def ended(self) -> bool:
@@ -160,18 +156,24 @@ class Job:
 
     def kill(self) -> int:
         """``kill -9`` all processes and wait until their pids are free; return how many."""
-        pids = [self.pid, *descendants(self.pid)]
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self._pids = [self.pid, *descendants(self.pid)]
+        _kill(self._pids)
         self._process.wait()
-        reap(pids[1:])
-        return len(pids)
+        return len(self._pids)
 
     def close(self) -> None:
-        """Kill what is left."""
+        """Kill what is left, also of a tree that was restored with the pids of this one."""
         if not self.ended():
             self.kill()
+        # Somebody else may have such a pid by now, but not below this process.
+        _kill([pid for pid in descendants(os.getpid()) if pid in self._pids])
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    reap(pids)
 
 
 def become_reaper() -> None:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from demo.job import Point
 from demo.timeline import Story
-
-mpl.use("Agg")
 
 _REFERENCE, _RUN, _LOST, _AGAIN = "#b8b8b8", "#1f5fa8", "#d98b2b", "#2a8a4a"
 _DUMP, _KILL = "#7a4fa3", "#c0282d"
@@ -45,7 +42,13 @@ def draw(
     parts = (
         (uninterrupted, smooth([p.loss for p in uninterrupted]), _REFERENCE, 4.0, "uninterrupted"),
         (points[:cut], before[:cut], _RUN, 1.6, "dumped three times while it trains"),
-        (points[cut - 1 : again], before[cut - 1 :], _LOST, 1.6, "lost by the kill"),
+        (
+            points[max(cut - 1, 0) : again],
+            before[max(cut - 1, 0) :],
+            _LOST,
+            1.6,
+            "lost by the kill",
+        ),
         (points[again:], after, _AGAIN, 1.6, "restored from the last dump"),
     )
     for part, losses, colour, width, label in parts:

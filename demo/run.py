@@ -175,6 +175,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (DemoFailed, job.JobFailed, cli.AgentFailed) as exc:
         print(f"demo: {exc}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("demo: interrupted; its processes were ended", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -59,7 +59,12 @@ def launch(options: argparse.Namespace) -> int:
         )
     for listener in listeners:
         listener.close()
-    return wait(ranks)
+    try:
+        return wait(ranks)
+    finally:
+        for left in ranks:
+            if left.returncode is None:
+                left.terminate()
 
 
 def wait(ranks: list[subprocess.Popen[bytes]]) -> int:
