@@ -10,6 +10,7 @@ from tests.host.conftest import Cut, Host
 FEATURES = (
     *("memory", "threads", "children", "pipes", "unix_sockets", "tcp", "unlinked", "shared_memory"),
     *("memfd", "timers", "pending_signals", "sessions", "stopped", "eventfd", "open_file"),
+    "hard_link",
 )
 
 
@@ -40,3 +41,4 @@ def test_each_feature_survives_a_dump_that_runs_on_and_an_isolated_restore(
     tree = host.restore(image, RestoreOptions(isolate=True))
     target.check(tree.pid)
     host.assert_clean()
+    assert list(target.folder.glob("link_remap*")) == []

@@ -24,7 +24,7 @@ from pycriu import rpc_pb2
 from agent import errors
 from agent.engines import ephemeral
 from agent.engines.base import CaptureOptions, CaptureReport, Cut, Disposition
-from agent.engines.criu import facts, journal, log, pageserver, preflight, recovery, rpc
+from agent.engines.criu import facts, journal, links, log, pageserver, preflight, recovery, rpc
 from agent.engines.criu.probe import Criu
 from agent.host import clock, netfilter, proc
 from agent.model.streams import AddressSpace, MemberSink, PageRun
@@ -237,6 +237,7 @@ class _Capture:
         for name in sorted(os.listdir(self._images)):
             if name not in _NOT_IMAGES:
                 self._store_image(name)
+        links.collect(self._images, self._sink)
         collected = ephemeral.collect(self._pids, self._options.include, self._sink)
         self._facts = {
             **self._gatherer.result(),

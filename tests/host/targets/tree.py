@@ -322,6 +322,16 @@ def open_file():
 
 
 @feature
+def hard_link():
+    path = os.path.join(FOLDER, "first")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o640)
+    os.write(fd, b"two names")
+    os.link(path, os.path.join(FOLDER, "second"))
+    os.unlink(path)
+    return lambda: "" if os.pread(fd, 100, 0) == b"two names" else "the linked file differs"
+
+
+@feature
 def sysv_shm():
     libc = ctypes.CDLL(None, use_errno=True)
     libc.shmat.restype = ctypes.c_void_p
