@@ -56,10 +56,9 @@ class Packer:
         for _ in range(_BUFFERS):
             self._free.put(np.empty((pack.BLOCK_PAGES, PAGE_BYTES), dtype=np.uint8))
         self._pack = _OpenPack(volume, attempt)
-        self._begun = 0
         self._error: BaseException | None = None
-        self._switch_interval_s = sys.getswitchinterval()
-        sys.setswitchinterval(min(self._switch_interval_s, _SWITCH_INTERVAL_S))
+        # For the whole process and for good: it stores, so it needs that.
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL_S))
 
     def buffer(self) -> Buffer:
         """Return an empty block, once there is one.
@@ -112,15 +111,16 @@ class Packer:
         self._submit(self._pack.give_up)
         self._workers.shutdown(cancel_futures=False)
         self._writer.shutdown()
-        sys.setswitchinterval(self._switch_interval_s)
         return [layout.pack_name(self._attempt, n) for n in range(self._pack.number + 1)]
 
     def _stalled(self) -> errors.VolumeGone:
-        return errors.VolumeGone(
+        stalled = errors.VolumeGone(
             f"the volume took nothing for {_STALLED_S:.0f} s",
             hint="check its mount and its network",
             volume=self._volume.url,
         )
+        self._error = self._error or stalled
+        return stalled
 
     def _submit(self, step: Callable[[], None]) -> None:
         self._writer.submit(step).add_done_callback(self._note)

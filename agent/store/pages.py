@@ -13,6 +13,7 @@ import threading
 import numpy as np
 from numpy import typing as npt
 
+from agent import errors
 from agent.model.streams import PAGE_BYTES
 from agent.store import pack
 from agent.store.baseline import Baseline
@@ -44,6 +45,7 @@ class EpochPages:
         self._zero = zero
         self._index = PageIndex(zero, baseline.pages + len(baseline.packs))
         self._lock = threading.Lock()
+        self._whole = True
         # The first row of each pack: the base's, those ended, and the open one.
         self._first_rows: list[int] = []
         self._base_refs: list[PackRef] = []
@@ -70,20 +72,29 @@ class EpochPages:
         if not len(full):
             return rows, 0
         with self._lock:
+            self._whole = False
             found = self._index.find(tags[full])
             unknown = np.flatnonzero(found < 0)
             new, copy_of = _distinct(tags[full[unknown]])
             if len(new):
                 stored = self._store(pages, full[unknown[new]], tags)
                 found[unknown] = stored[copy_of]
+            self._whole = True
         rows[full] = found
         return rows, len(new)
 
     def flush(self) -> tuple[list[PackRef], int]:
         """End the open pack and wait until everything placed is durable; return the packs that
         this attempt made so far, and their bytes.
+
+        Raises:
+            errors.VolumeError: the volume failed, now or earlier.
+            errors.DumpFailed: storing was broken off somewhere, whoever caught that.
         """
         with self._lock:
+            self._packer.check()
+            if not self._whole:
+                raise errors.DumpFailed("the epoch lacks pages whose storing was broken off")
             self._end_pack()
             return self._packer.wait()
 

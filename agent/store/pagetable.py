@@ -45,17 +45,6 @@ class Table:
     def __len__(self) -> int:
         return len(self.start)
 
-    @property
-    def total_pages(self) -> int:
-        """Pages of all runs."""
-        return int(self.pages.sum())
-
-
-def empty() -> Table:
-    """A table without runs."""
-    nothing = np.empty(0, dtype=np.int64)
-    return Table(nothing, nothing, nothing, nothing, nothing)
-
 
 def encode(table: Table) -> bytes:
     """Return the table's bytes.

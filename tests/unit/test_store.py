@@ -514,6 +514,28 @@ def test_a_volume_that_says_exists_of_its_own_retry_has_committed(volume: Volume
     assert store.epochs() == [summary]
 
 
+def test_an_epoch_whose_storing_was_broken_off_cannot_be_committed(
+    store: Store, volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if a caller goes on after an interrupt that hit the store."""
+
+    def interrupted(self: packing.Packer) -> None:
+        raise KeyboardInterrupt
+
+    with store.begin(GROUP, now_s=NOW_S) as epoch:
+        member = epoch.member(MEMBER)
+        with monkeypatch.context() as patch:
+            patch.setattr(packing.Packer, "buffer", interrupted)
+            member.metadata("a", io.BytesIO())
+            with pytest.raises(KeyboardInterrupt):
+                member.metadata("b", io.BytesIO(b"x"))
+        with pytest.raises(errors.DumpFailed):
+            member.finish()
+        with pytest.raises(errors.DumpFailed):
+            epoch.commit({})
+    assert names(volume) == EMPTY
+
+
 def test_a_volume_that_takes_nothing_does_not_hold_a_job_for_ever(
     volume: Volume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
