@@ -45,13 +45,17 @@ def read_step(line: str) -> tuple[int, float] | None:
 
 
 class Watch:
-    """Follows a log from another thread, also when the log is rolled back."""
+    """Follows the log of the process ``pid`` from another thread, also when a restore rolls the
+    log back: what is written while there is no such process is the restore's, not the job's.
+    """
 
-    def __init__(self, path: str, zero_s: float) -> None:
+    def __init__(self, path: str, pid: int, zero_s: float) -> None:
         self.points: list[Point] = []
         self.rolled_back_at: int | None = None
         """The index in ``points`` of the first step after the log was cut."""
         self._path = path
+        self._pid = pid
+        self._rolling_back = False
         self._zero_s = zero_s
         self._read_bytes = 0
         self._moved = threading.Condition()
@@ -97,9 +101,14 @@ class Watch:
     def _poll(self) -> None:
         # Opened anew each time: a rollback may put another file into the place of this one.
         with open(self._path, "rb") as log:
-            if os.fstat(log.fileno()).st_size < self._read_bytes:
+            size_bytes = os.fstat(log.fileno()).st_size
+            if size_bytes < self._read_bytes:
                 self.rolled_back_at = len(self.points)
-                self._read_bytes = os.fstat(log.fileno()).st_size
+                self._rolling_back = True
+            if self._rolling_back:
+                self._read_bytes = size_bytes
+                self._rolling_back = not running(self._pid)
+                return
             log.seek(self._read_bytes)
             text = log.read()
         whole = text.rfind(b"\n") + 1
@@ -118,6 +127,7 @@ class Job:
     def __init__(self, directory: str, arguments: Sequence[str]) -> None:
         become_reaper()
         self.directory = directory
+        self.log = os.path.join(directory, "rank-0.log")
         os.makedirs(directory)
         with open(os.path.join(directory, "job.log"), "w") as log:
             # A session of its own and no terminal, as under a service manager.

@@ -66,7 +66,7 @@ def reference(options: Options) -> list[job.Point]:
     directory = os.path.join(options.out, "reference")
     with (
         job.Job(directory, options.training()) as training,
-        job.Watch(os.path.join(directory, "rank-0.log"), time.monotonic()) as watch,
+        job.Watch(training.log, training.pid, time.monotonic()) as watch,
     ):
         training.wait(_DEADLINE_S)
     _say(f"uninterrupted: {watch.points[-1].at_s:.1f} s, {compare.last_words(directory)}")
@@ -80,7 +80,7 @@ def interrupted(options: Options) -> tuple[timeline.Story, job.Watch]:
     zero_s = time.monotonic()
     with (
         job.Job(directory, options.training()) as training,
-        job.Watch(os.path.join(directory, "rank-0.log"), zero_s) as watch,
+        job.Watch(training.log, training.pid, zero_s) as watch,
     ):
         dumps = []
         for share in _DUMPS_AT:

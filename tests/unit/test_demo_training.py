@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -120,29 +121,41 @@ def test_two_trainings_without_logs_are_not_called_equal(tmp_path: Path) -> None
     assert compare.differences(str(tmp_path / "one"), str(tmp_path / "other"), 1)
 
 
-def test_the_watch_sees_each_step_once_and_where_the_log_was_rolled_back(tmp_path: Path) -> None:
+def test_the_watch_sees_each_step_once_and_where_the_log_was_rolled_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = tmp_path / "rank-0.log"
     lines = [f"step {step} loss {float(step).hex()}\n" for step in range(1, 6)]
     seen = threading.Event()
 
-    def grown(watch: job.Watch, count: int) -> None:
+    def until(condition: Callable[[], bool]) -> None:
         for _ in range(500):
-            if len(watch.points) == count:
+            if condition():
                 return
             seen.wait(0.01)
-        raise AssertionError(f"{len(watch.points)} steps were seen")
+        raise AssertionError("it did not come about")
 
-    with job.Watch(str(log), 0.0) as watch:
+    def grown(watch: job.Watch, count: int) -> None:
+        until(lambda: len(watch.points) == count)
+
+    watch = job.Watch(str(log), os.getpid(), 0.0)
+    alive = threading.Event()
+    alive.set()
+    monkeypatch.setattr(job, "running", lambda _: alive.is_set())
+    with watch:
         log.write_text("".join(lines[:4]) + lines[4][:7])
         grown(watch, 4)
-        # Put back to step 2 in another file, as a restore does.
+        alive.clear()
+        # Put back to step 2 in another file and in two writes, as a restore may do it.
         other = tmp_path / "other"
-        other.write_text("".join(lines[:2]))
+        other.write_text(lines[0])
         os.rename(other, log)
-        for _ in range(500):
-            if watch.rolled_back_at is not None:
-                break
-            seen.wait(0.01)
+        until(lambda: watch.rolled_back_at is not None)
+        with log.open("a") as file:
+            file.write(lines[1])
+        seen.wait(0.1)
+        alive.set()
+        seen.wait(0.1)
         with log.open("a") as file:
             file.write(lines[2])
         grown(watch, 5)
