@@ -235,10 +235,15 @@ def table_of(criu_pid: int) -> str:
 
 
 def running_crius() -> list[int]:
-    """The CRIU processes on this host, whoever started them."""
+    """The CRIU processes of this network namespace, whoever started them."""
     found = []
+    here = proc.namespaces(os.getpid())["net"]
     for pid in proc.pids():
         with contextlib.suppress(errors.NotFound, errors.PrivilegeMissing):
+            if not proc.stat(pid).comm.startswith(("criu", "ld-linux")):
+                continue
+            if proc.namespaces(pid)["net"] != here:
+                continue
             # A private copy runs under the name of its dynamic loader.
             comm = proc.stat(pid).comm
             if comm == "criu" or (
