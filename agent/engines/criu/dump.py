@@ -207,6 +207,8 @@ class _Capture:
         if descriptor is not None:
             os.close(descriptor)
         if stage == "pre-dump":
+            # CRIU makes its table as soon as it has frozen the tree.
+            self._operation.note_tables_before(netfilter.tables(recovery.TABLE_PREFIX))
             self._states = {each: _state(each) for each in proc.tree(self._root.pid)}
             self._times.freeze_from_s = clock.monotonic_s()
         elif stage == "query-ext-files":
@@ -215,8 +217,6 @@ class _Capture:
             self._cut.frozen()
             self._gatherer = _Gatherer(self._pids, self._states, self._criu)
             self._gatherer.start()
-            # CRIU locks the network next.
-            self._operation.note_tables_before(netfilter.tables(recovery.TABLE_PREFIX))
         elif stage == "post-dump":
             self._on_captured()
 
