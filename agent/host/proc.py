@@ -46,7 +46,6 @@ class Stat:
     ppid: int
     pgid: int
     session: int
-    tty: int
     flags: int
     threads: int
     start_ticks: int
@@ -175,7 +174,6 @@ def _parse_stat(raw: bytes) -> Stat:
         ppid=int(rest[1]),
         pgid=int(rest[2]),
         session=int(rest[3]),
-        tty=int(rest[4]),
         flags=int(rest[6]),
         threads=int(rest[17]),
         start_ticks=int(rest[19]),
@@ -231,15 +229,6 @@ def threads(pid: int) -> list[int]:
     """The thread numbers of a process, ascending."""
     with _process(pid):
         return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
-
-
-def thread_stats(pid: int) -> list[Stat]:
-    """One ``Stat`` a thread; threads that end meanwhile are left out."""
-    found = []
-    for tid in threads(pid):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            found.append(_parse_stat(_read(f"/proc/{pid}/task/{tid}/stat")))
-    return found
 
 
 def children(pid: int) -> list[int]:
@@ -326,14 +315,6 @@ def open_files(pid: int) -> list[OpenFile]:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             found.append(_open_file(pid, number))
     return found
-
-
-def open_file(pid: int, number: int) -> OpenFile | None:
-    """One descriptor, or None if it is closed."""
-    try:
-        return _open_file(pid, number)
-    except (FileNotFoundError, ProcessLookupError):
-        return None
 
 
 def _open_file(pid: int, number: int) -> OpenFile:

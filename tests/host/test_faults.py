@@ -406,7 +406,11 @@ def test_leftover_tables_and_scratch_of_a_dead_agent_are_removed(host: Host) -> 
     (entry,) = (json.loads(path.read_text()) for path in (host.runtime / "ops").glob("*.json"))
     assert entry["table"] in netfilter.tables("CRIU-")
     assert len(list(host.work.iterdir())) == 1
-    # The next dump begins by undoing it; the connection's repair mode included.
-    host.dump(target)
+    # The next operation begins by undoing it, the connection's repair mode included.
+    findings = host.engine.recover()
+    assert findings.tables == [entry["table"]]
+    assert findings.sockets == 2
+    assert findings.operations == [entry["name"]]
+    assert host.engine.recover().clean
     assert_unharmed(host, target)
     assert entry["table"] not in netfilter.tables("CRIU-")

@@ -48,8 +48,7 @@ def test_open_files_show_position_flags_and_unlinked_ones(tmp_path: Path) -> Non
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         os.write(fd, b"12345")
-        found = proc.open_file(os.getpid(), fd)
-        assert found is not None
+        found = {each.number: each for each in proc.open_files(os.getpid())}[fd]
         assert (found.link, found.position, found.size_bytes) == (str(path), 5, 5)
         assert found.writable
         path.unlink()
@@ -57,7 +56,7 @@ def test_open_files_show_position_flags_and_unlinked_ones(tmp_path: Path) -> Non
         assert (after.link, after.nlink) == (f"{path} (deleted)", 0)
     finally:
         os.close(fd)
-    assert proc.open_file(os.getpid(), fd) is None
+    assert fd not in {each.number for each in proc.open_files(os.getpid())}
 
 
 def test_a_vanished_process_is_not_found_by_any_question() -> None:

@@ -11,7 +11,7 @@ from agent.engines.base import (
     RestoredTree,
     RestoreOptions,
 )
-from agent.engines.criu import dump, journal, preflight, probe, restore
+from agent.engines.criu import dump, journal, preflight, probe, recovery, restore
 from agent.model.streams import MemberSink, MemberSource
 
 
@@ -34,6 +34,14 @@ class CriuEngine:
     ) -> None:
         self._criu = criu
         self._places = journal.Places(runtime_dir, work_dir)
+
+    def recover(self) -> recovery.Findings:
+        """Undo what agents that were killed left on this host; every dump and restore begins
+        with it. Say what it was.
+        """
+        preflight.privileges()
+        self._places.prepare()
+        return recovery.recover(self._places)
 
     def capture(
         self, pid: int, sink: MemberSink, cut: Cut, options: CaptureOptions

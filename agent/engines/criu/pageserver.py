@@ -39,7 +39,7 @@ _SOCKET_BYTES = 4 << 20
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
 
-PE_PARENT = 1
+# criu/include/pagemap.h; PE_PARENT (1) never comes, since no dump has a parent.
 PE_LAZY = 2
 PE_PRESENT = 4
 
