@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import pytest
 
-from agent import errors
 from agent.model.ids import EpochId
 from agent.store.repository import EpochWriter, Store
 from agent.store.retention import Retention
@@ -124,8 +123,11 @@ def test_a_deletion_spares_a_dump_that_is_under_way(
                 writers.append(stack.enter_context(other.begin(GROUP, now_s=NOW_S)))
                 images.write(writers[0], IMAGE)
 
-            def commit(writers: list[EpochWriter] = writers) -> None:
+            def commit(
+                stack: contextlib.ExitStack = stack, writers: list[EpochWriter] = writers
+            ) -> None:
                 writers[0].commit({})
+                stack.close()  # which takes the intent back
 
             if early:
                 begin()
@@ -133,8 +135,6 @@ def test_a_deletion_spares_a_dump_that_is_under_way(
             deletion(Store.open(FaultyVolume(inner, _at(number, action))))
             if not early:
                 commit()
-            with pytest.raises(errors.InvalidInput):
-                commit()  # once only
         kept = [summary.epoch for summary in other.epochs()]
         if writers[0].epoch in kept:
             images.assert_epoch(other.read(GROUP, writers[0].epoch), IMAGE)
