@@ -148,16 +148,9 @@ class Isolated:
     def kill(self) -> None:
         """End every process of the tree: the kernel kills a pid namespace with its first one."""
         self.worker.connection.close()
-        inside = (
-            [
-                proc.identity(pid)
-                for init in proc.children(self._child.pid)
-                for pid in proc.tree(init)
-            ]
-            if self._child.poll() is None
-            else []
-        )
+        inside: list[proc.Identity] = []
         if self._child.poll() is None:
+            inside = _identities(self._child.pid)
             self._child.kill()
         clock.wait_until(
             lambda: not any(proc.alive(who) for who in inside), clock.Deadline.after(_DEATH_S)
@@ -203,6 +196,16 @@ def _reaped(number: int) -> bool:
         return os.waitpid(number, os.WNOHANG)[0] != 0
     except ChildProcessError:
         return True  # not ours
+
+
+def _identities(root: int) -> list[proc.Identity]:
+    """Every process below ``root``; those that end meanwhile are left out."""
+    found: list[proc.Identity] = []
+    with contextlib.suppress(errors.NotFound):
+        for pid in proc.tree(root)[1:]:
+            with contextlib.suppress(errors.NotFound):
+                found.append(proc.identity(pid))
+    return found
 
 
 def _stopped_tree(root: int) -> list[proc.Identity]:
