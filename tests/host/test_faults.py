@@ -21,7 +21,7 @@ import pytest
 
 from agent import errors
 from agent.engines.base import CaptureOptions, Disposition
-from agent.engines.criu import rpc
+from agent.engines.criu import probe, rpc
 from agent.host import netfilter, proc
 from agent.model.streams import AddressSpace, PageRun
 from tests.host.conftest import Cut, Host, Target
@@ -149,7 +149,7 @@ from tests.host.image import MemoryImage
 from tests.host.test_faults import Spoiled
 from agent.engines.base import CaptureOptions, Disposition, RestoreOptions
 from agent.engines.criu.engine import CriuEngine
-from agent.engines.criu import rpc
+from agent.engines.criu import probe, rpc
 
 def die():
     if {with_criu}:
@@ -414,3 +414,20 @@ def test_leftover_tables_and_scratch_of_a_dead_agent_are_removed(host: Host) -> 
     assert host.engine.recover().clean
     assert_unharmed(host, target)
     assert entry["table"] not in netfilter.tables("CRIU-")
+
+
+def test_empty_tables_that_any_criu_left_are_removed(host: Host) -> None:
+    """Each makes every later freeze longer."""
+    target = host.start("memory")
+    criu = probe.probe().path
+    images = host.folder / "images"
+    images.mkdir()
+    subprocess.run(
+        [criu, "dump", "-t", str(target.pid), "-D", str(images), "--network-lock", "nftables"],
+        check=True,
+        timeout=60,
+        capture_output=True,
+    )
+    assert len(netfilter.tables("CRIU-")) == 1
+    other = host.start("memory")
+    assert_unharmed(host, other)

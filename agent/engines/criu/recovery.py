@@ -255,13 +255,19 @@ def running_crius() -> list[int]:
 
 
 def _remove_strays(places: journal.Places, findings: Findings) -> None:
+    """Remove tables that nobody needs: those marked as strays, and those that lock nothing, which
+    every CRIU that kills what it dumps leaves behind. They do no harm but for time: CRIU reads all
+    of them several times while a tree is frozen (measured: 0.5 s with 160 of them).
+    """
     strays = places.strays()
-    if not strays or running_crius():
-        return
-    for name in sorted(strays):
-        if name not in places.kept_tables() and netfilter.delete_table(name):
-            findings.tables.append(name)
-        places.forget_stray(name)
+    now = {name for name in netfilter.tables(TABLE_PREFIX) if _TABLE.fullmatch(name)}
+    now -= places.kept_tables()
+    if (now or strays) and not running_crius():
+        for name in sorted(now):
+            if (name in strays or not _locked(name)) and netfilter.delete_table(name):
+                findings.tables.append(name)
+        for name in sorted(strays):
+            places.forget_stray(name)
 
 
 def forget_gone_tables(places: journal.Places) -> None:
