@@ -38,7 +38,7 @@ _BUFFERS = 12  # blocks between the caller and the volume: 12 MiB, and their com
 _STALLED_S = 120.0
 # Workers ask for the interpreter's lock a few times a block; at the default of 5 ms they would
 # wait longer for it than they work.
-_SWITCH_INTERVAL_S = 0.0002
+_SWITCH_INTERVAL_S = 0.00005
 
 Buffer = npt.NDArray[np.uint8]
 _Packed = tuple[codec.Codec, bytes | memoryview, bytes]

@@ -120,7 +120,7 @@ def test_a_lost_reply_to_the_link_is_seen_through(
         (errno.EACCES, errors.VolumeError),
     ],
 )
-@pytest.mark.parametrize("call", ["write", "fsync", "fdatasync", "link", "open", "mkdir"])
+@pytest.mark.parametrize("call", ["write", "fsync", "link", "open", "mkdir"])
 def test_a_failing_call_is_understood_and_nothing_stays(
     volume: DirectoryVolume,
     root: Path,

@@ -7,7 +7,7 @@ OPEN2 wants one byte back (whether there is a parent), PARENT a u32 (likewise), 
 FORCE_CLOSE a u32 status: without it CRIU waits forever with the tree frozen.
 
 Promises: the sink gets every run once, in CRIU's order, in pieces of at most ``PIECE_BYTES`` of
-one reused buffer; anything that breaks the protocol is an error, never a guess; whatever goes
+a few reused buffers; anything that breaks the protocol is an error, never a guess; whatever goes
 wrong, the socket is shut, so that CRIU fails and thaws the tree.
 Does not: speak the protocol of CRIU <= 4.1 or >= 4.3.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import queue
 import select
 import socket
 import struct
@@ -33,6 +34,8 @@ _STATUS = struct.Struct("<i")
 # Large enough that a piece costs few system calls, small enough to stay in a core's cache level
 # that it shares with the compressor.
 PIECE_BYTES = 2 << 20
+# One that arrives, one that is handed on, and one between them.
+_BUFFERS = 3
 # What the kernel may hold between CRIU and us: CRIU splices pages in chunks of 1 MiB.
 _SOCKET_BYTES = 4 << 20
 # asm-generic/socket.h; not in the socket module.
@@ -142,8 +145,18 @@ class Receiver:
 PageHandler = Callable[[AddressSpace, PageRun, memoryview], None]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Part of a run on its way to the sink, and the buffer that it lies in."""
+
+    space: AddressSpace
+    run: PageRun
+    data: memoryview
+    buffer: memoryview
+
+
 class PageServer:
-    """Receives one dump's memory in a thread of its own.
+    """Receives one dump's memory in one thread and hands it to the sink in another.
 
     ``for_criu`` is the end to hand to CRIU; close ours of it (``release``) once CRIU has it.
     """
@@ -156,7 +169,13 @@ class PageServer:
             _widen(end)
         self._receiver = Receiver()
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve, name="pages", daemon=True)
+        self._lock = threading.Lock()
+        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        for _ in range(_BUFFERS):
+            self._free.put(memoryview(bytearray(PIECE_BYTES)))
+        self._full: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="receive", daemon=True)
+        self._storer = threading.Thread(target=self._store, name="pages", daemon=True)
 
     @property
     def raw_bytes(self) -> int:
@@ -175,6 +194,7 @@ class PageServer:
 
     def start(self) -> None:
         """Begin to receive."""
+        self._storer.start()
         self._thread.start()
 
     def release(self) -> None:
@@ -187,23 +207,25 @@ class PageServer:
         Raises:
             BaseException: what the sink or the protocol raised.
         """
-        self._thread.join(self._deadline.remaining_s)
-        if self._thread.is_alive():
-            raise errors.DeadlineExceeded("the memory of the tree did not arrive in time")
+        for thread in (self._thread, self._storer):
+            thread.join(self._deadline.remaining_s)
+            if thread.is_alive():
+                raise errors.DeadlineExceeded("the memory of the tree did not arrive in time")
         if self._failure is not None:
             raise self._failure
         if not self._receiver.complete:
             raise _broken("the stream ended early")
 
     def close(self) -> None:
-        """Shut the stream, so that both sides notice, and wait for the thread; safe to repeat.
+        """Shut the stream, so that both sides notice, and wait for the threads; safe to repeat.
 
         A sink that blocks holds this up: only the sink knows when it gives in.
         """
         with contextlib.suppress(OSError):
             self._ours.shutdown(socket.SHUT_RDWR)
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in (self._thread, self._storer):
+            if thread.is_alive():
+                thread.join()
         self._ours.close()
         self.for_criu.close()
 
@@ -211,29 +233,46 @@ class PageServer:
         try:
             self._receive_all()
         except BaseException as exc:  # noqa: BLE001 - carried to the thread that asked, by finish
-            self._failure = exc
-            with contextlib.suppress(OSError):
-                self._ours.shutdown(socket.SHUT_RDWR)
+            self._fail(exc)
+        finally:
+            self._full.put(None)
+
+    def _store(self) -> None:
+        """Hand pieces on while the next ones arrive; after a failure only give buffers back."""
+        while (piece := self._full.get()) is not None:
+            if self._failure is None:
+                try:
+                    self._pages(piece.space, piece.run, piece.data)
+                except BaseException as exc:  # noqa: BLE001 - likewise
+                    self._fail(exc)
+            self._free.put(piece.buffer)
+
+    def _fail(self, exc: BaseException) -> None:
+        # The first failure is the cause, what the other thread then meets is its consequence.
+        with self._lock:
+            self._failure = self._failure or exc
+        with contextlib.suppress(OSError):
+            self._ours.shutdown(socket.SHUT_RDWR)
 
     def _receive_all(self) -> None:
         header = bytearray(HEADER.size)
-        buffer = memoryview(bytearray(PIECE_BYTES))
         while not self._receiver.complete:
             self._fill(memoryview(header))
             parsed = parse(header)
             answer = self._receiver.accept(parsed)
             if parsed.run is not None and parsed.space is not None:
-                self._receive_run(parsed.space, parsed.run, buffer)
+                self._receive_run(parsed.space, parsed.run)
             if answer:
                 self._answer(answer)
 
-    def _receive_run(self, space: AddressSpace, run: PageRun, buffer: memoryview) -> None:
+    def _receive_run(self, space: AddressSpace, run: PageRun) -> None:
         address, left = run.address, run.pages
         while left:
             pages = min(left, PIECE_BYTES // PAGE_BYTES)
-            piece = buffer[: pages * PAGE_BYTES]
-            self._fill(piece)
-            self._pages(space, PageRun(address, pages, run.flags), piece)
+            buffer = self._free.get()
+            data = buffer[: pages * PAGE_BYTES]
+            self._fill(data)
+            self._full.put(_Piece(space, PageRun(address, pages, run.flags), data, buffer))
             address += pages * PAGE_BYTES
             left -= pages
 
