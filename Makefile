@@ -21,6 +21,7 @@ test: check ## all tests: unit and property, then with the real CRIU
 	@$(PY) -m pytest
 
 bench: setup ## measure against criu, tar, zstd, restic and borg; writes bench/report.md
+	@scripts/bench-setup
 	@$(PY) -m bench
 
 lock: ## pin the newest versions that pyproject.toml allows
