@@ -108,7 +108,7 @@ def _member(name: str, facts: Mapping[str, Any], files: Sequence[FileEntry]) -> 
         "sockets": [
             {
                 "kind": _word(socket.get("kind")),
-                "state": _word(socket.get("state")).lower(),
+                "state": _word(socket.get("state")),
                 "local": _word(socket.get("local")),
                 "peer": _word(socket.get("remote")),
             }

@@ -12,10 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import ipaddress
 import os
 import re
-import sys
 from collections.abc import Iterator
 
 from agent import errors
@@ -413,67 +411,6 @@ def memory_available_bytes() -> int:
 def last_pid_max() -> int:
     """The number after which pids start again from the beginning."""
     return int(_read("/proc/sys/kernel/pid_max"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Socket:
-    """One line of /proc/PID/net. ``kind`` is tcp, udp or unix; addresses are ``host:port``, for
-    unix sockets the name or ""; ``state`` is the kernel's word.
-    """
-
-    kind: str
-    inode: int
-    local: str
-    remote: str
-    state: str
-
-
-# include/net/tcp_states.h
-_TCP_STATES = (
-    *("", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT"),
-    *("CLOSE", "CLOSE_WAIT", "LAST_ACK", "LISTEN", "CLOSING", "NEW_SYN_RECV"),
-)
-# include/uapi/linux/net.h: __SO_ACCEPTCON in the flags column.
-_UNIX_LISTENS = 0x10000
-
-
-def sockets(pid: int) -> dict[int, Socket]:
-    """The TCP, UDP and Unix sockets of the process's network namespace, by inode number."""
-    found: dict[int, Socket] = {}
-    with _process(pid):
-        for name in ("tcp", "tcp6", "udp", "udp6"):
-            for line in _net_lines(pid, name):
-                fields = line.split()
-                state = _TCP_STATES[int(fields[3], 16)]
-                inode = int(fields[9])
-                local, remote = _address(fields[1]), _address(fields[2])
-                found[inode] = Socket(name.rstrip("6"), inode, local, remote, state)
-        for line in _net_lines(pid, "unix"):
-            fields = line.split(None, 7)
-            listens = int(fields[3], 16) & _UNIX_LISTENS
-            path = fields[7].strip() if len(fields) > 7 else ""
-            inode = int(fields[6])
-            state = "LISTEN" if listens else "CONNECTED" if fields[5] == "03" else "UNCONNECTED"
-            found[inode] = Socket("unix", inode, path, "", state)
-    return found
-
-
-def _net_lines(pid: int, name: str) -> list[str]:
-    try:
-        return _read(f"/proc/{pid}/net/{name}").decode(errors="replace").splitlines()[1:]
-    except FileNotFoundError:
-        stat(pid)
-        return []  # a kernel without this family
-
-
-def _address(text: str) -> str:
-    """``0100007F:1F90``: 32-bit words as this machine holds them, then the port."""
-    words, port = text.split(":")
-    raw = b"".join(
-        int(words[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(words), 8)
-    )
-    host = str(ipaddress.ip_address(raw))
-    return f"[{host}]:{int(port, 16)}" if ":" in host else f"{host}:{int(port, 16)}"
 
 
 @dataclasses.dataclass(frozen=True)

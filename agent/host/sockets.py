@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import os
+import re
 import socket
 import struct
 from collections.abc import Iterable, Iterator
@@ -48,6 +49,25 @@ class Socket:
     peer: str
     peer_inode: int | None
 
+    @property
+    def tcp(self) -> bool:
+        """Whether it is a TCP socket, of either family."""
+        return self.kind in ("tcp", "tcp6")
+
+    @property
+    def connection(self) -> tuple[str, str] | None:
+        """Both ends of a TCP connection that is not over, IPv4 as IPv4 also where an IPv6 socket
+        uses it; None for everything else.
+        """
+        if not self.tcp or self.state in ("listen", "close", "time-wait"):
+            return None
+        return unmapped(self.local), unmapped(self.peer)
+
+
+def unmapped(address: str) -> str:
+    """``[::ffff:127.0.0.1]:80`` as ``127.0.0.1:80``: so it travels, and so filters see it."""
+    return re.sub(r"^\[::ffff:([0-9.]+)\]", r"\1", address)
+
 
 def protocol(pid: int, number: int) -> str:
     """The kernel's name for the protocol of a socket's descriptor, such as ``TCP``, ``UNIX`` or
@@ -58,6 +78,13 @@ def protocol(pid: int, number: int) -> str:
     except OSError:  # closed meanwhile, or a kernel without the attribute
         return ""
     return name.rstrip(b"\0").decode(errors="replace")
+
+
+def table(pid: int) -> dict[int, Socket]:
+    """The TCP, UDP and unix sockets of the network namespace of ``pid``, by inode number; the
+    peers of unix sockets are not asked for.
+    """
+    return {one.inode: one for one in (*_inet(pid), *_unix_table(pid))}
 
 
 def of(pid: int, inodes: Iterable[int]) -> list[Socket]:
@@ -88,7 +115,8 @@ def _rows(pid: int, table: str) -> Iterator[list[str]]:
         with open(f"/proc/{pid}/net/{table}", encoding="utf-8", errors="replace") as stream:
             next(stream, None)
             for line in stream:
-                yield line.split()
+                # The last column of "unix" is a path, which may hold spaces.
+                yield line.split(None, 7) if table == "unix" else line.split()
     except OSError:  # a kernel without this family, or the process has ended
         return
 
@@ -130,7 +158,7 @@ def _unix_table(pid: int) -> Iterator[Socket]:
             state={"01": "listen" if row[3] == "00010000" else "close", "03": "established"}.get(
                 row[5], row[5]
             ),
-            local=row[7] if len(row) > 7 else "",
+            local=row[7].rstrip("\n") if len(row) > 7 else "",
             peer="",
             peer_inode=None,
         )

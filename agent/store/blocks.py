@@ -18,7 +18,7 @@ from numpy import typing as npt
 
 from agent import errors
 from agent.model.streams import PAGE_BYTES
-from agent.store import catalog, codec, pack, pagetable
+from agent.store import catalog, codec, interpreter, pack, pagetable
 from agent.store.digest import digest
 from agent.store.manifest import PackRef
 from agent.volumes.base import Volume
@@ -120,6 +120,7 @@ class BlockSource:
     """The blocks of the packs that one member names. Not for several threads at once."""
 
     def __init__(self, volume: Volume, refs: tuple[PackRef, ...]) -> None:
+        interpreter.switch_often()
         self._volume = volume
         self._refs = refs
         self._tables: dict[int, BlockTable] = {}

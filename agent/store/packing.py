@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import sys
 from collections.abc import Callable
 from concurrent import futures
 
@@ -26,7 +25,7 @@ from numpy import typing as npt
 
 from agent import errors
 from agent.model.streams import PAGE_BYTES
-from agent.store import codec, layout, pack
+from agent.store import codec, interpreter, layout, pack
 from agent.store.digest import digest
 from agent.store.identity import Tags
 from agent.store.manifest import PackRef
@@ -36,9 +35,6 @@ _WORKERS = 2
 _BUFFERS = 12  # blocks between the caller and the volume: 12 MiB, and their compressed forms
 # A volume that takes nothing for so long is gone: the processes must not stand still for it.
 _STALLED_S = 120.0
-# Workers ask for the interpreter's lock a few times a block; at the default of 5 ms they would
-# wait longer for it than they work.
-_SWITCH_INTERVAL_S = 0.00005
 
 Buffer = npt.NDArray[np.uint8]
 _Packed = tuple[codec.Codec, bytes | memoryview, bytes]
@@ -57,8 +53,7 @@ class Packer:
             self._free.put(np.empty((pack.BLOCK_PAGES, PAGE_BYTES), dtype=np.uint8))
         self._pack = _OpenPack(volume, attempt)
         self._error: BaseException | None = None
-        # For the whole process and for good: it stores, so it needs that.
-        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL_S))
+        interpreter.switch_often()
 
     def buffer(self) -> Buffer:
         """Return an empty block, once there is one.

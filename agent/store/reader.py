@@ -68,6 +68,7 @@ class MemberReader:
         self._blocks = blocks.BlockSource(volume, found.packs)
         self._spaces = dict(found.spaces)
         self._metadata = dict(found.metadata)
+        self._checked = False
         self._last_table: tuple[AddressSpace, pagetable.Table] | None = None
         self._files = {entry.path: stream for entry, stream in found.files}
 
@@ -133,11 +134,16 @@ class MemberReader:
             yield piece.page * PAGE_BYTES, piece.pages, piece.count
 
     def check(self) -> None:
-        """Read and verify every byte that a restore would need, without keeping it."""
+        """Read and verify every byte that a restore would need, without keeping it; once, for
+        what is read later is verified then.
+        """
+        if self._checked:
+            return
         tables = [self._table(table) for table in self._spaces.values()]
         streams = (*self._metadata.values(), *self._files.values())
         tables += [self._stream_table(stream) for stream in streams if stream is not None]
         self._blocks.verify(tables)
+        self._checked = True
 
     def _space(self, space: AddressSpace) -> pagetable.Table:
         """Return a space's table; the last one is kept, for callers that ask part by part."""

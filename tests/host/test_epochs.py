@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -59,6 +59,10 @@ class Job:
 @pytest.fixture
 def job(host: Host, tmp_path: Path) -> Job:
     return Job(host, tmp_path / "store")
+
+
+def reasons_of(refusal: errors.CkptError) -> list[str]:
+    return cast("list[str]", refusal.facts["reasons"])
 
 
 class Stream:
@@ -194,7 +198,8 @@ def fill(path: Path) -> None:
             while True:
                 file.write(bytes(1 << 20))
         except OSError as exc:
-            assert exc.errno == errno.ENOSPC
+            if exc.errno != errno.ENOSPC:
+                raise
 
 
 @pytest.mark.parametrize("stop", [False, True])
@@ -277,7 +282,7 @@ def test_the_same_image_cannot_be_restored_twice_in_place(job: Job) -> None:
     job.restore()
     with pytest.raises(errors.RestoreConflict) as caught:
         job.restore()
-    assert any(str(target.pid) in reason for reason in caught.value.facts["reasons"])
+    assert any(str(target.pid) in reason for reason in reasons_of(caught.value))
     target.check()
     job.host.assert_clean()
 
@@ -320,7 +325,7 @@ def test_files_are_rolled_back_with_the_tree_and_what_they_displace_is_kept(
     (writer.folder / "state" / "extra").write_text("mine")
     with pytest.raises(errors.RestoreConflict) as caught:
         job.restore(files=FilePolicy.REFUSE)
-    assert any(str(writer.folder / "log") in reason for reason in caught.value.facts["reasons"])
+    assert any(str(writer.folder / "log") in reason for reason in reasons_of(caught.value))
     assert not proc.exists(writer.pid)
     job.restore(files=FilePolicy.ROLLBACK)
     time.sleep(0.3)

@@ -66,7 +66,7 @@ def test_a_vanished_process_is_not_found_by_any_question() -> None:
     for question in (
         *(proc.stat, proc.status, proc.threads, proc.children, proc.tree, proc.maps),
         *(proc.open_files, proc.cwd, proc.root, proc.exe, proc.memory, proc.resident),
-        *(proc.namespaces, proc.sockets),
+        proc.namespaces,
     ):
         with pytest.raises(errors.NotFound):
             question(popen.pid)

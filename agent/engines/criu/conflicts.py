@@ -14,7 +14,7 @@ from typing import Any
 from agent import errors
 from agent.engines.base import RestoreOptions
 from agent.engines.criu import facts
-from agent.host import clock, hold, proc
+from agent.host import clock, hold, proc, sockets
 
 # CRIU itself, page tables, and room for the rest of the host while the tree comes up.
 _SPARE_BYTES = 64 << 20
@@ -53,10 +53,9 @@ def connections(known: dict[str, Any]) -> list[hold.Connection]:
     the tree as well, or in another one that is restored at the same time.
     """
     found = []
-    for each in known["sockets"]:
-        if each["kind"] == "tcp" and each["state"] not in ("LISTEN", "CLOSE"):
-            local, remote = _endpoint(each["local"]), _endpoint(each["remote"])
-            found += [hold.Connection(*local, *remote), hold.Connection(*remote, *local)]
+    for local, remote in facts.connections(known):
+        here, there = _endpoint(local), _endpoint(remote)
+        found += [hold.Connection(*here, *there), hold.Connection(*there, *here)]
     return found
 
 
@@ -97,7 +96,7 @@ def find(known: dict[str, Any], memory_bytes: int, options: RestoreOptions) -> l
             *_files(known["files"], options.accept_changed),
             *_directories(known["directories"]),
             *_memory(memory_bytes),
-            *_sockets(known["sockets"]),
+            *_sockets(known),
         ]
     except (KeyError, TypeError, ValueError) as exc:
         raise _incomplete() from exc
@@ -171,23 +170,21 @@ def _memory(memory_bytes: int) -> Iterator[str]:
         yield (f"the tree needs {memory_bytes >> 20} MiB of memory, {free >> 20} MiB are free")
 
 
-def _sockets(sockets: Iterable[dict[str, Any]]) -> Iterator[str]:
-    here = list(proc.sockets(os.getpid()).values())
-    listening = {
-        (each.kind, each.local)
-        for each in here
-        if each.state == "LISTEN" or (each.kind == "udp" and each.state == "CLOSE")
-    }
-    connected = {
-        (each.local, each.remote)
-        for each in here
-        if each.kind == "tcp" and each.state not in ("LISTEN", "TIME_WAIT", "CLOSE")
-    }
+def _sockets(known: dict[str, Any]) -> Iterator[str]:
+    here = sockets.table(os.getpid()).values()
+    taken = {(each.kind, each.local) for each in here if _bound(each.kind, each.state)}
     told = set()
-    for each in sockets:
+    for each in known["sockets"]:
         name = (each["kind"], each["local"])
-        if each["state"] == "LISTEN" and each["local"] and name in listening and name not in told:
+        if _bound(name[0], each["state"]) and name[1] and name in taken and name not in told:
             told.add(name)
-            yield f"{each['kind']} {each['local']} is being listened on by somebody else"
-        if each["kind"] == "tcp" and (each["local"], each["remote"]) in connected:
-            yield f"the connection {each['local']} - {each['remote']} still exists here"
+            yield f"{name[0]} {name[1]} is being listened on by somebody else"
+    connected = {each.connection for each in here}
+    for local, remote in facts.connections(known):
+        if (local, remote) in connected:
+            yield f"the connection {local} - {remote} still exists here"
+
+
+def _bound(kind: str, state: str) -> bool:
+    """Whether nobody else can have the socket's address."""
+    return state == "listen" or (kind.startswith("udp") and state == "close")

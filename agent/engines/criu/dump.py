@@ -147,16 +147,7 @@ class _Capture:
                     pid=self._root.pid,
                 )
         if isinstance(exc, rpc.Gone):
-            how = f"exit status {self._criu_status}"
-            if self._criu_status is not None and self._criu_status > 128:
-                how = f"signal {self._criu_status - 128}"
-            said = log.read(self._log_path)
-            return errors.CriuFailed(
-                f"CRIU died during the dump ({how})",
-                hint=said.hint or "the job goes on; try again",
-                log_errors=list(said.errors),
-                log_tail=list(said.tail),
-            )
+            return log.died("dump", self._criu_status, self._log_path, "the job goes on; try again")
         if isinstance(exc, errors.NotFound) and exc.facts.get("pid") in self._pids:
             return errors.TargetExited(
                 f"process {exc.facts['pid']} ended while it was being dumped",
@@ -330,10 +321,6 @@ def _state(pid: int) -> str:
 
 def _outside_peers(known: dict[str, Any]) -> list[str]:
     """The remote ends of live TCP connections that lead out of the tree."""
-    live = [
-        (each["local"], each["remote"])
-        for each in known.get("sockets", [])
-        if each["kind"] == "tcp" and each["state"] not in ("LISTEN", "CLOSE")
-    ]
+    live = facts.connections(known)
     inside = set(live)
     return sorted(remote for local, remote in live if (remote, local) not in inside)

@@ -15,7 +15,7 @@ from typing import Any
 
 from agent import errors
 from agent.engines.criu.probe import Criu
-from agent.host import proc
+from agent.host import proc, sockets
 
 LAYOUT = "criu-4"
 
@@ -55,7 +55,7 @@ class _Tree:
         self._pipes: dict[str, set[int]] = {}
         self._stdio: list[dict[str, Any]] | None = None
         self._sockets: list[dict[str, Any]] = []
-        self._known_sockets: dict[int, proc.Socket] | None = None
+        self._known_sockets: dict[int, sockets.Socket] | None = None
 
     def add(self, pid: int) -> None:
         """Look at one process; raises ``errors.NotFound`` if it is gone."""
@@ -64,7 +64,7 @@ class _Tree:
         if self._stdio is None:
             self._stdio = [_stdio(file) for file in opened if file.number <= 2]
         if self._known_sockets is None:
-            self._known_sockets = proc.sockets(pid)
+            self._known_sockets = sockets.table(pid)
         for file in opened:
             self._add_open(pid, file)
         for mapping in proc.maps(pid):
@@ -125,6 +125,15 @@ class _Tree:
         }
 
 
+def connections(known: dict[str, Any]) -> list[tuple[str, str]]:
+    """Both ends of the tree's live TCP connections, from its facts; IPv4 as IPv4."""
+    return [
+        (sockets.unmapped(each["local"]), sockets.unmapped(each["remote"]))
+        for each in known.get("sockets", ())
+        if each["kind"] in ("tcp", "tcp6") and each["state"] not in ("listen", "close")
+    ]
+
+
 def cpu_flags() -> set[str]:
     """The features that this host's CPUs have, by the kernel's names."""
     with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
@@ -178,13 +187,13 @@ def _stdio(file: proc.OpenFile) -> dict[str, Any]:
     }
 
 
-def _socket(pid: int, number: int, found: proc.Socket) -> dict[str, Any]:
+def _socket(pid: int, number: int, found: sockets.Socket) -> dict[str, Any]:
     return {
         "pid": pid,
         "fd": number,
         "kind": found.kind,
         "local": found.local,
-        "remote": found.remote,
+        "remote": found.peer,
         "state": found.state,
     }
 

@@ -70,6 +70,10 @@ _HINTS = (
         "the CPU lacks what the tree was using; restore on the same or a newer kind",
     ),
     (r"rlimit", "restoring resource limits needs CAP_SYS_RESOURCE"),
+    (
+        r"not-sent send queue",
+        "the peer of a TCP connection answered before both ends were restored; try again",
+    ),
     (r"Connection reset by peer", "the peer of a TCP connection has dropped it"),
     (
         r"tcp-established|connected TCP socket|Connected TCP",
@@ -81,6 +85,8 @@ _HINTS = (
 )
 # Logged as errors, but CRIU goes on: it tries to raise its own limits, and it probes the kernel.
 _NOISE = re.compile(r"FAILED|RLIMIT_NOFILE for self|Unable to create tun|Can't find tun")
+# Said at every start without CAP_SYS_RESOURCE: CRIU raises its own limit if it may.
+_HARMLESS = re.compile(r"rlimit: Can't setup RLIMIT_NOFILE for self")
 _COMPILED = tuple((re.compile(pattern), hint) for pattern, hint in _HINTS)
 
 
@@ -110,7 +116,9 @@ def parse(raw: bytes) -> Log:
         for line in raw.decode(errors="replace").splitlines()
         if line.strip()
     ]
-    wrong = [_without_stamp(line) for line in lines if "Error (" in line]
+    wrong = [
+        _without_stamp(line) for line in lines if "Error (" in line and not _HARMLESS.search(line)
+    ]
     return Log(tuple(wrong[-_TAIL_LINES:]), tuple(lines[-_TAIL_LINES:]))
 
 
@@ -133,6 +141,20 @@ def failure(action: str, log: Log, errmsg: str = "", **facts: object) -> errors.
         log_errors=list(log.errors),
         log_tail=list(log.tail),
         **facts,
+    )
+
+
+def died(action: str, status: int | None, path: str, otherwise: str) -> errors.CriuFailed:
+    """The error for a CRIU that ended without a reply, with what its log at ``path`` says;
+    ``otherwise`` is the hint if that is nothing known. ``status`` is 128 + N for signal N.
+    """
+    how = f"signal {status - 128}" if status is not None and status > 128 else f"status {status}"
+    said = read(path)
+    return errors.CriuFailed(
+        f"CRIU died during the {action} ({how})",
+        hint=said.hint or otherwise,
+        log_errors=list(said.errors),
+        log_tail=list(said.tail),
     )
 
 

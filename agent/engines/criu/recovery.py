@@ -25,7 +25,7 @@ from collections.abc import Iterable
 
 from agent import errors
 from agent.engines.criu import journal
-from agent.host import clock, hold, netfilter, proc, subprocesses
+from agent.host import clock, hold, netfilter, proc, sockets, subprocesses
 
 TABLE_PREFIX = "CRIU-"
 # The program's name while it runs by itself, and through a loader of its own.
@@ -188,17 +188,12 @@ def _connections(tree: Iterable[proc.Identity]) -> set[tuple[str, str]]:
         with contextlib.suppress(errors.NotFound):
             if not proc.alive(who):
                 continue
-            sockets = proc.sockets(who.pid)
+            known = sockets.table(who.pid)
             for file in proc.open_files(who.pid):
-                each = sockets.get(file.inode) if stat.S_ISSOCK(file.mode) else None
-                if each is not None and each.kind == "tcp" and each.state != "LISTEN":
-                    found.add((_plain(each.local), _plain(each.remote)))
+                each = known.get(file.inode) if stat.S_ISSOCK(file.mode) else None
+                if each is not None and each.connection is not None:
+                    found.add(each.connection)
     return found
-
-
-def _plain(address: str) -> str:
-    """An IPv4 address that an IPv6 socket uses, as IPv4: so CRIU locks it."""
-    return re.sub(r"^\[::ffff:([0-9.]+)\]", r"\1", address)
 
 
 def _locked(table: str) -> set[tuple[str, str]]:
@@ -226,8 +221,8 @@ def table_of(criu_pid: int) -> str:
     speaks to the code that it puts into the processes that it dumps.
     """
     name = re.compile(rf"@/crtools-pr-{criu_pid}-([0-9a-f-]{{36}})")
-    for each in proc.sockets(os.getpid()).values():
-        match = name.fullmatch(each.local) if each.kind == "unix" else None
+    for each in sockets.table(os.getpid()).values():
+        match = name.fullmatch(each.local) if each.kind.startswith("unix") else None
         if match:
             # CRIU prints "inet CRIU-ID" into 32 bytes, one of them the final zero.
             return f"inet {TABLE_PREFIX}{match[1]}"[:31].removeprefix("inet ")

@@ -177,15 +177,8 @@ class _Restore:
     def explained(self, exc: BaseException) -> BaseException:
         """The error to show for ``exc``."""
         if isinstance(exc, rpc.Gone):
-            how = f"exit status {self._criu_status}"
-            if self._criu_status is not None and self._criu_status > 128:
-                how = f"signal {self._criu_status - 128}"
-            said = log.read(self._log_path)
-            return errors.CriuFailed(
-                f"CRIU died during the restore ({how})",
-                hint=said.hint or "nothing of the tree runs; try again",
-                log_errors=list(said.errors),
-                log_tail=list(said.tail),
+            return log.died(
+                "restore", self._criu_status, self._log_path, "nothing of the tree runs; try again"
             )
         return exc
 

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 
-CHECKS = {}
+CHECKS: dict = {}
 FOLDER = sys.argv[1]
 
 
