@@ -19,8 +19,9 @@ import socket
 import sys
 import threading
 import time
+from typing import Any
 
-CHECKS: dict = {}
+CHECKS: dict[str, Any] = {}
 FOLDER = sys.argv[1]
 
 
