@@ -50,7 +50,7 @@ _FACTS = {
         }
     ],
     "files": [{"path": "/lib/x.so", "use": "mapped", "size_bytes": 10, "mtime_ns": 1}],
-    "sockets": [{"pid": 7, "kind": "tcp", "local": "a:1", "remote": "b:2", "state": "LISTEN"}],
+    "sockets": [{"pid": 7, "kind": "tcp", "local": "a:1", "remote": "b:2", "state": "listen"}],
 }
 
 
