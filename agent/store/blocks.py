@@ -18,12 +18,11 @@ from numpy import typing as npt
 
 from agent import errors
 from agent.model.streams import PAGE_BYTES
-from agent.store import catalog, codec, interpreter, pack, pagetable
+from agent.store import catalog, codec, pack, pagetable, threads
 from agent.store.digest import digest
 from agent.store.manifest import PackRef
 from agent.volumes.base import Volume
 
-_WORKERS = 2
 # 24 MiB of blocks that pages keep coming back to: those with what changed last.
 _CACHED_BLOCKS = 24
 # A window of pages is given out while the blocks of the next one are being read.
@@ -120,7 +119,7 @@ class BlockSource:
     """The blocks of the packs that one member names. Not for several threads at once."""
 
     def __init__(self, volume: Volume, refs: tuple[PackRef, ...]) -> None:
-        interpreter.switch_often()
+        threads.switch_often()
         self._volume = volume
         self._refs = refs
         self._tables: dict[int, BlockTable] = {}
@@ -135,7 +134,7 @@ class BlockSource:
         Raises:
             errors.Corrupt | errors.Missing: a block cannot be had whole.
         """
-        pool = futures.ThreadPoolExecutor(_WORKERS, "ckpt-read")
+        pool = futures.ThreadPoolExecutor(threads.workers(), "ckpt-read")
         scratch = np.empty((0, PAGE_BYTES), dtype=np.uint8)
         try:
             windows = (self._request(pool, cuts) for cuts in self._windows(table))
@@ -166,7 +165,7 @@ class BlockSource:
                     from_block, to_block - from_block + 1, len(starts)
                 )
         jobs = [(n, int(b)) for n, mask in enumerate(needed) for b in np.flatnonzero(mask)]
-        pool = futures.ThreadPoolExecutor(_WORKERS, "ckpt-check")
+        pool = futures.ThreadPoolExecutor(threads.workers(), "ckpt-check")
         try:
             return sum(pool.map(self._verify_block, jobs))
         finally:

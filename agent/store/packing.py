@@ -1,6 +1,6 @@
 """From pages to packs on a volume: compressed and digested in parallel, written in order.
 
-    caller's thread       two workers            one writer thread
+    caller's thread       a worker a core        one writer thread
     fill a block   ->   zstd, BLAKE3     ->    append to the pack, write back early,
     (waits for a                                at its end: index, sync, name
     free buffer)
@@ -25,14 +25,14 @@ from numpy import typing as npt
 
 from agent import errors
 from agent.model.streams import PAGE_BYTES
-from agent.store import codec, interpreter, layout, pack
+from agent.store import codec, layout, pack, threads
 from agent.store.digest import digest
 from agent.store.identity import Tags
 from agent.store.manifest import PackRef
 from agent.volumes.base import BlobWriter, Volume
 
-_WORKERS = 2
-_BUFFERS = 12  # blocks between the caller and the volume: 12 MiB, and their compressed forms
+# Blocks between the caller and the volume, for each worker: 6 MiB, and their compressed forms.
+_BUFFERS = 6
 # A volume that takes nothing for so long is gone: the processes must not stand still for it.
 _STALLED_S = 120.0
 
@@ -46,14 +46,14 @@ class Packer:
     def __init__(self, volume: Volume, attempt: str) -> None:
         self._volume = volume
         self._attempt = attempt
-        self._workers = futures.ThreadPoolExecutor(_WORKERS, "ckpt-compress")
+        self._workers = futures.ThreadPoolExecutor(threads.workers(), "ckpt-compress")
         self._writer = futures.ThreadPoolExecutor(1, "ckpt-write")
         self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
-        for _ in range(_BUFFERS):
+        for _ in range(_BUFFERS * threads.workers()):
             self._free.put(np.empty((pack.BLOCK_PAGES, PAGE_BYTES), dtype=np.uint8))
         self._pack = _OpenPack(volume, attempt)
         self._error: BaseException | None = None
-        interpreter.switch_often()
+        threads.switch_often()
 
     def buffer(self) -> Buffer:
         """Return an empty block, once there is one.

@@ -16,11 +16,10 @@ from concurrent import futures
 
 from agent import errors
 from agent.model.ids import EpochId, GroupName
-from agent.store import blocks, catalog, layout, manifest, pack, pagetable, suspects
+from agent.store import blocks, catalog, layout, manifest, pack, pagetable, suspects, threads
 from agent.store.identity import Identity
 from agent.volumes.base import Volume
 
-_WORKERS = 2
 _AHEAD = 16  # blocks being looked at, to bound memory
 
 Progress = Callable[[int, int], None]
@@ -122,7 +121,7 @@ class _Verification:
     def _blocks(self, packs: list[tuple[manifest.PackRef, pack.PackIndex]]) -> None:
         total = sum(int(index.stored_bytes.sum()) for _, index in packs)
         done = 0
-        with futures.ThreadPoolExecutor(_WORKERS, "ckpt-verify") as pool:
+        with futures.ThreadPoolExecutor(threads.workers(), "ckpt-verify") as pool:
             for ref, index in packs:
                 table = blocks.BlockTable(ref, index)
                 count = len(index.block_pages)
