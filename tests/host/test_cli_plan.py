@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import NOT_TO_BE_HAD
+
 _HOLD = """
 import ctypes, os, socket, struct, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
@@ -68,7 +70,7 @@ def holding(body: str, **more: Any) -> Iterator[int]:
         said = process.stdout.readline().decode().strip()
         try:
             if said != "held":
-                pytest.skip(f"this kernel does not offer it: {said}")
+                pytest.skip(f"{NOT_TO_BE_HAD}this kernel does not offer it: {said}")
             yield process.pid
             assert process.poll() is None
         finally:
