@@ -165,6 +165,11 @@ def _write(fd: int, data: memoryview, address: int) -> None:
             raise PourRefused(
                 f"cannot write restored memory at {address:#x}: {exc.strerror}", address=address
             ) from exc
+        if not count:
+            # What /proc/PID/mem says of a process whose memory is gone.
+            raise errors.RestoreFailed(
+                "a process ended while its memory was being restored", hint="try again"
+            )
         data = data[count:]
         address += count
 
