@@ -149,6 +149,8 @@ class PourRefused(errors.RestoreFailed):
 def _memory(path: str) -> Iterator[int]:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError) as exc:
+        raise _ended() from exc
     except OSError as exc:
         raise PourRefused(f"cannot open {path}: {exc.strerror}", path=path) from exc
     try:
@@ -157,19 +159,25 @@ def _memory(path: str) -> Iterator[int]:
         os.close(fd)
 
 
+def _ended() -> errors.RestoreFailed:
+    return errors.RestoreFailed(
+        "a process ended while its memory was being restored", hint="try again"
+    )
+
+
 def _write(fd: int, data: memoryview, address: int) -> None:
     while data:
         try:
             count = os.pwrite(fd, data, address)
+        except ProcessLookupError as exc:
+            raise _ended() from exc
         except OSError as exc:
             raise PourRefused(
                 f"cannot write restored memory at {address:#x}: {exc.strerror}", address=address
             ) from exc
         if not count:
             # What /proc/PID/mem says of a process whose memory is gone.
-            raise errors.RestoreFailed(
-                "a process ended while its memory was being restored", hint="try again"
-            )
+            raise _ended()
         data = data[count:]
         address += count
 
