@@ -180,6 +180,10 @@ class _Restore:
             return log.died(
                 "restore", self._criu_status, self._log_path, "nothing of the tree runs; try again"
             )
+        if isinstance(exc, errors.NotFound):
+            return errors.RestoreFailed(
+                "a process ended while it was being restored", hint="try again"
+            )
         return exc
 
     @property
