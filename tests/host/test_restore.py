@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import pty
@@ -235,6 +236,44 @@ def test_at_the_gate_nothing_has_run(host: Host) -> None:
     deadline = time.monotonic() + 10
     while not (target.folder / "answer").exists():
         assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_tree_that_vanishes_before_its_memory_is_in_fails_the_restore(
+    host: Host, monkeypatch: pytest.MonkeyPatch, isolate: bool
+) -> None:
+    target = host.start("memory", "children")
+    image = host.dump(target)
+    host.kill(target)
+
+    def vanish() -> None:
+        made = [pid for pid in proc.pids() if os.getpid() in proc_ancestors(pid)]
+        for pid in made:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while any(living(pid) for pid in made):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    met = at_stage(monkeypatch, "post-restore", vanish)
+    with pytest.raises(errors.Failed):
+        host.restore(image, RestoreOptions(isolate=isolate))
+    assert met == ["post-restore"]
+    monkeypatch.undo()
+    assert_nothing_started(host, image, target)
+
+
+def proc_ancestors(pid: int) -> list[int]:
+    with contextlib.suppress(errors.NotFound):
+        return proc.ancestors(pid)
+    return []
+
+
+def living(pid: int) -> bool:
+    with contextlib.suppress(errors.NotFound):
+        return proc.stat(pid).state not in "ZX"
+    return False
 
 
 @pytest.mark.parametrize("isolate", [False, True])

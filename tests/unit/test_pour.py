@@ -41,3 +41,16 @@ def test_a_process_that_ends_meanwhile_is_an_error_and_not_a_loop() -> None:
     with pytest.raises(errors.RestoreFailed, match="ended while") as caught:
         pour.pour(EndsItsTarget(pid), SPACE, share, f"/proc/{pid}/mem", lambda: None)
     assert not isinstance(caught.value, pour.PourRefused)
+
+
+def test_a_process_that_ended_before_is_no_kernel_that_refuses() -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    image = MemoryImage()
+    image.pages(SPACE, PageRun(1 << 20, 1, 0), memoryview(b"x" * PAGE_BYTES))
+    share = pour.Split((), (PageRun(1 << 20, 1, 0),), ())
+    with pytest.raises(errors.RestoreFailed, match="ended while") as caught:
+        pour.pour(MemorySource(image), SPACE, share, f"/proc/{pid}/mem", lambda: None)
+    assert not isinstance(caught.value, pour.PourRefused)
