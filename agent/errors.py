@@ -56,6 +56,18 @@ class NotFound(Refused):
     code = "not-found"
 
 
+class Unauthenticated(Refused):
+    """Who calls is not known: no identity, an expired token, a certificate of another authority."""
+
+    code = "unauthenticated"
+
+
+class Forbidden(Refused):
+    """Who calls is known and may not do this."""
+
+    code = "forbidden"
+
+
 class TargetUnsuitable(Refused):
     """The target cannot be dumped (kernel thread, own ancestor, other container, ...)."""
 
@@ -202,6 +214,24 @@ class PrivilegeMissing(EnvironmentUnfit):
     """Not root, or a needed capability is missing."""
 
     code = "privilege-missing"
+
+
+class Unreachable(EnvironmentUnfit):
+    """An API server or an agent did not answer, or what answered could not be trusted."""
+
+    code = "unreachable"
+    retryable = True
+
+
+class MoveIncomplete(CkptError):
+    """A pod was stopped for a move that did not end; its image is committed and nothing is lost.
+
+    ``facts['left']`` says what exists where, ``facts['next']`` which command goes on.
+    """
+
+    code = "move-incomplete"
+    exit_status = 8
+    retryable = True
 
 
 class CriuFailed(Failed):

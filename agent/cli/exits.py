@@ -14,6 +14,7 @@ FAILED = 4
 DATA = 5
 VOLUME = 6
 ENVIRONMENT = 7
+MOVE_INCOMPLETE = 8
 INTERRUPTED = 130
 # What a shell reports of a program that SIGPIPE ended, which is what happened in effect.
 PIPE_CLOSED = 141
@@ -26,7 +27,8 @@ MEANING = {
     FAILED: "failed and undone; the job is as it was before",
     DATA: "an image is damaged or parts of it are missing",
     VOLUME: "the store's volume failed, is full or is not there",
-    ENVIRONMENT: "CRIU, the kernel or privileges do not suffice",
+    ENVIRONMENT: "CRIU, the kernel or privileges do not suffice, or the cluster does not answer",
+    MOVE_INCOMPLETE: "a move stopped midway; the image is committed, the message says what goes on",
     INTERRUPTED: "interrupted; the job goes on",
     PIPE_CLOSED: "nobody reads standard output any more",
 }
