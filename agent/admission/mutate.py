@@ -1,0 +1,327 @@
+"""What the webhook adds to a pod that wants to be checkpointed: pure, pod in, JSON patch out.
+
+A held container starts under a tiny pid 1 (``hold``), so that the same pod template serves the
+first start and the placeholder that an image is restored into. For that the pod gets a volume, an
+init container that copies ``hold`` into it, and each chosen container its mount, two environment
+variables and ``hold auto --`` before its command. Nothing else of the pod is touched.
+
+Promises: a pod without the label is left as it is; whatever cannot be held starts as an ordinary
+pod or container, with a warning that names the reason (it can still be dumped, and restored into
+a pod made for it); the patch of a patched pod is empty, also after other webhooks have added
+containers; the pod's quality-of-service class stays.
+Does not: reject anything, look anything up, or know the image's entrypoint: a container that
+leaves ``command`` to its image is held only if the annotation says what the image runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import posixpath
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from agent import errors
+from agent.model import optin
+
+Patch = list[dict[str, Any]]
+
+_MIRROR = "kubernetes.io/config.mirror"
+# An API server cuts warnings beyond 256 characters where there are several.
+_WARNING_CHARACTERS = 250
+# For copying one small file. Requests equal limits, so that a Guaranteed pod stays one.
+_INIT_RESOURCES = {"cpu": "100m", "memory": "64Mi"}
+# Nobody in particular: the number that images without users of their own commonly use.
+_INIT_USER = 65532
+
+_NO_COMMAND = (
+    f"it leaves its command to the image; set command, or annotate {optin.ENTRYPOINT} with what the"
+    " image runs"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """``patch`` is a JSON patch (RFC 6902), empty if nothing is to be changed; ``warnings`` are
+    for the person who made the pod.
+    """
+
+    patch: Patch
+    warnings: tuple[str, ...] = ()
+
+
+def mutate(pod: Mapping[str, Any], *, image: str) -> Mutation:
+    """Return what makes ``pod`` one whose chosen containers are held. ``image`` is the agent's
+    image, which carries ``hold``.
+
+    Raises:
+        errors.InvalidInput: this is not a pod, or one of its annotations does not make sense.
+    """
+    metadata, spec = _mapping(pod, "metadata"), _mapping(pod, "spec")
+    if _mapping(metadata, "labels").get(optin.LABEL) != optin.ENABLED:
+        return Mutation([])
+    annotations = _mapping(metadata, "annotations")
+    if reasons := _unsuitable(annotations, spec):
+        return _told(metadata, [], {"pod": ", ".join(reasons)})
+
+    init, ordinary = _containers(spec, "initContainers"), _containers(spec, "containers")
+    chosen = optin.chosen_containers(annotations)
+    entrypoints = optin.entrypoints(annotations)
+    not_held: dict[str, str] = {}
+    held: list[tuple[str, int, Patch]] = []
+    for field, containers in (("initContainers", init), ("containers", ordinary)):
+        for index, container in enumerate(containers):
+            name = str(container.get("name", ""))
+            if not _meant(field, container, chosen):
+                continue
+            reason = _unholdable(container, entrypoints)
+            if reason:
+                not_held[name] = reason
+            else:
+                held.append((field, index, _held(container, entrypoints.get(name))))
+    not_held |= _absent(chosen, init, ordinary)
+
+    patch: Patch = []
+    if held:
+        patch += _volume(spec)
+        installs, shift = _install(spec, init, held, image)
+        patch += installs
+        for field, index, changes in held:
+            at = shift(index) if field == "initContainers" else index
+            patch += [
+                change | {"path": f"/spec/{field}/{at}{change['path']}"} for change in changes
+            ]
+    return _told(metadata, patch, not_held)
+
+
+def _unsuitable(annotations: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
+    """Why no container of the pod can be held, every reason."""
+    windows = (
+        _mapping(spec, "os").get("name") == "windows"
+        or _mapping(spec, "nodeSelector").get("kubernetes.io/os") == "windows"
+    )
+    volumes = [v for v in _list(spec, "volumes") if v.get("name") == optin.VOLUME]
+    rows = (
+        (windows, "it is for Windows"),
+        (_MIRROR in annotations, "it is a static pod"),
+        (spec.get("hostPID") is True, "hostPID: hold must be pid 1"),
+        (spec.get("shareProcessNamespace") is True, "shareProcessNamespace: hold must be pid 1"),
+        (spec.get("hostNetwork") is True, "hostNetwork: its sockets are the node's"),
+        (spec.get("hostIPC") is True, "hostIPC: its shared memory is the node's"),
+        (spec.get("hostUsers") is False, "hostUsers: false, a user namespace of its own"),
+        (any("emptyDir" not in v for v in volumes), f"its volume {optin.VOLUME} is no emptyDir"),
+    )
+    return [reason for holds, reason in rows if holds]
+
+
+def _meant(field: str, container: Mapping[str, Any], chosen: Sequence[str] | None) -> bool:
+    """Whether the container shall be held: by name, or all ordinary ones. An init container can
+    be meant only as a sidecar, since others end before anybody could dump them.
+    """
+    if field == "containers":
+        return chosen is None or container.get("name") in chosen
+    return (
+        chosen is not None
+        and container.get("name") in chosen
+        and container.get("restartPolicy") == "Always"
+    )
+
+
+def _unholdable(container: Mapping[str, Any], entrypoints: Mapping[str, list[str]]) -> str:
+    """Why this container cannot be held, or nothing."""
+    if not _list(container, "command", str) and container.get("name") not in entrypoints:
+        return _NO_COMMAND
+    if container.get("tty") is True or container.get("stdin") is True:
+        return "it has a terminal or standard input (tty, stdin)"
+    for mount in _list(container, "volumeMounts"):
+        if _place(mount) == optin.DIRECTORY and not _is_ours(mount):
+            return f"something else is mounted at {optin.DIRECTORY}"
+    wanted = {variable["name"]: variable for variable in _variables(container)}
+    for variable in _list(container, "env"):
+        ours = wanted.get(variable.get("name"))
+        if ours is not None and not _says(variable, ours):
+            return f"it sets {variable['name']} itself"
+    return ""
+
+
+def _place(mount: Mapping[str, Any]) -> str:
+    return posixpath.normpath("/" + str(mount.get("mountPath", "")).lstrip("/"))
+
+
+def _is_ours(mount: Mapping[str, Any]) -> bool:
+    return mount.get("name") == optin.VOLUME and not any(
+        mount.get(key) for key in ("readOnly", "subPath", "subPathExpr")
+    )
+
+
+def _variables(container: Mapping[str, Any]) -> list[dict[str, Any]]:
+    path = f"metadata.annotations['{optin.RESTORE}']"
+    return [
+        {"name": optin.RESTORE_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": path}}},
+        {"name": optin.CONTAINER_VARIABLE, "value": str(container.get("name", ""))},
+    ]
+
+
+def _says(variable: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """Whether a variable is ours; the API server adds ``apiVersion`` to a field reference."""
+    if "value" in ours:
+        return variable.get("value") == ours["value"] and not variable.get("valueFrom")
+    reference = _mapping(_mapping(variable, "valueFrom"), "fieldRef")
+    return bool(reference.get("fieldPath") == ours["valueFrom"]["fieldRef"]["fieldPath"])
+
+
+def _held(container: Mapping[str, Any], entrypoint: list[str] | None) -> Patch:
+    """The changes of one container, with paths below it."""
+    patch: Patch = []
+    command = _list(container, "command", str)
+    if not command:
+        # The kubelet expands $(NAME) in a command, which it does not in an image's entrypoint.
+        words = [word.replace("$", "$$") for word in entrypoint or ()]
+        patch += _add("/command", [*optin.HOLD_AUTO, *words])
+    elif command[0] != optin.HOLD_AUTO[0]:
+        patch += [
+            {"op": "add", "path": f"/command/{index}", "value": word}
+            for index, word in enumerate(optin.HOLD_AUTO)
+        ]
+    mounts = _list(container, "volumeMounts")
+    if not any(_is_ours(m) and _place(m) == optin.DIRECTORY for m in mounts):
+        patch += _append(
+            "/volumeMounts", mounts, [{"name": optin.VOLUME, "mountPath": optin.DIRECTORY}]
+        )
+    env = _list(container, "env")
+    present = {variable.get("name") for variable in env}
+    missing = [v for v in _variables(container) if v["name"] not in present]
+    return patch + _append("/env", env, missing)
+
+
+def _volume(spec: Mapping[str, Any]) -> Patch:
+    volumes = _list(spec, "volumes")
+    if any(volume.get("name") == optin.VOLUME for volume in volumes):
+        return []
+    return _append("/spec/volumes", volumes, [{"name": optin.VOLUME, "emptyDir": {}}])
+
+
+def _install(
+    spec: Mapping[str, Any],
+    init: Sequence[Mapping[str, Any]],
+    held: Sequence[tuple[str, int, Patch]],
+    image: str,
+) -> tuple[Patch, Callable[[int], int]]:
+    """The init container, before every container that needs what it installs, and how that moves
+    the numbers of the others.
+    """
+    ours = [i for i, container in enumerate(init) if container.get("name") == optin.INIT_CONTAINER]
+    if not ours:
+        installer = _installer(spec, image)
+        if not init:
+            return _add("/spec/initContainers", [installer]), lambda index: index
+        return _add("/spec/initContainers/0", installer), lambda index: index + 1
+    at = ours[0]
+    if not any(field == "initContainers" and index < at for field, index, _ in held):
+        return [], lambda index: index
+    move = {"op": "move", "from": f"/spec/initContainers/{at}", "path": "/spec/initContainers/0"}
+    return [move], lambda index: index + 1 if index < at else index
+
+
+def _installer(spec: Mapping[str, Any], image: str) -> dict[str, Any]:
+    """The container that copies ``hold``; it satisfies the Pod Security level "restricted"."""
+    container: dict[str, Any] = {
+        "name": optin.INIT_CONTAINER,
+        "image": image,
+        "imagePullPolicy": "IfNotPresent",
+        "command": ["hold", "install", optin.DIRECTORY],
+        "volumeMounts": [{"name": optin.VOLUME, "mountPath": optin.DIRECTORY}],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "privileged": False,
+            "readOnlyRootFilesystem": True,
+            "runAsGroup": _INIT_USER,
+            "runAsNonRoot": True,
+            "runAsUser": _INIT_USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }
+    if _has_resources(spec):
+        container["resources"] = {key: dict(_INIT_RESOURCES) for key in ("requests", "limits")}
+    return container
+
+
+def _has_resources(spec: Mapping[str, Any]) -> bool:
+    """Whether anything of the pod asks for cpu or memory: one that does not is BestEffort, and
+    would become Burstable by an init container that does.
+    """
+    return any(
+        _mapping(_mapping(part, "resources"), kind).get(resource)
+        for part in (spec, *_containers(spec, "initContainers"), *_containers(spec, "containers"))
+        for kind in ("requests", "limits")
+        for resource in ("cpu", "memory")
+    )
+
+
+def _absent(
+    chosen: Sequence[str] | None,
+    init: Sequence[Mapping[str, Any]],
+    ordinary: Sequence[Mapping[str, Any]],
+) -> dict[str, str]:
+    """Names of the annotation that no container which could be held has."""
+    present = {container.get("name") for container in ordinary}
+    present |= {c.get("name") for c in init if c.get("restartPolicy") == "Always"}
+    return {
+        name: "the pod has no such container or sidecar"
+        for name in chosen or ()
+        if name not in present
+    }
+
+
+def _told(metadata: Mapping[str, Any], patch: Patch, not_held: Mapping[str, str]) -> Mutation:
+    """Add to ``patch`` the annotation that tells what is not held; warn of the same."""
+    annotations = _mapping(metadata, "annotations")
+    text = "; ".join(f"{name}: {reason}" for name, reason in not_held.items())
+    key = "/metadata/annotations/" + optin.NOT_HELD.replace("~", "~0").replace("/", "~1")
+    if text and not annotations:
+        patch = [*patch, *_add("/metadata/annotations", {optin.NOT_HELD: text})]
+    elif text and annotations.get(optin.NOT_HELD) != text:
+        patch = [*patch, *_add(key, text)]
+    elif not text and optin.NOT_HELD in annotations:
+        patch = [*patch, {"op": "remove", "path": key}]
+    warnings = tuple(
+        f"ckpt-agent: {name} starts as usual, not held: {reason}"[:_WARNING_CHARACTERS]
+        for name, reason in not_held.items()
+    )
+    return Mutation(patch, warnings)
+
+
+def _add(path: str, value: object) -> Patch:
+    return [{"op": "add", "path": path, "value": value}]
+
+
+def _append(path: str, present: Sequence[object], values: Sequence[object]) -> Patch:
+    """Add ``values`` at the end of a list that may not be there yet."""
+    if not values:
+        return []
+    if not present:
+        return _add(path, list(values))
+    return [{"op": "add", "path": f"{path}/-", "value": value} for value in values]
+
+
+def _mapping(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = parent.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise errors.InvalidInput(f"{key} of the pod is not an object", hint="send a v1 Pod")
+    return value
+
+
+def _list(parent: Mapping[str, Any], key: str, kind: type = Mapping) -> list[Any]:
+    value = parent.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
+        raise errors.InvalidInput(f"{key} of the pod is not a list", hint="send a v1 Pod")
+    return value
+
+
+def _containers(spec: Mapping[str, Any], field: str) -> list[Mapping[str, Any]]:
+    return _list(spec, field)
