@@ -81,6 +81,13 @@ class TargetBusy(Refused):
     retryable = True
 
 
+class Overloaded(Refused):
+    """The agent does as much at once as it may, or is shutting down."""
+
+    code = "overloaded"
+    retryable = True
+
+
 class RestoreConflict(Refused):
     """Something on this host is in the way of a restore; ``facts['reasons']`` lists everything."""
 
@@ -221,6 +228,12 @@ class Unreachable(EnvironmentUnfit):
 
     code = "unreachable"
     retryable = True
+
+
+class AgentDefect(CkptError):
+    """An agent that was asked met something nobody meant to happen; its log says what."""
+
+    code = "agent-defect"
 
 
 class MoveIncomplete(CkptError):
