@@ -1,0 +1,1 @@
+"""The caller's half of work in a cluster: finds agents, asks them, moves pods."""

@@ -1,0 +1,261 @@
+"""Who calls, and which cluster is meant: the door to an API server for a person or a program.
+
+Promises: what a kubeconfig says is honoured as kubectl does (KUBECONFIG, contexts, exec plugins,
+client certificates, proxies), and without one the pod's own ServiceAccount is used; every call has
+a deadline; objects are JSON values as the API server sent them, so that fields unknown here are
+kept; every failure is one of ``agent.errors`` that names the thing and the way out.
+Does not: log or show tokens and keys, retry, or cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import urllib3
+from kubernetes import client, config
+from kubernetes.config import kube_config
+
+from agent import errors
+
+Json = dict[str, Any]
+
+# An API server answers in milliseconds; one that takes longer to connect to is not there.
+_CONNECT_S = 10.0
+_READ_S = 60.0
+_SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+_HTTP_UNAUTHORIZED = 401
+_HTTP_FORBIDDEN = 403
+_HTTP_NOT_FOUND = 404
+_HTTP_CONFLICT = 409
+_HTTP_TOO_MANY = 429
+_HTTP_SERVER = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """How the caller shows who it is: a bearer token, or files of a client certificate and key."""
+
+    token: str | None = dataclasses.field(default=None, repr=False)
+    certificate_file: str | None = None
+    key_file: str | None = None
+
+
+class Connection:
+    """One API server as one caller. ``name`` is how messages call it, ``namespace`` what the
+    context says, else ``default``.
+    """
+
+    def __init__(self, configuration: Any, *, name: str, namespace: str) -> None:
+        # Once: a server that does not listen is told at once, one that just restarts is met.
+        configuration.retries = 1
+        self.configuration = configuration
+        self.name = name
+        self.namespace = namespace
+        self._api = client.ApiClient(configuration)
+
+    @property
+    def url(self) -> str:
+        """The API server's address."""
+        return str(self.configuration.host)
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._api.close()
+
+    def identity(self) -> Identity:
+        """Who the API server takes the caller for; refreshed if it was about to expire.
+
+        Raises:
+            errors.Unauthenticated: the kubeconfig names no usable identity.
+        """
+        text = self.authorization()
+        if text and text.startswith("Bearer "):
+            return Identity(token=text.removeprefix("Bearer "))
+        found = self.configuration
+        if found.cert_file and found.key_file:
+            return Identity(certificate_file=found.cert_file, key_file=found.key_file)
+        raise errors.Unauthenticated(
+            f"the identity of {self.name} is neither a token nor a client certificate",
+            hint="use a kubeconfig user with a token, an exec plugin or a client certificate, such"
+            " as `kubectl create token` makes",
+        )
+
+    def authorization(self) -> str | None:
+        """The ``authorization`` header of a request, or None."""
+        text = self.configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
+        return None if text is None else str(text)
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        what: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Json | None = None,
+        read_s: float = _READ_S,
+    ) -> Json:
+        """Send one request and return the object that came back. ``what`` names the thing for
+        messages, such as ``pod ns/name``.
+
+        Raises:
+            errors.NotFound | errors.Unauthenticated | errors.Forbidden | errors.Conflict |
+            errors.InvalidInput | errors.Unreachable: as the API server answered.
+        """
+        url = self.url + path + (f"?{urllib.parse.urlencode(query)}" if query else "")
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        bearer = self.authorization()
+        if bearer:
+            headers["authorization"] = bearer
+        with self.reached():
+            answer = self._api.call_api(
+                method, url, headers, body, _request_timeout=(_CONNECT_S, read_s)
+            )
+            content = answer.read()
+        found = parsed(content)
+        if answer.status >= 400:
+            raise refusal(answer.status, found, what, self.name)
+        return found
+
+    @contextlib.contextmanager
+    def reached(self) -> Iterator[None]:
+        """Around a request: failures to reach the API server are told as such."""
+        try:
+            yield
+        except (urllib3.exceptions.HTTPError, client.ApiException, OSError) as exc:
+            raise self._unreachable(exc) from exc
+
+    def _unreachable(self, exc: Exception) -> errors.Unreachable:
+        reason = str(getattr(exc, "reason", None) or exc)
+        if "CERTIFICATE_VERIFY_FAILED" in reason or "certificate verify failed" in reason:
+            return errors.Unreachable(
+                f"the certificate of the API server of {self.name} ({self.url}) was not issued by"
+                " the authority that the kubeconfig names",
+                hint="correct certificate-authority of this cluster in the kubeconfig, or choose"
+                " another context",
+                server=self.url,
+            )
+        return errors.Unreachable(
+            f"the API server of {self.name} ({self.url}) does not answer: {_short(reason)}",
+            hint="is the cluster up, and is it the right context (kubectl config get-contexts)?",
+            server=self.url,
+        )
+
+
+def parsed(content: bytes | None) -> Json:
+    """The object of an answer; what is no JSON object becomes its message."""
+    try:
+        found = json.loads(content or b"{}")
+    except ValueError:
+        return {"message": (content or b"")[:200].decode("utf-8", "replace")}
+    return found if isinstance(found, dict) else {}
+
+
+def _short(reason: str) -> str:
+    """The last cause in a chain that names the whole request first."""
+    return reason.rsplit("Caused by ", 1)[-1].strip("()")[:300]
+
+
+def refusal(status: int, found: Json, what: str, cluster: str) -> errors.CkptError:
+    """What an HTTP status above 400 with its ``Status`` object means for ``what``."""
+    said = str(found.get("message") or f"HTTP status {status}")
+    if status == _HTTP_UNAUTHORIZED:
+        return errors.Unauthenticated(
+            f"{cluster} does not know the caller: the token has expired or was never valid",
+            hint="log in again, renew the token, or choose another context",
+        )
+    if status == _HTTP_FORBIDDEN:
+        return errors.Forbidden(
+            f"{what}: {said}",
+            hint="ask for a role that allows it; docs/cli.md lists the rights that each verb needs",
+        )
+    if status == _HTTP_NOT_FOUND:
+        return errors.NotFound(
+            f"there is no {what} in {cluster}", hint="check the name, -n and --context"
+        )
+    if status == _HTTP_CONFLICT:
+        return errors.Conflict(f"{what}: {said}", hint="look at it again: somebody changed it")
+    if status == _HTTP_TOO_MANY or status >= _HTTP_SERVER:
+        return errors.Unreachable(
+            f"{what}: the API server of {cluster} could not answer: {said}", hint="try again"
+        )
+    return errors.InvalidInput(f"{what}: {said}", hint="the API server refused the request")
+
+
+def connect(kubeconfig: str | None = None, context: str | None = None) -> Connection:
+    """Connect as the kubeconfig's ``context`` (default: its current one) says. Without a
+    kubeconfig, the ServiceAccount of the pod that this runs in is used.
+
+    Raises:
+        errors.NotFound: no kubeconfig, or no such context.
+        errors.InvalidInput: the kubeconfig does not make sense.
+        errors.Unauthenticated: its credential plugin gave nothing.
+    """
+    place = kubeconfig or os.environ.get("KUBECONFIG") or kube_config.KUBE_CONFIG_DEFAULT_LOCATION
+    exists = any(os.path.exists(os.path.expanduser(each)) for each in place.split(os.pathsep))
+    if not exists:
+        if kubeconfig is None and context is None and os.path.exists(f"{_SERVICE_ACCOUNT}/token"):
+            return _in_cluster()
+        raise errors.NotFound(
+            f"there is no kubeconfig {place}",
+            hint="name one with --kubeconfig or KUBECONFIG",
+            path=place,
+        )
+    made = client.Configuration()
+    try:
+        contexts, current = config.list_kube_config_contexts(place)
+        known = {str(each["name"]): each for each in contexts}
+        if context is not None and context not in known:
+            raise errors.NotFound(
+                f"there is no context {context!r} in {place}",
+                hint=f"it has {', '.join(sorted(known)) or 'none'}",
+                context=context,
+            )
+        chosen = known[context] if context is not None else current
+        config.load_kube_config(place, context, made, persist_config=False)
+    except errors.CkptError:
+        raise
+    except (config.ConfigException, OSError, ValueError, TypeError, KeyError) as exc:
+        raise errors.InvalidInput(
+            f"the kubeconfig {place} cannot be used: {exc}",
+            hint="kubectl config view shows what kubectl makes of it",
+            path=place,
+        ) from exc
+    name = str(chosen["name"])
+    _check_plugin(place, chosen, made)
+    namespace = chosen["context"].get("namespace") or "default"
+    return Connection(made, name=f"context {name}", namespace=str(namespace))
+
+
+def _check_plugin(place: str, chosen: Any, made: Any) -> None:
+    """The package only logs that a credential plugin failed; then it would call as nobody."""
+    if made.api_key or made.cert_file:
+        return
+    merged = kube_config.KubeConfigMerger(place).config
+    user = merged["users"].get_with_name(chosen["context"]["user"], safe=True)
+    if user is not None and "exec" in user["user"]:
+        command = user["user"]["exec"].safe_get("command")
+        raise errors.Unauthenticated(
+            f"the credential plugin {command} of context {chosen['name']} gave no identity",
+            hint="run it by hand to see why, or log in again",
+        )
+
+
+def _in_cluster() -> Connection:
+    made = client.Configuration()
+    try:
+        config.load_incluster_config(made)
+        with open(f"{_SERVICE_ACCOUNT}/namespace", encoding="utf-8") as stream:
+            namespace = stream.read().strip()
+    except (config.ConfigException, OSError) as exc:
+        raise errors.InvalidInput(
+            f"this pod's ServiceAccount cannot be used: {exc}",
+            hint="set automountServiceAccountToken, or name a kubeconfig",
+        ) from exc
+    return Connection(made, name="this cluster", namespace=namespace or "default")
