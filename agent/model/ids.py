@@ -14,11 +14,15 @@ from agent import errors
 GroupName = NewType("GroupName", str)
 MemberName = NewType("MemberName", str)
 EpochId = NewType("EpochId", str)
+Namespace = NewType("Namespace", str)
 
 # One path component on every file system and object store, and a Kubernetes label value.
 _NAME = re.compile(r"[a-z0-9A-Z]([a-zA-Z0-9._-]{0,61}[a-zA-Z0-9])?")
 # UTC second of creation, so that names sort by age, and 24 random bits against equal seconds.
 _EPOCH = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
+
+# A DNS label, as Kubernetes has it.
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 def _checked(kind: str, text: str) -> str:
@@ -43,6 +47,20 @@ def group_name(text: str) -> GroupName:
 def member_name(text: str) -> MemberName:
     """Return ``text`` as a member name; the same rules as for a group."""
     return MemberName(_checked("member", text))
+
+
+def namespace_name(text: str) -> Namespace:
+    """Return ``text`` as the name of a Kubernetes namespace.
+
+    Raises:
+        errors.InvalidInput: it is not 1-63 characters of ``[a-z0-9-]``.
+    """
+    if not _LABEL.fullmatch(text):
+        raise errors.InvalidInput(
+            f"namespace {text!r} is not valid",
+            hint="use 1-63 of a-z, 0-9 and '-', beginning and ending with a letter or digit",
+        )
+    return Namespace(text)
 
 
 def epoch_id(text: str) -> EpochId:

@@ -1,0 +1,43 @@
+"""One call as a service sees it: who calls, how long they wait, when they are gone.
+
+Promises: ``on_gone`` runs its callback exactly once, also for a caller who is gone already.
+Does not: end anything by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from agent.model.access import Caller
+
+
+class Context(Protocol):
+    """The part of gRPC's context that is needed here."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the caller gives up; None if it waits for ever."""
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        """Call back at the call's end; False if it has ended."""
+
+
+class Call:
+    """A call that was let in."""
+
+    def __init__(self, caller: Caller, context: Context) -> None:
+        self.caller = caller
+        self._context = context
+
+    def allowed_s(self, asked_s: float, default_s: float) -> float:
+        """How long the call may take: what its request asks for, else the default, and never
+        longer than the caller waits.
+        """
+        remaining_s = self._context.time_remaining()
+        allowed_s = asked_s if asked_s > 0 else default_s
+        return allowed_s if remaining_s is None else min(allowed_s, remaining_s)
+
+    def on_gone(self, callback: Callable[[], None]) -> None:
+        """Run ``callback`` when the call has ended, by an answer or because the caller left."""
+        if not self._context.add_callback(callback):
+            callback()

@@ -1,0 +1,241 @@
+"""The node agent's gRPC server: who calls is known and may, before a service hears of it.
+
+Promises: TLS only; each call is identified, allowed, bounded in time and answered with our errors;
+what goes wrong unforeseen is told as such without its details, which are logged. Each call is
+logged with who and what, never with tokens.
+Does not: know what the service does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import grpc
+from google.protobuf import message_factory
+from google.protobuf.descriptor import MethodDescriptor
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from agent import errors
+from agent.host import clock
+from agent.model.access import Caller, Right
+from agent.rpc import peers, rights, status
+from agent.rpc.calls import Call
+from agent.rpc.certificates import Certificates
+from agent.rpc.v1 import node_pb2
+
+_log = logging.getLogger(__name__)
+
+_NODE = node_pb2.DESCRIPTOR.services_by_name["Node"]
+# A stream holds its thread as long as it lasts; the operations behind them are limited by
+# themselves, so this only has to leave room for health checks and listings.
+_THREADS = 24
+_CALLS = 64
+# Requests are names and a few numbers.
+_REQUEST_BYTES = 256 << 10
+# A caller that vanished without a word is noticed after this long, and its dump given up.
+_PING_S = 20
+_PONG_S = 20
+# The longest name of an object in Kubernetes; a request may hold anything.
+_NOTED_CHARS = 253
+
+
+class Guard(Protocol):
+    """Whoever knows users and their rights; for the agent it is the API server."""
+
+    def authenticate(self, token: str) -> Caller:
+        """Who the token stands for.
+
+        Raises:
+            errors.Unauthenticated: nobody.
+            errors.Unreachable: it cannot be told now.
+        """
+
+    def authorize(self, caller: Caller, right: Right) -> None:
+        """Return if the caller has the right.
+
+        Raises:
+            errors.Forbidden: not.
+            errors.Unreachable: it cannot be told now.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Ports:
+    """Where to listen; port 0 takes any that is free. ``token`` takes callers with a bearer
+    token, ``certificate`` those with a client certificate.
+    """
+
+    host: str = "[::]"
+    token: int = 7443
+    certificate: int = 7444
+
+
+class Server:
+    """Serves ``service``: for each method of the API one of the same name in lower case with
+    underscores, which takes the request and a ``Call`` and returns the answer or yields events.
+    """
+
+    def __init__(
+        self, service: object, guard: Guard, node: str, certificates: Certificates, ports: Ports
+    ) -> None:
+        """Bind the ports.
+
+        Raises:
+            errors.EnvironmentUnfit: a port is taken, or the certificate cannot be used.
+        """
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="call")
+        self._server = grpc.server(
+            self._pool,
+            handlers=[_handlers(service, guard, node)],
+            maximum_concurrent_rpcs=_CALLS,
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", _REQUEST_BYTES),
+                ("grpc.keepalive_time_ms", _PING_S * 1000),
+                ("grpc.keepalive_timeout_ms", _PONG_S * 1000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+            ],
+        )
+        self._health = health.HealthServicer(experimental_non_blocking=True)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        # The description of the API is public, as its source is.
+        reflection.enable_server_reflection(
+            (_NODE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+        self.set_serving(serving=False)
+        self.token_port = self._listen(ports.host, ports.token, certificates, clients=False)
+        self.certificate_port = self._listen(
+            ports.host, ports.certificate, certificates, clients=True
+        )
+
+    def _listen(self, host: str, port: int, certificates: Certificates, *, clients: bool) -> int:
+        credentials = certificates.port(clients=clients)
+        try:
+            return int(self._server.add_secure_port(f"{host}:{port}", credentials))
+        except RuntimeError as exc:
+            raise errors.EnvironmentUnfit(
+                f"cannot listen on {host}:{port}",
+                hint="is another agent running here?",
+                port=port,
+            ) from exc
+
+    def start(self) -> None:
+        """Take calls; health says that it does not serve until told otherwise."""
+        self._server.start()
+
+    def set_serving(self, *, serving: bool) -> None:
+        """What the health service answers, for the server as a whole and for the API."""
+        answer = health_pb2.HealthCheckResponse
+        for name in ("", _NODE.full_name):
+            self._health.set(name, answer.SERVING if serving else answer.NOT_SERVING)
+
+    def stop(self, grace_s: float) -> None:
+        """Take no more calls, give the ones there are ``grace_s``, and end."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace_s).wait(grace_s + 1.0)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _handlers(service: object, guard: Guard, node: str) -> grpc.GenericRpcHandler:
+    methods = {}
+    for method in _NODE.methods:
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower()
+        methods[method.name] = _handler(method, getattr(service, name), _Door(guard, node))
+    return grpc.method_handlers_generic_handler(_NODE.full_name, methods)
+
+
+def _handler(
+    method: MethodDescriptor, serve: Callable[[Any, Call], Any], door: _Door
+) -> grpc.RpcMethodHandler[Any, Any]:
+    def unary(request: Any, context: grpc.ServicerContext) -> Any:
+        with _Answer(method.name, request, context) as answer:
+            return serve(request, door.admit(answer, request, context))
+
+    def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        with _Answer(method.name, request, context) as answer:
+            yield from serve(request, door.admit(answer, request, context))
+
+    read = message_factory.GetMessageClass(method.input_type).FromString
+    write: Callable[[Any], bytes] = message_factory.GetMessageClass(
+        method.output_type
+    ).SerializeToString
+    if method.server_streaming:
+        return grpc.unary_stream_rpc_method_handler(stream, read, write)
+    return grpc.unary_unary_rpc_method_handler(unary, read, write)
+
+
+class _Door:
+    """Lets a call in, or raises why not."""
+
+    def __init__(self, guard: Guard, node: str) -> None:
+        self._guard = guard
+        self._node = node
+
+    def admit(self, answer: _Answer, request: Any, context: grpc.ServicerContext) -> Call:
+        caller = peers.certificate(context)
+        if caller is None:
+            caller = self._guard.authenticate(peers.token(context))
+        answer.user = caller.user
+        right = rights.needed(answer.method, request, self._node)
+        self._guard.authorize(caller, right)
+        return Call(caller, context)
+
+
+class _Answer:
+    """One call from its arrival to its end: what leaves it as an exception ends the call with the
+    status that stands for it.
+    """
+
+    def __init__(self, method: str, request: Any, context: grpc.ServicerContext) -> None:
+        self.method = method
+        self.user = ""
+        self._request = request
+        self._context = context
+        self._began_s = clock.monotonic_s()
+
+    def __enter__(self) -> _Answer:
+        return self
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        if exc is None:
+            self._note("ok")
+            return
+        if isinstance(exc, GeneratorExit):
+            self._note("caller left")
+            return
+        told: errors.CkptError
+        if isinstance(exc, errors.CkptError):
+            told = exc
+        elif isinstance(exc, Exception):
+            _log.error("defect in %s", self.method, exc_info=exc)
+            told = errors.AgentDefect(
+                f"the agent met a {type(exc).__name__} that nobody meant to happen",
+                hint="this is a defect: its log says where; report it",
+            )
+        else:
+            return
+        self._note(told.code, told)
+        self._context.set_trailing_metadata(status.metadata(told))
+        self._context.abort(status.code(told), status.details(told))
+
+    def _note(self, result: str, exc: errors.CkptError | None = None) -> None:
+        facts = {
+            "method": self.method,
+            "result": result,
+            "user": self.user,
+            "peer": self._context.peer(),
+            "seconds": round(clock.monotonic_s() - self._began_s, 3),
+        }
+        for field in ("namespace", "pod", "image"):
+            if value := getattr(self._request, field, ""):
+                facts[field] = str(value)[:_NOTED_CHARS]
+        if exc is not None:
+            facts["error"] = exc.message
+        level = logging.INFO if result == "ok" else logging.WARNING
+        _log.log(level, "call", extra={"facts": facts})
