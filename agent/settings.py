@@ -101,6 +101,10 @@ def _text(value: object) -> str:
     return str(value)
 
 
+def _word(value: object, base: str) -> str:
+    return _text(value)
+
+
 def _path(value: object, base: str) -> str:
     return posixpath.normpath(posixpath.join(base, _text(value)))
 
@@ -167,6 +171,27 @@ class Settings:
     keep_within_s: float | None = None
     """``prune`` keeps epochs younger than this many seconds. None: as above."""
 
+    image: str | None = None
+    """The image that the webhook takes ``hold`` from. None: the one that it runs in itself."""
+
+    leaf_lifetime_s: float = 30 * 86400.0
+    """How long a certificate of our own authority is good. A month: a stolen one ends soon, and
+    an admission service that is down is noticed before."""
+
+    leaf_renew_before_s: float = 10 * 86400.0
+    """How long before its end it is replaced: a third of its life, as cert-manager does."""
+
+    ca_lifetime_s: float = 365 * 86400.0
+    """How long our own authority is good."""
+
+    ca_renew_before_s: float = 90 * 86400.0
+    """How long before its end its successor is made."""
+
+    trust_overlap_s: float = 3600.0
+    """How long a new authority is published before it signs, and an old one after. The kubelet
+    brings changes of a Secret into pods within two minutes; an hour allows for a node that was
+    cut off."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Key:
@@ -186,6 +211,12 @@ _KEYS = {
     "criu_log_level": _Key("criu_log_level", _level, "--criu-log-level"),
     "keep_last": _Key("keep_last", count, "--keep-last"),
     "keep_within": _Key("keep_within_s", duration_s, "--keep-within"),
+    "image": _Key("image", _word, "--image"),
+    "leaf_lifetime": _Key("leaf_lifetime_s", duration_s, "--leaf-lifetime"),
+    "leaf_renew_before": _Key("leaf_renew_before_s", duration_s, "--leaf-renew-before"),
+    "ca_lifetime": _Key("ca_lifetime_s", duration_s, "--ca-lifetime"),
+    "ca_renew_before": _Key("ca_renew_before_s", duration_s, "--ca-renew-before"),
+    "trust_overlap": _Key("trust_overlap_s", duration_s, "--trust-overlap"),
 }
 KEYS = tuple(_KEYS)
 

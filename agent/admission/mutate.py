@@ -3,7 +3,7 @@
 A held container starts under a tiny pid 1 (``hold``), so that the same pod template serves the
 first start and the placeholder that an image is restored into. For that the pod gets a volume, an
 init container that copies ``hold`` into it, and each chosen container its mount, two environment
-variables and ``hold auto --`` before its command. Nothing else of the pod is touched.
+variables and ``hold auto`` before its command. Nothing else of the pod is touched.
 
 Promises: a pod without the label is left as it is; whatever cannot be held starts as an ordinary
 pod or container, with a warning that names the reason (it can still be dumped, and restored into

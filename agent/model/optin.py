@@ -39,7 +39,7 @@ DIRECTORY = AGENT_DIRECTORY
 RESTORE_VARIABLE = "CKPT_AGENT_RESTORE"
 CONTAINER_VARIABLE = "CKPT_AGENT_CONTAINER"
 
-HOLD_AUTO = (HOLD, "auto", "--")
+HOLD_AUTO = (HOLD, "auto")
 """What stands in front of a container's own command."""
 
 # A container's name is a DNS label (RFC 1123).

@@ -17,7 +17,7 @@ from agent.model import optin
 from tests import jsonpatch
 
 IMAGE = "registry.example/ckpt-agent:1"
-HELD = ["/.ckpt-agent/hold", "auto", "--"]
+HELD = ["/.ckpt-agent/hold", "auto"]
 
 
 def pod(*containers: dict[str, Any], annotations: dict[str, str] | None = None, **spec: Any) -> Any:
@@ -187,7 +187,7 @@ def test_a_container_without_command_starts_as_usual_and_the_pod_says_so() -> No
     before = pod(container("main"), proxy)
     after = patched(before)
     assert after["spec"]["containers"][1] == proxy
-    assert after["spec"]["containers"][0]["command"][:3] == HELD
+    assert after["spec"]["containers"][0]["command"][:2] == HELD
     assert "proxy" in warnings(before)
     assert optin.ENTRYPOINT in warnings(before)
     assert "proxy" in after["metadata"]["annotations"][optin.NOT_HELD]
@@ -272,7 +272,7 @@ def test_a_container_that_cannot_be_held_is_left_with_a_warning(
     before = pod(container("main", **more), container("other"))
     after = patched(before)["spec"]["containers"]
     assert after[0] == before["spec"]["containers"][0]
-    assert after[1]["command"][:3] == HELD
+    assert after[1]["command"][:2] == HELD
     assert word in warnings(before)
 
 
@@ -408,7 +408,7 @@ def _kept(before: Any, after: Any, path: str = "") -> None:
                 _kept(left, right, f"{path}/*")
         else:
             assert after[len(after) - len(before) :] == before
-            assert len(after) - len(before) in (0, 3)
+            assert len(after) - len(before) in (0, len(HELD))
     else:
         assert before == after
 
@@ -436,7 +436,7 @@ def test_any_held_container_finds_what_it_needs(before: Any) -> None:
     init = spec.get("initContainers") or []
     everything = [*init, *(spec.get("containers") or [])]
     for position, part in enumerate(everything):
-        if (part.get("command") or [])[:3] != HELD:
+        if (part.get("command") or [])[:2] != HELD:
             continue
         assert optin.VOLUME in names(spec["volumes"])
         assert optin.INIT_CONTAINER in names(init[:position])

@@ -54,6 +54,12 @@ def test_every_setting_can_come_from_flag_environment_and_file() -> None:
         "criu_log_level": ("4", 4),
         "keep_last": ("3", 3),
         "keep_within": ("7d", 604800.0),
+        "image": ("registry.example/agent:1", "registry.example/agent:1"),
+        "leaf_lifetime": ("30d", 2592000.0),
+        "leaf_renew_before": ("10d", 864000.0),
+        "ca_lifetime": ("52w", 31449600.0),
+        "ca_renew_before": ("90d", 7776000.0),
+        "trust_overlap": ("1h", 3600.0),
     }
     assert set(values) == set(settings.KEYS)
     wanted = Settings(*(value for _, value in values.values()))
