@@ -1,0 +1,413 @@
+"""A caller's side of the node API: a channel to one agent and its calls as plain values.
+
+Promises: the agent's certificate is checked against the given authority and name before anything
+is sent; an error of the agent arrives as the class of ``agent.errors`` that it was; every call has
+a deadline; a call that is cancelled tells the agent, which then gives the operation up.
+Does not: find agents or credentials, retry, or know Kubernetes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import grpc
+
+from agent import errors
+from agent.rpc import convert, status
+from agent.rpc.v1 import node_pb2, node_pb2_grpc
+
+# One look at the store: a listing of thousands of images on slow storage still fits.
+_CALL_S = 120.0
+# Reading every byte of an image: a terabyte at 100 MB/s.
+_VERIFY_S = 3 * 3600.0
+# The agent gives up by itself at its own deadline and says why; ours is only for one that hangs.
+_MARGIN_S = 60.0
+_LOOK_S = 0.05
+# 500 images with damage texts fit many times; gRPC's own limit of 4 MiB does not hold a plan of
+# thousands of processes.
+_MESSAGE_BYTES = 64 << 20
+
+_ENGINES = {"container": node_pb2.ENGINE_CONTAINER, "kubelet": node_pb2.ENGINE_KUBELET}
+_ENGINE_NAMES = {number: name for name, number in _ENGINES.items()}
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Credentials:
+    """How an agent is trusted and how the caller shows who it is: a bearer token, or a client
+    certificate with its key (both PEM).
+    """
+
+    ca_pem: bytes
+    server_name: str
+    token: str | None = dataclasses.field(default=None, repr=False)
+    certificate_pem: bytes | None = dataclasses.field(default=None, repr=False)
+    key_pem: bytes | None = dataclasses.field(default=None, repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """One image as a listing shows it; sizes in bytes."""
+
+    group: str
+    epoch: str
+    created_s: float
+    members: tuple[str, ...]
+    raw_bytes: int
+    new_bytes: int
+    stored_bytes: int
+    pages: int
+    zero_pages: int
+    damage: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageDetail:
+    """One image with its document for people and what a move needs; ``pod_template`` is None if
+    it is not of a pod.
+    """
+
+    image: Image
+    document: dict[str, Any]
+    pod_template: dict[str, Any] | None
+    pod_uid: str
+    node: str
+    restored_into: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """One container of a dump."""
+
+    name: str
+    stop_s: float
+    raw_bytes: int
+    processes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DumpOutcome:
+    """A committed dump of a pod."""
+
+    image: Image
+    stop_s: float
+    durable_s: float
+    engine: str
+    stopped: bool
+    members: tuple[Captured, ...]
+    pod_template: dict[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreOutcome:
+    """A placeholder that runs the image's processes; seconds from the request."""
+
+    image: Image
+    waited_s: float
+    verified_s: float
+    running_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyOutcome:
+    """What reading an image whole found; ``damaged`` are parts and their problems."""
+
+    good: bool
+    read_bytes: int
+    damaged: tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A line of a node's check-up; ``status`` is ok, degraded or missing."""
+
+    name: str
+    status: str
+    found: str
+    consequence: str
+    cure: str
+
+
+@contextlib.contextmanager
+def connect(
+    target: str,
+    credentials: Credentials,
+    *,
+    peer: str,
+    why: Callable[[], str] = lambda: "",
+) -> Iterator[Agent]:
+    """A channel to the agent at ``target`` (``host:port`` or ``unix:/path``). ``peer`` names it in
+    messages; ``why`` may know more about a connection that cannot be made.
+    """
+    channel = grpc.secure_channel(
+        target,
+        grpc.ssl_channel_credentials(
+            credentials.ca_pem, credentials.key_pem, credentials.certificate_pem
+        ),
+        options=(
+            ("grpc.ssl_target_name_override", credentials.server_name),
+            ("grpc.default_authority", credentials.server_name),
+            ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+            # A person waits: the first failure is told, not tried again for minutes.
+            ("grpc.enable_retries", 0),
+        ),
+    )
+    with contextlib.closing(channel):
+        yield Agent(channel, credentials.token, peer, why)
+
+
+class Agent:
+    """The calls of one agent. Each raises what the agent raised, and ``errors.Unreachable`` if it
+    cannot be asked or the connection breaks.
+    """
+
+    def __init__(
+        self, channel: grpc.Channel, token: str | None, peer: str, why: Callable[[], str]
+    ) -> None:
+        self._stub = node_pb2_grpc.NodeStub(channel)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._why = why
+        self.peer = peer
+
+    def dump(
+        self,
+        namespace: str,
+        pod: str,
+        *,
+        pod_uid: str,
+        containers: tuple[str, ...] = (),
+        engine: str | None = None,
+        stop: bool = False,
+        deadline_s: float,
+        cancel: threading.Event | None = None,
+        progress: Callable[[str, int], None] = lambda phase, raw_bytes: None,
+    ) -> DumpOutcome:
+        """Checkpoint a pod; ``progress`` gets phases and bytes, ``cancel`` gives it up."""
+        request = node_pb2.DumpRequest(
+            namespace=namespace,
+            pod=pod,
+            pod_uid=pod_uid,
+            containers=containers,
+            engine=_ENGINES[engine] if engine else node_pb2.ENGINE_UNSPECIFIED,
+            stop=stop,
+            deadline_s=deadline_s,
+        )
+        outcome = None
+        call = self._stub.Dump(request, timeout=deadline_s + _MARGIN_S, metadata=self._metadata)
+        for event in self._events(call, cancel):
+            if event.HasField("progress"):
+                progress(event.progress.phase, event.progress.raw_bytes)
+            else:
+                outcome = event.outcome
+        found = self._ended(outcome, "dump")
+        return DumpOutcome(
+            image=_image(found.image),
+            stop_s=found.stop_s,
+            durable_s=found.durable_s,
+            engine=_ENGINE_NAMES.get(found.engine, ""),
+            stopped=found.stopped,
+            members=tuple(
+                Captured(each.name, each.stop_s, each.raw_bytes, each.processes)
+                for each in found.members
+            ),
+            pod_template=self._template(found.pod_template_json),
+        )
+
+    def restore(
+        self,
+        namespace: str,
+        image: str,
+        pod: str,
+        *,
+        pod_uid: str,
+        again: bool = False,
+        deadline_s: float,
+        cancel: threading.Event | None = None,
+        progress: Callable[[str], None] = lambda phase: None,
+    ) -> RestoreOutcome:
+        """Bring an image back into a placeholder; ``cancel`` gives it up and the pod waits on."""
+        request = node_pb2.RestoreRequest(
+            namespace=namespace,
+            image=image,
+            pod=pod,
+            pod_uid=pod_uid,
+            again=again,
+            deadline_s=deadline_s,
+        )
+        outcome = None
+        call = self._stub.Restore(request, timeout=deadline_s + _MARGIN_S, metadata=self._metadata)
+        for event in self._events(call, cancel):
+            if event.HasField("progress"):
+                progress(event.progress.phase)
+            else:
+                outcome = event.outcome
+        found = self._ended(outcome, "restore")
+        return RestoreOutcome(
+            _image(found.image), found.waited_s, found.verified_s, found.running_s
+        )
+
+    def plan(self, namespace: str, pod: str, containers: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The document of what a dump would take."""
+        request = node_pb2.PlanDumpRequest(namespace=namespace, pod=pod, containers=containers)
+        return convert.from_struct(self._once(self._stub.PlanDump, request).plan)
+
+    def images(self, namespace: str, group: str = "") -> list[Image]:
+        """The images of a namespace, oldest first."""
+        found: list[Image] = []
+        token = ""
+        while True:
+            request = node_pb2.ListImagesRequest(namespace=namespace, group=group, page_token=token)
+            answer = self._once(self._stub.ListImages, request)
+            found += [_image(each) for each in answer.images]
+            token = answer.next_page_token
+            if not token:
+                return found
+
+    def image(self, namespace: str, image: str) -> ImageDetail:
+        """One image, by name or by its group for the newest."""
+        request = node_pb2.GetImageRequest(namespace=namespace, image=image)
+        answer = self._once(self._stub.GetImage, request)
+        return ImageDetail(
+            image=_image(answer.image),
+            document=convert.from_struct(answer.detail),
+            pod_template=self._template(answer.pod_template_json),
+            pod_uid=answer.pod_uid,
+            node=answer.node,
+            restored_into=answer.restored_into,
+        )
+
+    def verify(
+        self,
+        namespace: str,
+        image: str,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> VerifyOutcome:
+        """Read an image whole; ``progress`` gets bytes done and in all."""
+        request = node_pb2.VerifyImageRequest(namespace=namespace, image=image)
+        outcome = None
+        call = self._stub.VerifyImage(request, timeout=_VERIFY_S, metadata=self._metadata)
+        for event in self._events(call, None):
+            if event.HasField("outcome"):
+                outcome = event.outcome
+            else:
+                progress(event.done_bytes, event.total_bytes)
+        found = self._ended(outcome, "verification")
+        damaged = tuple((each.part, each.problem) for each in found.damaged)
+        return VerifyOutcome(found.good, found.read_bytes, damaged)
+
+    def delete(self, namespace: str, image: str) -> dict[str, Any]:
+        """Remove an image, by its full name; the document of what was removed."""
+        request = node_pb2.DeleteImageRequest(namespace=namespace, image=image)
+        return convert.from_struct(self._once(self._stub.DeleteImage, request).report)
+
+    def prune(
+        self,
+        namespace: str,
+        *,
+        group: str = "",
+        keep_last: int | None,
+        keep_within_s: float | None,
+        dry_run: bool,
+    ) -> dict[str, Any]:
+        """Remove what no rule keeps; the document of what was removed."""
+        request = node_pb2.PruneImagesRequest(
+            namespace=namespace,
+            group=group,
+            keep_last=keep_last or 0,
+            keep_within_s=keep_within_s or 0.0,
+            dry_run=dry_run,
+        )
+        return convert.from_struct(self._once(self._stub.PruneImages, request).report)
+
+    def examine(self) -> tuple[str, list[Check]]:
+        """The node's name and its check-up."""
+        answer = self._once(self._stub.Examine, node_pb2.ExamineRequest())
+        return answer.node, [
+            Check(each.name, each.status, each.found, each.consequence, each.cure)
+            for each in answer.checks
+        ]
+
+    def _once(self, method: Callable[..., T], request: Any) -> T:
+        try:
+            return method(request, timeout=_CALL_S, metadata=self._metadata)
+        except grpc.RpcError as exc:
+            raise self._error(exc) from exc
+
+    def _events(self, call: Any, cancel: threading.Event | None) -> Iterator[Any]:
+        """The events of a stream; cancelled when ``cancel`` is set, or when left early."""
+        ended = threading.Event()
+
+        def watch(cancel: threading.Event) -> None:
+            while not ended.is_set():
+                if cancel.wait(_LOOK_S):
+                    call.cancel()
+                    return
+
+        watcher = threading.Thread(target=watch, args=(cancel,)) if cancel else None
+        if watcher:
+            watcher.start()
+        try:
+            yield from call
+        except grpc.RpcError as exc:
+            raise self._error(exc) from exc
+        finally:
+            ended.set()
+            call.cancel()
+            if watcher:
+                watcher.join()
+
+    def _ended(self, outcome: T | None, what: str) -> T:
+        if outcome is None:
+            raise errors.AgentDefect(
+                f"{self.peer} ended the {what} without an outcome", hint="its log says more"
+            )
+        return outcome
+
+    def _template(self, text: str) -> dict[str, Any] | None:
+        if not text:
+            return None
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise errors.AgentDefect(f"{self.peer} sent a pod that is not JSON")
+        return found
+
+    def _error(self, exc: grpc.RpcError) -> errors.CkptError:
+        found = status.error(exc, self.peer)
+        if not isinstance(found, errors.Unreachable) or found.facts.get("status") is None:
+            return found
+        # From gRPC itself, not from the agent.
+        why = self._why()
+        if why:
+            return errors.Unreachable(f"{self.peer} cannot be reached: {why}", hint=found.hint)
+        if "CERTIFICATE_VERIFY_FAILED" in found.message:
+            return errors.Unreachable(
+                f"the certificate of {self.peer} was not issued by the authority that this cluster"
+                " publishes for its agents",
+                hint="somebody else answers there, or the authority was just replaced: try again,"
+                " then look at the Secret ckpt-agent-tls",
+            )
+        return found
+
+
+def _image(found: node_pb2.Image) -> Image:
+    return Image(
+        group=found.group,
+        epoch=found.epoch,
+        created_s=convert.from_timestamp(found.created_at),
+        members=tuple(found.members),
+        raw_bytes=found.raw_bytes,
+        new_bytes=found.new_bytes,
+        stored_bytes=found.stored_bytes,
+        pages=found.pages,
+        zero_pages=found.zero_pages,
+        damage=found.damage or None,
+    )
