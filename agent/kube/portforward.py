@@ -152,7 +152,7 @@ def _refusal(
 ) -> errors.CkptError:
     body = exc.resp_body or b""
     text = body.decode("utf-8", "replace") if isinstance(body, bytes) else str(body)
-    what = f"port-forward to pod {pod}"
+    what = f"pod {pod} to forward to"
     return connection.refusal(exc.status_code, connection.parsed(text.encode()), what, cluster)
 
 
