@@ -30,6 +30,7 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _BYTES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 # Nearer than this in difflib's ratio and a key is offered as "did you mean".
 _NEAR = 0.5
+_LAST_PORT = 65535
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,13 @@ def _word(value: object, base: str) -> str:
 
 def _path(value: object, base: str) -> str:
     return posixpath.normpath(posixpath.join(base, _text(value)))
+
+
+def _port(value: object, base: str) -> int:
+    text = _text(value)
+    if re.fullmatch(r"[0-9]{1,5}", text) is None or int(text) > _LAST_PORT:
+        raise errors.InvalidInput(f"{text!r} is not a port", hint="use 1 to 65535, or 0 for any")
+    return int(text)
 
 
 def _output(value: object, base: str) -> str:
@@ -192,6 +200,30 @@ class Settings:
     brings changes of a Secret into pods within two minutes; an hour allows for a node that was
     cut off."""
 
+    node_name: str | None = None
+    """The node that ``node`` serves, as the API server calls it. There is no default: a wrong
+    guess would act on another node's pods."""
+
+    runtime_socket: str = "/run/containerd/containerd.sock"
+    """Where the container runtime listens; containerd's own default."""
+
+    tls_dir: str = "/etc/ckpt-agent/tls"
+    """Holds tls.crt, tls.key and ca.crt of ``node``: where the DaemonSet mounts its Secret."""
+
+    token_port: int = 7443
+    """``node`` takes callers with a bearer token here."""
+
+    certificate_port: int = 7444
+    """``node`` takes callers with a client certificate here."""
+
+    parallel: int = 2
+    """Dumps and restores that ``node`` does at once. Two fill the page cache and the volume of
+    most nodes; each more makes the others' stops longer."""
+
+    shutdown_grace_s: float = 25.0
+    """How long ``node`` lets operations give up when told to end: the usual 30 s of a pod, less
+    what the end itself takes."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Key:
@@ -217,6 +249,13 @@ _KEYS = {
     "ca_lifetime": _Key("ca_lifetime_s", duration_s, "--ca-lifetime"),
     "ca_renew_before": _Key("ca_renew_before_s", duration_s, "--ca-renew-before"),
     "trust_overlap": _Key("trust_overlap_s", duration_s, "--trust-overlap"),
+    "node_name": _Key("node_name", _word, "--node-name"),
+    "runtime_socket": _Key("runtime_socket", _path, "--runtime-socket"),
+    "tls_dir": _Key("tls_dir", _path, "--tls-dir"),
+    "token_port": _Key("token_port", _port, "--token-port"),
+    "certificate_port": _Key("certificate_port", _port, "--certificate-port"),
+    "parallel": _Key("parallel", count, "--parallel"),
+    "shutdown_grace": _Key("shutdown_grace_s", duration_s, "--shutdown-grace"),
 }
 KEYS = tuple(_KEYS)
 

@@ -60,6 +60,13 @@ def test_every_setting_can_come_from_flag_environment_and_file() -> None:
         "ca_lifetime": ("52w", 31449600.0),
         "ca_renew_before": ("90d", 7776000.0),
         "trust_overlap": ("1h", 3600.0),
+        "node_name": ("n1", "n1"),
+        "runtime_socket": ("/r", "/r"),
+        "tls_dir": ("/t", "/t"),
+        "token_port": ("1", 1),
+        "certificate_port": ("0", 0),
+        "parallel": ("4", 4),
+        "shutdown_grace": ("90s", 90.0),
     }
     assert set(values) == set(settings.KEYS)
     wanted = Settings(*(value for _, value in values.values()))
@@ -67,6 +74,12 @@ def test_every_setting_can_come_from_flag_environment_and_file() -> None:
     assert merged(said) == wanted
     assert merged({}, {f"CKPT_AGENT_{key.upper()}": text for key, text in said.items()}) == wanted
     assert merged(text="".join(f"{key}: {text}\n" for key, text in said.items())) == wanted
+
+
+@pytest.mark.parametrize("port", ["65536", "-1", "http", ""])
+def test_what_is_no_port_is_refused(port: str) -> None:
+    with pytest.raises(errors.InvalidInput, match="token_port"):
+        merged(text=f"token_port: {port!r}")
 
 
 def test_numbers_in_yaml_need_no_quotes() -> None:

@@ -44,11 +44,6 @@ class RuntimeServiceStub:
                 request_serializer=agent_dot_cri_dot_v1_dot_api__pb2.StatusRequest.SerializeToString,
                 response_deserializer=agent_dot_cri_dot_v1_dot_api__pb2.StatusResponse.FromString,
                 _registered_method=True)
-        self.ListPodSandbox = channel.unary_unary(
-                '/runtime.v1.RuntimeService/ListPodSandbox',
-                request_serializer=agent_dot_cri_dot_v1_dot_api__pb2.ListPodSandboxRequest.SerializeToString,
-                response_deserializer=agent_dot_cri_dot_v1_dot_api__pb2.ListPodSandboxResponse.FromString,
-                _registered_method=True)
         self.ListContainers = channel.unary_unary(
                 '/runtime.v1.RuntimeService/ListContainers',
                 request_serializer=agent_dot_cri_dot_v1_dot_api__pb2.ListContainersRequest.SerializeToString,
@@ -71,12 +66,6 @@ class RuntimeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Status(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def ListPodSandbox(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,11 +95,6 @@ def add_RuntimeServiceServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=agent_dot_cri_dot_v1_dot_api__pb2.StatusRequest.FromString,
                     response_serializer=agent_dot_cri_dot_v1_dot_api__pb2.StatusResponse.SerializeToString,
-            ),
-            'ListPodSandbox': grpc.unary_unary_rpc_method_handler(
-                    servicer.ListPodSandbox,
-                    request_deserializer=agent_dot_cri_dot_v1_dot_api__pb2.ListPodSandboxRequest.FromString,
-                    response_serializer=agent_dot_cri_dot_v1_dot_api__pb2.ListPodSandboxResponse.SerializeToString,
             ),
             'ListContainers': grpc.unary_unary_rpc_method_handler(
                     servicer.ListContainers,
@@ -177,33 +161,6 @@ class RuntimeService:
             '/runtime.v1.RuntimeService/Status',
             agent_dot_cri_dot_v1_dot_api__pb2.StatusRequest.SerializeToString,
             agent_dot_cri_dot_v1_dot_api__pb2.StatusResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ListPodSandbox(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/runtime.v1.RuntimeService/ListPodSandbox',
-            agent_dot_cri_dot_v1_dot_api__pb2.ListPodSandboxRequest.SerializeToString,
-            agent_dot_cri_dot_v1_dot_api__pb2.ListPodSandboxResponse.FromString,
             options,
             channel_credentials,
             insecure,
