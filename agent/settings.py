@@ -117,6 +117,15 @@ def _port(value: object, base: str) -> int:
     return int(text)
 
 
+def _yes(value: object, base: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = _text(value).lower()
+    if text not in ("true", "false", "1", "0"):
+        raise errors.InvalidInput(f"{text!r} is not yes or no", hint="write true or false")
+    return text in ("true", "1")
+
+
 def _output(value: object, base: str) -> str:
     text = _text(value)
     if text not in OUTPUTS:
@@ -178,6 +187,38 @@ class Settings:
 
     keep_within_s: float | None = None
     """``prune`` keeps epochs younger than this many seconds. None: as above."""
+
+    use_cluster: bool = False
+    """Whether the verbs mean a cluster where nothing else says so. Off: a host's own processes
+    and store are what the program was first for."""
+
+    kubeconfig: str | None = None
+    """Where the cluster's address and the caller's identity are. None: as kubectl finds it, or the
+    ServiceAccount of the pod that this runs in."""
+
+    context: str | None = None
+    """The context in it. None: its current one."""
+
+    namespace: str | None = None
+    """The namespace of pods and images. None: the context's."""
+
+    agent_namespace: str = "ckpt-agent"
+    """The namespace that the agents run in; deploy/daemonset's own."""
+
+    agent_selector: str = "app.kubernetes.io/name=ckpt-agent-node"
+    """The labels of the agents' pods; deploy/daemonset's own."""
+
+    agent_address: str | None = None
+    """An agent's address, ``host:port``, for callers that reach it directly. None: a port-forward
+    through the API server, which every caller can be allowed."""
+
+    agent_ca: str | None = None
+    """A file with the authority that agents' certificates are checked against. None: what the
+    cluster publishes in the ConfigMap ckpt-agent-ca."""
+
+    schedule_deadline_s: float = 120.0
+    """Seconds that a replacement pod may take to be given a node. A scheduler needs less than one;
+    two minutes let a person make room."""
 
     image: str | None = None
     """The image that the webhook takes ``hold`` from. None: the one that it runs in itself."""
@@ -243,6 +284,15 @@ _KEYS = {
     "criu_log_level": _Key("criu_log_level", _level, "--criu-log-level"),
     "keep_last": _Key("keep_last", count, "--keep-last"),
     "keep_within": _Key("keep_within_s", duration_s, "--keep-within"),
+    "use_cluster": _Key("use_cluster", _yes, "kubectl ckpt"),
+    "kubeconfig": _Key("kubeconfig", _path, "--kubeconfig"),
+    "context": _Key("context", _word, "--context"),
+    "namespace": _Key("namespace", _word, "--namespace"),
+    "agent_namespace": _Key("agent_namespace", _word, "--agent-namespace"),
+    "agent_selector": _Key("agent_selector", _word, "--agent-selector"),
+    "agent_address": _Key("agent_address", _word, "--agent-address"),
+    "agent_ca": _Key("agent_ca", _path, "--agent-ca"),
+    "schedule_deadline": _Key("schedule_deadline_s", duration_s, "--schedule-deadline"),
     "image": _Key("image", _word, "--image"),
     "leaf_lifetime": _Key("leaf_lifetime_s", duration_s, "--leaf-lifetime"),
     "leaf_renew_before": _Key("leaf_renew_before_s", duration_s, "--leaf-renew-before"),
