@@ -1,0 +1,53 @@
+"""The cluster for the tests: started once a session, or attached to when it runs already."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import Cluster
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = "" if os.geteuid() == 0 else "needs root"
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """The two-node cluster. Built and started if it does not run, and then ended with the tests;
+    one that a person started (``scripts/cluster up``) is used and left running.
+    """
+    cluster = Cluster()
+    if cluster.running():
+        yield cluster
+        return
+    subprocess.run([HERE / "build"], check=True, timeout=5400)
+    with cluster:
+        yield cluster
+
+
+@pytest.fixture
+def namespace(cluster: Cluster) -> Iterator[str]:
+    """A namespace of the test's own, deleted with all that is in it."""
+    name = f"test-{secrets.token_hex(4)}"
+    cluster.kubectl("create", "namespace", name)
+    # Without it pods are refused, and it comes a moment after its namespace.
+    cluster.wait_for(
+        "the default ServiceAccount",
+        lambda: cluster.get("serviceaccount", "default", "-n", name),
+        30,
+    )
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=true", "--timeout=90s")
