@@ -352,10 +352,13 @@ class Agent:
         watcher = threading.Thread(target=watch, args=(cancel,)) if cancel else None
         if watcher:
             watcher.start()
+        begun = False
         try:
-            yield from call
+            for event in call:
+                begun = True
+                yield event
         except grpc.RpcError as exc:
-            raise self._error(exc) from exc
+            raise self._error(exc, begun=begun) from exc
         finally:
             ended.set()
             call.cancel()
@@ -380,12 +383,19 @@ class Agent:
             raise errors.AgentDefect(f"{self.peer} sent a pod that is not JSON")
         return found
 
-    def _error(self, exc: grpc.RpcError) -> errors.CkptError:
+    def _error(self, exc: grpc.RpcError, *, begun: bool = False) -> errors.CkptError:
+        """``facts['begun']``: the agent was at work when the connection broke."""
         found = status.error(exc, self.peer)
         if not isinstance(found, errors.Unreachable) or found.facts.get("status") is None:
             return found
         # From gRPC itself, not from the agent.
         why = self._why()
+        if begun:
+            return errors.Unreachable(
+                f"the connection to {self.peer} broke: {why or found.message}",
+                hint=found.hint,
+                begun=True,
+            )
         if why:
             return errors.Unreachable(f"{self.peer} cannot be reached: {why}", hint=found.hint)
         if "CERTIFICATE_VERIFY_FAILED" in found.message:

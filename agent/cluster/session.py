@@ -1,0 +1,183 @@
+"""One command's work in one cluster: the caller, its namespace, and the agents it can ask.
+
+Promises: an agent is reached by a port-forward with the caller's own rights, or at the address that
+the settings name; its certificate is checked against the authority that the cluster publishes; who
+cannot be asked is told by name with the reason and the way out; leaving the context closes all.
+Does not: decide what to do with pods.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from agent import errors
+from agent.kube import connection, objects, portforward
+from agent.rpc import client
+from agent.settings import Settings
+
+# What the admission service publishes beside the certificates that it makes.
+_CA_NAME, _CA_KEY = "ckpt-agent-ca", "ca.crt"
+_SERVICE = "ckpt-agent-node"
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def session(settings: Settings) -> Iterator[Session]:
+    """Connect to the cluster that ``settings`` mean. Raises as ``connection.connect``."""
+    with contextlib.ExitStack() as stack:
+        api = stack.enter_context(
+            contextlib.closing(connection.connect(settings.kubeconfig, settings.context))
+        )
+        yield Session(api, settings, stack)
+
+
+class Session:
+    """What verbs against a cluster share."""
+
+    def __init__(
+        self, api: connection.Connection, settings: Settings, stack: contextlib.ExitStack
+    ) -> None:
+        self.api = api
+        self.settings = settings
+        self.namespace = settings.namespace or api.namespace
+        self._stack = stack
+        self._agents: list[objects.AgentPod] | None = None
+        self._connected: dict[str, client.Agent] = {}
+        self._made_credentials: client.Credentials | None = None
+
+    def agents(self) -> list[objects.AgentPod]:
+        """The agents' pods, ready or not; looked up once.
+
+        Raises:
+            errors.NotFound: there is none at all.
+        """
+        if self._agents is None:
+            settings = self.settings
+            self._agents = objects.agents(
+                self.api, settings.agent_namespace, settings.agent_selector
+            )
+            if not self._agents:
+                raise errors.NotFound(
+                    f"no agent runs in namespace {settings.agent_namespace} of {self.api.name}",
+                    hint="install it (deploy/daemonset), or correct agent_namespace and --context",
+                )
+        return self._agents
+
+    def agent_of(self, node: str) -> client.Agent:
+        """The agent that serves ``node``.
+
+        Raises:
+            errors.Unreachable: it is not ready; the message says why.
+            errors.NotFound: none runs there.
+        """
+        if self.settings.agent_address:
+            return self._direct(self.settings.agent_address)
+        here = [each for each in self.agents() if each.node == node]
+        if not here:
+            raise errors.NotFound(
+                f"no agent runs on node {node}",
+                hint="the DaemonSet ckpt-agent-node does not select or tolerate it: see"
+                " ckpt-agent doctor",
+                node=node,
+            )
+        if here[0].problem:
+            raise errors.Unreachable(
+                f"the agent on node {node} (pod {here[0].name}) {here[0].problem}",
+                hint=f"kubectl -n {self.settings.agent_namespace} describe pod {here[0].name}",
+                node=node,
+            )
+        return self._forwarded(here[0])
+
+    def any_agent(self, ask: Callable[[client.Agent], T]) -> T:
+        """``ask`` an agent that is ready; where one cannot be reached, the next. For what any
+        agent answers alike, such as the images of the shared store.
+
+        Raises:
+            errors.Unreachable: none is ready, or none answered.
+        """
+        if self.settings.agent_address:
+            return ask(self._direct(self.settings.agent_address))
+        ready = [each for each in self.agents() if not each.problem]
+        if not ready:
+            problems = [f"{each.node}: pod {each.name} {each.problem}" for each in self.agents()]
+            raise errors.Unreachable(
+                "no agent is ready",
+                hint=f"kubectl -n {self.settings.agent_namespace} get pods, or ckpt-agent doctor",
+                reasons=problems,
+            )
+        for each in ready[:-1]:
+            with contextlib.suppress(errors.Unreachable):
+                return ask(self._forwarded(each))
+        return ask(self._forwarded(ready[-1]))
+
+    def _direct(self, address: str) -> client.Agent:
+        if address not in self._connected:
+            self._connected[address] = self._stack.enter_context(
+                client.connect(address, self._credentials(), peer=f"the agent at {address}")
+            )
+        return self._connected[address]
+
+    def _forwarded(self, pod: objects.AgentPod) -> client.Agent:
+        if pod.name not in self._connected:
+            found = self._credentials()
+            settings = self.settings
+            port = settings.token_port if found.token else settings.certificate_port
+            made = self._stack.enter_context(
+                portforward.forward(self.api, settings.agent_namespace, pod.name, port)
+            )
+            self._connected[pod.name] = self._stack.enter_context(
+                client.connect(
+                    f"unix:{made.path}",
+                    found,
+                    peer=f"the agent on {pod.node}",
+                    why=lambda: made.reason,
+                )
+            )
+        return self._connected[pod.name]
+
+    def _credentials(self) -> client.Credentials:
+        """What agents are trusted by and told; the token as it is now."""
+        if self._made_credentials is None:
+            shown = self.api.identity()
+            self._made_credentials = client.Credentials(
+                ca_pem=self._authority(),
+                server_name=f"{_SERVICE}.{self.settings.agent_namespace}.svc",
+                token=shown.token,
+                certificate_pem=_content(shown.certificate_file),
+                key_pem=_content(shown.key_file),
+            )
+        return self._made_credentials
+
+    def _authority(self) -> bytes:
+        if self.settings.agent_ca:
+            return _content(self.settings.agent_ca) or b""
+        namespace = self.settings.agent_namespace
+        try:
+            found = objects.config_map(self.api, namespace, _CA_NAME)
+        except errors.NotFound as exc:
+            raise errors.NotFound(
+                f"{self.api.name} publishes no authority for agents: there is no ConfigMap"
+                f" {namespace}/{_CA_NAME}",
+                hint="is ckpt-agent installed there? Its Deployment ckpt-agent-admission makes it",
+            ) from exc
+        if not found.get(_CA_KEY, "").strip():
+            raise errors.NotFound(
+                f"the ConfigMap {namespace}/{_CA_NAME} has no {_CA_KEY}",
+                hint="the Deployment ckpt-agent-admission writes it: look at its log",
+            )
+        return found[_CA_KEY].encode()
+
+
+def _content(path: str | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except OSError as exc:
+        raise errors.InvalidInput(
+            f"cannot read {path}: {exc.strerror}", hint="name a file you may read", path=path
+        ) from exc
