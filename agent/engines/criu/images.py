@@ -37,6 +37,8 @@ _MAGIC = {
     "pstree": 0x50273030,
     "remap-fpath": 0x59133954,
     "core": 0x55053847,
+    "fs": 0x51403912,
+    "tty-info": 0x59453036,
 }
 _COUNT_LIMIT = (1 << 32) - 1
 # One record holds a file's or a mapping's description; the limit only bounds damage.

@@ -1,0 +1,1 @@
+"""The ``kubelet`` engine: the kubelet's checkpoint API, whose archive is taken into the store."""
