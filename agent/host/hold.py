@@ -5,8 +5,9 @@ with a reset. Segments are dropped where they arrive, so the sender simply sends
 where they leave would count as congestion at the sender and stall it for seconds).
 
 Promises: only the connections named are touched; the table is gone when the context is left, and
-``release`` of the same name removes what a dead owner left.
-Does not: hold UDP, or connections of other network namespaces.
+``release`` of the same name removes what a dead owner left. With a limit, the kernel itself ends
+the hold then, whoever has died: what is left of it is a table that matches nothing.
+Does not: hold UDP.
 """
 
 from __future__ import annotations
@@ -16,15 +17,23 @@ import dataclasses
 import errno
 import ipaddress
 import socket
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.nfnetlink.nftsocket import (
+    NFT_MSG_NEWSET,
+    NFT_MSG_NEWSETELEM,
+    nft_set_elem_list_msg,
+    nft_set_msg,
+)
 from pyroute2.nftables.expressions import genex, verdict
-from pyroute2.nftables.main import NFTables
+from pyroute2.nftables.main import NFTables, NFTSet, NFTSetElem
 
 from agent import errors
-from agent.host import netfilter
+from agent.host import namespaces, netfilter, proc
+
+_T = TypeVar("_T")
 
 # include/uapi/linux/netfilter.h and nf_tables.h
 _INET, _DROP = 1, 0
@@ -36,6 +45,8 @@ _ADDRESSES_AT = {4: 12, 6: 8}
 _REGISTER = 1
 # Before connection tracking and everybody else's rules, like the hold's own purpose.
 _PRIORITY = -400
+# The rules match while this set has its element, which the kernel removes when its time is up.
+_LIVE = "live"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +60,19 @@ class Connection:
 
 
 @contextlib.contextmanager
-def held(name: str, connections: Iterable[Connection]) -> Iterator[None]:
-    """Hold what arrives for the local ends of ``connections`` in this network namespace, by an
-    nf_tables table called ``name``.
+def held(
+    name: str,
+    connections: Iterable[Connection],
+    *,
+    of: proc.Identity | None = None,
+    limit_s: float | None = None,
+) -> Iterator[None]:
+    """Hold what arrives for the local ends of ``connections`` in the network namespace of the
+    process ``of`` (or this program's), by an nf_tables table called ``name``, for at most
+    ``limit_s``.
 
     Raises:
+        errors.NotFound: the process has ended.
         errors.PrivilegeMissing: CAP_NET_ADMIN is missing.
         errors.EnvironmentUnfit: the kernel cannot filter (no nf_tables).
     """
@@ -61,10 +80,10 @@ def held(name: str, connections: Iterable[Connection]) -> Iterator[None]:
     if not wanted:
         yield
         return
-    release(name)
+    release(name, of=of)
     try:
         try:
-            _install(name, wanted)
+            _there(of, lambda: _install(name, wanted, limit_s))
         except NetlinkError as exc:
             if exc.code == errno.EPERM:
                 raise errors.PrivilegeMissing(
@@ -75,23 +94,42 @@ def held(name: str, connections: Iterable[Connection]) -> Iterator[None]:
             ) from exc
         yield
     finally:
-        release(name)
+        # With its last process a network namespace ends, and all of its rules.
+        with contextlib.suppress(errors.NotFound):
+            release(name, of=of)
 
 
-def release(name: str) -> bool:
-    """Let go; False if there was nothing to let go."""
-    return netfilter.delete_table(name)
+def release(name: str, *, of: proc.Identity | None = None) -> bool:
+    """Let go; False if there was nothing to let go.
+
+    Raises:
+        errors.NotFound: the process ``of`` has ended.
+    """
+    return _there(of, lambda: netfilter.delete_table(name))
 
 
-def _install(name: str, connections: Iterable[Connection]) -> None:
+def _there(of: proc.Identity | None, function: Callable[[], _T]) -> _T:
+    return function() if of is None else namespaces.inside(of, ("net",), function)
+
+
+def _install(name: str, connections: Iterable[Connection], limit_s: float | None) -> None:
     with NFTables(nfgen_family=_INET) as nft:
         nft.table("add", name=name)
+        if limit_s is not None:
+            limit_ms = max(1, int(limit_s * 1000))
+            # pyroute2 0.9 has methods for this, but they wait for answers that they have taken.
+            live = NFTSet(table=name, name=_LIVE, key_type="inet_proto", timeout=limit_ms)
+            nft._command(nft_set_msg, {"add": NFT_MSG_NEWSET}, "add", live.as_netlink())
+            tcp = NFTSetElem(value=bytes([socket.IPPROTO_TCP]), timeout=limit_ms)
+            members = {"table": name, "set": _LIVE, "elements": [tcp.as_netlink(None)]}
+            nft._command(nft_set_elem_list_msg, {"add": NFT_MSG_NEWSETELEM}, "add", members)
         nft.chain("add", table=name, name="arrive", hook="input", priority=_PRIORITY, policy=1)
         for each in connections:
-            nft.rule("add", table=name, chain="arrive", expressions=_drop_arriving(each))
+            rule = _drop_arriving(each, limited=limit_s is not None)
+            nft.rule("add", table=name, chain="arrive", expressions=rule)
 
 
-def _drop_arriving(each: Connection) -> list[list[dict[str, Any]]]:
+def _drop_arriving(each: Connection, *, limited: bool) -> list[list[dict[str, Any]]]:
     source, target = ipaddress.ip_address(each.remote), ipaddress.ip_address(each.local)
     mapped = [getattr(address, "ipv4_mapped", None) for address in (source, target)]
     # A connection of an IPv6 socket to an IPv4 address travels as IPv4.
@@ -102,7 +140,7 @@ def _drop_arriving(each: Connection) -> list[list[dict[str, Any]]]:
     ports = each.remote_port.to_bytes(2, "big") + each.local_port.to_bytes(2, "big")
     return [
         _meta_is(_META_NFPROTO, _NFPROTO[version]),
-        _meta_is(_META_L4PROTO, socket.IPPROTO_TCP),
+        _meta_in(_META_L4PROTO, _LIVE) if limited else _meta_is(_META_L4PROTO, socket.IPPROTO_TCP),
         _header_is(_NETWORK_HEADER, at, packed[0]),
         _header_is(_NETWORK_HEADER, at + width, packed[1]),
         _header_is(_TRANSPORT_HEADER, 0, ports),
@@ -112,6 +150,11 @@ def _drop_arriving(each: Connection) -> list[list[dict[str, Any]]]:
 
 def _meta_is(key: int, value: int) -> list[dict[str, Any]]:
     return [genex("meta", {"key": key, "dreg": _REGISTER}), _equals(bytes([value]))]
+
+
+def _meta_in(key: int, name: str) -> list[dict[str, Any]]:
+    known = genex("lookup", {"set": name, "sreg": _REGISTER})
+    return [genex("meta", {"key": key, "dreg": _REGISTER}), known]
 
 
 def _header_is(base: int, offset: int, value: bytes) -> list[dict[str, Any]]:

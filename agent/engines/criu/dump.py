@@ -5,6 +5,9 @@ CRIU's notifications give the stages: ``pre-dump`` (still running), ``query-ext-
 nothing read), ``post-dump`` (all metadata written, memory streamed, still frozen). The answer to
 ``post-dump`` is the point of no return: "yes" completes CRIU's work, "no" makes it thaw the tree.
 
+What is particular to where the tree lives is its ``Subject``'s: ``hosttree.HostTree`` for trees of
+this host, the ``container`` engine's for those inside a container.
+
 Promises: whatever fails before the cut answered ``KILL``, the tree goes on as it was, and the
 error is the cause, not what followed from it; nothing is left on the host.
 Does not: know where the bytes go.
@@ -17,16 +20,16 @@ import dataclasses
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO, cast
+from contextlib import AbstractContextManager
+from typing import Any, BinaryIO, Protocol, cast
 
 from pycriu import rpc_pb2
 
 from agent import errors
-from agent.engines import ephemeral
 from agent.engines.base import CaptureOptions, CaptureReport, Cut, Disposition
-from agent.engines.criu import facts, journal, links, log, pageserver, preflight, recovery, rpc
+from agent.engines.criu import hosttree, journal, log, pageserver, preflight, recovery, rpc
 from agent.engines.criu.probe import Criu
-from agent.host import clock, netfilter, proc
+from agent.host import clock, proc
 from agent.model.streams import AddressSpace, MemberSink, PageRun
 
 LOG = "dump.log"
@@ -37,6 +40,47 @@ _DEATH_S = 30.0
 _REAPED_S = 2.0
 
 
+class Subject(Protocol):
+    """The tree that is dumped, and how CRIU reaches it. Processes are named by their numbers on
+    this host, ``tree`` root first.
+    """
+
+    tree: Sequence[proc.Identity]
+
+    def entry(self) -> journal.About:
+        """What the journal is to say of the operation besides the tree."""
+
+    def started(
+        self, images: str, pass_fds: Sequence[int]
+    ) -> AbstractContextManager[tuple[rpc.Worker, str]]:
+        """Start CRIU, ready for one request; gives its name for the folder ``images`` as well."""
+
+    def configure(self, opts: rpc.Request) -> None:
+        """Set the options of a dump that depend on where the tree lives, ``pid`` among them."""
+
+    def about_to_freeze(self, operation: journal.Operation) -> None:
+        """CRIU is going to stop the tree; it still runs."""
+
+    def frozen(self, pids: Sequence[int], operation: journal.Operation) -> None:
+        """The tree, now ``pids``, stands still and nothing has been read; may raise."""
+
+    def memory_flows(self, operation: journal.Operation) -> None:
+        """The first pages arrive."""
+
+    def gather(self, pids: Sequence[int], states: Mapping[int, str]) -> dict[str, Any]:
+        """The facts of the tree, from /proc; called in a thread while memory is streamed."""
+
+    def collect(
+        self, images: str, pids: Sequence[int], options: CaptureOptions, sink: MemberSink
+    ) -> dict[str, Any]:
+        """Store what travels besides memory and CRIU's images; more facts. May raise."""
+
+    def killed(
+        self, places: journal.Places, operation: journal.Operation, known: dict[str, Any]
+    ) -> None:
+        """The tree is gone, after a commit."""
+
+
 def capture(
     criu: Criu,
     places: journal.Places,
@@ -45,13 +89,27 @@ def capture(
     cut: Cut,
     options: CaptureOptions,
 ) -> CaptureReport:
-    """Capture the tree below ``pid``; see ``agent.engines.base.Engine.capture``."""
-    deadline = clock.Deadline.after(options.deadline_s)
+    """Capture the tree of this host below ``pid``; see ``agent.engines.base.Engine.capture``."""
     places.prepare()
     recovery.recover(places)
-    tree = preflight.target(pid)
-    with places.locked(tree), places.operation("dump", tree) as operation:
-        running = _Capture(criu, places, operation, tree, sink, cut, options, deadline)
+    return run(places, hosttree.HostTree(criu, preflight.target(pid)), sink, cut, options)
+
+
+def run(
+    places: journal.Places,
+    subject: Subject,
+    sink: MemberSink,
+    cut: Cut,
+    options: CaptureOptions,
+) -> CaptureReport:
+    """Capture ``subject``; as ``capture``, of which everything that may refuse has passed."""
+    deadline = clock.Deadline.after(options.deadline_s)
+    tree = subject.tree
+    with (
+        places.locked(tree),
+        places.operation("dump", tree, about=subject.entry()) as operation,
+    ):
+        running = _Capture(places, operation, subject, sink, cut, options, deadline)
         try:
             return running.run()
         except BaseException as exc:
@@ -78,20 +136,19 @@ class _Capture:
 
     def __init__(
         self,
-        criu: Criu,
         places: journal.Places,
         operation: journal.Operation,
-        tree: Sequence[proc.Identity],
+        subject: Subject,
         sink: MemberSink,
         cut: Cut,
         options: CaptureOptions,
         deadline: clock.Deadline,
     ) -> None:
-        self._criu = criu
         self._places = places
         self._operation = operation
-        self._root = tree[0]
-        self._tree = tree
+        self._subject = subject
+        self._root = subject.tree[0]
+        self._tree = subject.tree
         self._sink = sink
         self._cut = cut
         self._options = options
@@ -101,11 +158,11 @@ class _Capture:
         self._gatherer: _Gatherer | None = None
         self._times = _Times()
         self._metadata_bytes = 0
-        self._pids: list[int] = [who.pid for who in tree]
+        self._pids: list[int] = [who.pid for who in subject.tree]
         self._states: dict[int, str] = {}
         self._facts: dict[str, Any] = {}
         self._killed = False
-        self._looked_for_table = False
+        self._memory_flows = False
         self._criu_status: int | None = None
 
     def run(self) -> CaptureReport:
@@ -113,15 +170,15 @@ class _Capture:
         with contextlib.ExitStack() as stack:
             stack.callback(self._join_gatherer)
             stack.callback(self._server.close)
-            worker = stack.enter_context(
-                rpc.worker(self._criu.path, pass_fds=[self._server.for_criu.fileno()])
+            worker, folder = stack.enter_context(
+                self._subject.started(self._images, [self._server.for_criu.fileno()])
             )
             # Left in the order written: the stream first, so that a CRIU that is blocked writing
             # to it fails and thaws the tree, then CRIU's connection and process.
             stack.callback(self._note_status, worker)
             stack.callback(self._server.close)
             self._operation.note_criu(worker.child.pid)
-            request = self._request()
+            request = self._request(folder)
             self._server.release()
             self._server.start()
             try:
@@ -167,30 +224,27 @@ class _Capture:
         if self._gatherer is not None:
             self._gatherer.join()
 
-    def _request(self) -> rpc.Request:
+    def _request(self, folder: str) -> rpc.Request:
         request = rpc_pb2.criu_req(type=rpc_pb2.DUMP)
         opts = request.opts
-        opts.pid = self._root.pid
         # -1 means: see images_dir. Log and statistics go there too.
         opts.images_dir_fd = -1
-        opts.images_dir = self._images
+        opts.images_dir = folder
         opts.log_file = LOG
         opts.log_level = self._options.log_level
         opts.notify_scripts = True
         opts.leave_running = not self._options.kill
         opts.ps.fd = self._server.for_criu.fileno()
-        opts.shell_job = True
         opts.ext_unix_sk = True
         opts.file_locks = True
         opts.link_remap = True
         opts.ghost_limit = self._options.ghost_limit_bytes
         opts.tcp_established = self._options.tcp_established
-        opts.network_lock = rpc_pb2.NFTABLES
         opts.manage_cgroups = True
         opts.manage_cgroups_mode = rpc_pb2.IGNORE
         # CRIU knows numbers only up to 32 bits of seconds, and no "no limit".
         opts.timeout = max(1, min(60, int(self._deadline.remaining_s)))
-        opts.external.extend(sorted(facts.outside_ttys(self._pids)))
+        self._subject.configure(opts)
         return request
 
     def _on_stage(self, stage: str, pid: int, descriptor: int | None) -> None:
@@ -198,26 +252,23 @@ class _Capture:
         if descriptor is not None:
             os.close(descriptor)
         if stage == "pre-dump":
-            # CRIU makes its table as soon as it has frozen the tree.
-            self._operation.note_tables_before(netfilter.tables(recovery.TABLE_PREFIX))
+            self._subject.about_to_freeze(self._operation)
             self._states = {each: _state(each) for each in proc.tree(self._root.pid)}
             self._times.freeze_from_s = clock.monotonic_s()
         elif stage == "query-ext-files":
             self._times.frozen_s = clock.monotonic_s()
             self._pids = proc.tree(self._root.pid)
+            self._subject.frozen(self._pids, self._operation)
             self._cut.frozen()
-            self._gatherer = _Gatherer(self._pids, self._states, self._criu)
+            self._gatherer = _Gatherer(self._subject, self._pids, self._states)
             self._gatherer.start()
         elif stage == "post-dump":
             self._on_captured()
 
     def _on_pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
-        if not self._looked_for_table:
-            # Memory flows, so CRIU's code is in a process of the tree: now it can be told apart
-            # from another CRIU's.
-            self._looked_for_table = True
-            if self._operation.entry.criu is not None:
-                self._operation.note_table(recovery.table_of(self._operation.entry.criu.pid))
+        if not self._memory_flows:
+            self._memory_flows = True
+            self._subject.memory_flows(self._operation)
         self._sink.pages(space, run, data)
 
     def _on_captured(self) -> None:
@@ -228,12 +279,11 @@ class _Capture:
         for name in sorted(os.listdir(self._images)):
             if name not in _NOT_IMAGES:
                 self._store_image(name)
-        links.collect(self._images, self._sink)
-        collected = ephemeral.collect(self._pids, self._options.include, self._sink)
+        more = self._subject.collect(self._images, self._pids, self._options, self._sink)
         self._facts = {
             **self._gatherer.result(),
             "spaces": [[space.kind, space.id] for space in self._server.spaces],
-            "skipped": [list(each) for each in collected.skipped],
+            **more,
         }
         self._sink.facts(self._facts)
         self._deadline.check("the capture")
@@ -257,7 +307,7 @@ class _Capture:
             self._sink.metadata(name, cast("BinaryIO", content))
 
     def _settle_killed(self) -> None:
-        """See a killed tree to its end, and decide about its connections' lock."""
+        """See a killed tree to its end."""
         clock.wait_until(
             lambda: not any(proc.alive(who) for who in self._tree), clock.Deadline.after(_DEATH_S)
         )
@@ -267,11 +317,7 @@ class _Capture:
         clock.wait_until(
             lambda: not any(proc.exists(pid) for pid in orphans), clock.Deadline.after(_REAPED_S)
         )
-        # Peers outside of the tree wait behind CRIU's lock for the restore; without the lock they
-        # would be told that the connection is gone.
-        recovery.settle_tables(
-            self._places, self._operation.entry, keep=bool(_outside_peers(self._facts))
-        )
+        self._subject.killed(self._places, self._operation, self._facts)
 
     def _report(self) -> CaptureReport:
         times = self._times
@@ -291,17 +337,17 @@ class _Capture:
 class _Gatherer(threading.Thread):
     """Reads the facts from /proc while CRIU streams the memory: that time is free."""
 
-    def __init__(self, pids: Sequence[int], states: Mapping[int, str], criu: Criu) -> None:
+    def __init__(self, subject: Subject, pids: Sequence[int], states: Mapping[int, str]) -> None:
         super().__init__(name="facts", daemon=True)
+        self._subject = subject
         self._pids = pids
         self._states = states
-        self._criu = criu
         self._facts: dict[str, Any] = {}
         self._failure: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self._facts = facts.gather(self._pids, self._states, self._criu)
+            self._facts = self._subject.gather(self._pids, self._states)
         except BaseException as exc:  # noqa: BLE001 - carried to the thread that asks, by result
             self._failure = exc
 
@@ -317,10 +363,3 @@ def _state(pid: int) -> str:
         return proc.stat(pid).state
     except errors.NotFound:
         return "X"
-
-
-def _outside_peers(known: dict[str, Any]) -> list[str]:
-    """The remote ends of live TCP connections that lead out of the tree."""
-    live = facts.connections(known)
-    inside = set(live)
-    return sorted(remote for local, remote in live if (remote, local) not in inside)

@@ -34,10 +34,24 @@ _counter = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
+class About:
+    """What an operation may leave behind depends on. ``programs`` are the names of the processes
+    that a restore makes. ``container`` is pid 1 of the container that the operation is about, by
+    its number on this host: its namespaces are where rules and processes are; ``numbers`` are
+    then the pids in there that a restore makes, and that were free at ``began_ticks`` since boot.
+    """
+
+    programs: tuple[str, ...] = ()
+    container: proc.Identity | None = None
+    numbers: tuple[int, ...] = ()
+    began_ticks: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """One running operation. ``table`` is its CRIU's nft table as soon as the name is known;
     until then ``tables_before`` are those that others had when CRIU was about to make its own,
-    and None before that. ``programs`` are the names of the processes that a restore makes.
+    and None before that.
     """
 
     name: str
@@ -48,7 +62,7 @@ class Entry:
     scratch: str
     tables_before: tuple[str, ...] | None = None
     table: str = ""
-    programs: tuple[str, ...] = ()
+    about: About = About()
 
 
 class Places:
@@ -155,14 +169,13 @@ class Places:
 
     @contextlib.contextmanager
     def operation(
-        self, action: str, pids: Iterable[proc.Identity], programs: Iterable[str] = ()
+        self, action: str, pids: Iterable[proc.Identity], *, about: About | None = None
     ) -> Iterator[Operation]:
         """Begin an operation: its scratch folder and journal entry exist inside the context."""
         me = proc.identity(os.getpid())
         name = f"{action}-{me.pid}-{me.start_ticks}-{next(_counter)}"
         scratch = os.path.join(self.work_dir, name)
-        named = tuple(sorted(set(programs)))
-        entry = Entry(name, action, me, None, tuple(pids), scratch, programs=named)
+        entry = Entry(name, action, me, None, tuple(pids), scratch, about=about or About())
         self.write(entry)
         try:
             os.mkdir(scratch, 0o700)
@@ -267,7 +280,16 @@ def _entry(raw: dict[str, Any]) -> Entry:
         scratch=str(raw["scratch"]),
         tables_before=None if before is None else tuple(str(each) for each in before),
         table=str(raw["table"]),
+        about=_about(raw["about"]),
+    )
+
+
+def _about(raw: dict[str, Any]) -> About:
+    return About(
         programs=tuple(str(each) for each in raw["programs"]),
+        container=_identity(raw["container"]) if raw["container"] else None,
+        numbers=tuple(int(each) for each in raw["numbers"]),
+        began_ticks=int(raw["began_ticks"]),
     )
 
 

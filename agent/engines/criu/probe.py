@@ -138,7 +138,7 @@ def _features(path: str) -> Any:
     request.features.mem_track = True
     request.features.lazy_pages = True
     request.features.pidfd_store = True
-    with rpc.worker(path) as worker:
+    with rpc.worker([path]) as worker:
         try:
             reply = worker.connection.request(request, None, clock.Deadline.after(_ANSWER_S))
         except rpc.Gone as exc:

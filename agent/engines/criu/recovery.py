@@ -91,6 +91,7 @@ def undo_dump(
             findings.unsettled.append(f"process {who.pid} is still traced")
         with contextlib.suppress(errors.NotFound, errors.PrivilegeMissing):
             findings.sockets += _end_repair(who)
+    _let_go(entry, findings)
     settle_tables(places, entry, keep=False, findings=findings)
     return findings
 
@@ -106,9 +107,9 @@ def undo_restore(
         with contextlib.suppress(errors.NotFound):
             if _made_by(entry, who):
                 made.append(who.pid)
+    made += _made_inside(entry)
     findings.killed.extend(pid for pid in made if subprocesses.signal_quietly(pid))
-    if hold.release(hold_name(entry)):
-        findings.tables.append(hold_name(entry))
+    _let_go(entry, findings)
     settle_tables(places, entry, keep=False, findings=findings)
     return findings
 
@@ -116,6 +117,34 @@ def undo_restore(
 def hold_name(entry: journal.Entry) -> str:
     """The nft table by which a restore holds its connections."""
     return f"ckpt-agent-{entry.name}"
+
+
+def _let_go(entry: journal.Entry, findings: Findings) -> None:
+    """Remove the hold of the operation; with its container it is gone anyway."""
+    with contextlib.suppress(errors.NotFound):
+        if hold.release(hold_name(entry), of=entry.about.container):
+            findings.tables.append(hold_name(entry))
+
+
+def _made_inside(entry: journal.Entry) -> list[int]:
+    """The processes that a restore made inside a container, by their numbers on this host. Their
+    numbers inside were free when it began, and it has moved the counter of numbers away.
+    """
+    about = entry.about
+    if about.container is None or not proc.alive(about.container):
+        return []
+    inside = proc.namespaces(about.container.pid)["pid"]
+    found = []
+    for pid in proc.pids():
+        with contextlib.suppress(errors.NotFound, errors.PrivilegeMissing):
+            number = proc.status(pid).ns_pids[-1]
+            if (
+                number in about.numbers
+                and proc.stat(pid).start_ticks >= about.began_ticks
+                and proc.namespaces(pid)["pid"] == inside
+            ):
+                found.append(pid)
+    return found
 
 
 def _made_by(entry: journal.Entry, who: proc.Identity) -> bool:
@@ -129,7 +158,7 @@ def _made_by(entry: journal.Entry, who: proc.Identity) -> bool:
         # CRIU makes the root our child.
         return entry.agent.pid in proc.ancestors(who.pid)
     # An orphan: under CRIU's own name until its memory is in place, then under its program's.
-    mine = {*entry.programs, *_CRIU_PROGRAMS}
+    mine = {*entry.about.programs, *_CRIU_PROGRAMS}
     above = proc.ancestors(who.pid)
     own = {each.pid for each in entry.pids}
     return now.comm in mine and all(pid in own or _reaper(pid) for pid in above)

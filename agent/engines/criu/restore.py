@@ -13,11 +13,11 @@ Does not: know where the bytes come from.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from pycriu import rpc_pb2
 
@@ -33,19 +33,54 @@ from agent.engines.criu import (
     pour,
     recovery,
     rpc,
-    stdio,
-    trees,
+    sites,
 )
 from agent.engines.criu.probe import Criu
-from agent.host import clock, hold, proc
+from agent.host import clock, proc
 from agent.model.streams import MemberSource
 
 logger = logging.getLogger(__name__)
 
 LOG = "restore.log"
-# CRIU itself takes some pid; another attempt gets another one.
-_STARTS = 20
-_DEATH_S = 5.0
+
+
+class Site(Protocol):
+    """Where a tree is restored, and how CRIU gets there. Made for one operation."""
+
+    def entry(self) -> journal.About:
+        """What the journal is to say of the operation besides the numbers taken."""
+
+    def wired(self, images: str) -> AbstractContextManager[Mapping[str, int]]:
+        """Edit the images in the folder for this place; gives the descriptors that replace what
+        the tree had from outside, by CRIU's keys.
+        """
+
+    def held(self, operation: journal.Operation) -> AbstractContextManager[None]:
+        """Keep the tree's connections silent."""
+
+    def started(
+        self, images: str, pass_fds: Sequence[int], operation: journal.Operation
+    ) -> AbstractContextManager[tuple[rpc.Worker, str]]:
+        """Start CRIU, ready for one request; gives its name for the folder ``images`` as well.
+        Leaving it by an exception leaves nothing of what was started.
+        """
+
+    def configure(self, opts: rpc.Request) -> None:
+        """Set the options of a restore that depend on the place."""
+
+    def host_pid(self, number: int) -> int:
+        """The number on this host of the process that has ``number`` in the image."""
+
+    def complete(self, images: str) -> None:
+        """The tree stands complete with its memory and has not run; may raise."""
+
+    def settled(
+        self, response: rpc.Response, worker: rpc.Worker, deadline: clock.Deadline
+    ) -> RestoredTree:
+        """The tree runs: let go of CRIU and hand it over."""
+
+    def undo(self, places: journal.Places, operation: journal.Operation) -> None:
+        """Leave nothing of what a failed restore made."""
 
 
 def restore(
@@ -55,7 +90,7 @@ def restore(
     options: RestoreOptions,
     gate: Gate,
 ) -> RestoredTree:
-    """Bring a tree back; see ``agent.engines.base.Engine.restore``."""
+    """Bring a tree back on this host; see ``agent.engines.base.Engine.restore``."""
     deadline = clock.Deadline.after(options.deadline_s)
     places.prepare()
     recovery.recover(places)
@@ -68,40 +103,53 @@ def restore(
     # The numbers are free now; whoever has one after this moment got it from this restore.
     began = int(clock.boottime_s() * proc.TICKS_PER_S)
     taken = [proc.Identity(number, began) for number in sorted(numbers)]
+    site: Site = (
+        sites.Isolated(criu, known, options)
+        if options.isolate
+        else sites.InPlace(criu, known, options)
+    )
     with (
         places.locked(proc.Identity(number, 0) for number in numbers),
         ephemeral.put_back(source, options.files, f".before-restore-{int(clock.wall_s())}"),
     ):
-        for pouring in (True, False):
-            with places.operation("restore", taken, conflicts.programs(known)) as operation:
-                running = _Restore(
-                    criu, operation, source, known, options, gate, deadline, pouring=pouring
-                )
-                try:
-                    return running.run()
-                except pour.PourRefused as exc:
-                    _undo(places, operation, numbers)
-                    if not pouring:
-                        raise
-                    logger.info("pouring refused, using page files", extra={"reason": exc.message})
-                except BaseException as exc:
-                    _undo(places, operation, numbers)
-                    explained = running.explained(exc)
-                    if explained is exc:
-                        raise
-                    raise explained from exc
-                finally:
-                    recovery.forget_gone_tables(places)
+        return run(places, site, taken, source, known, options, gate, deadline)
+
+
+def run(
+    places: journal.Places,
+    site: Site,
+    taken: Sequence[proc.Identity],
+    source: MemberSource,
+    known: dict[str, Any],
+    options: RestoreOptions,
+    gate: Gate,
+    deadline: clock.Deadline,
+) -> RestoredTree:
+    """Bring a tree back at ``site``; everything that may refuse has passed, files are in place.
+
+    ``taken`` are the host's numbers that it will have, with the moment when they were free.
+    """
+    for pouring in (True, False):
+        with places.operation("restore", taken, about=site.entry()) as operation:
+            running = _Restore(
+                operation, site, source, known, options, gate, deadline, pouring=pouring
+            )
+            try:
+                return running.run()
+            except pour.PourRefused as exc:
+                site.undo(places, operation)
+                if not pouring:
+                    raise
+                logger.info("pouring refused, using page files", extra={"reason": exc.message})
+            except BaseException as exc:
+                site.undo(places, operation)
+                explained = running.explained(exc)
+                if explained is exc:
+                    raise
+                raise explained from exc
+            finally:
+                recovery.forget_gone_tables(places)
     raise errors.RestoreFailed("no way to restore memory worked")
-
-
-def _undo(places: journal.Places, operation: journal.Operation, numbers: set[int]) -> None:
-    recovery.undo_restore(places, operation.entry)
-    trees.reap(numbers)
-    # What was no child of ours is init's to reap; until then a second attempt would collide.
-    clock.wait_until(
-        lambda: not any(proc.exists(number) for number in numbers), clock.Deadline.after(_DEATH_S)
-    )
 
 
 def _refuse_conflicts(known: dict[str, Any], source: MemberSource, options: RestoreOptions) -> None:
@@ -118,21 +166,13 @@ def _refuse_conflicts(known: dict[str, Any], source: MemberSource, options: Rest
         )
 
 
-@dataclasses.dataclass
-class _Streams:
-    """Descriptors for the tree's standard streams, and those of them that are ours to close."""
-
-    by_number: dict[int, int]
-    owned: list[int]
-
-
 class _Restore:
     """One restore, from the request to the reply."""
 
     def __init__(
         self,
-        criu: Criu,
         operation: journal.Operation,
+        site: Site,
         source: MemberSource,
         known: dict[str, Any],
         options: RestoreOptions,
@@ -141,17 +181,13 @@ class _Restore:
         *,
         pouring: bool,
     ) -> None:
-        self._criu = criu
         self._operation = operation
-        self._source = source
-        self._known = known
+        self._site = site
         self._options = options
         self._gate = gate
         self._deadline = deadline
         self._images = operation.folder("images")
-        self._root_pid = int(known["processes"][0]["pid"])
         self._feed = feed.Feed(source, known, self._images, pouring=pouring)
-        self._host_pid: Callable[[int], int] = int
         self._hold = contextlib.ExitStack()
         self._criu_status: int | None = None
 
@@ -159,20 +195,15 @@ class _Restore:
         """Do it."""
         self._feed.lay_out()
         mend.mend(self._images, accept_changed=self._options.accept_changed)
-        with self._streams() as streams:
-            redirected = stdio.redirect(self._images, self._root_pid, set(streams.by_number))
-            inherit = {n: fd for n, fd in streams.by_number.items() if n in redirected}
-            # An end of a connection may be there before its peer, also of another member's tree.
-            with self._hold:
-                self._hold.enter_context(
-                    hold.held(
-                        recovery.hold_name(self._operation.entry),
-                        conflicts.connections(self._known),
-                    )
-                )
-                if self._options.isolate:
-                    return self._isolated(inherit)
-                return self._in_place(inherit)
+        # An end of a connection may be there before its peer, also of another member's tree.
+        with self._site.wired(self._images) as inherit, self._hold:
+            self._hold.enter_context(self._site.held(self._operation))
+            with self._site.started(self._images, list(inherit.values()), self._operation) as (
+                worker,
+                folder,
+            ):
+                response = self._ask(worker, self._request(folder, inherit))
+                return self._site.settled(response, worker, self._deadline)
 
     def explained(self, exc: BaseException) -> BaseException:
         """The error to show for ``exc``."""
@@ -190,73 +221,31 @@ class _Restore:
     def _log_path(self) -> str:
         return os.path.join(self._images, LOG)
 
-    def _in_place(self, inherit: dict[int, int]) -> RestoredTree:
-        with contextlib.ExitStack() as stack:
-            worker = self._start_beside(inherit, stack)
-            response = self._ask(worker, inherit)
-            # The restored root may be in CRIU's session: it stays.
-            self._criu_status = worker.end(alone=False)
-        return trees.InPlace(int(response.restore.pid))
-
-    def _start_beside(self, inherit: dict[int, int], stack: contextlib.ExitStack) -> rpc.Worker:
-        """Start CRIU under a number that the tree does not need itself."""
-        numbers = conflicts.numbers(self._known)
-        for _ in range(_STARTS):
-            attempt = stack.enter_context(contextlib.ExitStack())
-            worker = attempt.enter_context(
-                rpc.worker(self._criu.path, pass_fds=list(inherit.values()))
-            )
-            if worker.child.pid not in numbers:
-                self._operation.note_criu(worker.child.pid)
-                return worker
-            attempt.close()
-        raise errors.RestoreConflict(
-            "the tree's pids are those that this host gives out next",
-            hint="try again",
-            reasons=["the next free pids of this host belong to the tree"],
-        )
-
-    def _isolated(self, inherit: dict[int, int]) -> RestoredTree:
-        with contextlib.ExitStack() as stack:
-            supervised = trees.supervise(
-                self._criu.path, self._root_pid, conflicts.numbers(self._known), inherit.values()
-            )
-            stack.callback(supervised.kill)
-            self._operation.note_criu(supervised.supervisor_pid)
-            self._host_pid = supervised.host_pid
-            self._ask(supervised.worker, inherit)
-            supervised.settle(self._deadline)
-            stack.pop_all()
-        return supervised
-
-    def _ask(self, worker: rpc.Worker, inherit: dict[int, int]) -> rpc.Response:
+    def _ask(self, worker: rpc.Worker, request: rpc.Request) -> rpc.Response:
         try:
-            response = worker.connection.request(
-                self._request(inherit), self._on_stage, self._deadline
-            )
+            response = worker.connection.request(request, self._on_stage, self._deadline)
         except rpc.Gone:
             self._criu_status = worker.end()
             raise
         return rpc.checked("restore", response, self._log_path)
 
-    def _request(self, inherit: dict[int, int]) -> rpc.Request:
+    def _request(self, folder: str, inherit: Mapping[str, int]) -> rpc.Request:
         request = rpc_pb2.criu_req(type=rpc_pb2.RESTORE)
         opts = request.opts
         opts.images_dir_fd = -1
-        opts.images_dir = self._images
+        opts.images_dir = folder
         opts.log_file = LOG
         opts.log_level = self._options.log_level
         opts.notify_scripts = True
-        opts.rst_sibling = True
-        opts.shell_job = True
         opts.ext_unix_sk = True
         opts.file_locks = True
         opts.link_remap = True
         opts.tcp_established = True
         opts.manage_cgroups = True
         opts.manage_cgroups_mode = rpc_pb2.IGNORE
-        for number, descriptor in inherit.items():
-            opts.inherit_fd.add(key=stdio.key(number), fd=descriptor)
+        for key, descriptor in inherit.items():
+            opts.inherit_fd.add(key=key, fd=descriptor)
+        self._site.configure(opts)
         return request
 
     def _on_stage(self, stage: str, pid: int, descriptor: int | None) -> None:
@@ -264,27 +253,8 @@ class _Restore:
         if descriptor is not None:
             os.close(descriptor)
         if stage == "post-restore":
-            self._feed.fill(self._host_pid, lambda: self._deadline.check("the restore"))
+            self._feed.fill(self._site.host_pid, lambda: self._deadline.check("the restore"))
+            self._site.complete(self._images)
             self._gate.restored()
             # All ends of the group are complete now.
             self._hold.close()
-
-    @contextlib.contextmanager
-    def _streams(self) -> Iterator[_Streams]:
-        """What replaces the tree's standard streams: what was asked for, and /dev/null where the
-        other end stayed outside of the tree and nobody would read or write it.
-        """
-        asked = {0: self._options.stdin, 1: self._options.stdout, 2: self._options.stderr}
-        streams = _Streams({n: fd for n, fd in asked.items() if fd is not None}, [])
-        try:
-            for each in self._known["stdio"]:
-                number = int(each["fd"])
-                if number in streams.by_number or not each["external"]:
-                    continue
-                null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-                streams.owned.append(null)
-                streams.by_number[number] = null
-            yield streams
-        finally:
-            for descriptor in streams.owned:
-                os.close(descriptor)

@@ -143,17 +143,29 @@ class Worker:
         return self.child.wait(clock.Deadline.after(_UNDO_S))
 
 
+def _beside(argv: list[str], pass_fds: list[int], cwd: str | None) -> subprocesses.Child:
+    return subprocesses.start(argv, pass_fds=pass_fds, cwd=cwd)
+
+
 @contextlib.contextmanager
 def worker(
-    binary: str, *, pass_fds: Sequence[int] = (), cwd: str | None = None
+    command: Sequence[str],
+    *,
+    pass_fds: Sequence[int] = (),
+    cwd: str | None = None,
+    start: Callable[[list[str], list[int], str | None], subprocesses.Child] | None = None,
 ) -> Iterator[Worker]:
-    """Start ``criu swrk``; leaving the context ends and reaps it."""
+    """Start ``criu swrk``; leaving the context ends and reaps it.
+
+    ``command`` is CRIU with the options that come first. ``start`` starts a program, by its
+    arguments, descriptors and directory, somewhere else than beside this one.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         try:
             # No configuration files: /etc/criu/*.conf would override what is asked for here.
-            argv = [binary, "--no-default-config", "swrk", str(theirs.fileno())]
-            child = subprocesses.start(argv, pass_fds=[theirs.fileno(), *pass_fds], cwd=cwd)
+            argv = [*command, "--no-default-config", "swrk", str(theirs.fileno())]
+            child = (start or _beside)(argv, [theirs.fileno(), *pass_fds], cwd)
         except BaseException:
             ours.close()
             raise

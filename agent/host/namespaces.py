@@ -1,0 +1,90 @@
+"""Entering another process's namespaces: one function call in a thread that goes there.
+
+Only the thread changes its namespaces, and it ends with the call: what the function opens (a
+netlink socket) or starts (a program) stays where it was made.
+
+Promises: the rest of this program stays where it is; what the function raises is raised.
+Does not: enter mount namespaces, where this program's own files would be others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+from agent import errors
+from agent.host import proc
+
+_T = TypeVar("_T")
+
+_KINDS = frozenset({"net", "pid", "ipc", "uts"})
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def inside(who: proc.Identity, kinds: Iterable[str], function: Callable[[], _T]) -> _T:
+    """Call ``function`` in the namespaces ``kinds`` (net, pid, ipc, uts) of a process.
+
+    With ``pid``, it is the programs that ``function`` starts that are in there; they are this
+    program's children all the same.
+
+    Raises:
+        errors.NotFound: there is no such process any more.
+        errors.PrivilegeMissing: not allowed.
+    """
+    with contextlib.ExitStack() as stack:
+        descriptors = []
+        for kind in sorted(_KINDS.intersection(kinds)):
+            descriptors.append(_open(who.pid, kind))
+            stack.callback(os.close, descriptors[-1])
+        if not proc.alive(who):
+            # The number may have been given to another while its files were opened.
+            raise errors.NotFound(f"there is no process {who.pid} any more", pid=who.pid)
+        outcome = _Outcome(function)
+        thread = threading.Thread(target=outcome.run, args=(descriptors,), name="inside")
+        thread.start()
+        thread.join()
+    return outcome.get()
+
+
+class _Outcome(Generic[_T]):
+    """What a call in another thread came to."""
+
+    def __init__(self, function: Callable[[], _T]) -> None:
+        self._function = function
+        self._value: list[_T] = []
+        self._raised: BaseException | None = None
+
+    def run(self, descriptors: list[int]) -> None:
+        try:
+            for descriptor in descriptors:
+                if _libc.setns(descriptor, 0) != 0:
+                    code = ctypes.get_errno()
+                    raise errors.PrivilegeMissing(  # noqa: TRY301 - all of it is for the caller
+                        f"cannot enter a namespace: {os.strerror(code)}",
+                        hint="run as root with CAP_SYS_ADMIN",
+                    )
+            self._value.append(self._function())
+        except BaseException as exc:  # noqa: BLE001 - carried to the thread that asked, by get
+            self._raised = exc
+
+    def get(self) -> _T:
+        if self._raised is not None:
+            raise self._raised
+        return self._value[0]
+
+
+def _open(pid: int, kind: str) -> int:
+    try:
+        return os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as exc:
+        raise errors.NotFound(f"there is no process {pid}", pid=pid) from exc
+    except PermissionError as exc:
+        raise errors.PrivilegeMissing(
+            f"not allowed to enter the namespaces of process {pid}",
+            hint="run as root with CAP_SYS_PTRACE",
+            pid=pid,
+        ) from exc
