@@ -7,6 +7,8 @@ Does not: print, parse or exit.
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from agent import errors
@@ -110,6 +112,35 @@ def doctor(settings: Settings) -> tuple[checkup.Check, ...]:
         work_dir=settings.work_dir,
         leftovers=lambda: _leftovers(settings),
     )
+
+
+def admit(settings: Settings, *, port: int, stop: threading.Event) -> None:
+    """Serve a cluster's admission webhook and keep its certificates until ``stop`` is set.
+
+    Raises:
+        errors.Refused | errors.EnvironmentUnfit: the settings or the cluster do not let it begin.
+    """
+    # Only here: the client of the API server takes longer to import than most verbs take to run.
+    from agent.admission import rotation, serve
+    from agent.kube import connection
+
+    policy = rotation.Policy(
+        leaf_lifetime_s=settings.leaf_lifetime_s,
+        leaf_renew_before_s=settings.leaf_renew_before_s,
+        authority_lifetime_s=settings.ca_lifetime_s,
+        authority_renew_before_s=settings.ca_renew_before_s,
+        overlap_s=settings.trust_overlap_s,
+    )
+    cluster = connection.connect()
+    pod = os.uname().nodename
+    options = serve.Options(
+        namespace=cluster.namespace,
+        image=settings.image or serve.own_image(cluster, cluster.namespace, pod),
+        holder=pod,
+        port=port,
+        policy=policy,
+    )
+    serve.Admission(cluster, options).run(stop)
 
 
 @contextlib.contextmanager

@@ -98,10 +98,10 @@ def read_authority(certificate: bytes, key: bytes) -> Pair | None:
 
 
 def read_leaf(
-    certificate: bytes, key: bytes, names: Sequence[str], authorities: Sequence[Pair]
+    certificate: bytes, key: bytes, names: Sequence[str], authorities: Sequence[Pair] | None
 ) -> Pair | None:
-    """Return the server certificate in these PEM texts; None if they hold none, do not belong
-    together, are for other names, or none of ``authorities`` signed it.
+    """Return the server certificate in these PEM texts; None if they hold none, do not fit
+    together, are for other names, or none of ``authorities`` (None: whoever) signed it.
     """
     try:
         found = x509.load_pem_x509_certificate(certificate)
@@ -110,7 +110,7 @@ def read_leaf(
             return None
         if _load_key(key).public_key() != found.public_key():
             return None
-        if not any(_signed(found, authority) for authority in authorities):
+        if authorities is not None and not any(_signed(found, each) for each in authorities):
             return None
         return _pair(found, _load_key(key))
     except (ValueError, TypeError, exceptions.UnsupportedAlgorithm, x509.ExtensionNotFound):

@@ -20,6 +20,7 @@ from click import shell_completion
 
 from agent import errors, settings
 from agent.cli import (
+    admit,
     completion,
     delete,
     doctor,
@@ -58,7 +59,19 @@ cli = Verbs(
         )
     ],
 )
-for _verb in (dump, restore, list_verb, show, verify, plan, prune, delete, doctor, completion):
+for _verb in (
+    dump,
+    restore,
+    list_verb,
+    show,
+    verify,
+    plan,
+    prune,
+    delete,
+    doctor,
+    completion,
+    admit,
+):
     cli.add_command(_verb.verb)
 
 
