@@ -29,6 +29,9 @@ Json = dict[str, Any]
 _CONNECT_S = 10.0
 _READ_S = 60.0
 _SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+# A pod is a few KiB; a part is what has come, up to this.
+_PART_BYTES = 64 << 10
+_HTTP_REFUSED = 400
 _HTTP_UNAUTHORIZED = 401
 _HTTP_FORBIDDEN = 403
 _HTTP_NOT_FOUND = 404
@@ -119,9 +122,35 @@ class Connection:
             )
             content = answer.read()
         found = parsed(content)
-        if answer.status >= 400:
+        if answer.status >= _HTTP_REFUSED:
             raise refusal(answer.status, found, what, self.name)
         return found
+
+    @contextlib.contextmanager
+    def events(
+        self, path: str, what: str, *, query: Mapping[str, str], silent_s: float
+    ) -> Iterator[Events]:
+        """A watch: the objects of an answer that does not end, one a line. ``silent_s`` is how
+        long the server may say nothing. Raises as ``call``, also while iterating.
+        """
+        url = f"{self.url}{path}?{urllib.parse.urlencode(query)}"
+        headers = {"Accept": "application/json"}
+        bearer = self.authorization()
+        if bearer:
+            headers["authorization"] = bearer
+        with self.reached():
+            answer = self._api.call_api(
+                "GET", url, headers, _request_timeout=(_CONNECT_S, silent_s)
+            )
+        try:
+            if answer.status >= _HTTP_REFUSED:
+                with self.reached():
+                    content = answer.read()
+                raise refusal(answer.status, parsed(content), what, self.name)
+            yield Events(self, answer.response)
+        finally:
+            # Not kept for another request: the server may still be sending.
+            answer.response.close()
 
     @contextlib.contextmanager
     def reached(self) -> Iterator[None]:
@@ -146,6 +175,28 @@ class Connection:
             hint="is the cluster up, and is it the right context (kubectl config get-contexts)?",
             server=self.url,
         )
+
+
+class Events:
+    """The objects of a watch, as they come."""
+
+    def __init__(self, connection: Connection, response: Any) -> None:
+        self._connection = connection
+        self._response = response
+
+    def __iter__(self) -> Iterator[Json]:
+        rest = b""
+        with self._connection.reached():
+            for part in self._response.stream(_PART_BYTES, decode_content=True):
+                *lines, rest = (rest + part).split(b"\n")
+                for line in lines:
+                    if line:
+                        yield parsed(line)
+
+    def end(self) -> None:
+        """Make the iteration end, from another thread; a no-op if it has."""
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            self._response.shutdown()
 
 
 def parsed(content: bytes | None) -> Json:
