@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import urllib.parse
+from collections.abc import Callable
 
 from agent import errors
 from agent.host import clock
@@ -85,14 +86,26 @@ def delete_pod(api: Connection, namespace: str, name: str, uid: str, grace_s: in
             raise
 
 
-def await_gone(api: Connection, namespace: str, name: str, uid: str, grace_s: float) -> None:
-    """Wait until no pod has this name and uid.
+def await_gone(
+    api: Connection,
+    namespace: str,
+    name: str,
+    uid: str,
+    grace_s: float,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Wait until no pod has this name and uid; ``check`` may raise to stop waiting.
 
     Raises:
         errors.DeadlineExceeded: it was still there after its grace and half a minute.
     """
+
+    def gone() -> bool:
+        check()
+        return _uid(api, namespace, name) != uid
+
     deadline = clock.Deadline.after(grace_s + _GONE_S)
-    if not clock.wait_until(lambda: _uid(api, namespace, name) != uid, deadline, every_s=_LOOK_S):
+    if not clock.wait_until(gone, deadline, every_s=_LOOK_S):
         raise errors.DeadlineExceeded(
             f"pod {namespace}/{name} was asked to go and is still there",
             hint="its node may not answer; see kubectl describe pod",
@@ -107,9 +120,14 @@ def _uid(api: Connection, namespace: str, name: str) -> str | None:
 
 
 def await_scheduled(
-    api: Connection, namespace: str, name: str, uid: str, deadline: clock.Deadline
+    api: Connection,
+    namespace: str,
+    name: str,
+    uid: str,
+    deadline: clock.Deadline,
+    check: Callable[[], None] = lambda: None,
 ) -> str:
-    """Wait until a pod has a node and return it.
+    """Wait until a pod has a node and return it; ``check`` may raise to stop waiting.
 
     Raises:
         errors.DeadlineExceeded: it has none; the message says why, as the scheduler tells.
@@ -119,6 +137,7 @@ def await_scheduled(
 
     def scheduled() -> bool:
         nonlocal found
+        check()
         found = pod(api, namespace, name)
         if found["metadata"]["uid"] != uid:
             raise errors.NotFound(

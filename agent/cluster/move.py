@@ -1,0 +1,402 @@
+"""A pod's way to another node: dump with stop, delete, create, schedule, restore.
+
+Promises: everything that can be known to stand in the way is looked at while the pod still runs;
+nothing is deleted before the image is committed; from then on every failure is an
+``errors.MoveIncomplete`` that says what exists where and which command goes on.
+Does not: decide what counts; ``model.move`` does. Nor move what a controller owns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from agent import errors
+from agent.cluster import pods
+from agent.cluster.session import Session
+from agent.host import clock
+from agent.kube import objects
+from agent.kube.connection import Json
+from agent.model import access, move, optin
+from agent.rpc import client
+
+# Its processes have ended, or are not wanted any more; the kubelet still confirms.
+_GRACE_S = 1
+# A call that may succeed when tried again is: the job stands still meanwhile, so not for long.
+_TRIES = 3
+_PAUSE_S = 2.0
+# Any name that looks like an image's, to let admission look at a replacement.
+_TRIAL_EPOCH = "20000101-000000-000000"
+
+_RIGHTS = (
+    ("create", "images", access.API_GROUP),
+    ("restore", "images", access.API_GROUP),
+    ("get", "pods", ""),
+    ("create", "pods", ""),
+    ("delete", "pods", ""),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """A pod that runs on another node. ``away_s`` is from the request to stop until it ran
+    again; ``steps`` are the seconds of each step by its name.
+    """
+
+    dump: client.DumpOutcome
+    restore: client.RestoreOutcome
+    source: str
+    target: str
+    uid: str
+    away_s: float
+    steps: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A pod that runs an image's processes again."""
+
+    outcome: client.RestoreOutcome
+    pod: str
+    uid: str
+    node: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """Who looks on: ``step`` is called when one begins, ``phase`` and ``bytes`` as the agent
+    tells, ``cancel`` is set to give up as long as that is possible.
+    """
+
+    cancel: threading.Event = dataclasses.field(default_factory=threading.Event)
+    step: Callable[[move.Step], None] = lambda step: None
+    phase: Callable[[str, int], None] = lambda phase, raw_bytes: None
+
+    def check(self) -> None:
+        """Raise ``errors.Interrupted`` if asked to give up."""
+        if self.cancel.is_set():
+            raise errors.Interrupted("interrupted")
+
+
+def migrate(
+    session: Session, name: str, node: str, *, engine: str | None = None, watch: Watch | None = None
+) -> Moved:
+    """Move the pod ``name`` to ``node``.
+
+    Raises:
+        errors.Refused | errors.Unreachable: before anything was touched.
+        errors.Failed: the dump failed; the pod goes on.
+        errors.MoveIncomplete: after the commit; the image is safe.
+    """
+    watch = watch or Watch()
+    found = pods.running(session, name)
+    source = str(found["spec"]["nodeName"])
+    agent = session.agent_of(source)
+    _check(session, found, node, agent)
+    # That the target's agent answers this caller is known before anything stops.
+    session.agent_of(node).images(session.namespace, name)
+    steps = _Steps(watch)
+    with steps.timed(move.Step.DUMP):
+        dumped = pods.dump_running(
+            session,
+            agent,
+            found,
+            engine=engine,
+            stop=True,
+            cancel=watch.cancel,
+            progress=watch.phase,
+        )
+    image = _name(dumped.image)
+    plan = move.Move(session.namespace, name, source, node)
+    template = dumped.pod_template or move.template_of(found)
+    with _incomplete(steps, plan, image), steps.timed(move.Step.DELETE):
+        uid = str(found["metadata"]["uid"])
+        _retried(lambda: objects.delete_pod(session.api, session.namespace, name, uid, _GRACE_S))
+        objects.await_gone(session.api, session.namespace, name, uid, _GRACE_S, watch.check)
+    restored = _bring_up(session, template, plan, image, steps, watch, again=False)
+    return Moved(
+        dump=dumped,
+        restore=restored.outcome,
+        source=source,
+        target=restored.node,
+        uid=restored.uid,
+        away_s=steps.since_s(),
+        steps=steps.seconds,
+    )
+
+
+def _name(image: client.Image) -> str:
+    return f"{image.group}@{image.epoch}"
+
+
+def restore_on(
+    session: Session,
+    image: str,
+    node: str,
+    *,
+    replace: bool = False,
+    again: bool = False,
+    watch: Watch | None = None,
+) -> Restored:
+    """Start the pod that ``image`` was taken of on ``node``, as it was. ``replace`` deletes a pod
+    of its name first.
+
+    Raises:
+        errors.Refused | errors.Unreachable: before anything was touched.
+        errors.MoveIncomplete: the pod was created and does not run yet.
+    """
+    watch = watch or Watch()
+    detail = session.any_agent(lambda agent: agent.image(session.namespace, image))
+    name = _name(detail.image)
+    if detail.image.damage:
+        raise errors.Corrupt(f"image {name} is damaged: {detail.image.damage}")
+    template = detail.pod_template
+    if template is None:
+        raise errors.TargetUnsuitable(
+            f"image {name} was not taken of a pod",
+            hint="bring it back on a host, with ckpt-agent restore and the store's path",
+        )
+    if detail.restored_into and not again:
+        raise errors.RestoreConflict(
+            f"image {name} was restored before, into the pod with uid {detail.restored_into}",
+            hint="two copies of one job may destroy each other's results: --again if that is meant",
+            reasons=[],
+        )
+    pod = str(template["metadata"]["name"])
+    old = _existing(session, pod)
+    if old is not None and not replace:
+        raise errors.RestoreConflict(
+            f"pod {session.namespace}/{pod} exists ({old.get('status', {}).get('phase')})",
+            hint="--replace deletes it first; --pod restores into it if it waits for this image",
+            reasons=[],
+        )
+    _check_node(session, template, node)
+    _check_rights(session, dump=False)
+    _try(session, template, node, pod)
+    session.agent_of(node).images(session.namespace, pod)
+    plan = move.Move(session.namespace, pod, "", node)
+    steps = _Steps(watch)
+    if old is not None:
+        with steps.timed(move.Step.DELETE):
+            uid = str(old["metadata"]["uid"])
+            grace_s = int(old["spec"].get("terminationGracePeriodSeconds") or 0)
+            objects.delete_pod(session.api, session.namespace, pod, uid, None)
+            objects.await_gone(session.api, session.namespace, pod, uid, grace_s, watch.check)
+    return _bring_up(session, template, plan, name, steps, watch, again=again)
+
+
+def restore_into(
+    session: Session, image: str, pod: str, *, again: bool = False, watch: Watch | None = None
+) -> Restored:
+    """Restore ``image`` into a pod that waits for it.
+
+    Raises:
+        errors.CkptError: as the agent of the pod's node says; the pod then waits on.
+    """
+    watch = watch or Watch()
+    deadline = clock.Deadline.after(session.settings.schedule_deadline_s)
+    found = objects.pod(session.api, session.namespace, pod)
+    uid = str(found["metadata"]["uid"])
+    node = objects.await_scheduled(session.api, session.namespace, pod, uid, deadline, watch.check)
+    watch.step(move.Step.RESTORE)
+    outcome = _restore(session, image, pod, uid, node, again=again, watch=watch)
+    return Restored(outcome, pod, uid, node)
+
+
+def _check(session: Session, found: Json, node: str, agent: client.Agent) -> None:
+    """Refuse, with every reason, what could not end well; the pod runs and is only looked at."""
+    name = str(found["metadata"]["name"])
+    if node == found["spec"]["nodeName"]:
+        raise errors.InvalidInput(
+            f"pod {session.namespace}/{name} already runs on {node}",
+            hint="ckpt-agent dump takes an image without moving it",
+        )
+    reasons = move.objections(found)
+    if reasons:
+        raise errors.TargetUnsuitable(
+            f"pod {session.namespace}/{name} cannot be moved",
+            hint="nothing was touched; ckpt-agent dump works without a move",
+            reasons=reasons,
+        )
+    template = move.template_of(found)
+    _check_node(session, template, node)
+    _check_rights(session, dump=True)
+    blockers = agent.plan(session.namespace, name).get("blockers") or []
+    if blockers:
+        raise errors.TargetUnsuitable(
+            f"pod {session.namespace}/{name} cannot be dumped",
+            hint=f"see ckpt-agent plan pod/{name} -n {session.namespace}",
+            reasons=[f"{each.get('subject')}: {each.get('reason')}" for each in blockers],
+        )
+    _try(session, template, node, name)
+
+
+def _check_node(session: Session, template: Json, node: str) -> None:
+    try:
+        target = objects.node(session.api, node)
+    except errors.Forbidden:
+        return  # looking at nodes is not everybody's right; the scheduler will tell
+    reasons = move.node_objections(template, target)
+    if reasons:
+        raise errors.TargetUnsuitable(
+            f"the pod could not run on node {node}",
+            hint="choose another node, or change what stands against this one",
+            reasons=reasons,
+        )
+
+
+def _check_rights(session: Session, *, dump: bool) -> None:
+    wanted = [
+        objects.Right(verb, resource, group, session.namespace)
+        for verb, resource, group in _RIGHTS
+        if dump or (verb, group) != ("create", access.API_GROUP)
+    ]
+    missing = [str(right) for right in wanted if not objects.may(session.api, right)]
+    if missing:
+        raise errors.Forbidden(
+            "the caller may not do all that a move takes",
+            hint="ask for a role that allows it; docs/cli.md shows one",
+            reasons=[f"not allowed: {each}" for each in missing],
+        )
+
+
+def _try(session: Session, template: Json, node: str, name: str) -> None:
+    """Let admission and quota look at the replacement while the pod still runs. A quota that has
+    no room for both is no objection: the old pod goes before the new one comes.
+    """
+    trial = move.replacement(
+        template, image=f"{name}@{_TRIAL_EPOCH}", node=node, name=move.trial_name(name)
+    )
+    try:
+        objects.create_pod(session.api, session.namespace, trial, dry_run=True)
+    except errors.Forbidden as exc:
+        if "exceeded quota" not in exc.message:
+            raise
+
+
+def _existing(session: Session, name: str) -> Json | None:
+    try:
+        return objects.pod(session.api, session.namespace, name)
+    except errors.NotFound:
+        return None
+
+
+def _bring_up(
+    session: Session,
+    template: Json,
+    plan: move.Move,
+    image: str,
+    steps: _Steps,
+    watch: Watch,
+    *,
+    again: bool,
+) -> Restored:
+    api, namespace = session.api, session.namespace
+    with _incomplete(steps, plan, image):
+        with steps.timed(move.Step.CREATE):
+            body = move.replacement(template, image=image, node=plan.target)
+            uid = _retried(lambda: _created(session, body))
+        with steps.timed(move.Step.SCHEDULE):
+            deadline = clock.Deadline.after(session.settings.schedule_deadline_s)
+            node = objects.await_scheduled(api, namespace, plan.pod, uid, deadline, watch.check)
+        with steps.timed(move.Step.RESTORE):
+            outcome = _retried(
+                lambda: _restore(session, image, plan.pod, uid, node, again=again, watch=watch)
+            )
+    return Restored(outcome, plan.pod, uid, node)
+
+
+def _created(session: Session, body: Json) -> str:
+    """Create the replacement and return its uid; one that an earlier try created counts."""
+    try:
+        made = objects.create_pod(session.api, session.namespace, body)
+    except errors.Conflict:
+        made = _existing(session, body["metadata"]["name"]) or {"metadata": {}}
+        wanted = body["metadata"]["annotations"][optin.RESTORE]
+        if (made["metadata"].get("annotations") or {}).get(optin.RESTORE) != wanted:
+            raise
+    return str(made["metadata"]["uid"])
+
+
+def _restore(
+    session: Session, image: str, pod: str, uid: str, node: str, *, again: bool, watch: Watch
+) -> client.RestoreOutcome:
+    return session.agent_of(node).restore(
+        session.namespace,
+        image,
+        pod,
+        pod_uid=uid,
+        again=again,
+        deadline_s=session.settings.restore_deadline_s,
+        cancel=watch.cancel,
+        progress=lambda phase: watch.phase(phase, 0),
+    )
+
+
+def _retried(act: Callable[[], Any]) -> Any:
+    """Do what the job now waits for, again where that may help."""
+    for _ in range(_TRIES - 1):
+        try:
+            return act()
+        except errors.CkptError as exc:
+            if not exc.retryable:
+                raise
+        clock.wait_until(lambda: False, clock.Deadline.after(_PAUSE_S), every_s=_PAUSE_S)
+    return act()
+
+
+class _Steps:
+    """Which step runs, and how long each took."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._began_s = clock.monotonic_s()
+        self.now = move.Step.DUMP
+        self.seconds: dict[str, float] = {}
+
+    def since_s(self) -> float:
+        """Seconds since the first step began."""
+        return clock.monotonic_s() - self._began_s
+
+    @contextlib.contextmanager
+    def timed(self, step: move.Step) -> Iterator[None]:
+        self.now = step
+        self._watch.check()
+        self._watch.step(step)
+        began_s = clock.monotonic_s()
+        try:
+            yield
+        finally:
+            self.seconds[step.value] = clock.monotonic_s() - began_s
+
+
+@contextlib.contextmanager
+def _incomplete(steps: _Steps, plan: move.Move, image: str) -> Iterator[None]:
+    """From the commit on: what fails is told with what exists where and which command goes on."""
+    try:
+        yield
+    except errors.CkptError as exc:
+        found = move.incomplete(steps.now, plan, image, exc.message)
+        raise errors.MoveIncomplete(
+            found.message,
+            hint=_commands(found.next, exc.hint),
+            reasons=[*_reasons(exc), *found.left],
+            image=image,
+            left=list(found.left),
+            next=list(found.next),
+        ) from exc
+
+
+def _reasons(exc: errors.CkptError) -> list[str]:
+    found = exc.facts.get("reasons")
+    return [str(each) for each in found] if isinstance(found, list | tuple) else []
+
+
+def _commands(commands: Sequence[str], cause: str) -> str:
+    text = f"go on with: {commands[0]}"
+    if len(commands) > 1:
+        text += f"; or, back where it came from: {commands[1]}"
+    return f"{text} ({cause})" if cause else text

@@ -1,0 +1,254 @@
+"""What moving a pod to another node takes: what stands against it, the pod that replaces it, the
+order of the steps, and what exists where if a step fails.
+
+A move is: dump with stop, delete, create, schedule, restore. Nothing is deleted before the image is
+committed, so from there on a failure leaves the job standing still but whole, and one command goes
+on.
+
+Promises: pure; objects of Kubernetes are read as JSON values and never changed in place; every
+objection is found at once, before anything stops.
+Does not: know whether the target has room; the scheduler does.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from agent.model import optin
+from agent.model.container import HOLD
+
+Json = Mapping[str, Any]
+
+_PIN = "metadata.name"
+_MIRROR = "kubernetes.io/config.mirror"
+_NO_SCHEDULE = ("NoSchedule", "NoExecute")
+_NAME_CHARS = 253
+
+
+class Step(enum.Enum):
+    """The steps of a move, in their order."""
+
+    DUMP = "dump"
+    DELETE = "delete"
+    CREATE = "create"
+    SCHEDULE = "schedule"
+    RESTORE = "restore"
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """Which pod goes where; ``source`` is "" if it no longer runs anywhere."""
+
+    namespace: str
+    pod: str
+    source: str
+    target: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Incomplete:
+    """What to tell when a step failed: a headline, what exists where, and the commands that go
+    on, the best first.
+    """
+
+    message: str
+    left: tuple[str, ...]
+    next: tuple[str, ...]
+
+
+def objections(pod: Json) -> list[str]:
+    """Why a pod cannot be replaced by one of ours, each with its way out."""
+    metadata = pod["metadata"]
+    owners = metadata.get("ownerReferences") or ()
+    found = [_owned(owner) for owner in owners if owner.get("controller")]
+    if _MIRROR in (metadata.get("annotations") or {}):
+        found.append("it is a static pod of its node: nothing but that node can run it")
+    if not any(_held(each) for each in pod["spec"]["containers"]):
+        found.append(
+            "none of its containers was started through hold, so its replacement could not wait"
+            f" for the image: create it with the label {optin.LABEL}={optin.ENABLED}"
+        )
+    return found
+
+
+def _owned(owner: Json) -> str:
+    kind, name = owner.get("kind", "object"), owner.get("name", "")
+    return (
+        f"{kind} {name} controls it and would start its own replacement from the beginning, beside"
+        " or instead of the restored one: dump the pod without stopping it (ckpt-agent dump"
+        f" pod/NAME), and move it when {kind} {name} no longer controls it"
+    )
+
+
+def _held(container: Json) -> bool:
+    return list(container.get("command") or ())[:1] == [HOLD]
+
+
+def node_objections(template: Json, node: Json) -> list[str]:
+    """Why a pod of ``template`` could never run on ``node``, as a scheduler would see it."""
+    spec, labels = template["spec"], node["metadata"].get("labels") or {}
+    found = []
+    if not any(
+        each.get("type") == "Ready" and each.get("status") == "True"
+        for each in node.get("status", {}).get("conditions") or ()
+    ):
+        found.append("it is not ready")
+    tolerations = spec.get("tolerations") or ()
+    if node["spec"].get("unschedulable"):
+        found.append("it is cordoned: kubectl uncordon it")
+    for taint in node["spec"].get("taints") or ():
+        cordon = taint.get("key") == "node.kubernetes.io/unschedulable"
+        if (
+            taint.get("effect") in _NO_SCHEDULE
+            and not cordon
+            and not _tolerated(taint, tolerations)
+        ):
+            found.append(f"its taint {_taint(taint)} is not tolerated by the pod")
+    for key, value in (spec.get("nodeSelector") or {}).items():
+        if labels.get(key) != value:
+            found.append(f"the pod's nodeSelector wants the label {key}={value}")
+    terms = _terms(spec)
+    if terms and not any(_matches(term, labels) for term in terms):
+        found.append("the pod's node affinity does not match its labels")
+    return found
+
+
+def _taint(taint: Json) -> str:
+    value = f"={taint['value']}" if taint.get("value") else ""
+    return f"{taint.get('key')}{value}:{taint.get('effect')}"
+
+
+def _tolerated(taint: Json, tolerations: Any) -> bool:
+    def tolerates(each: Json) -> bool:
+        if each.get("effect") not in (None, "", taint.get("effect")):
+            return False
+        if each.get("operator", "Equal") == "Exists":
+            return each.get("key") in (None, "", taint.get("key"))
+        return each.get("key") == taint.get("key") and each.get("value", "") == taint.get(
+            "value", ""
+        )
+
+    return any(tolerates(each) for each in tolerations)
+
+
+def _terms(spec: Json) -> list[Json]:
+    """The alternatives of a required node affinity."""
+    affinity = (spec.get("affinity") or {}).get("nodeAffinity") or {}
+    required = affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}
+    return list(required.get("nodeSelectorTerms") or ())
+
+
+def _matches(term: Json, labels: Json) -> bool:
+    """Whether labels match a term; what pins to a node by name is replaced and so left out."""
+    return all(_expression(each, labels) for each in term.get("matchExpressions") or ())
+
+
+def _expression(expression: Json, labels: Json) -> bool:
+    key, values = str(expression.get("key")), list(expression.get("values") or ())
+    here = labels.get(key)
+    match expression.get("operator"):
+        case "In":
+            return here in values
+        case "NotIn":
+            return here not in values
+        case "Exists":
+            return key in labels
+        case "DoesNotExist":
+            return key not in labels
+        case "Gt" | "Lt" as operator:
+            try:
+                left, right = int(str(here)), int(str(values[0]))
+            except (ValueError, IndexError):
+                return False
+            return left > right if operator == "Gt" else left < right
+    return True  # an operator of a later version: the scheduler decides
+
+
+def template_of(pod: Json) -> dict[str, Any]:
+    """A pod's own part of its metadata and spec, to try a replacement with before a dump gives
+    the template that counts.
+    """
+    metadata = pod["metadata"]
+    kept = {key: metadata[key] for key in ("name", "labels", "annotations") if metadata.get(key)}
+    spec = {key: value for key, value in pod["spec"].items() if key != "nodeName"}
+    return copy.deepcopy({"metadata": kept, "spec": spec})
+
+
+def replacement(
+    template: Json, *, image: str, node: str, name: str | None = None
+) -> dict[str, Any]:
+    """The pod to create: ``template``, waiting for ``image``, for no other node than ``node``."""
+    made = copy.deepcopy({"apiVersion": "v1", "kind": "Pod", **template})
+    metadata, spec = made["metadata"], made["spec"]
+    metadata["name"] = name or metadata["name"]
+    metadata["annotations"] = {**(metadata.get("annotations") or {}), optin.RESTORE: image}
+    spec.pop("nodeName", None)
+    pinned = [{**term, "matchFields": _pinned(term, node)} for term in _terms(spec) or [{}]]
+    affinity = spec.get("affinity") or {}
+    required = {"nodeSelectorTerms": pinned}
+    node_affinity = affinity.get("nodeAffinity") or {}
+    node_affinity["requiredDuringSchedulingIgnoredDuringExecution"] = required
+    spec["affinity"] = {**affinity, "nodeAffinity": node_affinity}
+    return made
+
+
+def _pinned(term: Json, node: str) -> list[Json]:
+    """A term's fields with the node's name; the name that an earlier move put there goes."""
+    kept = [each for each in term.get("matchFields") or () if each.get("key") != _PIN]
+    return [*kept, {"key": _PIN, "operator": "In", "values": [node]}]
+
+
+def trial_name(name: str) -> str:
+    """A name to try a replacement with while the pod itself still has its own."""
+    suffix = "-ckpt-trial"
+    return name[: _NAME_CHARS - len(suffix)].rstrip("-.") + suffix
+
+
+def incomplete(failed: Step, move: Move, image: str, why: str) -> Incomplete:
+    """What to tell when ``failed`` failed because of ``why``, with ``image`` committed."""
+    target = f"ckpt-agent restore {image} -n {move.namespace} --node {move.target}"
+    back = f"ckpt-agent restore {image} -n {move.namespace} --node {move.source} --replace"
+    into = f"ckpt-agent restore {image} -n {move.namespace} --pod {move.pod}"
+    return Incomplete(
+        message=f"{_HEADLINES[failed]}: {why}",
+        left=(f"image {image} is committed: nothing of the job is lost", *_left(failed, move)),
+        next=tuple(_next(failed, move, target=target, back=back, into=into)),
+    )
+
+
+_HEADLINES = {
+    Step.DUMP: "the dump failed",
+    Step.DELETE: "the old pod could not be deleted",
+    Step.CREATE: "the replacement could not be created",
+    Step.SCHEDULE: "the replacement was not scheduled",
+    Step.RESTORE: "the image could not be restored",
+}
+
+
+def _left(failed: Step, move: Move) -> Iterator[str]:
+    pod = f"pod {move.namespace}/{move.pod}"
+    match failed:
+        case Step.DELETE:
+            yield f"{pod} was stopped for good on node {move.source} and still exists"
+        case Step.CREATE:
+            yield f"{pod} was deleted; no replacement exists"
+        case Step.SCHEDULE:
+            yield f"its replacement {pod} waits for a node"
+        case Step.RESTORE:
+            yield f"its replacement {pod} waits for the image on node {move.target}"
+
+
+def _next(failed: Step, move: Move, *, target: str, back: str, into: str) -> Iterator[str]:
+    match failed:
+        case Step.DELETE:
+            yield f"{target} --replace"
+        case Step.CREATE:
+            yield target
+        case Step.SCHEDULE | Step.RESTORE:
+            yield into
+            if move.source and move.source != move.target:
+                yield back
