@@ -61,17 +61,21 @@ class Policy:
     overlap_s: float
 
     def __post_init__(self) -> None:
-        for shorter, longer, words in (
-            (self.overlap_s, self.leaf_renew_before_s, "trust_overlap < leaf_renew_before"),
-            (self.leaf_renew_before_s, self.leaf_lifetime_s, "leaf_renew_before < leaf_lifetime"),
-            (self.overlap_s, self.authority_renew_before_s, "trust_overlap < ca_renew_before"),
+        # A successor waits for an overlap before it signs, and what the old one signed may be
+        # served for another by whoever learns late.
+        for fits, words in (
+            (self.overlap_s < self.leaf_renew_before_s, "trust_overlap < leaf_renew_before"),
+            (self.leaf_renew_before_s < self.leaf_lifetime_s, "leaf_renew_before < leaf_lifetime"),
             (
-                self.authority_renew_before_s,
-                self.authority_lifetime_s,
+                2 * self.overlap_s < self.authority_renew_before_s,
+                "2 trust_overlap < ca_renew_before",
+            ),
+            (
+                self.authority_renew_before_s < self.authority_lifetime_s,
                 "ca_renew_before < ca_lifetime",
             ),
         ):
-            if shorter >= longer:
+            if not fits:
                 raise errors.InvalidInput(
                     "the lifetimes of certificates leave no time to replace them",
                     hint=f"choose them so that {words}",
