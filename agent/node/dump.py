@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -52,10 +52,13 @@ class DumpOutcome:
 
 
 class Cancel:
-    """Asks a dump to give up at its next step; safe to set from a signal handler."""
+    """Asks an operation to give up at its next step; safe to set from a signal handler.
+    ``given_up`` is what then is told of it.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, given_up: str = "the dump was given up, the job goes on") -> None:
         self._event = threading.Event()
+        self._given_up = given_up
 
     def set(self) -> None:
         """Ask; asking again changes nothing."""
@@ -64,9 +67,7 @@ class Cancel:
     def check(self) -> None:
         """Raise ``errors.Interrupted`` if asked."""
         if self._event.is_set():
-            raise errors.Interrupted(
-                "interrupted: the dump was given up, the job goes on", hint="run the dump again"
-            )
+            raise errors.Interrupted(f"interrupted: {self._given_up}", hint="ask for it again")
 
 
 def dump(
@@ -77,10 +78,11 @@ def dump(
     options: CaptureOptions,
     *,
     stop: bool = False,
+    facts: Mapping[str, Any] | None = None,
     cancel: Cancel | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> DumpOutcome:
-    """Dump ``members`` as one epoch of ``group``.
+    """Dump ``members`` as one epoch of ``group``; ``facts`` are kept with the epoch.
 
     Raises:
         errors.Refused: before anything was touched.
@@ -91,13 +93,13 @@ def dump(
     began_s = clock.monotonic_s()
     with store.begin(group, now_s=clock.wall_s()) as writer:
         cut = _GroupCut(len(members), options.deadline_s, cancel)
-        facts: dict[str, Any] = {"engine": engine.name, "stop": stop}
+        known = {**(facts or {}), "engine": engine.name, "stop": stop}
         if stop:
-            cut.before_kill = lambda: cut.note_committed(_commit(writer, facts, cancel))
+            cut.before_kill = lambda: cut.note_committed(_commit(writer, known, cancel))
         meter = _Meter(progress, cancel)
         reports = _capture_all(engine, members, writer, cut, meter, options)
         progress(Progress("persist", meter.raw_bytes))
-        epoch = cut.committed or _commit(writer, facts, cancel)
+        epoch = cut.committed or _commit(writer, known, cancel)
     progress(Progress("done", meter.raw_bytes))
     return DumpOutcome(
         epoch=epoch,

@@ -11,6 +11,9 @@ from typing import Protocol
 
 from agent.model.access import Caller
 
+# Nobody means more by a number, and clocks take no infinity.
+_LONGEST_S = 7 * 86400.0
+
 
 class Context(Protocol):
     """The part of gRPC's context that is needed here."""
@@ -34,7 +37,7 @@ class Call:
         longer than the caller waits.
         """
         remaining_s = self._context.time_remaining()
-        allowed_s = asked_s if asked_s > 0 else default_s
+        allowed_s = min(asked_s, _LONGEST_S) if asked_s > 0 else default_s
         return allowed_s if remaining_s is None else min(allowed_s, remaining_s)
 
     def on_gone(self, callback: Callable[[], None]) -> None:

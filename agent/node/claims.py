@@ -1,0 +1,92 @@
+"""Which pod an image was restored into: one image makes one pod, unless asked otherwise.
+
+Beside the images a namespace's store holds ``restored/GROUP@EPOCH``: JSON with the pod's uid and
+name, the node and the time. The volume lets exactly one writer create it, also among agents of
+several nodes.
+
+Promises: of several restores of an image into different pods exactly one goes on; a restore that
+failed takes its claim back; the same pod may try again after whatever happened.
+Does not: keep anything of an image that was deleted, once ``forget`` was called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+
+from agent import errors
+from agent.host import clock
+from agent.model import ids
+from agent.model.pods import Pod
+from agent.volumes.base import Volume
+
+_PREFIX = "restored/"
+
+
+def holder(volume: Volume, image: str) -> str:
+    """The uid of the pod that ``image`` was last restored into; "" if none."""
+    content = _read(volume, image)
+    return "" if content is None else _uid(content)
+
+
+@contextlib.contextmanager
+def claimed(volume: Volume, image: str, pod: Pod, *, again: bool) -> Iterator[None]:
+    """Claim ``image`` for ``pod`` while it is restored; leaving with an error gives it back to
+    whom it belonged before.
+
+    Raises:
+        errors.RestoreConflict: another pod has it, and ``again`` is not set.
+        errors.VolumeError: it cannot be written down.
+    """
+    name = _PREFIX + image
+    content = json.dumps(
+        {"pod_uid": pod.uid, "pod": str(pod), "node": pod.node, "at_s": clock.wall_s()}
+    ).encode()
+    before = _read(volume, image)
+    if before is not None:
+        if not again and _uid(before) != pod.uid:
+            raise _taken(image, _uid(before))
+        volume.delete(name)
+    try:
+        volume.put(name, content)
+    except errors.BlobExists as exc:  # somebody else was faster, in this very instant
+        raise _taken(image, holder(volume, image)) from exc
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(errors.VolumeError):
+            volume.delete(name)
+            if before is not None:
+                volume.put(name, before)
+        raise
+
+
+def forget(volume: Volume, group: ids.GroupName, epoch: ids.EpochId) -> None:
+    """Drop the claim on an image that is deleted; a no-op if there is none."""
+    volume.delete(_PREFIX + ids.image_name(group, epoch))
+
+
+def _read(volume: Volume, image: str) -> bytes | None:
+    try:
+        return volume.read(_PREFIX + image)
+    except errors.BlobNotFound:
+        return None
+
+
+def _uid(content: bytes) -> str:
+    try:
+        return str(json.loads(content)["pod_uid"])
+    except (ValueError, KeyError, TypeError):
+        # Damaged: it was restored, into nobody knows which pod.
+        return "unknown"
+
+
+def _taken(image: str, uid: str) -> errors.RestoreConflict:
+    return errors.RestoreConflict(
+        f"image {image} was already restored into the pod with uid {uid}",
+        hint="two pods with one memory may both write to the same places: restore it again only"
+        " if the first one is gone (--again)",
+        reasons=[f"restored into pod {uid}"],
+        pod_uid=uid,
+    )

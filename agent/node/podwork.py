@@ -1,0 +1,261 @@
+"""Dumps and restores of pods: from a pod's name to members, an epoch, and back.
+
+Promises: what is asked for is checked and found before anything is touched; each operation is let
+in, told (log, event on the pod) and counted out; an image says of which pod it is.
+Does not: know how the caller is reached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from agent import errors
+from agent.engines.base import CaptureOptions, Engine, Gate, RestoredTree, RestoreOptions
+from agent.host import clock
+from agent.kube.events import Reason
+from agent.model import ids
+from agent.model.container import Container
+from agent.model.pods import Pod
+from agent.model.streams import MemberSource
+from agent.node import claims, interrupted
+from agent.node import dump as node_dump
+from agent.node import restore as node_restore
+from agent.node.operations import Operations
+from agent.node.pods import Pods
+from agent.store.repository import Store
+
+_log = logging.getLogger(__name__)
+
+# The keys of an epoch's facts that say of which pod it is.
+POD_FACTS = ("namespace", "pod_uid", "node", "pod_template")
+
+
+class Engines(Protocol):
+    """How containers are captured and restored; the wiring knows the concrete ones."""
+
+    def for_dump(self, wanted: str, pod: Pod, containers: Sequence[Container]) -> Engine:
+        """An engine for one dump; ``wanted`` is container, kubelet or "" for whichever can.
+
+        Raises:
+            errors.Refused | errors.EnvironmentUnfit: there is none that can.
+        """
+
+    def for_restore(self, pod: Pod, containers: Sequence[Container]) -> Engine:
+        """An engine for one restore into these placeholders; the same errors."""
+
+
+class Teller(Protocol):
+    """Tells people what happened to a pod (agent.kube.events)."""
+
+    def tell(self, pod: Pod, reason: Reason, note: str) -> None:
+        """Put an event on the pod; returns at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DumpOrder:
+    """What a caller wants dumped; see the API's DumpRequest."""
+
+    namespace: ids.Namespace
+    pod: str
+    pod_uid: str
+    containers: tuple[str, ...]
+    engine: str
+    stop: bool
+    options: CaptureOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class PodDump:
+    """A committed dump and the pod it is of."""
+
+    outcome: node_dump.DumpOutcome
+    pod: Pod
+    engine: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreOrder:
+    """What a caller wants restored; see the API's RestoreRequest."""
+
+    namespace: ids.Namespace
+    image: str
+    pod: str
+    pod_uid: str
+    again: bool
+    options: RestoreOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class PodRestore:
+    """A placeholder that runs the image's processes now; seconds from the request."""
+
+    outcome: node_restore.RestoreOutcome
+    pod: Pod
+    waited_s: float
+    running_s: float
+
+
+class PodWork:
+    """Dumps and restores pods of this node."""
+
+    def __init__(
+        self,
+        pods: Pods,
+        engines: Engines,
+        stores: Callable[[ids.Namespace, bool], Store],
+        operations: Operations,
+        trail: interrupted.Trail,
+        teller: Teller,
+    ) -> None:
+        """``stores`` opens a namespace's store, and makes it if told to."""
+        self._pods = pods
+        self._engines = engines
+        self._stores = stores
+        self._operations = operations
+        self._trail = trail
+        self._teller = teller
+
+    def dump(
+        self,
+        order: DumpOrder,
+        cancel: node_dump.Cancel,
+        progress: Callable[[node_dump.Progress], None],
+    ) -> PodDump:
+        """Dump a pod; raises as ``node.dump.dump``, and what finding the pod and letting the
+        operation in raises.
+        """
+        pod = self._pods.find(order.namespace, order.pod, order.pod_uid)
+        containers = self._pods.running(pod, order.containers)
+        with (
+            self._operations.begin("dump", f"pod {pod}", _keys(pod, containers), cancel),
+            self._told(pod, "dump"),
+            self._trail.noted("dump", pod),
+        ):
+            engine = self._engines.for_dump(order.engine, pod, containers)
+            outcome = node_dump.dump(
+                self._stores(order.namespace, True),
+                engine,
+                ids.group_name(pod.name),
+                [node_dump.Member(ids.member_name(each.name), each.pid) for each in containers],
+                order.options,
+                stop=order.stop,
+                facts=_facts(pod),
+                cancel=cancel,
+                progress=progress,
+            )
+            image = ids.image_name(outcome.epoch.group, outcome.epoch.epoch)
+            self._teller.tell(
+                pod,
+                "CheckpointCompleted",
+                f"Image {image} of {', '.join(each.name for each in containers)}, stopped for"
+                f" {outcome.stop_s:.3f} s, durable after {outcome.durable_s:.1f} s",
+            )
+            return PodDump(outcome, pod, engine.name)
+
+    def restore(
+        self,
+        order: RestoreOrder,
+        cancel: node_dump.Cancel,
+        progress: Callable[[str], None],
+    ) -> PodRestore:
+        """Restore an image into its placeholder; raises as ``node.restore.restore``, and what
+        waiting for the placeholder, claiming the image and letting the operation in raises.
+        """
+        began_s = clock.monotonic_s()
+        deadline = clock.Deadline.after(order.options.deadline_s)
+        store = self._stores(order.namespace, False)
+        group, epoch = store.resolve(order.image)
+        members = store.read(group, epoch).members
+        image = ids.image_name(group, epoch)
+        progress("waiting")
+        pod, containers = self._pods.holding(
+            order.namespace, order.pod, order.pod_uid, members, deadline, cancel.check
+        )
+        waited_s = clock.monotonic_s() - began_s
+        with (
+            self._operations.begin("restore", f"pod {pod}", _keys(pod, containers), cancel),
+            self._told(pod, "restore"),
+            self._trail.noted("restore", pod),
+            claims.claimed(store.volume, image, pod, again=order.again),
+        ):
+            engine = self._engines.for_restore(pod, containers)
+            outcome = node_restore.restore(
+                store,
+                _Cancellable(engine, cancel),
+                image,
+                dataclasses.replace(order.options, deadline_s=deadline.remaining_s),
+                progress=lambda step: self._step(step, cancel, progress),
+            )
+            running_s = clock.monotonic_s() - began_s
+            self._teller.tell(
+                pod, "RestoreCompleted", f"Image {image}, running after {running_s:.1f} s"
+            )
+            return PodRestore(outcome, pod, waited_s, running_s)
+
+    def _step(
+        self,
+        step: node_restore.Progress,
+        cancel: node_dump.Cancel,
+        progress: Callable[[str], None],
+    ) -> None:
+        if step.phase != "done":
+            cancel.check()
+        progress(step.phase)
+
+    @contextmanager
+    def _told(self, pod: Pod, kind: interrupted.Kind) -> Iterator[None]:
+        """Tell the pod's people of a failure inside."""
+        reason: Reason = "CheckpointFailed" if kind == "dump" else "RestoreFailed"
+        try:
+            yield
+        except errors.CkptError as exc:
+            self._teller.tell(pod, reason, f"{exc.message} ({exc.code})")
+            raise
+        except Exception:
+            self._teller.tell(pod, reason, "the agent met a defect; its log says more")
+            raise
+
+
+def _keys(pod: Pod, containers: Sequence[Container]) -> list[tuple[str, str]]:
+    return [(pod.uid, each.name) for each in containers]
+
+
+def _facts(pod: Pod) -> dict[str, Any]:
+    template = json.loads(pod.template_json)
+    return dict(zip(POD_FACTS, (pod.namespace, pod.uid, pod.node, template), strict=True))
+
+
+def template_json(facts: Mapping[str, Any]) -> str:
+    """The pod that an epoch is of, from the epoch's facts; "" if it is of none."""
+    template = facts.get("pod_template")
+    return json.dumps(template, separators=(",", ":")) if isinstance(template, dict) else ""
+
+
+class _Cancellable:
+    """An engine whose restore asks once more before anything runs."""
+
+    def __init__(self, engine: Engine, cancel: node_dump.Cancel) -> None:
+        self._engine = engine
+        self._cancel = cancel
+        self.name = engine.name
+        self.promises = engine.promises
+        self.capture = engine.capture
+
+    def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:
+        """As the engine."""
+        return self._engine.restore(source, options, _AskingGate(gate, self._cancel))
+
+
+class _AskingGate:
+    def __init__(self, gate: Gate, cancel: node_dump.Cancel) -> None:
+        self._gate = gate
+        self._cancel = cancel
+
+    def restored(self) -> None:
+        self._cancel.check()
+        self._gate.restored()

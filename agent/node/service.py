@@ -1,0 +1,331 @@
+"""The node API as methods: requests in, answers and events out.
+
+Promises: every name in a request is checked before it names anything; a namespace's images are
+found in that namespace's store only; a caller who leaves makes their operation give up.
+Does not: know gRPC, or ask who the caller is; whoever calls these methods has been let in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from agent import errors
+from agent.engines.base import CaptureOptions, RestoreOptions
+from agent.host import clock
+from agent.model import checkup, ids
+from agent.model.container import Container
+from agent.model.plan import Plan
+from agent.model.streams import FileEntry
+from agent.node import claims, podwork
+from agent.node import dump as node_dump
+from agent.node.operations import Operations
+from agent.node.pods import Pods
+from agent.node.relay import Relay, Sparingly
+from agent.rpc import convert
+from agent.rpc.calls import Call
+from agent.rpc.v1 import node_pb2 as api
+from agent.settings import Settings
+from agent.store.repository import EpochSummary, PruneReport, Store
+from agent.store.retention import Retention
+
+_PAGE = 500
+_ENGINES = {
+    api.ENGINE_UNSPECIFIED: "",
+    api.ENGINE_CONTAINER: "container",
+    api.ENGINE_KUBELET: "kubelet",
+}
+_ENGINE_NUMBERS = {name: number for number, name in _ENGINES.items() if name}
+
+Document = dict[str, Any]
+
+
+class Documents(Protocol):
+    """How results look as JSON; the command line's own, so that both print the same."""
+
+    def image_detail(
+        self,
+        summary: EpochSummary,
+        previous: EpochSummary | None,
+        members: Iterable[tuple[str, Mapping[str, Any], Sequence[FileEntry]]],
+    ) -> Document:
+        """One image with its members' facts."""
+
+    def prune_report(self, store: str, report: PruneReport, *, dry_run: bool) -> Document:
+        """What was removed."""
+
+    def plan_report(self, found: Plan) -> Document:
+        """What a dump would take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What the service is made of. ``stores`` opens a namespace's store, and makes it if told
+    to; ``plan`` looks at containers; ``examine`` is the node's check-up.
+    """
+
+    settings: Settings
+    node: str
+    pods: Pods
+    work: podwork.PodWork
+    operations: Operations
+    stores: Callable[[ids.Namespace, bool], Store]
+    plan: Callable[[Sequence[Container]], Plan]
+    examine: Callable[[], Sequence[checkup.Check]]
+    documents: Documents
+
+
+class NodeService:
+    """One method for each of the API's (agent.rpc.server)."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._settings = parts.settings
+
+    def dump(self, request: api.DumpRequest, call: Call) -> Iterator[api.DumpEvent]:
+        """Checkpoint containers of a pod."""
+        if request.engine not in _ENGINES:
+            raise errors.InvalidInput(
+                f"there is no engine {request.engine}", hint="use one that the API names"
+            )
+        order = podwork.DumpOrder(
+            namespace=ids.namespace_name(request.namespace),
+            pod=request.pod,
+            pod_uid=request.pod_uid,
+            containers=tuple(request.containers),
+            engine=_ENGINES[request.engine],
+            stop=request.stop,
+            options=CaptureOptions(
+                deadline_s=call.allowed_s(request.deadline_s, self._settings.dump_deadline_s),
+                ghost_limit_bytes=self._settings.ghost_limit_bytes,
+                log_level=self._settings.criu_log_level,
+            ),
+        )
+        cancel = node_dump.Cancel()
+        call.on_gone(cancel.set)
+
+        def work(tell: Callable[[api.DumpEvent], None]) -> None:
+            sparingly = Sparingly()
+
+            def progress(step: node_dump.Progress) -> None:
+                if sparingly.due(step.phase):
+                    told = api.DumpProgress(phase=step.phase, raw_bytes=step.raw_bytes)
+                    tell(api.DumpEvent(progress=told))
+
+            tell(api.DumpEvent(outcome=_dumped(self._parts.work.dump(order, cancel, progress))))
+
+        return Relay("dump", work).events()
+
+    def restore(self, request: api.RestoreRequest, call: Call) -> Iterator[api.RestoreEvent]:
+        """Bring an image back into its placeholder."""
+        order = podwork.RestoreOrder(
+            namespace=ids.namespace_name(request.namespace),
+            image=request.image,
+            pod=request.pod,
+            pod_uid=request.pod_uid,
+            again=request.again,
+            options=RestoreOptions(
+                deadline_s=call.allowed_s(request.deadline_s, self._settings.restore_deadline_s),
+                log_level=self._settings.criu_log_level,
+            ),
+        )
+        cancel = node_dump.Cancel("the restore was given up, the placeholder waits on")
+        call.on_gone(cancel.set)
+
+        def work(tell: Callable[[api.RestoreEvent], None]) -> None:
+            done = self._parts.work.restore(
+                order,
+                cancel,
+                lambda phase: tell(api.RestoreEvent(progress=api.RestoreProgress(phase=phase))),
+            )
+            outcome = api.RestoreOutcome(
+                image=_image(done.outcome.epoch),
+                waited_s=done.waited_s,
+                verified_s=done.outcome.verified_s,
+                running_s=done.running_s,
+            )
+            tell(api.RestoreEvent(outcome=outcome))
+
+        return Relay("restore", work).events()
+
+    def plan_dump(self, request: api.PlanDumpRequest, call: Call) -> api.PlanDumpResponse:
+        """Predict a dump."""
+        pod = self._parts.pods.find(request.namespace, request.pod)
+        found = self._parts.plan(self._parts.pods.running(pod, tuple(request.containers)))
+        plan = self._parts.documents.plan_report(found)
+        return api.PlanDumpResponse(plan=convert.to_struct(plan))
+
+    def list_images(self, request: api.ListImagesRequest, call: Call) -> api.ListImagesResponse:
+        """The images of a namespace."""
+        namespace = ids.namespace_name(request.namespace)
+        group = ids.group_name(request.group) if request.group else None
+        try:
+            store = self._parts.stores(namespace, False)
+        except errors.NotFound:
+            return api.ListImagesResponse()
+        found = sorted(store.epochs(group), key=_order)
+        if request.page_token:
+            after = tuple(request.page_token.split("@"))
+            found = [each for each in found if _order(each) > after]
+        size = request.page_size if request.page_size > 0 else _PAGE
+        page, rest = found[:size], found[size:]
+        return api.ListImagesResponse(
+            images=[_image(each) for each in page],
+            next_page_token="@".join(_order(page[-1])) if rest else "",
+        )
+
+    def get_image(self, request: api.GetImageRequest, call: Call) -> api.GetImageResponse:
+        """One image in detail."""
+        store = self._parts.stores(ids.namespace_name(request.namespace), False)
+        group, epoch = store.resolve(request.image)
+        earlier = [each for each in store.epochs(group) if each.epoch < epoch]
+        reader = store.read(group, epoch)
+        sources = [(name, reader.member(name)) for name in reader.members]
+        detail = self._parts.documents.image_detail(
+            reader.summary,
+            earlier[-1] if earlier else None,
+            [(name, source.facts(), list(source.files())) for name, source in sources],
+        )
+        facts = reader.summary.facts
+        return api.GetImageResponse(
+            image=_image(reader.summary),
+            detail=convert.to_struct(detail),
+            pod_template_json=podwork.template_json(facts),
+            pod_uid=_word(facts, "pod_uid"),
+            node=_word(facts, "node"),
+            restored_into=claims.holder(store.volume, ids.image_name(group, epoch)),
+        )
+
+    def verify_image(
+        self, request: api.VerifyImageRequest, call: Call
+    ) -> Iterator[api.VerifyEvent]:
+        """Read an image whole."""
+        namespace = ids.namespace_name(request.namespace)
+        store = self._parts.stores(namespace, False)
+        group, epoch = store.resolve(request.image)
+        image = ids.image_name(group, epoch)
+        cancel = node_dump.Cancel("the image was not read to its end")
+        call.on_gone(cancel.set)
+
+        def work(tell: Callable[[api.VerifyEvent], None]) -> None:
+            sparingly = Sparingly()
+
+            def progress(done_bytes: int, total_bytes: int) -> None:
+                cancel.check()
+                if sparingly.due("verify"):
+                    tell(api.VerifyEvent(done_bytes=done_bytes, total_bytes=total_bytes))
+
+            what = f"image {namespace}/{image}"
+            with self._parts.operations.begin("verify", what, [what], cancel):
+                report = store.verify(group, epoch, progress)
+            damaged = [api.Damage(part=one.part, problem=one.problem) for one in report.damaged]
+            outcome = api.VerifyOutcome(
+                good=report.good, read_bytes=report.read_bytes, damaged=damaged
+            )
+            tell(api.VerifyEvent(outcome=outcome))
+
+        return Relay("verify", work).events()
+
+    def delete_image(self, request: api.DeleteImageRequest, call: Call) -> api.PruneResponse:
+        """Remove one image."""
+        namespace = ids.namespace_name(request.namespace)
+        store = self._parts.stores(namespace, False)
+        group, epoch = store.resolve(request.image)
+        if request.image != ids.image_name(group, epoch):
+            raise errors.InvalidInput(
+                f"{request.image!r} is not the full name of an image",
+                hint=f"for instance {ids.image_name(group, epoch)}",
+            )
+        return self._removed(namespace, store, store.delete(group, epoch), dry_run=False)
+
+    def prune_images(self, request: api.PruneImagesRequest, call: Call) -> api.PruneResponse:
+        """Remove images by rule."""
+        namespace = ids.namespace_name(request.namespace)
+        if request.keep_last <= 0 and not request.keep_within_s > 0:
+            raise errors.InvalidInput(
+                "the request does not say what to keep", hint="set keep_last, keep_within_s or both"
+            )
+        store = self._parts.stores(namespace, False)
+        report = store.prune(
+            Retention(
+                keep_last=request.keep_last if request.keep_last > 0 else None,
+                keep_within_s=request.keep_within_s if request.keep_within_s > 0 else None,
+            ),
+            group=ids.group_name(request.group) if request.group else None,
+            now_s=clock.wall_s(),
+            dry_run=request.dry_run,
+        )
+        return self._removed(namespace, store, report, dry_run=request.dry_run)
+
+    def examine(self, request: api.ExamineRequest, call: Call) -> api.ExamineResponse:
+        """The node's check-up."""
+        return api.ExamineResponse(
+            node=self._parts.node,
+            checks=[
+                api.Check(
+                    name=each.name,
+                    status=each.status,
+                    found=each.found,
+                    consequence=each.consequence,
+                    cure=each.cure,
+                )
+                for each in self._parts.examine()
+            ],
+        )
+
+    def _removed(
+        self, namespace: ids.Namespace, store: Store, report: PruneReport, *, dry_run: bool
+    ) -> api.PruneResponse:
+        if not dry_run:
+            for group, epoch in report.removed:
+                claims.forget(store.volume, group, epoch)
+        document = self._parts.documents.prune_report(namespace, report, dry_run=dry_run)
+        return api.PruneResponse(report=convert.to_struct(document))
+
+
+def _order(summary: EpochSummary) -> tuple[str, ...]:
+    return summary.group, summary.epoch
+
+
+def _word(facts: Mapping[str, Any], key: str) -> str:
+    value = facts.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def _image(summary: EpochSummary) -> api.Image:
+    return api.Image(
+        name=ids.image_name(summary.group, summary.epoch),
+        group=summary.group,
+        epoch=summary.epoch,
+        created_at=convert.to_timestamp(summary.created_s),
+        members=summary.members,
+        raw_bytes=summary.raw_bytes,
+        new_bytes=summary.new_bytes,
+        stored_bytes=summary.stored_bytes,
+        pages=summary.pages,
+        zero_pages=summary.zero_pages,
+        damage=summary.damage or "",
+    )
+
+
+def _dumped(done: podwork.PodDump) -> api.DumpOutcome:
+    outcome = done.outcome
+    return api.DumpOutcome(
+        image=_image(outcome.epoch),
+        stop_s=outcome.stop_s,
+        durable_s=outcome.durable_s,
+        engine=_ENGINE_NUMBERS.get(done.engine, api.ENGINE_UNSPECIFIED),
+        stopped=outcome.stopped,
+        members=[
+            api.MemberOutcome(
+                name=name,
+                stop_s=report.stop_s,
+                freeze_s=report.freeze_s,
+                raw_bytes=report.raw_bytes,
+                processes=len(report.pids),
+            )
+            for name, report in outcome.members
+        ],
+        pod_template_json=done.pod.template_json,
+    )
