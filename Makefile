@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test check bench lock
+.PHONY: help setup demo test check bench lock cluster
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -17,8 +17,11 @@ demo: setup ## dump, kill and restore a real training job; writes out/demo/
 check: setup ## linters, types, layers
 	@scripts/check
 
-test: check ## all tests: unit and property, then with the real CRIU
+test: check cluster ## all tests: unit and property, with the real CRIU, on a real cluster
 	@$(PY) -m pytest
+
+cluster: setup ## build what the test cluster is made of; a quarter of an hour the first time
+	@tests/cluster/build
 
 bench: setup ## measure against criu, tar, zstd, restic and borg; writes bench/report.md
 	@scripts/bench-setup
