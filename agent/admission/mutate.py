@@ -60,7 +60,10 @@ def mutate(pod: Mapping[str, Any], *, image: str) -> Mutation:
     if _mapping(metadata, "labels").get(optin.LABEL) != optin.ENABLED:
         return Mutation([])
     annotations = _mapping(metadata, "annotations")
-    if reasons := _unsuitable(annotations, spec):
+    if _MIRROR in annotations:
+        # The kubelet's picture of a pod that it runs from a file: a change would not reach it.
+        return Mutation([], ("ckpt-agent: a static pod starts as usual, nothing of it is held",))
+    if reasons := _unsuitable(spec):
         return _told(metadata, [], {"pod": ", ".join(reasons)})
 
     init, ordinary = _containers(spec, "initContainers"), _containers(spec, "containers")
@@ -93,7 +96,7 @@ def mutate(pod: Mapping[str, Any], *, image: str) -> Mutation:
     return _told(metadata, patch, not_held)
 
 
-def _unsuitable(annotations: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
+def _unsuitable(spec: Mapping[str, Any]) -> list[str]:
     """Why no container of the pod can be held, every reason."""
     windows = (
         _mapping(spec, "os").get("name") == "windows"
@@ -102,7 +105,6 @@ def _unsuitable(annotations: Mapping[str, Any], spec: Mapping[str, Any]) -> list
     volumes = [v for v in _list(spec, "volumes") if v.get("name") == optin.VOLUME]
     rows = (
         (windows, "it is for Windows"),
-        (_MIRROR in annotations, "it is a static pod"),
         (spec.get("hostPID") is True, "hostPID: hold must be pid 1"),
         (spec.get("shareProcessNamespace") is True, "shareProcessNamespace: hold must be pid 1"),
         (spec.get("hostNetwork") is True, "hostNetwork: its sockets are the node's"),

@@ -245,7 +245,8 @@ def test_every_reason_is_told_at_once() -> None:
 
 def test_a_static_pod_is_left() -> None:
     before = pod(annotations={"kubernetes.io/config.mirror": "x"})
-    assert patched(before)["spec"] == before["spec"]
+    assert patched(before) == before
+    assert "static pod" in warnings(before)
 
 
 @pytest.mark.parametrize(

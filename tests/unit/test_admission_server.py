@@ -318,16 +318,18 @@ def test_stopping_lets_a_request_end(ca: Pair) -> None:
         return b"{}"
 
     answers: list[tuple[int, bytes]] = []
-    with serving(leaf(ca), slowly) as made:
-        with contextlib.closing(client(made.server_port, ca)) as asking_:
-            thread = threading.Thread(
-                target=lambda: answers.append(ask(asking_, "POST", "/mutate", b"x"))
-            )
-            thread.start()
-            assert begun.wait(10)
-            threading.Timer(0.2, go_on.set).start()
-            made.stop(Deadline.after(10))
-            thread.join()
+    with (
+        serving(leaf(ca), slowly) as made,
+        contextlib.closing(client(made.server_port, ca)) as asking_,
+    ):
+        thread = threading.Thread(
+            target=lambda: answers.append(ask(asking_, "POST", "/mutate", b"x"))
+        )
+        thread.start()
+        assert begun.wait(10)
+        threading.Timer(0.2, go_on.set).start()
+        made.stop(Deadline.after(10))
+        thread.join()
     assert answers == [(200, b"{}")]
 
 
