@@ -230,7 +230,7 @@ def _installer(spec: Mapping[str, Any], image: str) -> dict[str, Any]:
         "name": optin.INIT_CONTAINER,
         "image": image,
         "imagePullPolicy": "IfNotPresent",
-        "command": ["hold", "install", optin.DIRECTORY],
+        "command": [optin.HOLD_IN_IMAGE, "install", optin.DIRECTORY],
         "volumeMounts": [{"name": optin.VOLUME, "mountPath": optin.DIRECTORY}],
         "securityContext": {
             "allowPrivilegeEscalation": False,

@@ -39,6 +39,9 @@ DIRECTORY = AGENT_DIRECTORY
 RESTORE_VARIABLE = "CKPT_AGENT_RESTORE"
 CONTAINER_VARIABLE = "CKPT_AGENT_CONTAINER"
 
+HOLD_IN_IMAGE = "/usr/local/lib/ckpt-agent/hold"
+"""Where the agent's image carries it (Dockerfile)."""
+
 HOLD_AUTO = (HOLD, "auto")
 """What stands in front of a container's own command."""
 

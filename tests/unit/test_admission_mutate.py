@@ -64,7 +64,7 @@ def test_a_labelled_pod_gets_volume_installer_mount_environment_and_command() ->
     assert spec["volumes"] == [{"name": "ckpt-agent", "emptyDir": {}}]
     (installer,) = spec["initContainers"]
     assert installer["image"] == IMAGE
-    assert installer["command"] == ["hold", "install", "/.ckpt-agent"]
+    assert installer["command"] == ["/usr/local/lib/ckpt-agent/hold", "install", "/.ckpt-agent"]
     (main,) = spec["containers"]
     assert main["command"] == [*HELD, "python3", "train.py"]
     assert main["args"] == ["--lr", "$(LR)"]
