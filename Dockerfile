@@ -1,0 +1,57 @@
+# The image of the node agent, the admission service and the program that pods take hold from.
+#
+# BASE needs Debian's packages of criu >= 4.2 (forky and later) and nothing else. An index of Python
+# packages other than pip's default is told by pip's own variables, its authority by PIP_CERT.
+ARG BASE=debian:forky-slim
+
+FROM ${BASE} AS build
+ARG DEBIAN_FRONTEND=noninteractive
+RUN apt-get update -qq \
+ && apt-get install -y -qq --no-install-recommends \
+      criu gcc libc6-dev musl-tools python3 python3-pip python3-pycriu python3-setuptools python3-wheel python3-venv >/dev/null
+WORKDIR /src
+ENV home=/usr/local/lib/ckpt-agent
+
+# Wheels only, each with its hash: what is not in the lock is not in the image, and nothing compiles.
+# pip works on the environment from outside, so that it is not in it. pycriu is pure Python, and in
+# no index of Python packages.
+ARG PIP_CERT
+COPY requirements.lock .
+RUN python3 -m venv --without-pip "$home/venv" \
+ && python3 -m pip --python "$home/venv/bin/python" install --quiet --no-cache-dir --no-compile \
+      --disable-pip-version-check --only-binary :all: --require-hashes -r requirements.lock \
+ && cp -r /usr/lib/python3/dist-packages/pycriu "$home"/venv/lib/python3*/site-packages/ \
+ && "$home/venv/bin/python" -c 'import pycriu.rpc_pb2'
+
+COPY scripts/criu-bundle scripts/
+RUN bash scripts/criu-bundle "$home/bundle" /usr/sbin/criu \
+ && printf '#!/bin/sh\nexec %s/ld.so --library-path %s %s/criu "$@"\n' \
+      "$home/bundle" "$home/bundle" "$home/bundle" > "$home/venv/bin/criu" \
+ && chmod 755 "$home/venv/bin/criu" && "$home/venv/bin/criu" --version
+
+COPY hold hold/
+RUN bash hold/build "$home/hold" && rm -rf "$home"/venv/bin/[Aa]ctivate*
+
+# Modules are compiled here, since nothing can be written later, and are taken as they are: a file's
+# time may change on its way into a layer.
+COPY pyproject.toml README.md ./
+COPY agent agent/
+COPY hooks hooks/
+RUN python3 -m pip --python "$home/venv/bin/python" --version >/dev/null \
+ && python3 -m pip wheel --quiet --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir /wheel . \
+ && python3 -m pip --python "$home/venv/bin/python" install --quiet --no-cache-dir --no-compile \
+      --disable-pip-version-check --no-deps --no-index /wheel/*.whl \
+ && find "$home/venv" -depth -type d \( -name tests -o -name __pycache__ \) -exec rm -rf {} + \
+ && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash "$home"/venv/lib
+
+FROM ${BASE}
+ARG DEBIAN_FRONTEND=noninteractive
+RUN apt-get update -qq \
+ && apt-get install -y -qq --no-install-recommends python3 >/dev/null \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/log/apt /var/log/dpkg.log /usr/share/man /usr/share/locale
+COPY --from=build /usr/local/lib/ckpt-agent /usr/local/lib/ckpt-agent
+RUN ln -s ../lib/ckpt-agent/venv/bin/ckpt-agent /usr/local/bin/ckpt-agent \
+ && mkdir -p /etc/ckpt-agent/tls /etc/criu /run/ckpt-agent /var/lib/ckpt-agent/store /var/lib/ckpt-agent/work
+ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 LC_ALL=C.UTF-8
+ENTRYPOINT ["ckpt-agent"]
