@@ -7,9 +7,12 @@ Does not: print, parse or exit.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from agent import errors
 from agent.engines.base import CaptureOptions, Engine, RestoreOptions
@@ -24,6 +27,19 @@ from agent.settings import Settings
 from agent.store.repository import Store
 from agent.volumes.base import Volume
 from agent.volumes.directory import DirectoryVolume
+
+if TYPE_CHECKING:
+    from agent.cluster.session import Session
+    from agent.model.container import Container
+    from agent.model.pods import Pod
+    from agent.node.pods import State
+    from agent.node.service import Documents
+
+# Emptied at boot, like the processes that it tells of.
+_TRAIL = "/run/ckpt-agent/pods"
+# The name in the agents' certificates, whatever their addresses.
+_SERVER_NAME = "ckpt-agent-node.ckpt-agent.svc"
+_HEALTH_S = 5.0
 
 
 def volume(settings: Settings, *, create: bool = False) -> Volume:
@@ -141,6 +157,158 @@ def admit(settings: Settings, *, port: int, stop: threading.Event) -> None:
         policy=policy,
     )
     serve.Admission(cluster, options).run(stop)
+
+
+def node(settings: Settings, documents: Documents, stop: threading.Event) -> None:
+    """Serve this node of a cluster until ``stop`` is set; ``documents`` are how results look.
+
+    Raises:
+        errors.Refused | errors.EnvironmentUnfit: the settings or the node do not let it begin.
+    """
+    # gRPC writes what it thinks of a connection to stderr, which holds our own log.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from agent.cri.runtime import Runtime
+    from agent.kube import access, connection, events
+    from agent.kube.pods import PodWatch
+    from agent.node import interrupted, podwork, readiness, serve, service, stores
+    from agent.node.operations import Operations
+    from agent.node.pods import Pods
+    from agent.rpc import certificates, server
+
+    name = settings.node_name
+    if not name:
+        raise errors.InvalidInput(
+            "which node this is was not said", hint="set node_name (CKPT_AGENT_NODE_NAME)"
+        )
+    with contextlib.ExitStack() as stack:
+        api = stack.enter_context(
+            contextlib.closing(connection.connect(settings.kubeconfig, settings.context))
+        )
+        runtime = stack.enter_context(contextlib.closing(Runtime(settings.runtime_socket)))
+        watch = PodWatch(api, name)
+        known = stores.NamespaceStores(
+            settings.store.path, lambda path, create: DirectoryVolume(path, create=create)
+        )
+        pods = Pods(watch, runtime, _hold_state, name)
+        operations = Operations(settings.parallel)
+        trail = interrupted.Trail(_TRAIL)
+        teller = events.Happenings(api, name)
+        engines = _PodEngines(settings)
+        guard = access.Access(api)
+        authorities = serve.Authorities(guard.client_authorities)
+        parts = service.Parts(
+            settings=settings,
+            node=name,
+            pods=pods,
+            work=podwork.PodWork(pods, engines, known.open, operations, trail, teller),
+            operations=operations,
+            stores=known.open,
+            plan=engines.plan,
+            examine=lambda: (
+                *node_doctor.examine_cluster(runtime.ready, watch),
+                *node_doctor.examine(
+                    criu=lambda: _criu(settings),
+                    volume=known.root,
+                    store=known.any,
+                    store_url=str(settings.store),
+                    work_dir=settings.work_dir,
+                    leftovers=lambda: _leftovers(settings),
+                ),
+            ),
+            documents=documents,
+        )
+        served = server.Server(
+            service.NodeService(parts),
+            guard,
+            name,
+            certificates.Certificates(settings.tls_dir, authorities.pem),
+            server.Ports(token=settings.token_port, certificate=settings.certificate_port),
+        )
+        checks: dict[str, Callable[[], object]] = {
+            "CRIU": functools.cache(lambda: _criu(settings)),
+            "the store's volume": lambda: known.root().space(),
+            "the container runtime": runtime.ready,
+            "the API server": watch.check_synced,
+            "client authorities": authorities.refresh,
+        }
+        serve.run(
+            serve.Parts(
+                node=name,
+                server=served,
+                watch=watch,
+                readiness=readiness.Readiness(
+                    checks, lambda ready: served.set_serving(serving=ready)
+                ),
+                operations=operations,
+                trail=trail,
+                teller=teller,
+                recover=engines.recover,
+                grace_s=settings.shutdown_grace_s,
+            ),
+            stop,
+        )
+
+
+def node_health(settings: Settings) -> None:
+    """Return if the agent that runs here serves.
+
+    Raises:
+        errors.Unreachable: it does not.
+        errors.EnvironmentUnfit: its certificate's authority is not here.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from agent.rpc import certificates, health
+
+    target = f"localhost:{settings.token_port}"
+    authority = certificates.authority(settings.tls_dir)
+    health.check(target, authority, _SERVER_NAME, _HEALTH_S)
+
+
+class _PodEngines:
+    """The engines that dump and restore the containers of pods."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def for_dump(self, wanted: str, pod: Pod, containers: Sequence[Container]) -> Engine:
+        """The engine that is wanted, else the container engine where every container has hold."""
+        raise errors.EnvironmentUnfit("no engine for containers is installed")
+
+    def for_restore(self, pod: Pod, containers: Sequence[Container]) -> Engine:
+        """The container engine."""
+        raise errors.EnvironmentUnfit("no engine for containers is installed")
+
+    def plan(self, containers: Sequence[Container]) -> model_plan.Plan:
+        """What a dump of the containers would take."""
+        return plan(self._settings, [each.pid for each in containers])
+
+    def recover(self) -> list[str]:
+        """Undo what killed agents left on this node; what that was, a line each."""
+        with _needing_pycriu():
+            from agent.engines.criu.engine import CriuEngine
+        engine = CriuEngine(criu=self._settings.criu, work_dir=self._settings.work_dir)
+        found = dataclasses.asdict(engine.recover())
+        return [f"{name}: {value}" for name, value in found.items() if value]
+
+
+def _hold_state(pid: int) -> State:
+    """What a container's first process is."""
+    from agent.engines.container import holding
+
+    if not holding.is_hold(pid):
+        return "other"
+    return "waits" if holding.waits(pid) else "runs"
+
+
+@contextlib.contextmanager
+def cluster(settings: Settings) -> Iterator[Session]:
+    """The cluster that ``settings`` mean, as this caller. Raises what ``cluster.session`` does."""
+    # gRPC writes what it thinks of a connection to stderr; errors are told by us.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from agent.cluster import session
+
+    with session.session(settings) as made:
+        yield made
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from agent.cli import (
     documents,
     dump,
     exits,
+    node,
     output,
     plan,
     prune,
@@ -71,6 +72,7 @@ for _verb in (
     doctor,
     completion,
     admit,
+    node,
 ):
     cli.add_command(_verb.verb)
 

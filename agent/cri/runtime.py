@@ -58,6 +58,9 @@ class Version:
     name: str
     version: str
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
 
 class Runtime:
     """The runtime that listens on the Unix socket ``path``. Every call raises

@@ -65,6 +65,18 @@ class PodWatch:
         with self._changed:
             return self._synced
 
+    def check_synced(self) -> None:
+        """Return if the API server has told all pods once.
+
+        Raises:
+            errors.Unreachable: it has not yet.
+        """
+        if not self.synced:
+            raise errors.Unreachable(
+                "the API server has not told this node's pods yet",
+                hint="may the agent's ServiceAccount list and watch pods?",
+            )
+
     @property
     def stale_s(self) -> float:
         """Seconds since the API server was last heard."""

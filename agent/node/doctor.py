@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from agent import errors
 from agent.host import kernel
 from agent.model import checkup
 from agent.store.repository import Store
 from agent.volumes.base import Volume
+
+# The API server sends at least a bookmark a minute.
+_STALE_S = 150.0
 
 
 def examine(
@@ -44,6 +48,50 @@ def examine(
             leftovers=_leftovers(leftovers),
         )
     )
+
+
+class Watch(Protocol):
+    """This node's pods (agent.kube.pods)."""
+
+    @property
+    def stale_s(self) -> float:
+        """Seconds since the API server was last heard."""
+
+    def check_synced(self) -> None:
+        """Raise unless it has told all pods once."""
+
+
+def examine_cluster(runtime: Callable[[], object], watch: Watch) -> tuple[checkup.Check, ...]:
+    """Look at what a node of a cluster needs besides: its container runtime and the API server."""
+    return (_runtime(runtime), _api_server(watch))
+
+
+def _runtime(runtime: Callable[[], object]) -> checkup.Check:
+    name = "container-runtime"
+    try:
+        return checkup.Check(name, "ok", str(runtime()))
+    except errors.CkptError as exc:
+        return checkup.Check(
+            name, "missing", exc.message, "no container of this node is found", exc.hint
+        )
+
+
+def _api_server(watch: Watch) -> checkup.Check:
+    name = "api-server"
+    try:
+        watch.check_synced()
+    except errors.CkptError as exc:
+        return checkup.Check(name, "missing", exc.message, "no pod is known", exc.hint)
+    stale_s = watch.stale_s
+    if stale_s > _STALE_S:
+        return checkup.Check(
+            name,
+            "degraded",
+            f"not heard for {stale_s:.0f} s",
+            "callers with a token are refused, and new pods are not known",
+            "look at the network between this node and the API server",
+        )
+    return checkup.Check(name, "ok", f"last heard {stale_s:.0f} s ago")
 
 
 def _folder(path: str) -> checkup.Folder:

@@ -8,14 +8,13 @@ Does not: start or stop anything.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from agent import errors
 from agent.cri.runtime import Listed, Version
 from agent.host import clock
-from agent.model import container, ids, optin
+from agent.model import ids, optin
 from agent.model.container import Container
 from agent.model.pods import Pod
 
@@ -28,6 +27,8 @@ _START_S = 10.0
 _OVER = ("Succeeded", "Failed")
 
 State = Literal["waits", "runs", "other"]
+"""What a container's first process is: hold that waits for a restore, hold with a workload below
+it, or anything else."""
 
 
 class Watch(Protocol):
@@ -62,26 +63,16 @@ class Runtime(Protocol):
         """What one of them is made of."""
 
 
-def state(pid: int) -> State:
-    """What a container's first process is: ``waits`` for a restore, ``runs`` a workload below
-    hold, or ``other``: an ordinary first process, or none that can be looked at.
-    """
-    try:
-        if os.readlink(f"/proc/{pid}/exe") != container.HOLD:
-            return "other"
-        with open(f"/proc/{pid}/cmdline", "rb") as stream:
-            title = stream.read(64)
-    except OSError:  # it is gone: whoever asks looks again, or finds it gone by other means
-        return "other"
-    return "waits" if title.startswith(b"hold: waiting") else "runs"
-
-
 class Pods:
     """Finds pods and containers of this node."""
 
-    def __init__(self, watch: Watch, runtime: Runtime, node: str) -> None:
+    def __init__(
+        self, watch: Watch, runtime: Runtime, state: Callable[[int], State], node: str
+    ) -> None:
+        """``state`` looks at a container's first process, by its pid."""
         self._watch = watch
         self._runtime = runtime
+        self._state = state
         self._node = node
 
     def find(self, namespace: str, name: str, uid: str = "") -> Pod:
@@ -189,7 +180,7 @@ class Pods:
                 each = self._runtime.container(here[name])
             except errors.NotFound:  # it has just ended; its successor may hold
                 continue
-            how = state(each.pid)
+            how = self._state(each.pid)
             if how == "waits":
                 found.append(each)
                 continue

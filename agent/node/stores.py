@@ -26,7 +26,7 @@ class NamespaceStores:
         self._root = root
         self._volume = volume
 
-    def open(self, namespace: ids.Namespace, create: bool) -> Store:  # noqa: FBT001
+    def open(self, namespace: ids.Namespace, create: bool) -> Store:
         """The store of ``namespace``, made if ``create`` and there is none.
 
         Raises:
@@ -43,6 +43,14 @@ class NamespaceStores:
             raise errors.NotFound(
                 f"namespace {namespace} has no images", hint="the first dump makes its store"
             ) from exc
+
+    def any(self) -> Store:
+        """For a look at all of them together, which there is none of.
+
+        Raises:
+            errors.NotFound: always: each namespace has its own.
+        """
+        raise errors.NotFound("each namespace has a store of its own")
 
     def root(self) -> Volume:
         """What all stores lie in.

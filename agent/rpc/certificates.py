@@ -94,6 +94,21 @@ class _Follower:
         )
 
 
+def authority(directory: str) -> bytes:
+    """The authority that issued the certificate in ``directory``, PEM.
+
+    Raises:
+        errors.EnvironmentUnfit: it is not there.
+    """
+    path = os.path.join(directory, _AUTHORITY)
+    try:
+        return _content(path)
+    except OSError as exc:
+        raise errors.EnvironmentUnfit(
+            f"{path} cannot be read: {exc.strerror}", hint="set tls_dir", path=path
+        ) from exc
+
+
 def _content(path: str) -> bytes:
     with open(path, "rb") as stream:
         return stream.read()

@@ -1,0 +1,170 @@
+"""The node agent from its start to its end.
+
+Promises: what a killed predecessor left is undone before anything new begins, and is told in the
+log and on the pods concerned; told to end, it takes no new work, gives captures up (their pods go
+on) and is gone within the grace period.
+Does not: know what its parts are made of; the wiring does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from agent import errors
+from agent.host import clock
+from agent.kube.events import Reason
+from agent.model.pods import Pod
+from agent.node import interrupted
+from agent.node.operations import Operations
+from agent.node.readiness import Readiness
+
+_log = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+# What the end takes once no operation runs: answers on their way out, the last events.
+_LAST_S = 2.0
+# The API server's own authorities change once in years.
+_AUTHORITIES_S = 300.0
+_AUTHORITIES_SOON_S = 10.0
+
+
+class Server(Protocol):
+    """The gRPC server (agent.rpc.server)."""
+
+    def start(self) -> None:
+        """Take calls."""
+
+    def stop(self, grace_s: float) -> None:
+        """End."""
+
+
+class Watch(Protocol):
+    """The pods of this node (agent.kube.pods)."""
+
+    def start(self) -> None:
+        """Begin."""
+
+    def close(self) -> None:
+        """End."""
+
+    def get(self, namespace: str, name: str) -> Pod | None:
+        """One pod."""
+
+
+class Teller(Protocol):
+    """Events on pods (agent.kube.events)."""
+
+    def tell(self, pod: Pod, reason: Reason, note: str) -> None:
+        """Tell one."""
+
+    def close(self, timeout_s: float) -> None:
+        """Tell the rest and end."""
+
+
+class Authorities:
+    """The cluster's authorities for client certificates, as last heard."""
+
+    def __init__(self, ask: Callable[[], bytes]) -> None:
+        self._ask = ask
+        self._pem = b""
+        self._due_s = 0.0
+        self._problem = ""
+
+    def pem(self) -> bytes:
+        """What is known now; does not block."""
+        return self._pem
+
+    def refresh(self) -> None:
+        """Ask if it is due."""
+        if clock.monotonic_s() < self._due_s:
+            return
+        try:
+            self._pem = self._ask()
+        except errors.CkptError as exc:
+            if exc.message != self._problem:
+                _log.warning(
+                    "client certificates of the cluster cannot be checked: %s", exc.message
+                )
+            self._problem = exc.message
+            self._due_s = clock.monotonic_s() + _AUTHORITIES_SOON_S
+        else:
+            self._problem = ""
+            self._due_s = clock.monotonic_s() + _AUTHORITIES_S
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What an agent is made of. ``recover`` undoes what killed agents left and says what that
+    was, a line each.
+    """
+
+    node: str
+    server: Server
+    watch: Watch
+    readiness: Readiness
+    operations: Operations
+    trail: interrupted.Trail
+    teller: Teller
+    recover: Callable[[], Sequence[str]]
+    grace_s: float
+
+
+def run(parts: Parts, stop: threading.Event) -> None:
+    """Serve until ``stop`` is set."""
+    try:
+        for line in parts.recover():
+            _log.warning("a killed agent's work was undone: %s", line)
+    except errors.CkptError as exc:
+        # Each dump and restore begins with the same; the agent stays to say what is wrong.
+        _log.error("what a killed agent left cannot be undone now: %s", exc.message)
+    left: Sequence[interrupted.Left] = parts.trail.take()
+    parts.watch.start()
+    parts.server.start()
+    parts.readiness.start()
+    _log.info("serving", extra={"facts": {"node": parts.node}})
+    try:
+        while not stop.wait(_TICK_S):
+            parts.readiness.watch()
+            left = _tell_left(parts, left) if left else left
+    finally:
+        _end(parts)
+
+
+def _tell_left(parts: Parts, left: Sequence[interrupted.Left]) -> list[interrupted.Left]:
+    """Tell the people of the pods that the watch knows by now; return the rest."""
+    if parts.readiness.reason:
+        return list(left)
+    for each in left:
+        facts = {"pod": f"{each.namespace}/{each.pod}", "uid": each.uid}
+        if each.kind == "dump":
+            reason: Reason = "CheckpointFailed"
+            note = "the agent was killed in the middle of a dump; it was given up, the pod goes on"
+        else:
+            reason = "RestoreFailed"
+            note = (
+                "the agent was killed in the middle of a restore; it was undone, and the"
+                " placeholder waits"
+            )
+        _log.warning(note, extra={"facts": facts})
+        pod = parts.watch.get(each.namespace, each.pod)
+        if pod is not None and pod.uid == each.uid:
+            parts.teller.tell(pod, reason, note)
+    return []
+
+
+def _end(parts: Parts) -> None:
+    deadline = clock.Deadline.after(parts.grace_s)
+    _log.info("shutting down")
+    parts.readiness.close()
+    parts.operations.close()
+    if not parts.operations.wait_empty(deadline):
+        names = ", ".join(f"{each.kind} of {each.what}" for each in parts.operations.running())
+        _log.error("still running at the end of the grace period: %s", names)
+    parts.server.stop(min(_LAST_S, max(deadline.remaining_s, _TICK_S)))
+    parts.watch.close()
+    parts.teller.close(_LAST_S)
+    _log.info("ended")
