@@ -55,7 +55,7 @@ def state_directory() -> Path:
 class Node(NodeMachine):
     """A node: containerd, kubelet and kube-proxy run in it as services of these names.
 
-    From Machine: ``exec``, ``inside``, ``start``, ``kill``, ``restart``, ``alive``, ``tail``.
+    From Machine: exec, inside, start, kill, stop, resume, alive, tail, wait_for.
     """
 
     @property
@@ -151,7 +151,7 @@ class Cluster:
 
     def _stop(self) -> None:
         for machine in self._machines():
-            machine.stop()
+            machine.halt()
 
     def _remove(self) -> None:
         for machine in self._machines():

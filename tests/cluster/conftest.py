@@ -40,7 +40,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def namespace(cluster: Cluster) -> Iterator[str]:
-    """A namespace of the test's own, deleted with all that is in it."""
+    """A namespace of the test's own; it is deleted after the test, its pods at once."""
     name = f"test-{secrets.token_hex(4)}"
     cluster.kubectl("create", "namespace", name)
     # Without it pods are refused, and it comes a moment after its namespace.
@@ -50,4 +50,10 @@ def namespace(cluster: Cluster) -> Iterator[str]:
         30,
     )
     yield name
-    cluster.kubectl("delete", "namespace", name, "--wait=true", "--timeout=90s")
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+    # Its pods must not disturb the next test; the rest of it may take its time.
+    cluster.wait_for(
+        f"the end of {name}'s pods",
+        lambda: not cluster.get("pods", "-n", name)["items"],
+        90,
+    )

@@ -22,6 +22,22 @@ HERE = Path(__file__).resolve().parent
 LOG_LINES = 25
 NODE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+# A service's log and pid file, then its command line: runs it until another supervisor, or nobody,
+# is named beside the pid file.
+SUPERVISE = """log=$1 pidfile=$2; shift 2
+echo $$ > "$pidfile.supervisor"
+while [ "$(cat "$pidfile.supervisor" 2>/dev/null)" = $$ ]; do
+  "$@" < /dev/null >> "$log" 2>&1 &
+  echo $! > "$pidfile"
+  wait $!
+  sleep 0.3
+done"""
+START = """supervise=$1 log=$2 pidfile=$3; shift
+rm -f "$pidfile"
+setsid sh -c "$supervise" sh "$@" < /dev/null > /dev/null 2>&1 &
+until [ -s "$pidfile" ]; do sleep 0.02; done"""
+ALIVE = 'read -r stat < "/proc/$(cat "$0")/stat" && case ${stat##*) } in Z*) exit 1 ;; esac'
+
 
 class ClusterError(Exception):
     """The test cluster did not do what it was asked; the message holds the evidence."""
@@ -80,7 +96,7 @@ def _started(pid: int) -> str | None:
 
 
 class Machine:
-    """One machine. It exists from ``boot`` until ``stop``; other programs may ``attach`` to it."""
+    """One machine. It exists from ``boot`` until ``halt``, whoever called them."""
 
     def __init__(self, name: str, state: Path) -> None:
         self.name = name
@@ -143,7 +159,7 @@ class Machine:
         (self.state / "pid").write_text(f"{pid} {_started(pid)}\n")
         process.returncode = 0  # it outlives us on purpose
 
-    def stop(self) -> None:
+    def halt(self) -> None:
         """Ends every process of the machine and removes its control groups; its files stay."""
         pid = self._pid()
         if pid is not None:
@@ -155,8 +171,8 @@ class Machine:
             poll(partial(_removed, group), f"removing {group}", 10)
 
     def remove(self) -> None:
-        """Stops the machine and deletes its files."""
-        self.stop()
+        """Halts the machine and deletes its files."""
+        self.halt()
         shutil.rmtree(self.state, ignore_errors=True)
         if self.state.exists():
             raise ClusterError(f"{self.state} could not be removed: is something mounted there?")
@@ -176,37 +192,33 @@ class Machine:
         return run(self.inside(argv), stdin=stdin, timeout_s=timeout_s, check=check)
 
     def start(self, service: str, *argv: str | os.PathLike[str]) -> None:
-        """Starts a service in the background; its output goes to ``log/SERVICE.log``."""
-        script = (
-            'log=$1 pidfile=$2; shift 2; setsid "$@" < /dev/null >> "$log" 2>&1 & '
-            'echo $! > "$pidfile"'
-        )
+        """Starts a service in the background, and again whenever it ends, as a node's service
+        manager does; its output goes to ``log/SERVICE.log``.
+        """
         log, pidfile = self._inner_paths(service)
-        self.exec("sh", "-c", script, "sh", log, pidfile, *argv)
+        self.exec("sh", "-c", START, "sh", SUPERVISE, log, pidfile, *argv)
         (self.state / f"{service}.argv").write_text("\0".join(map(str, argv)))
-
-    def _inner_paths(self, service: str) -> tuple[str, str]:
-        return str(self.log / f"{service}.log"), str(self._services / f"{service}.pid")
 
     def alive(self, service: str) -> bool:
         """Whether the service's process lives."""
         _, pidfile = self._inner_paths(service)
-        script = (
-            'read -r state < "/proc/$(cat "$0")/stat" && case ${state##*) } in Z*) exit 1 ;; esac'
-        )
-        return self.exec("sh", "-c", script, pidfile, check=False).returncode == 0
+        return self.exec("sh", "-c", ALIVE, pidfile, check=False).returncode == 0
 
-    def kill(self, service: str, signal_name: str = "TERM", timeout_s: float = 30) -> None:
-        """Sends the service a signal and waits until it is gone."""
+    def kill(self, service: str, signal_name: str = "KILL") -> None:
+        """Sends the service a signal; if it ends by it, it is started again within a second."""
         _, pidfile = self._inner_paths(service)
         self.exec("sh", "-c", f'kill -{signal_name} "$(cat "$0")"', pidfile)
-        if signal_name not in {"STOP", "CONT"}:
-            poll(lambda: not self.alive(service), f"the end of {service} on {self.name}", timeout_s)
 
-    def restart(self, service: str, signal_name: str = "TERM") -> None:
-        """Ends the service as ``kill`` does, and starts it again as it was started."""
+    def stop(self, service: str, signal_name: str = "TERM", timeout_s: float = 30) -> None:
+        """Ends the service and waits until it is gone. It stays so until ``resume``."""
+        _, pidfile = self._inner_paths(service)
+        self.exec("rm", "-f", f"{pidfile}.supervisor")
         if self.alive(service):
             self.kill(service, signal_name)
+        poll(lambda: not self.alive(service), f"the end of {service} on {self.name}", timeout_s)
+
+    def resume(self, service: str) -> None:
+        """Starts a service that was stopped, as it was started before."""
         self.start(service, *(self.state / f"{service}.argv").read_text().split("\0"))
 
     def tail(self, service: str, lines: int = LOG_LINES) -> str:
@@ -218,21 +230,14 @@ class Machine:
         return "\n".join(text.splitlines()[-lines:])
 
     def wait_for(self, service: str, ready: Callable[[], object], timeout_s: float) -> None:
-        """Returns when ``ready`` holds; ClusterError with the end of the log when the service dies
-        or the time is over.
-        """
-
-        def settled() -> bool:
-            if ready():
-                return True
-            if not self.alive(service):
-                raise ClusterError(f"{service} on {self.name} died")
-            return False
-
+        """Returns when ``ready`` holds; ClusterError with the end of the log after the time."""
         try:
-            poll(settled, f"{service} on {self.name}", timeout_s)
+            poll(ready, f"{service} on {self.name}", timeout_s)
         except ClusterError as error:
             raise ClusterError(f"{error}\n{self.tail(service)}") from error
+
+    def _inner_paths(self, service: str) -> tuple[str, str]:
+        return str(self.log / f"{service}.log"), str(self._services / f"{service}.pid")
 
 
 class NodeMachine(Machine):

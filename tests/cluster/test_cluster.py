@@ -214,8 +214,8 @@ def test_a_kubelet_that_was_killed_comes_back_and_its_pods_live(
     cluster.wait_for_pod("counter", namespace)
     started = cluster.get("pod", "counter", "-n", namespace)["status"]["containerStatuses"]
 
-    cluster.node("n2").restart("kubelet", "KILL")
-    cluster.node("n2").restart("containerd", "KILL")
+    cluster.node("n2").kill("kubelet")
+    cluster.node("n2").kill("containerd")
 
     cluster.wait_for(
         "kubelet to answer again",
