@@ -158,6 +158,7 @@ def parts(rootfs_diff: bytes | None = None) -> dict[str, bytes]:
             "io.kubernetes.cri.sandbox-namespace": "team",
             "io.kubernetes.cri.sandbox-uid": "11111111-2222-3333-4444-555555555555",
         },
+        "linux": {"resources": {"memory": {"limit": 1 << 30}}},
         "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
     }
     config = {

@@ -20,12 +20,15 @@ from agent.model.streams import MemberSink, MemberSource
 
 @dataclasses.dataclass(frozen=True)
 class Promises:
-    """What the planner chooses an engine by."""
+    """What the planner chooses an engine by. ``cuts``: it asks the ``Cut``, so that several
+    members can stand still together, and processes can be ended when the epoch is committed.
+    """
 
     incremental: bool
     live_tcp: bool
     isolates: bool
     streams_memory: bool
+    cuts: bool = True
 
 
 class Disposition(enum.Enum):

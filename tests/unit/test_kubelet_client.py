@@ -312,7 +312,7 @@ def test_a_kubelet_that_does_not_end_in_time_is_left(
 
 def test_a_connection_that_breaks_is_an_error(kubelet: Kubelet, server: Server) -> None:
     server.hang_up = True
-    with pytest.raises(errors.Unreachable, match="broke"):
+    with pytest.raises(client.Lost, match="broke"):
         call(kubelet)
 
 

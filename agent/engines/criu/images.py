@@ -38,7 +38,6 @@ _MAGIC = {
     "remap-fpath": 0x59133954,
     "core": 0x55053847,
     "fs": 0x51403912,
-    "tty-info": 0x59453036,
 }
 _COUNT_LIMIT = (1 << 32) - 1
 # One record holds a file's or a mapping's description; the limit only bounds damage.

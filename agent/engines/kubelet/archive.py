@@ -38,6 +38,7 @@ CONFIG = "config.dump"
 STATUS = "status.dump"
 CONTAINERD_STATUS = "status"
 ROOTFS_DIFF = "rootfs-diff.tar"
+DELETED = "deleted.files"
 STATS = "stats-dump"
 LOG = "dump.log"
 # The container's output so far. It stays where the cluster keeps logs: it is not the job's state.
@@ -95,8 +96,9 @@ class Archive:
 
     @property
     def kept_parts(self) -> list[str]:
-        """The parts that belong to the container's state, in order of names."""
-        return sorted(name for name in self.parts if name not in (*_OUTPUT, LOG))
+        """The parts that are kept as they are, in order of names."""
+        other = (*_OUTPUT, LOG, ROOTFS_DIFF, DELETED)
+        return sorted(name for name in self.parts if name not in other)
 
     def stream(self, member: Member) -> BinaryIO:
         """The content of a member, buffered; raises ``errors.Corrupt`` while it is read if the

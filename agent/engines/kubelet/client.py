@@ -40,6 +40,10 @@ _FINGERPRINT_BYTES = 32
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 
 
+class Lost(errors.DumpFailed):
+    """The kubelet did not end its answer, so that it may still be at work."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Trust:
     """How the kubelet's serving certificate is known; exactly one field is set.
@@ -114,7 +118,8 @@ def checkpoint(kubelet: Kubelet, target: Target, deadline: clock.Deadline) -> li
         errors.PrivilegeMissing: the token is missing, refused, or may not do this.
         errors.Unreachable: no answer, or not from this kubelet.
         errors.EnvironmentUnfit: the kubelet or the runtime has no checkpoints.
-        errors.CriuFailed | errors.DumpFailed | errors.DeadlineExceeded: it failed.
+        errors.CriuFailed | errors.DumpFailed: it failed.
+        Lost | errors.DeadlineExceeded: it may still be at work.
     """
     token = _token(kubelet.token_file)
     connection = _connected(kubelet, deadline)
@@ -252,7 +257,7 @@ def _post(
             " removed later",
         ) from exc
     except (OSError, http.client.HTTPException) as exc:
-        raise errors.Unreachable(
+        raise Lost(
             f"the connection to the kubelet broke while it checkpointed {target}",
             hint="check that the kubelet runs, and try again",
         ) from exc

@@ -11,9 +11,10 @@ Does not: say what the node is (kernel, CPU): an archive does not tell.
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import Message
@@ -24,16 +25,11 @@ from agent.host import sockets
 
 # images/core.proto: TASK_ALIVE, TASK_DEAD (a zombie), TASK_STOPPED; as letters of the kernel's.
 _STATES = {1: "S", 2: "Z", 3: "T"}
-# images/vma.proto and criu/include/image.h: a private or shared mapping of a file.
-_VMA_FILE_PRIVATE = 1 << 6
-_VMA_FILE_SHARED = 1 << 7
-_PROT_WRITE = 2
-# Not files of a file system that a restore could miss.
-_PSEUDO = ("/proc/", "/sys/", "/dev/", "/memfd:", "/SYSV", "/anon_hugepage", "/[aio]")
 _FAMILIES = {2: "", 10: "6"}
 _PROTOCOLS = {6: "tcp", 17: "udp", 136: "udplite"}
 _UNIX_TYPES = {1: "stream", 2: "dgram", 5: "seqpacket"}
-_PTMX = (5, 2)
+# What runc puts into CRIU's folder: where the first process's standard streams led.
+DESCRIPTORS = "descriptors.json"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 _M = TypeVar("_M", bound=Message)
@@ -64,11 +60,15 @@ def of_tree(source: Source) -> dict[str, Any]:
 
 
 def of_container(
-    spec: Mapping[str, Any], config: Mapping[str, Any], status: Mapping[str, Any]
+    spec: Mapping[str, Any],
+    config: Mapping[str, Any],
+    status: Mapping[str, Any],
+    stdio: Sequence[str],
 ) -> dict[str, Any]:
-    """Which container it was, from the runtime's own parts; unknown is "".
+    """Which container it was, from the runtime's own parts; what they do not tell is "".
 
     ``image_digest`` is what the runtime resolved the image to, ``image`` what the pod asked for.
+    ``stdio`` are the links of the first process's standard streams.
     """
     notes = _mapping(spec.get("annotations"))
     labels = _mapping(status.get("labels"))
@@ -77,18 +77,53 @@ def of_container(
         values = (found.get(key) for key in keys for found in (notes, labels))
         return next((value for value in values if isinstance(value, str) and value), "")
 
-    references = (config.get("rootfsImageRef"), status.get("image_ref"), status.get("imageRef"))
+    # The id first: it names the image itself, a reference only what a registry called it.
+    references = (
+        *(status.get("image_id"), status.get("imageId"), status.get("image_ref")),
+        *(status.get("imageRef"), config.get("rootfsImageRef")),
+    )
     digests = (_DIGEST.search(each) for each in references if isinstance(each, str))
     return {
-        "container": first("io.kubernetes.cri.container-name", "io.kubernetes.container.name"),
+        "name": first("io.kubernetes.cri.container-name", "io.kubernetes.container.name"),
         "pod": first("io.kubernetes.cri.sandbox-name", "io.kubernetes.pod.name"),
         "namespace": first("io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace"),
         "pod_uid": first("io.kubernetes.cri.sandbox-uid", "io.kubernetes.pod.uid"),
-        "container_id": _string(config.get("id")),
+        "id": _string(config.get("id")),
         "runtime": _string(config.get("runtime")),
         "image": _string(config.get("rootfsImageName")),
         "image_digest": next((found[0] for found in digests if found), ""),
+        "mounts": sorted(_destinations(spec)),
+        "memory_limit_bytes": _memory_limit_bytes(spec),
+        "stdio": list(stdio),
+        "addresses": [],
     }
+
+
+def streams(raw: bytes) -> list[str]:
+    """The links of the standard streams, as runc notes them beside CRIU's images.
+
+    Raises:
+        errors.Corrupt: it is no list of them.
+    """
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError) as exc:
+        raise corrupt(f"{DESCRIPTORS} is not JSON") from exc
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise corrupt(f"{DESCRIPTORS} is not a list of names")
+    return found[:3]
+
+
+def _destinations(spec: Mapping[str, Any]) -> set[str]:
+    found = spec.get("mounts")
+    mounts = found if isinstance(found, list) else []
+    return {_string(_mapping(each).get("destination")) for each in mounts} - {""}
+
+
+def _memory_limit_bytes(spec: Mapping[str, Any]) -> int | None:
+    resources = _mapping(_mapping(spec.get("linux")).get("resources"))
+    limit = _mapping(resources.get("memory")).get("limit")
+    return limit if isinstance(limit, int) and 0 < limit < 1 << 62 else None
 
 
 class _Tree:
@@ -97,15 +132,8 @@ class _Tree:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._files = {entry.id: entry for entry in self.load("files", "files.img", pb.file_entry)}
-        self._terminals: dict[int, Any] | None = None
         self._processes: list[dict[str, Any]] = []
-        self._stdio: list[dict[str, Any]] | None = None
         self._sockets: list[dict[str, Any]] = []
-        self._needed: dict[str, dict[str, Any]] = {}
-        self._writable: set[str] = set()
-        self._pipes: dict[int, set[int]] = {}
-        self._masters: set[int] = set()
-        self._ttys: dict[str, int] = {}
 
     def load(self, kind: str, name: str, make: Callable[[], _M]) -> list[_M]:
         return images.load(kind, name, self._source.image(name), make)
@@ -144,14 +172,8 @@ class _Tree:
         process["cwd"] = self._path(folders.cwd_id)
         process["exe"] = self._path(mm.exe_file_id)
         opened = self.load("fdinfo", f"fdinfo-{ids.files_id}.img", pb.fdinfo_entry)
-        if self._stdio is None:
-            self._stdio = [
-                self._stream(each) for each in sorted(opened, key=_descriptor) if each.fd <= 2
-            ]
         for each in opened:
             self._add_open(entry.pid, each)
-        for area in mm.vmas:
-            self._add_mapped(area)
 
     def _path(self, number: int) -> str:
         found = self._files.get(number)
@@ -161,94 +183,17 @@ class _Tree:
         found = self._files.get(opened.id)
         if found is None:
             raise corrupt(f"file {opened.id} of process {pid} is not in files.img")
-        if found.HasField("pipe"):
-            self._pipes.setdefault(found.pipe.pipe_id, set()).add(found.pipe.flags & os.O_ACCMODE)
-        elif found.HasField("isk") or found.HasField("usk"):
+        if found.HasField("isk") or found.HasField("usk"):
             self._sockets.append(_socket(pid, opened.fd, found))
-        elif found.HasField("tty"):
-            self._add_terminal(found.tty)
-        elif found.HasField("reg"):
-            if found.reg.flags & os.O_ACCMODE:
-                self._writable.add(found.reg.name)
-            else:
-                self._note(found.reg, "open")
-
-    def _add_mapped(self, area: Any) -> None:
-        if not area.status & (_VMA_FILE_PRIVATE | _VMA_FILE_SHARED):
-            return
-        found = self._files.get(area.shmid)
-        if found is None or not found.HasField("reg"):
-            return
-        if area.status & _VMA_FILE_SHARED and area.prot & _PROT_WRITE:
-            self._writable.add(found.reg.name)
-        else:
-            self._note(found.reg, "mapped")
-
-    def _note(self, file: Any, use: str) -> None:
-        if file.name.startswith("/") and not file.name.startswith(_PSEUDO):
-            self._needed.setdefault(
-                file.name, {"path": file.name, "use": use, "size_bytes": file.size}
-            )
-
-    def _terminal(self, number: int) -> Any:
-        if self._terminals is None:
-            records = self.load("tty-info", "tty-info.img", pb.tty_info_entry)
-            self._terminals = {each.id: each for each in records}
-        if number not in self._terminals:
-            raise corrupt(f"terminal {number} is not in tty-info.img")
-        return self._terminals[number]
-
-    def _add_terminal(self, tty: Any) -> None:
-        info = self._terminal(tty.tty_info_id)
-        index = info.pty.index if info.HasField("pty") else -1
-        if (os.major(info.rdev), os.minor(info.rdev)) == _PTMX:
-            self._masters.add(index)
-        else:
-            self._ttys[_tty_key(info)] = index
-
-    def _stream(self, opened: Any) -> dict[str, Any]:
-        found = self._files.get(opened.id)
-        kind, link = "file", ""
-        if found is None:
-            raise corrupt(f"file {opened.id} is not in files.img")
-        if found.HasField("pipe"):
-            kind, link = "pipe", f"pipe:[{found.pipe.pipe_id}]"
-        elif found.HasField("tty"):
-            kind, link = "tty", _tty_key(self._terminal(found.tty.tty_info_id))
-        elif found.HasField("isk") or found.HasField("usk"):
-            number = found.isk.ino if found.HasField("isk") else found.usk.ino
-            kind, link = "socket", f"socket:[{number}]"
-        elif found.HasField("reg"):
-            link = found.reg.name
-        return {"fd": opened.fd, "kind": kind, "link": link, "key": link}
 
     def facts(self) -> dict[str, Any]:
         """What was found, as JSON values."""
-        outside = {
-            key for key, index in self._ttys.items() if index < 0 or index not in self._masters
-        }
-        cut = {f"pipe:[{number}]" for number, modes in self._pipes.items() if len(modes) == 1}
-        stdio = self._stdio or []
-        for each in stdio:
-            # Cut off at restore unless it is redirected: its other end is not in the tree.
-            each["external"] = each["link"] in cut or each["key"] in outside
         return {
-            "ttys": sorted(outside),
+            "root": self._processes[0]["pid"],
             "processes": self._processes,
-            "stdio": stdio,
-            "files": [self._needed[path] for path in sorted(self._needed.keys() - self._writable)],
             "sockets": self._sockets,
             "directories": sorted({each["cwd"] for each in self._processes if each["cwd"]}),
         }
-
-
-def _descriptor(opened: Any) -> int:
-    return int(opened.fd)
-
-
-def _tty_key(info: Any) -> str:
-    """How CRIU names a terminal that it is to take from outside."""
-    return f"tty[{info.rdev:x}:{info.dev:x}]"
 
 
 def _socket(pid: int, number: int, found: Any) -> dict[str, Any]:

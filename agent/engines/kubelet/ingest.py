@@ -2,9 +2,10 @@
 
 Promises: the sink gets what the ``container`` engine would have given it of the same processes:
 memory as runs in the order of CRIU's page maps, so that equal pages are stored once whichever
-engine saw them; CRIU's other images under CRIU's names; the runtime's parts (``spec.dump``,
-``rootfs-diff.tar``, ...) under theirs, the difference unpacked. Every page file is used once and
-to its last byte. Memory used does not grow with the container's but for the list of members.
+engine saw them; CRIU's other images under CRIU's names; the runtime's parts (``spec.dump``, ...)
+under theirs; what changed in the root file system as ``model.container`` says. Every page file is
+used once and to its last byte. Memory does not grow with the container's but for the list of
+members.
 Does not: restore, or look into parts that only a restore needs.
 """
 
@@ -14,7 +15,7 @@ import dataclasses
 import re
 import struct
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -22,6 +23,7 @@ from agent.engines.criu import images
 from agent.engines.kubelet import imagefacts, layer
 from agent.engines.kubelet.archive import (
     CONFIG,
+    DELETED,
     LOG,
     ROOTFS_DIFF,
     SPEC,
@@ -30,10 +32,15 @@ from agent.engines.kubelet.archive import (
     Archive,
 )
 from agent.engines.kubelet.tarindex import Member, corrupt
-from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSink, PageRun, SpaceKind
-
-# How the engines for containers lay an image out; either's can be restored.
-LAYOUT = "container-1"
+from agent.model import container
+from agent.model.streams import (
+    PAGE_BYTES,
+    AddressSpace,
+    FileEntry,
+    MemberSink,
+    PageRun,
+    SpaceKind,
+)
 
 # No leading zeros: two names must not be one address space.
 _NUMBER = r"(0|[1-9][0-9]{0,18})"
@@ -49,6 +56,7 @@ _FRAME = struct.Struct("<II")
 _LENGTH = struct.Struct("<I")
 _PAGEMAP_MAGIC = (0x54564319, 0x56084025)
 _RECORD_BYTES = 1 << 10
+_DIFF_ENTRY = FileEntry(container.ROOTFS_DIFF, "file", 0o100600, 0, 0, 0, 0, "include")
 # criu/include/pagemap.h
 _PE_PARENT = 1
 _PE_LAZY = 2
@@ -96,29 +104,28 @@ class _Ingest:
         # First what is small, so that a useless archive costs nothing.
         facts = self._facts()
         diff = self._source.parts.get(ROOTFS_DIFF)
-        if diff is not None:
-            layer.check(self._source, diff)
+        checked = layer.check(self._source, diff, self._source.parts.get(DELETED)) if diff else None
         self._memory()
         for name, member in sorted(self._source.images.items()):
             if name not in (STATS, LOG) and not _MEMORY.fullmatch(name):
-                self._metadata(name, self._source.stream(member), member.size_bytes)
+                self._metadata(name, member)
         for name in self._source.kept_parts:
-            member = self._source.parts[name]
-            if name == ROOTFS_DIFF:
-                self._metadata(name, layer.opened(self._source, member), member.size_bytes)
-            else:
-                self._metadata(name, self._source.stream(member), member.size_bytes)
+            self._metadata(name, self._source.parts[name])
+        if diff and checked:
+            self._check()
+            self._sink.file(_DIFF_ENTRY, layer.converted(self._source, diff, checked))
         for process in facts["processes"]:
             process["memory"] = {
                 "anon_bytes": self._pages_of.get(AddressSpace("process", process["pid"]), 0)
                 * PAGE_BYTES
             }
         facts = {
-            "layout": LAYOUT,
+            "layout": container.LAYOUT,
             **node_facts,
             **facts,
             "spaces": [[space.kind, space.id] for space in self._pages_of],
-            "skipped": [],
+            "rootfs": _about(checked) if checked else None,
+            "volumes": [],
             "archive_parts": self._source.kept_parts,
         }
         self._sink.facts(facts)
@@ -137,15 +144,21 @@ class _Ingest:
         return self._source.read(member, _IMAGE_BYTES)
 
     def _facts(self) -> dict[str, Any]:
-        container = imagefacts.of_container(
-            self._source.json(SPEC), self._source.json(CONFIG), self._source.json(STATUS)
-        )
-        return {**container, **imagefacts.of_tree(self)}
+        stdio = self._source.images.get(imagefacts.DESCRIPTORS)
+        return {
+            **imagefacts.of_tree(self),
+            "container": imagefacts.of_container(
+                self._source.json(SPEC),
+                self._source.json(CONFIG),
+                self._source.json(STATUS),
+                imagefacts.streams(self._source.read(stdio, _IMAGE_BYTES)) if stdio else [],
+            ),
+        }
 
-    def _metadata(self, name: str, content: BinaryIO, size_bytes: int) -> None:
+    def _metadata(self, name: str, member: Member) -> None:
         self._check()
-        self._metadata_bytes += size_bytes
-        self._sink.metadata(name, content)
+        self._metadata_bytes += member.size_bytes
+        self._sink.metadata(name, self._source.stream(member))
 
     def _memory(self) -> None:
         maps: list[tuple[AddressSpace, Member]] = []
@@ -233,6 +246,18 @@ class _Pages:
         if self._ready or self._at != self._member.size_bytes:
             raise corrupt(f"{self._member.name} has pages that are in no page map")
         return self._at // PAGE_BYTES
+
+
+def _about(checked: layer.Layer) -> dict[str, Any]:
+    """What a restore reads of a tar; as the ``container`` engine, whose tars begin with the root
+    itself, so that one entry is none.
+    """
+    return {
+        "name": container.ROOTFS_DIFF,
+        "entries": checked.entries + 1,
+        "content_bytes": checked.content_bytes,
+        "skipped": list(checked.skipped),
+    }
 
 
 def _order(each: tuple[AddressSpace, Member]) -> tuple[bool, int]:

@@ -1,0 +1,234 @@
+"""The ``kubelet`` engine: the kubelet checkpoints containers, and its archive is taken in.
+
+It needs nothing but the right to ask: no namespaces are entered and no process is touched. In
+return the container stands still until its runtime has written and packed everything, nothing is
+incremental but what is stored, and there is no moment at which anything else could happen: no
+common cut with other containers, no ending of the processes, no volumes.
+
+Promises: the archive's name is gone from the kubelet's directory before its content is read, and
+its content when the capture ends, whatever becomes of this program.
+Does not: restore; images have the layout of the ``container`` engine, which does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from agent import errors
+from agent.engines.base import (
+    CaptureOptions,
+    CaptureReport,
+    Cut,
+    Gate,
+    Promises,
+    RestoredTree,
+    RestoreOptions,
+)
+from agent.engines.criu import images
+from agent.engines.criu.facts import cpu_flags
+from agent.engines.kubelet import client, ingest, leftovers, pause
+from agent.engines.kubelet.archive import LOG, STATS, Archive
+from agent.engines.kubelet.tarindex import corrupt
+from agent.host import clock, proc
+from agent.model.container import Container
+from agent.model.streams import MemberSink, MemberSource
+
+# criu/include/magic.h: IMG_SERVICE_MAGIC, STATS_MAGIC, then the length of the only record.
+_STATS_FRAME = struct.Struct("<III")
+_STATS_MAGIC = (0x55105940, 0x57093306)
+_STATS_BYTES = 64 << 10
+_LOG_HEAD_BYTES = 64 << 10
+_VERSION = re.compile(rb"Version: ([0-9]+(?:\.[0-9]+)+)")
+
+
+class KubeletEngine:
+    """For one dump of containers of one pod of this node. ``directory`` is where this program sees
+    the kubelet's directory of checkpoints.
+    """
+
+    name = "kubelet"
+    promises = Promises(
+        incremental=False, live_tcp=True, isolates=False, streams_memory=False, cuts=False
+    )
+
+    def __init__(
+        self,
+        kubelet: client.Kubelet,
+        namespace: str,
+        pod: str,
+        containers: Sequence[Container],
+        *,
+        directory: str = leftovers.DIRECTORY,
+    ) -> None:
+        self._kubelet = kubelet
+        self._namespace = namespace
+        self._pod = pod
+        self._containers = {each.pid: each for each in containers}
+        self._directory = directory
+
+    def capture(
+        self, pid: int, sink: MemberSink, cut: Cut, options: CaptureOptions
+    ) -> CaptureReport:
+        """Capture the container whose pid 1 is ``pid``; see ``agent.engines.base.Engine``. The
+        cut is not asked: there is none.
+
+        Raises also:
+            errors.Corrupt: what the runtime archived cannot be used.
+        """
+        container = self._containers.get(pid)
+        if container is None:
+            raise errors.NotFound(f"process {pid} is no container's first", pid=pid)
+        _check_options(options)
+        deadline = clock.Deadline.after(options.deadline_s)
+        target = client.Target(self._namespace, self._pod, container.name)
+        began_s = clock.monotonic_s()
+        with leftovers.opened(self._directory) as checkpoints:
+            checkpoints.clean()
+            with checkpoints.call(target, options.deadline_s) as call, pause.watched(pid) as watch:
+                items = client.checkpoint(self._kubelet, target, deadline)
+                called_s = clock.monotonic_s() - began_s
+                fd = checkpoints.take(call, items[0])
+        try:
+            taken, statistics = _take_in(Archive(fd), sink, container, target, deadline)
+        finally:
+            os.close(fd)
+        frozen_s = statistics.get("frozen_time", 0) / 1e6
+        return CaptureReport(
+            # Without a sight of the freezer the call is what it cannot be longer than.
+            stop_s=called_s if watch.stop_s is None else watch.stop_s,
+            freeze_s=statistics.get("freezing_time", 0) / 1e6,
+            raw_bytes=taken.memory_bytes + taken.metadata_bytes,
+            pids=taken.pids,
+            engine_facts={
+                "memory_bytes": taken.memory_bytes,
+                "metadata_bytes": taken.metadata_bytes,
+                "call_s": called_s,
+                "ingest_s": clock.monotonic_s() - began_s - called_s,
+                "criu_frozen_s": frozen_s,
+                "stop_seen": watch.stop_s is not None,
+                "skipped": taken.facts["skipped"] + _devices(taken.facts),
+            },
+        )
+
+    def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:
+        """Refuse: a kubelet restores nothing."""
+        del source, options, gate
+        raise errors.TargetUnsuitable(
+            "the kubelet engine only dumps", hint="restore the image with the container engine"
+        )
+
+
+def recover(directory: str = leftovers.DIRECTORY) -> list[str]:
+    """Remove the archives that calls of dead agents left; return their names.
+
+    Raises:
+        errors.EnvironmentUnfit: the kubelet's directory cannot be used.
+    """
+    with leftovers.opened(directory) as checkpoints:
+        return checkpoints.clean()
+
+
+def node_facts() -> dict[str, Any]:
+    """What of this node a restore wants to compare."""
+    return {
+        "kernel": os.uname().release,
+        "machine": os.uname().machine,
+        "cpu_flags": sorted(cpu_flags()),
+        "boot_id": proc.boot_id(),
+    }
+
+
+def _devices(known: dict[str, Any]) -> list[list[str]]:
+    rootfs = known["rootfs"] or {"skipped": []}
+    return [[f"/{path}", "a device"] for path in rootfs["skipped"]]
+
+
+def _check_options(options: CaptureOptions) -> None:
+    if options.kill:
+        raise errors.InvalidInput(
+            "the kubelet engine cannot end the processes at the moment of the dump: they run on",
+            hint="use the container engine, or dump without stopping",
+        )
+    if options.include:
+        raise errors.InvalidInput(
+            "the kubelet's archive holds no files besides the container's own root file system",
+            hint="use the container engine",
+        )
+
+
+def _take_in(
+    source: Archive,
+    sink: MemberSink,
+    container: Container,
+    target: client.Target,
+    deadline: clock.Deadline,
+) -> tuple[ingest.Taken, dict[str, int]]:
+    statistics = criu_statistics(source)
+    known: dict[str, Any] = {**node_facts(), "criu": criu_version(source), "engine": "kubelet"}
+    checked = _OneContainer(sink, target, container)
+    taken = ingest.ingest(source, checked, known, lambda: deadline.check("the capture"))
+    return dataclasses.replace(taken, facts=checked.known), statistics
+
+
+class _OneContainer:
+    """The sink, told of one container and no other."""
+
+    def __init__(self, sink: MemberSink, target: client.Target, container: Container) -> None:
+        self._target = target
+        self._container = container
+        self._sink = sink
+        self.known: dict[str, Any] = {}
+        self.pages = sink.pages
+        self.metadata = sink.metadata
+        self.file = sink.file
+
+    def facts(self, facts: dict[str, Any]) -> None:
+        """Pass the facts on if they are of this container."""
+        found = facts["container"]
+        named = (found["namespace"], found["pod"], found["name"])
+        wanted = (self._target.namespace, self._target.pod, self._target.container)
+        if any(name and name != want for name, want in zip(named, wanted, strict=True)):
+            raise corrupt(f"it is of the container {'/'.join(named)}, not of {self._target}")
+        digest = self._container.image_digest or found["image_digest"]
+        lost = [
+            [path, "a volume, which a kubelet does not archive"] for path in self._container.volumes
+        ]
+        self.known = {
+            **facts,
+            "container": {**found, "name": self._container.name, "image_digest": digest},
+            "skipped": lost,
+        }
+        self._sink.facts(self.known)
+
+
+def criu_version(source: Archive) -> str:
+    """As ``4.2.1``, from the head of CRIU's log; "" if it does not say."""
+    member = source.parts.get(LOG)
+    if member is None:
+        return ""
+    found = _VERSION.search(source.stream(member).read(_LOG_HEAD_BYTES))
+    return found[1].decode() if found else ""
+
+
+def criu_statistics(source: Archive) -> dict[str, int]:
+    """CRIU's own figures of the dump, times in microseconds; empty if there are none."""
+    member = source.parts.get(STATS)
+    if member is None or not member.size_bytes:
+        return {}
+    raw = source.read(member, _STATS_BYTES)
+    message = images.messages.stats_entry()
+    head = raw[: _STATS_FRAME.size]
+    if len(head) < _STATS_FRAME.size or _STATS_FRAME.unpack(head)[:2] != _STATS_MAGIC:
+        raise corrupt(f"{STATS} is not what CRIU writes")
+    try:
+        message.ParseFromString(raw[_STATS_FRAME.size :])
+    except DecodeError as exc:
+        raise corrupt(f"{STATS} is not what CRIU writes") from exc
+    return {field.name: int(value) for field, value in message.dump.ListFields()}

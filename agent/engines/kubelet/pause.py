@@ -1,0 +1,90 @@
+"""How long a container really stands still while its runtime checkpoints it.
+
+CRIU's own figure leaves out that the runtime holds the container until it has packed everything.
+The freezer of the container's control group shows it from outside.
+
+Promises: looks only; a container whose freezer cannot be seen has no figure, not a wrong one.
+Does not: notice a stop that is shorter than ``_LOOK_S``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+from agent import errors
+from agent.host import cgroups, clock
+
+# Fine enough for stops of seconds, and nothing against a core.
+_LOOK_S = 0.02
+# The file of version 1, of version 2, and how each says "frozen".
+_FILES = (("freezer.state", ("FROZEN", "FREEZING")), ("cgroup.events", ("frozen 1",)))
+
+
+class Watch:
+    """Watches one container. ``stop_s`` is from the first sight of it frozen to the last, or None
+    if it was never seen so.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._file, self._signs = _freezer(pid)
+        self._end = threading.Event()
+        self._first_s: float | None = None
+        self._last_s = 0.0
+        self._thread = threading.Thread(target=self._watch, name="pause", daemon=True)
+
+    @property
+    def stop_s(self) -> float | None:
+        """Seconds that it stood still."""
+        return None if self._first_s is None else self._last_s - self._first_s
+
+    def start(self) -> None:
+        """Begin to look."""
+        if self._file:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End it."""
+        self._end.set()
+        if self._file:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._end.wait(_LOOK_S):
+            now_s = clock.monotonic_s()
+            if self._frozen():
+                self._first_s = self._first_s or now_s
+                self._last_s = now_s
+
+    def _frozen(self) -> bool:
+        try:
+            with open(self._file, encoding="ascii") as file:
+                lines = file.read().splitlines()
+        except OSError:
+            return False  # the container has ended
+        return any(sign in lines for sign in self._signs)
+
+
+@contextlib.contextmanager
+def watched(pid: int) -> Iterator[Watch]:
+    """Watch the container of process ``pid`` within the context."""
+    watch = Watch(pid)
+    watch.start()
+    try:
+        yield watch
+    finally:
+        watch.stop()
+
+
+def _freezer(pid: int) -> tuple[str, tuple[str, ...]]:
+    """The file that tells, and what it then says; "" if there is none to be seen."""
+    with contextlib.suppress(errors.NotFound, errors.EnvironmentUnfit):
+        groups = cgroups.directories(pid)
+        for name, signs in _FILES:
+            for group in groups:
+                path = os.path.join(group, name)
+                if os.path.exists(path):
+                    return path, signs
+    return "", ()
