@@ -21,12 +21,12 @@ from agent.host import proc
 
 _T = TypeVar("_T")
 
-_KINDS = frozenset({"net", "pid", "ipc", "uts"})
+_KINDS = frozenset({"cgroup", "ipc", "net", "pid", "uts"})
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def inside(who: proc.Identity, kinds: Iterable[str], function: Callable[[], _T]) -> _T:
-    """Call ``function`` in the namespaces ``kinds`` (net, pid, ipc, uts) of a process.
+    """Call ``function`` in the namespaces ``kinds`` (all but mnt, user, time) of a process.
 
     With ``pid``, it is the programs that ``function`` starts that are in there; they are this
     program's children all the same.

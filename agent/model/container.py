@@ -14,6 +14,19 @@ import dataclasses
 AGENT_DIRECTORY = "/.ckpt-agent"
 HOLD = f"{AGENT_DIRECTORY}/hold"
 
+# The layout of an image's facts and files, whichever engine made it; besides CRIU's own images:
+LAYOUT = "container-1"
+# an ephemeral file of the image (``MemberSink.file``): a tar of what the container changed in its
+# root file system, whiteouts as character devices 0:0, opaque directories by their extended
+# attribute ``trusted.overlay.opaque``.
+ROOTFS_DIFF = "/rootfs-diff.tar"
+
+
+def volume_tar(number: int) -> str:
+    """Likewise a tar of the volume ``facts["volumes"][number]``, a mount's destination."""
+    return f"/volume-{number}.tar"
+
+
 # The kubelet's directory for volumes of this kind, as a part of a mount's source.
 _EMPTY_DIR = "/volumes/kubernetes.io~empty-dir/"
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the container's mount, not a scratch file of ours

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -232,3 +233,12 @@ def host(tmp_path: Path) -> Iterator[Host]:
         yield found
     finally:
         found.close()
+
+
+@pytest.fixture
+def boxes(tmp_path: Path) -> Iterator[Any]:
+    """Containers by runc; see ``boxes.Boxes``."""
+    from tests.host.boxes import boxes_in
+
+    with boxes_in(tmp_path) as found:
+        yield found

@@ -54,13 +54,13 @@ def connections(known: dict[str, Any]) -> list[hold.Connection]:
     """
     found = []
     for local, remote in facts.connections(known):
-        here, there = _endpoint(local), _endpoint(remote)
+        here, there = endpoint(local), endpoint(remote)
         found += [hold.Connection(*here, *there), hold.Connection(*there, *here)]
     return found
 
 
-def _endpoint(text: str) -> tuple[str, int]:
-    """``127.0.0.1:80`` or ``[::1]:80``."""
+def endpoint(text: str) -> tuple[str, int]:
+    """Address and port of ``127.0.0.1:80`` or ``[::1]:80``."""
     host, _, port = text.rpartition(":")
     return host.strip("[]"), int(port)
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from pycriu import rpc_pb2
@@ -73,14 +74,15 @@ def find(explicit: str | None = None) -> str:
     return found
 
 
-def version(path: str) -> tuple[int, ...]:
-    """What ``criu --version`` says.
+def version(command: Sequence[str]) -> tuple[int, ...]:
+    """What CRIU, started by ``command``, says to ``--version``.
 
     Raises:
         errors.CriuMissing: it says nothing that makes sense.
     """
+    path = command[-1]
     try:
-        done = subprocesses.run([path, "--version"], timeout_s=_ANSWER_S)
+        done = subprocesses.run([*command, "--version"], timeout_s=_ANSWER_S)
     except errors.NotFound as exc:
         raise errors.CriuMissing(exc.message, hint=_WAY_OUT, path=path) from exc
     match = re.search(rb"^Version: (\d+(?:\.\d+)*)", done.stdout, re.MULTILINE)
@@ -107,7 +109,28 @@ def probe(explicit: str | None = None) -> Criu:
 @functools.lru_cache(maxsize=8)
 def _probe(path: str, inode: int, mtime_ns: int) -> Criu:
     del inode, mtime_ns  # only there to notice another file under the same name
-    found = version(path)
+    found = _known(version([path]), path)
+    features = _features(path)
+    return Criu(
+        path=path,
+        version=found,
+        lazy_pages=features.lazy_pages,
+        mem_track=features.mem_track,
+        pidfd_store=features.pidfd_store,
+    )
+
+
+def probe_version(command: Sequence[str]) -> Criu:
+    """A CRIU that can be used, by its version alone: what this kernel lets it do is not asked.
+
+    Raises:
+        errors.CriuMissing: one that is too old, or one that is too new.
+    """
+    path = command[-1]
+    return Criu(path, _known(version(command), path), False, False, False)
+
+
+def _known(found: tuple[int, ...], path: str) -> tuple[int, ...]:
     text = ".".join(map(str, found))
     if found < OLDEST:
         raise errors.CriuMissing(
@@ -123,14 +146,7 @@ def _probe(path: str, inode: int, mtime_ns: int) -> Criu:
             path=path,
             version=text,
         )
-    features = _features(path)
-    return Criu(
-        path=path,
-        version=found,
-        lazy_pages=features.lazy_pages,
-        mem_track=features.mem_track,
-        pidfd_store=features.pidfd_store,
-    )
+    return found
 
 
 def _features(path: str) -> Any:

@@ -31,6 +31,9 @@ _PACKET_BYTES = 1 << 16
 # Failing takes CRIU a thaw and a few system calls a process.
 _UNDO_S = 20.0
 
+# What a dump or restore is told about connections: CRIU locks none.
+LOCK_NOTHING = rpc_pb2.SKIP
+
 # The generated messages have no types.
 Request: TypeAlias = Any
 Response: TypeAlias = Any

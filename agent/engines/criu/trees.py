@@ -60,7 +60,7 @@ class InPlace:
         if self._status is not None:
             return
         # Parents first would let children run on under init; freeze each before looking below it.
-        everyone = _stopped_tree(self._pid)
+        everyone = stopped_tree(self._pid)
         for who in everyone:
             if proc.alive(who):
                 subprocesses.signal_quietly(who.pid)
@@ -208,7 +208,7 @@ def _identities(root: int) -> list[proc.Identity]:
     return found
 
 
-def _stopped_tree(root: int) -> list[proc.Identity]:
+def stopped_tree(root: int) -> list[proc.Identity]:
     """The tree, every process stopped so that none can start another meanwhile."""
     found: list[proc.Identity] = []
     queue = [root]

@@ -1,0 +1,1 @@
+"""The ``container`` engine: CRIU inside the namespaces of a container."""

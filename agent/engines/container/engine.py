@@ -1,0 +1,128 @@
+"""The ``container`` engine: the processes of containers on this node, from outside of them.
+
+It is made for one operation on the containers that it is given: ``capture`` finds its container by
+the number of its pid 1, ``restore`` finds its placeholder by the container's name in the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from agent import errors
+from agent.engines.base import (
+    CaptureOptions,
+    CaptureReport,
+    Cut,
+    Gate,
+    Promises,
+    RestoredTree,
+    RestoreOptions,
+)
+from agent.engines.container import conflicts, files, inside, target
+from agent.engines.container.bundle import BUNDLE_DIR, Bundle
+from agent.engines.container.placeholder import Placeholder
+from agent.engines.container.tree import ContainerTree
+from agent.engines.criu import dump, feed, journal, preflight, recovery, restore, supervisor
+from agent.host import clock, proc
+from agent.model.container import Container
+from agent.model.streams import MemberSink, MemberSource
+
+
+class ContainerEngine:
+    """Dumps containers whose pid 1 is ``hold``, and restores them into placeholders.
+
+    ``bundle`` is the directory of the CRIU bundle. ``work_dir`` is for scratch files and should be
+    on a real disk; ``runtime_dir`` for locks, emptied at boot; both are the node's, so that what a
+    killed agent left is found by the next.
+    """
+
+    name = "container"
+    promises = Promises(incremental=False, live_tcp=False, isolates=True, streams_memory=True)
+
+    def __init__(
+        self,
+        containers: Iterable[Container] = (),
+        *,
+        bundle: str = BUNDLE_DIR,
+        work_dir: str = journal.WORK_DIR,
+        runtime_dir: str = journal.RUNTIME_DIR,
+    ) -> None:
+        self._containers = tuple(containers)
+        self._bundle = bundle
+        self._places = journal.Places(runtime_dir, work_dir)
+
+    def recover(self) -> recovery.Findings:
+        """Undo what agents that were killed left on this node; every dump and restore begins with
+        it. Say what it was.
+        """
+        preflight.privileges()
+        self._places.prepare()
+        return recovery.recover(self._places)
+
+    def examine(self, container: Container) -> list[str]:
+        """Why this container cannot be dumped as it is; empty if it can. Touches nothing."""
+        try:
+            preflight.privileges()
+            Bundle(self._bundle)
+            target.find(container)
+        except (errors.Refused, errors.EnvironmentUnfit) as exc:
+            return [f"{exc.message}: {exc.hint}" if exc.hint else exc.message]
+        return []
+
+    def capture(
+        self, pid: int, sink: MemberSink, cut: Cut, options: CaptureOptions
+    ) -> CaptureReport:
+        """Capture the container whose pid 1 is ``pid``; see ``agent.engines.base.Engine``."""
+        preflight.privileges()
+        bundle = Bundle(self._bundle)
+        deadline = clock.Deadline.after(options.deadline_s)
+        self._places.prepare()
+        recovery.recover(self._places)
+        container = next((each for each in self._containers if each.pid == pid), None)
+        if container is None:
+            raise errors.NotFound(f"no container of this operation has pid 1 at {pid}", pid=pid)
+        subject = ContainerTree(bundle, target.find(container), deadline)
+        return dump.run(self._places, subject, sink, cut, options)
+
+    def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:
+        """Bring a container's processes back in its placeholder; see
+        ``agent.engines.base.Engine``.
+        """
+        preflight.privileges()
+        bundle = Bundle(self._bundle)
+        deadline = clock.Deadline.after(options.deadline_s)
+        self._places.prepare()
+        recovery.recover(self._places)
+        known = source.facts()
+        numbers = conflicts.numbers(known)
+        container = self._placeholder(known)
+        init = proc.identity(container.pid)
+        with self._places.locked([init]):
+            reasons = conflicts.find(known, feed.memory_bytes(source), container)
+            if reasons:
+                raise errors.RestoreConflict(
+                    f"cannot restore into {container.name}: {'; '.join(reasons[:3])}"
+                    + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""),
+                    hint="start a pod that fits the image, with the annotation "
+                    "ckpt-agent.dev/restore, on a node that fits it",
+                    reasons=reasons,
+                )
+            files.inspect(source, known)
+            files.put_back(container, init, source, known, deadline)
+            last = supervisor.last_pid(numbers, proc.last_pid_max())
+            inside.raise_counter(init, last)
+            site = Placeholder(bundle, container, init, known, deadline)
+            return restore.run(self._places, site, [], source, known, options, gate, deadline)
+
+    def _placeholder(self, known: dict[str, object]) -> Container:
+        about = known.get("container")
+        name = about.get("name") if isinstance(about, dict) else None
+        if name is None:
+            raise conflicts.incomplete()
+        for each in self._containers:
+            if each.name == name:
+                return each
+        raise errors.NotFound(
+            f"the pod has no container {name}, which the image is of",
+            hint="restore into a pod with the same containers",
+        )

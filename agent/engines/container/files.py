@@ -1,0 +1,139 @@
+"""The files that travel with a container: what it changed in its root file system, and the volumes
+that live and die with its pod.
+
+Promises: ``collect`` stores them as they stand; ``put_back`` refuses a hostile or damaged one
+before any file was touched, and can be repeated.
+Does not: carry what others provide: the image, persistent volumes, config maps, secrets.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Container as ContainerOf
+from typing import Any, BinaryIO, cast
+
+from agent import errors
+from agent.engines.container import mountpoints, pack, unpack
+from agent.host import clock, proc
+from agent.model.container import ROOTFS_DIFF, Container, volume_tar
+from agent.model.streams import FileEntry, MemberSink, MemberSource
+
+# CRIU's own remembrances of the kernel, should one have been left by a CRIU that was killed.
+_NOT_THE_JOBS = frozenset({"run/criu.kdat", "run/criu.kdat.tmp"})
+
+
+def collect(
+    container: Container, init: proc.Identity, sink: MemberSink, deadline: clock.Deadline
+) -> dict[str, Any]:
+    """Store the files of a container whose processes stand still; the facts about them.
+
+    Raises:
+        errors.DumpFailed: one cannot be read.
+        errors.VolumeError: from the sink.
+    """
+    found: dict[str, Any] = {"rootfs": None, "volumes": []}
+    upper = mountpoints.upper(container)
+    if upper:
+        fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            without = mountpoints.points(container) | _NOT_THE_JOBS
+            found["rootfs"] = _store(ROOTFS_DIFF, fd, sink, deadline, without, whiteouts=True)
+        finally:
+            os.close(fd)
+    for number, path in enumerate(sorted(mountpoints.volumes(container))):
+        with mountpoints.opened_volume(container, init, path) as fd:
+            inner = _below(path, mountpoints.points(container))
+            about = _store(volume_tar(number), fd, sink, deadline, inner, whiteouts=False)
+            found["volumes"].append({"destination": path, **about})
+    return found
+
+
+def _store(
+    name: str,
+    fd: int,
+    sink: MemberSink,
+    deadline: clock.Deadline,
+    without: ContainerOf[str],
+    *,
+    whiteouts: bool,
+) -> dict[str, Any]:
+    packed = pack.Pack(fd, deadline, without=without, whiteouts=whiteouts)
+    entry = FileEntry(name, "file", 0o600, 0, 0, 0, 0, "include")
+    sink.file(entry, cast("BinaryIO", io.BufferedReader(packed, 1 << 20)))
+    return {
+        "name": name,
+        "entries": packed.content.entries,
+        "content_bytes": packed.content.content_bytes,
+        "skipped": packed.content.skipped,
+    }
+
+
+def _below(path: str, points: set[str]) -> set[str]:
+    """Those of the mount points that lie in the volume at ``path``, relative to it."""
+    prefix = path.strip("/") + "/"
+    return {point.removeprefix(prefix) for point in points if point.startswith(prefix)}
+
+
+def inspect(source: MemberSource, known: dict[str, Any]) -> None:
+    """Refuse files that could do harm, or are damaged.
+
+    Raises:
+        errors.Corrupt | errors.Missing: and nothing was touched.
+    """
+    for about, whiteouts in _parts(known):
+        name = about["name"]
+        unpack.inspect(name, source.file_content(name), _limits(about), whiteouts=whiteouts)
+
+
+def put_back(
+    container: Container,
+    init: proc.Identity,
+    source: MemberSource,
+    known: dict[str, Any],
+    deadline: clock.Deadline,
+) -> None:
+    """Put the files into a placeholder; ``inspect`` has passed.
+
+    Raises:
+        errors.RestoreFailed: they cannot be written.
+    """
+    points = mountpoints.points(container)
+    for about, whiteouts in _parts(known):
+        name = about["name"]
+        pieces = source.file_content(name)
+        if whiteouts:
+            if about["entries"] <= 1:
+                continue  # nothing but the root itself, which may well be read-only
+            fd = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                unpack.apply(
+                    name, pieces, _limits(about), fd, deadline, whiteouts=True, mounts=points
+                )
+            finally:
+                os.close(fd)
+            continue
+        path = about["destination"]
+        with mountpoints.opened_volume(container, init, path) as fd:
+            inner = _below(path, points)
+            unpack.apply(name, pieces, _limits(about), fd, deadline, whiteouts=False, mounts=inner)
+
+
+def _parts(known: dict[str, Any]) -> list[tuple[dict[str, Any], bool]]:
+    rootfs = known["rootfs"]
+    return [
+        *([(rootfs, True)] if rootfs else []),
+        *((volume, False) for volume in known["volumes"]),
+    ]
+
+
+def _limits(about: dict[str, Any]) -> unpack.Limits:
+    return unpack.Limits(int(about["entries"]), int(about["content_bytes"]))
+
+
+def content_bytes(known: dict[str, Any]) -> int:
+    """How much content all of them have."""
+    try:
+        return sum(int(about["content_bytes"]) for about, _ in _parts(known))
+    except (KeyError, TypeError, ValueError) as exc:
+        raise errors.Corrupt("the facts of the image are incomplete", part="facts") from exc

@@ -1,0 +1,136 @@
+"""Where a container's own files are: the difference of its root file system, and its volumes.
+
+Promises: what is opened is what the runtime mounted, not what the workload put in its place.
+Does not: read or write files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from agent import errors
+from agent.engines.container import inside
+from agent.host import confine, mounts, proc
+from agent.model.container import Container
+
+# Below these the runtime and the kernel mount things of their own (masked paths, controllers).
+_KERNELS = ("/proc", "/sys", "/dev")
+
+
+def upper(container: Container) -> str:
+    """The directory that holds what the container changed in its root file system.
+
+    Raises:
+        errors.TargetUnsuitable: there is none that can be read.
+    """
+    root = _root(container)
+    found = root.option("upperdir")
+    if root.read_only and not found:
+        return ""
+    if root.kind != "overlay" or not found:
+        raise errors.TargetUnsuitable(
+            f"the root file system of container {container.name} is {root.kind}, not an overlay",
+            hint="let the runtime use its overlayfs snapshotter",
+        )
+    if not os.path.isdir(found):
+        raise errors.TargetUnsuitable(
+            f"the agent does not see {found}, where container {container.name} keeps its files",
+            hint="mount the runtime's directory (/var/lib/containerd) into the agent",
+            path=found,
+        )
+    return found
+
+
+def points(container: Container) -> set[str]:
+    """Where something is mounted in the container, relative to its root."""
+    table = mounts.of(container.pid)
+    return {mount.point.strip("/") for mount in table if mount.point != "/"}
+
+
+def read_only_root(container: Container) -> bool:
+    """Whether the container cannot write to its root file system."""
+    return _root(container).read_only
+
+
+def volumes(container: Container) -> dict[str, mounts.Mount]:
+    """The mounts whose content travels, by destination.
+
+    Raises:
+        errors.TargetUnsuitable: one is missing, or the workload mounted something by itself.
+    """
+    table = mounts.of(container.pid)
+    # The last one at a point covers the others.
+    by_point = {mount.point: mount for mount in table}
+    known = {mount.destination.rstrip("/") or "/" for mount in container.mounts}
+    for point in by_point:
+        if point == "/" or point in known or point.startswith(tuple(f"{k}/" for k in _KERNELS)):
+            continue
+        raise errors.TargetUnsuitable(
+            f"container {container.name} has mounted something at {point} by itself",
+            hint="unmount it, or give the pod a volume there",
+            path=point,
+        )
+    proc_mount = by_point.get("/proc")
+    if proc_mount is None or proc_mount.kind != "proc" or proc_mount.root != "/":
+        # CRIU finds its own program and its images by it.
+        raise errors.TargetUnsuitable(
+            f"container {container.name} has no /proc of its own",
+            hint="let the runtime mount one, as it does by default",
+            path="/proc",
+        )
+    missing = [path for path in container.volumes if path not in by_point]
+    if missing:
+        raise errors.TargetUnsuitable(
+            f"container {container.name} has unmounted its volume {missing[0]}",
+            hint="start the pod anew",
+            path=missing[0],
+        )
+    return {path: by_point[path] for path in container.volumes}
+
+
+def _root(container: Container) -> mounts.Mount:
+    roots = [mount for mount in mounts.of(container.pid) if mount.point == "/"]
+    if not roots:
+        raise errors.NotFound(f"container {container.name} has ended", pid=container.pid)
+    return roots[-1]
+
+
+@contextlib.contextmanager
+def opened_volume(container: Container, init: proc.Identity, path: str) -> Iterator[int]:
+    """A descriptor of the volume mounted at ``path`` in the container.
+
+    Raises:
+        errors.TargetUnsuitable: something else is there.
+        errors.NotFound: the container has ended.
+    """
+    wanted = volumes(container)[path].id
+    with inside.root(init) as root:
+        try:
+            fd = confine.open_inside(root, path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as exc:
+            raise _elsewhere(container, path) from exc
+    try:
+        if _mount_id(fd) != wanted:
+            raise _elsewhere(container, path)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _elsewhere(container: Container, path: str) -> errors.TargetUnsuitable:
+    return errors.TargetUnsuitable(
+        f"the volume {path} of container {container.name} cannot be reached by that name",
+        hint="the workload has moved a directory above it; move it back",
+        path=path,
+    )
+
+
+def _mount_id(fd: int) -> int:
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+        for line in file:
+            key, _, value = line.partition(":")
+            if key == "mnt_id":
+                return int(value)
+    return -1

@@ -1,0 +1,148 @@
+"""A placeholder as the site of a restore: CRIU makes the tree inside the container, below hold.
+
+Promises: what ``restore.Site`` asks for; whatever fails, nothing of the tree is left in the
+container and hold waits on.
+Does not: decide when anything happens; ``restore`` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from agent import errors
+from agent.engines.base import RestoredTree
+from agent.engines.container import conflicts, holding, inside
+from agent.engines.container.adopted import Adopted
+from agent.engines.container.bundle import Bundle
+from agent.engines.criu import conflicts as criu_conflicts
+from agent.engines.criu import journal, recovery, rpc
+from agent.host import cgroups, clock, hold, proc
+from agent.model.container import Container
+
+_DEATH_S = 10.0
+_SETTLE_S = 10.0
+
+
+class Placeholder:
+    """The container ``container``, for the tree of these facts."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        container: Container,
+        init: proc.Identity,
+        known: dict[str, Any],
+        deadline: clock.Deadline,
+    ) -> None:
+        self._bundle = bundle
+        self._container = container
+        self._init = init
+        self._known = known
+        self._deadline = deadline
+        self._numbers = conflicts.numbers(known)
+        self._began_ticks = int(clock.boottime_s() * proc.TICKS_PER_S)
+        self._host_pids: dict[int, int] = {}
+
+    def entry(self) -> journal.About:
+        """The container, and the numbers in there that come from this restore."""
+        return journal.About(
+            container=self._init,
+            numbers=tuple(sorted(self._numbers)),
+            began_ticks=self._began_ticks,
+        )
+
+    @contextlib.contextmanager
+    def wired(self, images: str) -> Iterator[Mapping[str, int]]:
+        """The pipes to the runtime are the placeholder's own, whose other ends are its log."""
+        with contextlib.ExitStack() as owned:
+            keys: dict[str, int] = {}
+            for number, link in enumerate(self._known["container"]["stdio"]):
+                if str(link).startswith("pipe:") and link not in keys:
+                    flags = (os.O_WRONLY if number else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
+                    fd = os.open(f"/proc/{self._init.pid}/fd/{number}", flags)
+                    owned.callback(os.close, fd)
+                    os.set_blocking(fd, True)
+                    keys[link] = fd
+            yield keys
+
+    @contextlib.contextmanager
+    def held(self, operation: journal.Operation) -> Iterator[None]:
+        """Hold the tree's connections in the pod's network namespace."""
+        with hold.held(
+            recovery.hold_name(operation.entry),
+            criu_conflicts.connections(self._known),
+            of=self._init,
+            limit_s=self._deadline.remaining_s,
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def started(
+        self, images: str, pass_fds: Sequence[int], operation: journal.Operation
+    ) -> Iterator[tuple[rpc.Worker, str]]:
+        """Start CRIU in the container and in its control groups."""
+        groups = cgroups.directories(self._init.pid)
+        with inside.worker(self._bundle, self._init, images, pass_fds, groups=groups) as (
+            worker,
+            folder,
+        ):
+            operation.note_criu(worker.child.pid)
+            yield worker, folder
+
+    def configure(self, opts: rpc.Request) -> None:
+        """Nothing besides the common."""
+
+    def host_pid(self, number: int) -> int:
+        """By the container's pid namespace."""
+        if not self._host_pids:
+            self._host_pids = inside.host_pids(self._init, self._numbers)
+        try:
+            return self._host_pids[number]
+        except KeyError:
+            raise errors.NotFound(f"no process {number} in the restored tree", pid=number) from None
+
+    def complete(self, images: str) -> None:
+        """Nothing to do."""
+
+    def settled(
+        self, response: rpc.Response, worker: rpc.Worker, deadline: clock.Deadline
+    ) -> RestoredTree:
+        """Let go of CRIU, whose children hold inherits, and tell hold which one to follow."""
+        root = int(self._known["root"])
+        tree = Adopted(self.host_pid(root))
+        # The restored processes are in sessions of their own or in none of ours: they stay.
+        worker.end(alone=False)
+        clock.wait_until(
+            lambda: not proc.alive(self._init) or _parent(tree.pid) == self._init.pid,
+            deadline.sooner(_SETTLE_S),
+        )
+        try:
+            holding.adopt(self._init, root)
+        except BaseException:
+            tree.kill()
+            raise
+        return tree
+
+    def undo(self, places: journal.Places, operation: journal.Operation) -> None:
+        """End what came to be; hold reaps it."""
+        recovery.undo_restore(places, operation.entry)
+        clock.wait_until(
+            lambda: not proc.alive(self._init) or not self._left(),
+            clock.Deadline.after(_DEATH_S),
+        )
+        self._host_pids = {}
+
+    def _left(self) -> dict[int, int]:
+        with contextlib.suppress(errors.NotFound):
+            return inside.host_pids(self._init, self._numbers)
+        return {}
+
+
+def _parent(pid: int) -> int:
+    try:
+        return proc.stat(pid).ppid
+    except errors.NotFound:
+        return 0

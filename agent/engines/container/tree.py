@@ -1,0 +1,123 @@
+"""A container's processes as the subject of a dump: CRIU works among them, inside the container.
+
+Connections are held by a table of our own in the pod's network namespace, not by CRIU's: ours is
+there only while a live connection is being read, the kernel itself ends it at its deadline even if
+everybody who could remove it has died, and it has the name of the operation, by which recovery
+finds it. It is made when the tree stands still, so that it is complete.
+
+Promises: what ``dump.Subject`` asks for; a process of the container that would be missing from the
+image fails the dump.
+Does not: decide when anything happens; ``dump`` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from agent import errors
+from agent.engines.base import CaptureOptions
+from agent.engines.container import facts, files, inside, target
+from agent.engines.container.bundle import Bundle
+from agent.engines.criu import conflicts, journal, recovery, rpc
+from agent.host import clock, hold, proc, sockets
+from agent.model.streams import MemberSink
+
+
+class ContainerTree:
+    """The tree of ``found``. ``deadline`` bounds how long connections can be held."""
+
+    def __init__(self, bundle: Bundle, found: target.Target, deadline: clock.Deadline) -> None:
+        self._bundle = bundle
+        self._target = found
+        self._deadline = deadline
+        self._held = contextlib.ExitStack()
+        self.tree: Sequence[proc.Identity] = found.tree
+
+    def entry(self) -> journal.About:
+        """The container: rules are in its network namespace."""
+        return journal.About(container=self._target.init)
+
+    @contextlib.contextmanager
+    def started(self, images: str, pass_fds: Sequence[int]) -> Iterator[tuple[rpc.Worker, str]]:
+        """Start CRIU in the container; when it has let go, so does the hold."""
+        with (
+            self._held,
+            inside.worker(self._bundle, self._target.init, images, pass_fds) as started,
+        ):
+            yield started
+
+    def configure(self, opts: rpc.Request) -> None:
+        """The root by its number inside; connections are ours to lock."""
+        opts.pid = inside.number(self.tree[0].pid)
+        opts.network_lock = rpc.LOCK_NOTHING
+        # A connection that nobody has accepted yet is not the job's: it is left out of the image.
+        opts.tcp_skip_in_flight = True
+
+    def about_to_freeze(self, operation: journal.Operation) -> None:
+        """Nothing to do."""
+
+    def frozen(self, pids: Sequence[int], operation: journal.Operation) -> None:
+        """Look for processes that came since, and hold the tree's connections.
+
+        Raises:
+            errors.DumpFailed: there is one outside of the tree.
+        """
+        self._refuse_strays(pids)
+        connections = [
+            hold.Connection(*conflicts.endpoint(local), *conflicts.endpoint(remote))
+            for local, remote in _live(pids)
+        ]
+        name = recovery.hold_name(operation.entry)
+        limit_s = self._deadline.remaining_s
+        self._held.enter_context(
+            hold.held(name, connections, of=self._target.init, limit_s=limit_s)
+        )
+
+    def memory_flows(self, operation: journal.Operation) -> None:
+        """Nothing to do."""
+
+    def gather(self, pids: Sequence[int], states: Mapping[int, str]) -> dict[str, Any]:
+        """The facts of the tree and of what surrounds it."""
+        return facts.gather(self._target, pids, states, self._bundle.criu)
+
+    def collect(
+        self, images: str, pids: Sequence[int], options: CaptureOptions, sink: MemberSink
+    ) -> dict[str, Any]:
+        """Store the container's files."""
+        self._refuse_strays(pids)
+        inside.forget_kernel_cache(self._target.init)
+        container, init = self._target.container, self._target.init
+        return {
+            "threads": [[pid, tids] for pid, tids in sorted(facts.threads(images).items())],
+            **files.collect(container, init, sink, self._deadline),
+        }
+
+    def killed(
+        self, places: journal.Places, operation: journal.Operation, known: dict[str, Any]
+    ) -> None:
+        """Nothing to do: hold sees its child's end, and the container ends."""
+
+    def _refuse_strays(self, pids: Sequence[int]) -> None:
+        left = target.strays(self._target.init, pids, self._target.groups)
+        if left:
+            raise errors.DumpFailed(
+                f"processes of the container are not below its main one: "
+                f"{target.described(left)}; they would be lost",
+                hint="end them, or start them so that they stay children of the main process",
+                pids=left,
+            )
+
+
+def _live(pids: Sequence[int]) -> list[tuple[str, str]]:
+    """Both ends of the tree's live TCP connections, each as the tree's own end sees it."""
+    known = sockets.table(pids[0])
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(errors.NotFound):
+            for file in proc.open_files(pid):
+                each = known.get(file.inode) if file.link.startswith("socket:") else None
+                if each is not None and each.connection is not None:
+                    found.add(each.connection)
+    return sorted(found)

@@ -1,0 +1,127 @@
+"""Control groups: which directories are a process's, who is in them, putting a process there.
+
+Promises: version 1 (one directory a controller) and version 2 (one directory) are treated alike;
+a group's members include those of the groups below it.
+Does not: make, remove or configure groups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+
+from agent import errors
+from agent.host import mounts, namespaces, proc
+
+# What a controller of version 1 says for "no limit": the largest multiple of a page below 2^63.
+_NO_LIMIT = 1 << 62
+
+
+def directories(pid: int) -> list[str]:
+    """The directories of the groups that a process is in, where this program sees them: one of
+    each hierarchy that is mounted here.
+
+    Raises:
+        errors.NotFound: there is no such process.
+        errors.EnvironmentUnfit: no hierarchy is mounted here.
+    """
+    found = _directories(pid)
+    if not found or any(".." in path for _, path in _memberships(pid)):
+        # Paths are shown relative to the reader's cgroup namespace: the whole is seen from init's.
+        found = namespaces.inside(proc.identity(1), ("cgroup",), lambda: _directories(pid))
+    if not found:
+        raise errors.EnvironmentUnfit(
+            "no cgroup hierarchy is mounted", hint="mount the host's /sys/fs/cgroup here"
+        )
+    return found
+
+
+def _directories(pid: int) -> list[str]:
+    hierarchies = [m for m in mounts.of("thread-self") if m.kind in ("cgroup", "cgroup2")]
+    found = []
+    for controllers, path in _memberships(pid):
+        for mount in hierarchies:
+            if controllers:
+                suits = mount.kind == "cgroup" and set(controllers) <= set(mount.options)
+            else:
+                suits = mount.kind == "cgroup2"
+            if not suits:
+                continue
+            directory = _below(mount, path)
+            if directory and os.path.isdir(directory):
+                found.append(directory)
+                break
+    return found
+
+
+def _memberships(pid: int) -> Iterator[tuple[list[str], str]]:
+    try:
+        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
+    except (FileNotFoundError, ProcessLookupError) as exc:
+        raise errors.NotFound(f"there is no process {pid}", pid=pid) from exc
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        yield [name for name in controllers.split(",") if name], path
+
+
+def _below(mount: mounts.Mount, path: str) -> str:
+    """Where the group with this path lies below a mount of its hierarchy; "" if it does not."""
+    root = "" if mount.root == "/" else mount.root
+    if path != root and not path.startswith(root + "/"):
+        return ""
+    return mount.point + path.removeprefix(root).rstrip("/")
+
+
+def members(directory: str) -> list[int]:
+    """The processes in a group and in all groups below it, ascending, by their numbers here."""
+    found: set[int] = set()
+    for folder, _, names in os.walk(directory):
+        if "cgroup.procs" in names:
+            # A group may be removed while it is looked at.
+            with contextlib.suppress(FileNotFoundError, OSError):
+                found.update(_numbers(os.path.join(folder, "cgroup.procs")))
+    return sorted(found)
+
+
+def _numbers(path: str) -> list[int]:
+    with open(path, encoding="ascii") as file:
+        return [int(line) for line in file]
+
+
+def join(pid: int, groups: Iterable[str]) -> None:
+    """Move a process into these groups.
+
+    Raises:
+        errors.EnvironmentUnfit: the kernel refuses.
+    """
+    for group in groups:
+        try:
+            with open(os.path.join(group, "cgroup.procs"), "w", encoding="ascii") as file:
+                file.write(str(pid))
+        except OSError as exc:
+            raise errors.EnvironmentUnfit(
+                f"cannot move a process into {group}: {exc.strerror}",
+                hint="mount the host's /sys/fs/cgroup here, writable",
+                path=group,
+            ) from exc
+
+
+def memory_limit_bytes(groups: Iterable[str]) -> int | None:
+    """The memory limit of a process in these groups, those above them included; None without."""
+    limits = []
+    for group in groups:
+        for name in ("memory.limit_in_bytes", "memory.max"):
+            folder = group
+            while os.path.exists(os.path.join(folder, name)):
+                with contextlib.suppress(ValueError, OSError):
+                    limits.append(_limit(os.path.join(folder, name)))
+                folder = os.path.dirname(folder)
+    return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
+
+
+def _limit(path: str) -> int:
+    with open(path, encoding="ascii") as file:
+        text = file.read().strip()
+    return _NO_LIMIT if text == "max" else int(text)
