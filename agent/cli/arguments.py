@@ -7,11 +7,14 @@ Does not: look up whether a process runs or an image exists.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from agent import errors, settings, wiring
+from agent.cli.invocation import Invocation
 from agent.model import ids
 
 
@@ -42,3 +45,57 @@ def complete_image(
         return []
     names = [ids.image_name(summary.group, summary.epoch) for summary in found]
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def pod(value: str) -> str:
+    """The name in ``pod/NAME``; anything else is wrong usage."""
+    kind, _, name = value.partition("/")
+    if kind not in ("pod", "pods", "po") or not name or "/" in name:
+        raise click.BadParameter(f"{value!r} is not a pod, such as pod/trainer-0")
+    return name
+
+
+def containers(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The option that names containers of a pod."""
+    return click.option(
+        "-c",
+        "--container",
+        "containers",
+        multiple=True,
+        metavar="NAME",
+        help="In a cluster: only this container of the pod; may be repeated.",
+    )(verb)
+
+
+def engine(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The option that chooses how containers are captured."""
+    return click.option(
+        "--engine",
+        type=click.Choice(["container", "kubelet"]),
+        help="In a cluster: how to capture [default: the agent chooses].",
+    )(verb)
+
+
+def check_target(
+    invocation: Invocation,
+    pod: str | None,
+    pids: Sequence[int],
+    of_a_pod: Mapping[str, object],
+    of_a_host: Mapping[str, object] | None = None,
+) -> None:
+    """Either a pod or process numbers, and only options that make sense for them."""
+    if (pod is None) == (not pids):
+        raise click.UsageError("say what: --pid PID on this host, or pod/NAME in a cluster")
+    if pod is not None:
+        refuse(of_a_host or {}, "is for processes on this host, not for a pod")
+        return
+    refuse(of_a_pod, "is for a pod, not for processes on this host")
+    if invocation.names_cluster():
+        raise click.UsageError("--pid is of this host, the other flags of a cluster: name pod/NAME")
+
+
+def refuse(options: Mapping[str, object], why: str) -> None:
+    """Wrong usage if one of ``options`` was given."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise click.UsageError(f"{given[0]} {why}")

@@ -26,6 +26,11 @@ def verb(invocation: Invocation, image: str) -> None:
     if "@" not in image:
         raise click.UsageError(f"{image!r} names a group: name one image, as list -o name shows it")
     settings = invocation.settings()
+    if invocation.in_cluster(settings):
+        from agent.cli import incluster
+
+        incluster.delete(invocation, settings, image)
+        return
     store = wiring.store(settings)
     report = store.delete(*store.resolve(image))
     for reason in report.blocked:

@@ -23,9 +23,15 @@ def verb(invocation: Invocation) -> int:
     """Check CRIU, kernel, privileges, space, store and leftovers.
 
     Each line is ok, degraded (something does not work, or slower) or missing (dumps or restores
-    cannot work), with the consequence and the cure. Nothing is changed.
+    cannot work), with the consequence and the cure. Nothing is changed. In a cluster (-n,
+    --context, --kubeconfig) the lines are the API server, the caller's rights, and each node's.
     """
-    checks = wiring.doctor(invocation.settings())
+    settings = invocation.settings()
+    if invocation.in_cluster(settings):
+        from agent.cli import incluster
+
+        return incluster.doctor(invocation, settings)
+    checks = wiring.doctor(settings)
     document = documents.doctor_report(os.uname().nodename, checks)
     invocation.emit(document)
     return exits.ENVIRONMENT if document["status"] == "missing" else exits.DONE

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent import errors
 from agent.cli.output import Document
@@ -20,10 +20,14 @@ from agent.node.dump import DumpOutcome
 from agent.node.restore import RestoreOutcome
 from agent.store.repository import EpochSummary, PruneReport, VerifyReport
 
+if TYPE_CHECKING:  # gRPC is not loaded for verbs on this host
+    from agent.rpc.client import Image
+
 API_VERSION = "ckpt-agent.dev/v1"
 
 
-def _document(kind: str, name: str, **fields: Any) -> Document:
+def document(kind: str, name: str, **fields: Any) -> Document:
+    """A document of a kind."""
     return {"apiVersion": API_VERSION, "kind": kind, "name": name, **fields}
 
 
@@ -32,7 +36,7 @@ def _time(seconds: float) -> str:
     return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _created(summary: EpochSummary) -> str:
+def _created(summary: EpochSummary | Image) -> str:
     """When an epoch was made; a damaged manifest does not tell, but the epoch's name does."""
     if summary.damage is None:
         return _time(summary.created_s)
@@ -43,11 +47,16 @@ def _created(summary: EpochSummary) -> str:
     return _time(moment.timestamp())
 
 
-def image(summary: EpochSummary) -> Document:
+def image_name(summary: EpochSummary | Image) -> str:
+    """What restore, show, verify and delete take."""
+    return f"{summary.group}@{summary.epoch}"
+
+
+def image(summary: EpochSummary | Image) -> Document:
     """One image as a listing shows it."""
-    return _document(
+    return document(
         "Image",
-        ids.image_name(summary.group, summary.epoch),
+        image_name(summary),
         group=summary.group,
         epoch=summary.epoch,
         createdAt=_created(summary),
@@ -61,9 +70,9 @@ def image(summary: EpochSummary) -> Document:
     )
 
 
-def image_list(store: str, summaries: Iterable[EpochSummary]) -> Document:
-    """Images of a store."""
-    return _document("ImageList", store, items=[image(summary) for summary in summaries])
+def image_list(store: str, summaries: Iterable[EpochSummary | Image]) -> Document:
+    """Images of a store, or of a namespace in a cluster."""
+    return document("ImageList", store, items=[image(summary) for summary in summaries])
 
 
 def image_detail(
@@ -162,7 +171,7 @@ def _word(value: object) -> str:
 def dump_report(outcome: DumpOutcome) -> Document:
     """A committed dump."""
     epoch = outcome.epoch
-    return _document(
+    return document(
         "DumpReport",
         ids.image_name(epoch.group, epoch.epoch),
         stopped=outcome.stopped,
@@ -187,7 +196,7 @@ def dump_report(outcome: DumpOutcome) -> Document:
 def restore_report(outcome: RestoreOutcome, *, isolated: bool) -> Document:
     """Trees that run again."""
     epoch = outcome.epoch
-    return _document(
+    return document(
         "RestoreReport",
         ids.image_name(epoch.group, epoch.epoch),
         isolated=isolated,
@@ -212,13 +221,13 @@ def verify_report(name: str, reports: Iterable[tuple[str, VerifyReport]]) -> Doc
         }
         for image_name, report in reports
     ]
-    return _document("VerifyReport", name, good=all(item["good"] for item in items), items=items)
+    return document("VerifyReport", name, good=all(item["good"] for item in items), items=items)
 
 
 def prune_report(store: str, report: PruneReport, *, dry_run: bool) -> Document:
     """What was removed, or would be."""
     action = "would remove" if dry_run else "removed"
-    return _document(
+    return document(
         "PruneReport",
         store,
         dryRun=dry_run,
@@ -246,12 +255,12 @@ def doctor_report(host: str, checks: Iterable[checkup.Check]) -> Document:
         (status for status in ("missing", "degraded") if any(c["status"] == status for c in lines)),
         "ok",
     )
-    return _document("DoctorReport", host, status=worst, checks=lines)
+    return document("DoctorReport", host, status=worst, checks=lines)
 
 
 def plan_report(found: plan.Plan) -> Document:
     """What a dump would take."""
-    return _document(
+    return document(
         "Plan",
         ",".join(f"pid-{pid}" for pid in found.roots),
         feasible=not found.blockers,
@@ -293,7 +302,7 @@ def plan_report(found: plan.Plan) -> Document:
 
 def error(exc: errors.CkptError) -> Document:
     """What went wrong, on purpose."""
-    return _document(
+    return document(
         "Error",
         exc.code,
         code=exc.code,
@@ -306,7 +315,7 @@ def error(exc: errors.CkptError) -> Document:
 
 def usage_error(message: str, command: str) -> Document:
     """A command line that was not understood."""
-    return _document(
+    return document(
         "Error",
         "usage",
         code="usage",
@@ -319,7 +328,7 @@ def usage_error(message: str, command: str) -> Document:
 
 def defect(exc: Exception) -> Document:
     """Something nobody meant to happen."""
-    return _document(
+    return document(
         "Error",
         "internal",
         code="internal",

@@ -27,13 +27,13 @@ from agent.node.dump import Cancel
     ),
     example="ckpt-agent dump --pid 4711 --name training --include /srv/run7",
 )
+@click.argument("pod", metavar="[pod/NAME]", type=arguments.pod, required=False)
 @click.option(
     "--pid",
     "pids",
     type=arguments.pid,
     metavar="PID",
     multiple=True,
-    required=True,
     help="Root of a process tree; repeat it to cut several trees at one moment.",
 )
 @click.option("--stop", is_flag=True, help="End the processes once the image is committed.")
@@ -44,6 +44,8 @@ from agent.node.dump import Cancel
     multiple=True,
     help="File or directory that travels with the image; may be repeated.",
 )
+@arguments.containers
+@arguments.engine
 @click.option(
     "--deadline",
     type=arguments.span_s,
@@ -53,18 +55,34 @@ from agent.node.dump import Cancel
 @pass_invocation
 def verb(
     invocation: Invocation,
+    pod: str | None,
     pids: tuple[int, ...],
     stop: bool,
     name: str | None,
     include: tuple[str, ...],
+    containers: tuple[str, ...],
+    engine: str | None,
     deadline: float | None,
 ) -> None:
-    """Capture the process trees below each PID as one image and print its name.
+    """Capture the process trees below each PID, or the containers of a pod in a cluster, as one
+    image and print its name.
 
     The processes stand still while they are captured and go on while the image is compressed and
     written. If anything fails, or on Ctrl-C, they go on and nothing is stored.
     """
+    arguments.check_target(
+        invocation,
+        pod,
+        pids,
+        {"--container": containers, "--engine": engine},
+        {"--name": name, "--include": include},
+    )
     settings = invocation.settings(dump_deadline=deadline)
+    if pod is not None:
+        from agent.cli import incluster
+
+        incluster.dump(invocation, settings, pod, containers, engine=engine, stop=stop)
+        return
     options = CaptureOptions(
         deadline_s=settings.dump_deadline_s,
         include=tuple(os.path.abspath(path) for path in include),

@@ -16,6 +16,10 @@ import click
 from agent import errors, settings
 from agent.cli import exits, output
 from agent.host import clock
+from agent.settings import Settings
+
+# Flags that say that a cluster is meant, and which.
+_OF_A_CLUSTER = ("namespace", "context", "kubeconfig")
 
 
 class Invocation:
@@ -36,6 +40,16 @@ class Invocation:
         """
         self._settings = settings.load(self.flags | verb_flags, self.config, os.environ)
         return self._settings
+
+    def in_cluster(self, merged: Settings) -> bool:
+        """Whether a cluster is meant: a flag that only makes sense for one was given, or the
+        settings say so.
+        """
+        return merged.use_cluster or self.names_cluster()
+
+    def names_cluster(self) -> bool:
+        """Whether a flag that only makes sense for a cluster was given."""
+        return any(self.flags.get(key) is not None for key in _OF_A_CLUSTER)
 
     def form(self) -> str:
         """The output format, as far as it is known yet: errors need it before settings load."""
@@ -102,6 +116,12 @@ def _common_options() -> list[click.Option]:
                 "help": "Output format [CKPT_AGENT_OUTPUT].",
             },
         ),
+        (
+            ["-n", "--namespace"],
+            {"metavar": "NAMESPACE", "help": "In a cluster: of the pods and images."},
+        ),
+        (["--context"], {"metavar": "NAME", "help": "In a cluster: the kubeconfig's context."}),
+        (["--kubeconfig"], {"metavar": "FILE", "help": "In a cluster: address and identity."}),
         (["--quiet"], {"is_flag": True, "help": "No progress and messages, only errors."}),
         (["--verbose"], {"is_flag": True, "help": "Show where an error came from."}),
     ]

@@ -22,9 +22,15 @@ from agent.model import ids
 def verb(invocation: Invocation, group: str | None) -> None:
     """List the images of GROUP, or of all groups, oldest first.
 
-    A damaged image is listed as such.
+    A damaged image is listed as such. In a cluster (-n, --context, --kubeconfig) the images are
+    those of a namespace, and each pod is a group.
     """
     settings = invocation.settings()
+    if invocation.in_cluster(settings):
+        from agent.cli import incluster
+
+        incluster.list_images(invocation, settings, group)
+        return
     epochs = wiring.store(settings).epochs(ids.group_name(group) if group else None)
     if not epochs:
         invocation.say("no images")

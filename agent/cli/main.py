@@ -27,6 +27,7 @@ from agent.cli import (
     documents,
     dump,
     exits,
+    migrate,
     node,
     output,
     plan,
@@ -63,6 +64,7 @@ cli = Verbs(
 for _verb in (
     dump,
     restore,
+    migrate,
     list_verb,
     show,
     verify,

@@ -102,6 +102,19 @@ _RESTORED = (
     Column("PID", _text("pid"), right=True),
     Column("EXIT", _text("exitStatus"), right=True),
 )
+_RESTORED_POD = (
+    Column("POD", _text("pod")),
+    Column("NODE", _text("node")),
+    Column("IMAGE", _text("name")),
+    Column("RUNNING", lambda item, now_s: human_s(item["runningSeconds"]), right=True),
+)
+_MOVED = (
+    Column("POD", _text("pod")),
+    Column("FROM", _text("source")),
+    Column("TO", _text("target")),
+    Column("AWAY", lambda item, now_s: human_s(item["awaySeconds"]), right=True),
+    Column("IMAGE", _text("name")),
+)
 _VERIFIED = (
     Column("NAME", _text("name")),
     Column("STATUS", lambda item, now_s: "ok" if item["good"] else "damaged"),
@@ -228,7 +241,13 @@ def _dump_report(document: Document, wide: bool, now_s: float) -> list[str]:
 
 
 def _restore_report(document: Document, wide: bool, now_s: float) -> list[str]:
+    if document.get("pod"):
+        return table(_RESTORED_POD, [document], now_s)
     return table(_RESTORED, document["members"], now_s)
+
+
+def _move_report(document: Document, wide: bool, now_s: float) -> list[str]:
+    return table(_MOVED, [document], now_s)
 
 
 def _verify_report(document: Document, wide: bool, now_s: float) -> list[str]:
@@ -296,6 +315,7 @@ _LAYOUTS: dict[str, Callable[[Document, bool, float], list[str]]] = {
     "ImageList": _image_list,
     "DumpReport": _dump_report,
     "RestoreReport": _restore_report,
+    "MoveReport": _move_report,
     "VerifyReport": _verify_report,
     "PruneReport": _prune_report,
     "DoctorReport": _doctor_report,

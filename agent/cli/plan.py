@@ -16,22 +16,32 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
     status=(exits.REFUSED, exits.ENVIRONMENT, exits.PIPE_CLOSED),
     example="ckpt-agent plan --pid 4711",
 )
+@click.argument("pod", metavar="[pod/NAME]", type=arguments.pod, required=False)
 @click.option(
     "--pid",
     "pids",
     type=arguments.pid,
     metavar="PID",
     multiple=True,
-    required=True,
     help="Root of a process tree; may be repeated.",
 )
+@arguments.containers
 @pass_invocation
-def verb(invocation: Invocation, pids: tuple[int, ...]) -> int:
-    """Say what would be captured, how large it is, how long the stop would be, and what would
-    fail and why. The processes are only looked at.
+def verb(
+    invocation: Invocation, pod: str | None, pids: tuple[int, ...], containers: tuple[str, ...]
+) -> int:
+    """Say what a dump of the trees below each PID, or of a pod in a cluster, would capture, how
+    large it is, how long the stop would be, and what would fail and why. The processes are only
+    looked at.
 
     The exit status is 3 if a dump would be refused or fail.
     """
-    found = wiring.plan(invocation.settings(), pids)
+    arguments.check_target(invocation, pod, pids, {"--container": containers})
+    settings = invocation.settings()
+    if pod is not None:
+        from agent.cli import incluster
+
+        return incluster.plan(invocation, settings, pod, containers)
+    found = wiring.plan(settings, pids)
     invocation.emit(documents.plan_report(found))
     return exits.REFUSED if found.blockers else exits.DONE

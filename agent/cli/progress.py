@@ -18,6 +18,7 @@ from agent.host import proc
 from agent.node import dump, restore
 
 _PHASES = {
+    "waiting": "waiting for the placeholder",
     "capture": "capturing, the job stands still",
     "persist": "persisting, the job runs",
     "verify": "reading and verifying",
@@ -80,6 +81,21 @@ def for_restore(quiet: bool) -> Iterator[Callable[[restore.Progress], None]]:
             return
         task = bars.add_task(_PHASES["verify"], total=None)
         yield lambda now: bars.update(task, description=_PHASES.get(now.phase, now.phase))
+
+
+@contextlib.contextmanager
+def for_pod(quiet: bool) -> Iterator[Callable[[str, int], None]]:
+    """A callback for what an agent does with a pod: its phase, and bytes if there are any yet."""
+    with _bars(quiet) as bars:
+        if bars is None:
+            yield lambda phase, raw_bytes: None
+            return
+        task = bars.add_task("asking the agent", total=None)
+
+        def show(phase: str, raw_bytes: int) -> None:
+            bars.update(task, completed=raw_bytes, description=_PHASES.get(phase, phase))
+
+        yield show
 
 
 @contextlib.contextmanager

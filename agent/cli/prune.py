@@ -41,6 +41,11 @@ def verb(
     settings = invocation.settings(keep_last=keep_last, keep_within=keep_within)
     if settings.keep_last is None and settings.keep_within_s is None:
         raise click.UsageError("say what to keep: --keep-last N, --keep-within SPAN, or both")
+    if invocation.in_cluster(settings):
+        from agent.cli import incluster
+
+        incluster.prune(invocation, settings, group, dry_run)
+        return
     report = wiring.store(settings).prune(
         Retention(keep_last=settings.keep_last, keep_within_s=settings.keep_within_s),
         group=ids.group_name(group) if group else None,

@@ -27,12 +27,17 @@ _OUTPUT_MODE = 0o600
         exits.DATA,
         exits.VOLUME,
         exits.ENVIRONMENT,
+        exits.MOVE_INCOMPLETE,
         exits.INTERRUPTED,
         exits.PIPE_CLOSED,
     ),
     example="ckpt-agent restore training --isolate --wait --stdout run7.log",
 )
 @click.argument("image", shell_complete=arguments.complete_image)
+@click.option("--node", help="In a cluster: start the image's pod on this node.")
+@click.option("--pod", help="In a cluster: restore into this pod, which waits for the image.")
+@click.option("--replace", is_flag=True, help="With --node: delete a pod of that name first.")
+@click.option("--again", is_flag=True, help="In a cluster: even if the image was restored before.")
 @click.option("--isolate", is_flag=True, help="Use fresh pid and mount namespaces.")
 @click.option(
     "--wait",
@@ -64,6 +69,10 @@ _OUTPUT_MODE = 0o600
 def verb(
     invocation: Invocation,
     image: str,
+    node: str | None,
+    pod: str | None,
+    replace: bool,
+    again: bool,
     isolate: bool,
     wait: bool,
     files: str,
@@ -76,9 +85,31 @@ def verb(
     """Bring IMAGE back: a name that dump printed, or a group for its newest image.
 
     The image is read and verified whole before any process starts. Everything in the way is
-    named at once, and nothing is changed then.
+    named at once, and nothing is changed then. In a cluster say where: --node or --pod.
     """
+    of_a_cluster = {"--node": node, "--pod": pod, "--replace": replace, "--again": again}
+    of_a_host = {
+        "--isolate": isolate,
+        "--wait": wait,
+        "--files": files if files != FilePolicy.REFUSE.value else "",
+        "--stdin": stdin,
+        "--stdout": stdout,
+        "--stderr": stderr,
+        "--accept-changed": accept_changed,
+    }
     settings = invocation.settings(restore_deadline=deadline)
+    if invocation.in_cluster(settings) or any(of_a_cluster.values()):
+        arguments.refuse(of_a_host, "is for processes on this host, not for pods in a cluster")
+        if (node is None) == (pod is None):
+            raise click.UsageError("say where: --node NODE or --pod NAME")
+        if replace and node is None:
+            raise click.UsageError("--replace goes with --node")
+        from agent.cli import incluster
+
+        incluster.restore(
+            invocation, settings, image, node=node, pod=pod, replace=replace, again=again
+        )
+        return exits.DONE
     with contextlib.ExitStack() as stack:
         options = RestoreOptions(
             isolate=isolate,

@@ -22,7 +22,13 @@ def verb(invocation: Invocation, image: str) -> None:
     """Show IMAGE (a name, or a group for its newest): processes, memory by kind, files, sockets,
     and how much of it is new against the image before it.
     """
-    store = wiring.store(invocation.settings())
+    settings = invocation.settings()
+    if invocation.in_cluster(settings):
+        from agent.cli import incluster
+
+        incluster.show(invocation, settings, image)
+        return
+    store = wiring.store(settings)
     group, epoch = store.resolve(image)
     earlier = [each for each in store.epochs(group) if each.epoch < epoch]
     reader = store.read(group, epoch)

@@ -25,6 +25,10 @@ def verb(invocation: Invocation, image: str | None, everything: bool) -> int:
     if (image is None) != everything:
         raise click.UsageError("give either an IMAGE or --all")
     settings = invocation.settings()
+    if invocation.in_cluster(settings):
+        from agent.cli import incluster
+
+        return incluster.verify(invocation, settings, image)
     store = wiring.store(settings)
     if image is None:
         wanted = [(each.group, each.epoch) for each in store.epochs()]

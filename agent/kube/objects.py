@@ -7,6 +7,7 @@ Does not: decide anything.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import urllib.parse
 from collections.abc import Callable
@@ -102,7 +103,9 @@ def await_gone(
 
     def gone() -> bool:
         check()
-        return _uid(api, namespace, name) != uid
+        with contextlib.suppress(errors.Unreachable):  # it may answer again in time
+            return _uid(api, namespace, name) != uid
+        return False
 
     deadline = clock.Deadline.after(grace_s + _GONE_S)
     if not clock.wait_until(gone, deadline, every_s=_LOOK_S):
@@ -138,7 +141,10 @@ def await_scheduled(
     def scheduled() -> bool:
         nonlocal found
         check()
-        found = pod(api, namespace, name)
+        try:
+            found = pod(api, namespace, name)
+        except errors.Unreachable:  # it may answer again in time
+            return False
         if found["metadata"]["uid"] != uid:
             raise errors.NotFound(
                 f"pod {namespace}/{name} was replaced by another", hint="see kubectl get pods"

@@ -55,7 +55,7 @@ class ApiServer:
             "kind": "Pod",
             "metadata": metadata,
             "spec": {"nodeName": node, "containers": [{"name": "c", "image": "i"}]}
-            | more.pop("spec", {}),
+            | copy.deepcopy(more.pop("spec", {})),
             "status": {
                 "phase": "Running",
                 "conditions": [{"type": "Ready", "status": "True"}],

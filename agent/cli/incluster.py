@@ -1,0 +1,244 @@
+"""What the verbs do where a cluster is meant; loaded only then, since gRPC and the API client cost
+more to load than a verb on this host takes.
+
+Promises: as the verbs; the same documents as on a host, with fields added.
+Does not: decide anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+
+from agent import errors, wiring
+from agent.cli import documents, exits, interrupts, output, poddocuments, progress
+from agent.cli.invocation import Invocation
+from agent.cluster import doctor as cluster_doctor
+from agent.cluster import move as cluster_move
+from agent.cluster import pods
+from agent.model import ids, move
+from agent.settings import Settings
+
+_STEPS = {
+    move.Step.DUMP: "dumping; the pod goes on if anything fails",
+    move.Step.DELETE: "deleting the old pod",
+    move.Step.CREATE: "creating the replacement",
+    move.Step.SCHEDULE: "waiting for the scheduler",
+    move.Step.RESTORE: "restoring",
+}
+
+
+def list_images(invocation: Invocation, settings: Settings, group: str | None) -> None:
+    """``list`` of a namespace."""
+    wanted = ids.group_name(group) if group else ""
+    with wiring.cluster(settings) as session:
+        found = session.any_agent(lambda agent: agent.images(session.namespace, wanted))
+        if not found:
+            invocation.say(f"no images in namespace {session.namespace}")
+        invocation.emit(documents.image_list(session.namespace, found))
+
+
+def show(invocation: Invocation, settings: Settings, image: str) -> None:
+    """``show`` of an image."""
+    with wiring.cluster(settings) as session:
+        found = session.any_agent(lambda agent: agent.image(session.namespace, image))
+        invocation.emit(poddocuments.as_sent(found.document, session.namespace))
+
+
+def verify(invocation: Invocation, settings: Settings, image: str | None) -> int:
+    """``verify`` of an image, or of all of the namespace."""
+    with wiring.cluster(settings) as session:
+        if image is None:
+            found = session.any_agent(lambda agent: agent.images(session.namespace))
+        else:
+            found = [session.any_agent(lambda agent: agent.image(session.namespace, image)).image]
+        reports = []
+        for each in found:
+            name = documents.image_name(each)
+            with progress.for_reading(invocation.quiet, name) as bar:
+                reports.append(
+                    (
+                        name,
+                        session.any_agent(
+                            lambda agent, name=name, bar=bar: agent.verify(  # type: ignore[misc]
+                                session.namespace, name, bar
+                            )
+                        ),
+                    )
+                )
+        if not reports:
+            invocation.say(f"no images in namespace {session.namespace}")
+        name = reports[0][0] if image else session.namespace
+        document = poddocuments.verify_report(name, reports)
+        invocation.emit(document)
+        return exits.DONE if document["good"] else exits.DATA
+
+
+def delete(invocation: Invocation, settings: Settings, image: str) -> None:
+    """``delete`` of an image."""
+    with wiring.cluster(settings) as session:
+        found = session.any_agent(lambda agent: agent.delete(session.namespace, image))
+        _pruned(invocation, poddocuments.as_sent(found, session.namespace))
+
+
+def prune(invocation: Invocation, settings: Settings, group: str | None, dry_run: bool) -> None:
+    """``prune`` of a namespace."""
+    wanted = ids.group_name(group) if group else ""
+    with wiring.cluster(settings) as session:
+        found = session.any_agent(
+            lambda agent: agent.prune(
+                session.namespace,
+                group=wanted,
+                keep_last=settings.keep_last,
+                keep_within_s=settings.keep_within_s,
+                dry_run=dry_run,
+            )
+        )
+        _pruned(invocation, poddocuments.as_sent(found, session.namespace))
+
+
+def _pruned(invocation: Invocation, document: output.Document) -> None:
+    for reason in document["blocked"]:
+        invocation.say(f"no space was freed: {reason}")
+    freed = "would free" if document["dryRun"] else "freed"
+    invocation.say(
+        f"{freed} {output.human_bytes(document['freedBytes'])};"
+        f" images kept: {len(document['kept'])}"
+    )
+    invocation.emit(document)
+
+
+def plan(invocation: Invocation, settings: Settings, pod: str, containers: Sequence[str]) -> int:
+    """``plan`` of a pod."""
+    with wiring.cluster(settings) as session:
+        document = pods.plan(session, pod, containers)
+        invocation.emit(poddocuments.as_sent(document, session.namespace))
+        return exits.DONE if document.get("feasible") else exits.REFUSED
+
+
+def doctor(invocation: Invocation, settings: Settings) -> int:
+    """``doctor`` of a cluster."""
+    with wiring.cluster(settings) as session:
+        document = documents.doctor_report(session.api.name, cluster_doctor.examine(session))
+        invocation.emit(document)
+        return exits.ENVIRONMENT if document["status"] == "missing" else exits.DONE
+
+
+def dump(
+    invocation: Invocation,
+    settings: Settings,
+    pod: str,
+    containers: Sequence[str],
+    *,
+    engine: str | None,
+    stop: bool,
+) -> None:
+    """``dump`` of a pod."""
+    cancel = threading.Event()
+
+    def stop_asked(number: int) -> None:
+        cancel.set()
+        invocation.say("stopping; the job goes on")
+
+    with (
+        wiring.cluster(settings) as session,
+        interrupts.caught(stop_asked),
+        progress.for_pod(invocation.quiet) as show,
+    ):
+        outcome = pods.dump(
+            session,
+            pod,
+            containers=containers,
+            engine=engine,
+            stop=stop,
+            cancel=cancel,
+            progress=show,
+        )
+        document = poddocuments.dump_report(session.namespace, pod, outcome)
+    _said_dumped(invocation, document)
+    invocation.emit(document)
+
+
+def _said_dumped(invocation: Invocation, document: output.Document) -> None:
+    invocation.say(
+        f"captured {output.human_bytes(document['rawBytes'])} from pod {document['pod']}, stopped"
+        f" for {output.human_s(document['stopSeconds'])}, durable after"
+        f" {output.human_s(document['durableSeconds'])}; new"
+        f" {output.human_bytes(document['newBytes'])}, stored"
+        f" {output.human_bytes(document['storedBytes'])}"
+    )
+
+
+def restore(
+    invocation: Invocation,
+    settings: Settings,
+    image: str,
+    *,
+    node: str | None,
+    pod: str | None,
+    replace: bool,
+    again: bool,
+) -> None:
+    """``restore`` on a node, or into a pod that waits."""
+    with wiring.cluster(settings) as session, _watched(invocation) as watch:
+        if node is not None:
+            done = cluster_move.restore_on(
+                session, image, node, replace=replace, again=again, watch=watch
+            )
+        elif pod is not None:
+            done = cluster_move.restore_into(session, image, pod, again=again, watch=watch)
+        else:
+            raise errors.InvalidInput(
+                "say where in the cluster the image is to be restored",
+                hint="--node NODE starts its pod there; --pod NAME takes one that waits for it",
+            )
+        document = poddocuments.restore_report(session.namespace, done)
+    invocation.say(
+        f"pod {done.pod} runs {document['name']} on {done.node} after"
+        f" {output.human_s(document['runningSeconds'])}"
+    )
+    invocation.emit(document)
+
+
+def migrate(
+    invocation: Invocation, settings: Settings, pod: str, node: str, *, engine: str | None
+) -> None:
+    """``migrate`` of a pod."""
+    with wiring.cluster(settings) as session, _watched(invocation) as watch:
+        done = cluster_move.migrate(session, pod, node, engine=engine, watch=watch)
+        document = poddocuments.move_report(session.namespace, pod, done)
+    invocation.say(
+        f"pod {pod} runs on {done.target} and was away for"
+        f" {output.human_s(document['awaySeconds'])} ("
+        + ", ".join(
+            f"{name} {output.human_s(span_s)}" for name, span_s in document["stepSeconds"].items()
+        )
+        + ")"
+    )
+    invocation.emit(document)
+
+
+@contextlib.contextmanager
+def _watched(invocation: Invocation) -> Iterator[cluster_move.Watch]:
+    """Someone looks on, and may ask to stop: at once as long as the pod runs or nothing is at
+    stake, only when asked twice while a job stands still.
+    """
+    cancel = threading.Event()
+    reached: list[move.Step] = []
+    asked: list[int] = []
+
+    def stop_asked(number: int) -> None:
+        asked.append(number)
+        still = any(each != move.Step.DUMP for each in reached)
+        if still and len(asked) == 1:
+            invocation.say("the job stands still and its image is safe: going on; again to stop")
+            return
+        cancel.set()
+
+    def step(now: move.Step) -> None:
+        reached.append(now)
+        invocation.say(_STEPS[now])
+
+    with interrupts.caught(stop_asked), progress.for_pod(invocation.quiet) as show:
+        yield cluster_move.Watch(cancel=cancel, step=step, phase=show)

@@ -1,0 +1,50 @@
+"""``ckpt-agent migrate``: move a pod to another node of a cluster."""
+
+from __future__ import annotations
+
+import click
+
+from agent.cli import arguments, exits
+from agent.cli.invocation import Invocation, Verb, pass_invocation
+
+
+@click.command(
+    "migrate",
+    cls=Verb,
+    short_help="Move a pod to another node.",
+    status=(
+        exits.REFUSED,
+        exits.FAILED,
+        exits.DATA,
+        exits.VOLUME,
+        exits.ENVIRONMENT,
+        exits.MOVE_INCOMPLETE,
+        exits.INTERRUPTED,
+        exits.PIPE_CLOSED,
+    ),
+    example="ckpt-agent migrate pod/trainer-0 --to node-2 -n research",
+)
+@click.argument("pod", metavar="pod/NAME", type=arguments.pod)
+@click.option("--to", "node", required=True, metavar="NODE", help="The node to move it to.")
+@arguments.engine
+@click.option(
+    "--deadline",
+    type=arguments.span_s,
+    metavar="SPAN",
+    help="Give the dump, and the restore, up after this time [default: 10m each].",
+)
+@pass_invocation
+def verb(
+    invocation: Invocation, pod: str, node: str, engine: str | None, deadline: float | None
+) -> None:
+    """Checkpoint a pod, stop it, and bring it back on another node under its own name, with its
+    memory, its files and its output going on.
+
+    What stands against the move is looked for while the pod still runs, and nothing is deleted
+    before the image is committed. If a later step fails, the message says what exists where and
+    which command goes on.
+    """
+    settings = invocation.settings(dump_deadline=deadline, restore_deadline=deadline)
+    from agent.cli import incluster
+
+    incluster.migrate(invocation, settings, pod, node, engine=engine)

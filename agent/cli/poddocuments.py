@@ -1,0 +1,111 @@
+"""From what a cluster did to what is printed; the rest of ``documents``.
+
+Promises: as ``documents``; where a document is also printed for a host, fields are only added.
+Does not: read anything, or decide how a document looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from agent.cli import documents
+from agent.cli.output import Document
+from agent.cluster.move import Moved, Restored
+from agent.rpc import client
+
+
+def _seconds(span_s: float) -> float:
+    return round(span_s, 6)
+
+
+def dump_report(namespace: str, pod: str, outcome: client.DumpOutcome) -> Document:
+    """A committed dump of a pod."""
+    image = outcome.image
+    return documents.document(
+        "DumpReport",
+        documents.image_name(image),
+        namespace=namespace,
+        pod=pod,
+        engine=outcome.engine,
+        stopped=outcome.stopped,
+        stopSeconds=_seconds(outcome.stop_s),
+        durableSeconds=_seconds(outcome.durable_s),
+        processes=sum(member.processes for member in outcome.members),
+        rawBytes=image.raw_bytes,
+        newBytes=image.new_bytes,
+        storedBytes=image.stored_bytes,
+        members=[
+            {
+                "name": member.name,
+                # Numbers of processes mean something on their node only.
+                "pids": [],
+                "processes": member.processes,
+                "stopSeconds": _seconds(member.stop_s),
+                "rawBytes": member.raw_bytes,
+            }
+            for member in outcome.members
+        ],
+    )
+
+
+def restore_report(namespace: str, restored: Restored) -> Document:
+    """A pod that runs again."""
+    outcome = restored.outcome
+    return documents.document(
+        "RestoreReport",
+        documents.image_name(outcome.image),
+        namespace=namespace,
+        pod=restored.pod,
+        podUid=restored.uid,
+        node=restored.node,
+        isolated=False,
+        waitedSeconds=_seconds(outcome.waited_s),
+        verifiedSeconds=_seconds(outcome.verified_s),
+        runningSeconds=_seconds(outcome.running_s),
+        members=[],
+    )
+
+
+def move_report(namespace: str, pod: str, moved: Moved) -> Document:
+    """A pod that runs on another node."""
+    return documents.document(
+        "MoveReport",
+        documents.image_name(moved.dump.image),
+        namespace=namespace,
+        pod=pod,
+        podUid=moved.uid,
+        source=moved.source,
+        target=moved.target,
+        awaySeconds=_seconds(moved.away_s),
+        stopSeconds=_seconds(moved.dump.stop_s),
+        durableSeconds=_seconds(moved.dump.durable_s),
+        runningSeconds=_seconds(moved.restore.running_s),
+        stepSeconds={name: _seconds(span_s) for name, span_s in moved.steps.items()},
+        rawBytes=moved.dump.image.raw_bytes,
+        newBytes=moved.dump.image.new_bytes,
+        storedBytes=moved.dump.image.stored_bytes,
+    )
+
+
+def verify_report(name: str, reports: Iterable[tuple[str, client.VerifyOutcome]]) -> Document:
+    """What reading images whole found."""
+    items = [
+        {
+            "name": image_name,
+            "good": found.good,
+            "readBytes": found.read_bytes,
+            "damaged": [{"part": part, "problem": problem} for part, problem in found.damaged],
+        }
+        for image_name, found in reports
+    ]
+    good = all(item["good"] for item in items)
+    return documents.document("VerifyReport", name, good=good, items=items)
+
+
+def as_sent(found: Mapping[str, Any], namespace: str) -> Document:
+    """A document that an agent made; the store's path on its node means nothing here."""
+    made = dict(found)
+    if made.get("kind") == "PruneReport":
+        made["name"] = namespace
+    return made
