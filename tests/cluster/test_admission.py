@@ -1,0 +1,448 @@
+"""The admission service on the real cluster, deployed as users deploy it, called for real."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from agent.admission import certificates
+from agent.model import optin
+from tests.cluster.cluster import Cluster, ClusterError
+
+ROOT = Path(__file__).resolve().parents[2]
+MANIFEST = ROOT / "deploy/daemonset/admission.yaml"
+PROJECT = "ckpt-agent"
+SERVICE = "ckpt-agent-admission"
+IMAGE = "ckpt-agent:dev"
+HELD = ["/.ckpt-agent/hold", "auto"]
+COUNTER = ["python3", "-u", "/opt/counter.py"]
+
+
+@pytest.fixture(scope="module")
+def admission(cluster: Cluster) -> None:
+    """The service runs, and the API server trusts it."""
+    if any(IMAGE not in images(cluster, node) for node in cluster.nodes):
+        subprocess.run([ROOT / "scripts/cluster", "agent"], check=True, timeout=900)
+    labels = {"pod-security.kubernetes.io/enforce": "privileged"}
+    metadata = {"name": PROJECT, "labels": labels}
+    cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+    cluster.apply(MANIFEST.read_text())
+    cluster.wait_for_deployment(SERVICE, PROJECT, 120)
+    cluster.wait_for("the webhook to be called", lambda: called(cluster), 30)
+
+
+def images(cluster: Cluster, node: str) -> str:
+    return cluster.node(node).exec("ctr", "-n", "k8s.io", "images", "ls", "-q").stdout
+
+
+def called(cluster: Cluster) -> bool:
+    """Whether a pod that nobody keeps comes back held."""
+    return is_held(create(cluster, pod("probe", "default"), "--dry-run=server"))
+
+
+def is_held(found: dict[str, Any]) -> bool:
+    return all(c["command"][:2] == HELD for c in found["spec"]["containers"])
+
+
+def pod(name: str, namespace: str, **more: Any) -> dict[str, Any]:
+    """A pod that wants to be checkpointed and counts."""
+    container = {"name": "main", "image": "localhost/np:1", "command": COUNTER}
+    annotations = more.pop("annotations", {})
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "labels": {optin.LABEL: optin.ENABLED},
+            "annotations": annotations,
+        },
+        "spec": {
+            "containers": [container],
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 1,
+        }
+        | more,
+    }
+
+
+def create(cluster: Cluster, body: dict[str, Any], *arguments: str) -> dict[str, Any]:
+    text = cluster.kubectl("create", "-f", "-", "-o", "json", *arguments, stdin=json.dumps(body))
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def lines(cluster: Cluster, name: str, namespace: str) -> list[str]:
+    return cluster.logs(name, namespace, "-c", "main").splitlines()
+
+
+def test_an_opted_in_pod_starts_under_hold_and_does_its_work(
+    admission: None, cluster: Cluster, namespace: str
+) -> None:
+    created = create(cluster, pod("job", namespace))
+    assert is_held(created)
+    assert [c["name"] for c in created["spec"]["initContainers"]] == [optin.INIT_CONTAINER]
+    found = cluster.wait_for_pod("job", namespace)
+    assert found["status"]["qosClass"] == "BestEffort"
+    first = cluster.kubectl(
+        "exec", "job", "-n", namespace, "-c", "main", "--", "cat", "/proc/1/cmdline"
+    )
+    assert first.startswith("hold: following")
+    cluster.wait_for("the counter", lambda: len(lines(cluster, "job", namespace)) > 2, 20)
+
+
+def test_a_pod_without_the_label_is_not_touched(
+    admission: None, cluster: Cluster, namespace: str
+) -> None:
+    body = pod("job", namespace)
+    body["metadata"]["labels"] = {"app": "job"}
+    assert create(cluster, body)["spec"]["containers"][0]["command"] == COUNTER
+
+
+def test_a_dry_run_shows_the_same_and_leaves_nothing(
+    admission: None, cluster: Cluster, namespace: str
+) -> None:
+    dry = create(cluster, pod("job", namespace), "--dry-run=server")
+    real = create(cluster, pod("job", namespace))
+    for found in (dry, real):  # the ServiceAccount's volume has a random name
+        for volume in found["spec"]["volumes"]:
+            if volume["name"].startswith("kube-api-access-"):
+                volume["name"] = "kube-api-access"
+        for part in [*found["spec"]["containers"], *found["spec"]["initContainers"]]:
+            for mount in part["volumeMounts"]:
+                if mount["name"].startswith("kube-api-access-"):
+                    mount["name"] = "kube-api-access"
+    assert dry["spec"] == real["spec"]
+
+
+def test_the_restricted_level_of_pod_security_admits_and_runs_it(
+    admission: None, cluster: Cluster, namespace: str
+) -> None:
+    cluster.kubectl(
+        "label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted"
+    )
+    body = pod("job", namespace)
+    body["spec"]["securityContext"] = {
+        "runAsNonRoot": True,
+        "runAsUser": 1000,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    body["spec"]["containers"][0]["securityContext"] = {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    body["spec"]["containers"][0]["resources"] = {"limits": {"cpu": "1", "memory": "64Mi"}}
+    assert is_held(create(cluster, body))
+    assert cluster.wait_for_pod("job", namespace)["status"]["qosClass"] == "Guaranteed"
+    cluster.wait_for("the counter", lambda: len(lines(cluster, "job", namespace)) > 2, 20)
+
+
+def test_a_pod_that_cannot_be_held_starts_and_says_why(
+    admission: None, cluster: Cluster, namespace: str
+) -> None:
+    created = create(cluster, pod("job", namespace, shareProcessNamespace=True))
+    assert created["spec"]["containers"][0]["command"] == COUNTER
+    assert "shareProcessNamespace" in created["metadata"]["annotations"][optin.NOT_HELD]
+    cluster.wait_for_pod("job", namespace)
+
+
+def test_a_pod_made_from_another_ones_template_is_not_changed_again(
+    admission: None, cluster: Cluster, namespace: str
+) -> None:
+    first = create(cluster, pod("job", namespace))
+    template = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": "again",
+            "namespace": namespace,
+            "labels": first["metadata"]["labels"],
+        },
+        "spec": {k: v for k, v in first["spec"].items() if k != "nodeName"},
+    }
+    second = create(cluster, template)
+    for field in ("containers", "initContainers", "volumes"):
+        assert second["spec"][field] == first["spec"][field]
+
+
+@pytest.fixture
+def sidecar_webhook(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
+    """Another webhook, which the API server calls after ours (they go by name)."""
+    ca = certificates.new_authority(time.time(), 3600)
+    leaf = certificates.new_leaf(ca, ["localhost"], time.time(), 3600)
+    (tmp_path / "crt").write_bytes(leaf.certificate)
+    (tmp_path / "key").write_bytes(leaf.key)
+    port = 18443
+    name = "zz-sidecar.test"
+    command = [sys.executable, "-m", "tests.cluster.sidecar_webhook", str(port)]
+    process = subprocess.Popen(
+        cluster.in_control_plane([*command, tmp_path / "crt", tmp_path / "key"]), cwd=ROOT
+    )
+    configuration = {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "MutatingWebhookConfiguration",
+        "metadata": {"name": name},
+        "webhooks": [
+            {
+                "name": name,
+                "clientConfig": {
+                    "url": f"https://localhost:{port}/mutate",
+                    "caBundle": base64.b64encode(ca.certificate).decode(),
+                },
+                "rules": [
+                    {
+                        "apiGroups": [""],
+                        "apiVersions": ["v1"],
+                        "resources": ["pods"],
+                        "operations": ["CREATE"],
+                    }
+                ],
+                "objectSelector": {"matchLabels": {"sidecar": "wanted"}},
+                "sideEffects": "None",
+                "admissionReviewVersions": ["v1"],
+                "failurePolicy": "Fail",
+            }
+        ],
+    }
+    try:
+        cluster.apply(configuration)
+        yield
+    finally:
+        with contextlib.suppress(ClusterError):
+            cluster.kubectl("delete", "mutatingwebhookconfiguration", name)
+        process.kill()
+        process.wait()
+
+
+def test_a_container_that_another_webhook_adds_afterwards_is_held_too(
+    admission: None, cluster: Cluster, namespace: str, sidecar_webhook: None
+) -> None:
+    body = pod("job", namespace)
+    body["metadata"]["labels"]["sidecar"] = "wanted"
+    found: dict[str, Any] = {}
+
+    def created() -> bool:  # the API server learns of the other webhook a moment later
+        nonlocal found
+        found = create(cluster, body, "--dry-run=server")
+        return len(found["spec"]["containers"]) == 2
+
+    cluster.wait_for("the other webhook", created, 30)
+    assert [c["name"] for c in found["spec"]["containers"]] == ["barrier", "main"]
+    assert is_held(found)
+    assert [c["name"] for c in found["spec"]["initContainers"]] == [optin.INIT_CONTAINER]
+
+
+def test_the_pods_of_a_jobset_are_held(admission: None, cluster: Cluster, namespace: str) -> None:
+    jobset = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": "train", "namespace": namespace},
+        "spec": {
+            "coordinator": {"replicatedJob": "worker"},
+            "replicatedJobs": [
+                {
+                    "name": "worker",
+                    "template": {
+                        "spec": {
+                            "parallelism": 2,
+                            "completions": 2,
+                            "completionMode": "Indexed",
+                            "backoffLimit": 0,
+                            "template": {
+                                "metadata": {"labels": {optin.LABEL: optin.ENABLED}},
+                                "spec": pod("x", "x")["spec"],
+                            },
+                        }
+                    },
+                }
+            ],
+        },
+    }
+    cluster.apply(jobset)
+
+    def running() -> bool:
+        pods = cluster.get("pods", "-n", namespace)["items"]
+        return [each["status"]["phase"] for each in pods] == ["Running"] * 2
+
+    cluster.wait_for("both pods of the JobSet", running, 60)
+    pods = cluster.get("pods", "-n", namespace)["items"]
+    assert all(is_held(each) for each in pods)
+    # JobSet's own webhook has done its part as well.
+    key = "jobset.sigs.k8s.io/coordinator"
+    assert all(each["metadata"]["labels"][key] for each in pods)
+
+
+@contextlib.contextmanager
+def creating(cluster: Cluster) -> Iterator[list[bool]]:
+    """Create pods without end, dry, and note whether each came back held."""
+    held: list[bool] = []
+    stop = threading.Event()
+    failures: list[ClusterError] = []
+
+    def go_on() -> None:
+        try:
+            while not stop.wait(0.1):
+                held.append(called(cluster))
+        except ClusterError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        yield held
+    finally:
+        stop.set()
+        thread.join(60)
+    assert failures == []
+
+
+def test_a_replica_can_end_without_a_pod_being_missed(admission: None, cluster: Cluster) -> None:
+    with creating(cluster) as held:
+        before = {p["metadata"]["uid"] for p in replicas(cluster)}
+        cluster.kubectl("rollout", "restart", f"deployment/{SERVICE}", "-n", PROJECT)
+        cluster.kubectl(
+            "rollout", "status", f"deployment/{SERVICE}", "-n", PROJECT, "--timeout=90s"
+        )
+        cluster.wait_for(
+            "the old replicas' end",
+            lambda: not before & {p["metadata"]["uid"] for p in replicas(cluster)},
+            60,
+        )
+    assert len(held) > 10
+    assert all(held)
+
+
+def replicas(cluster: Cluster) -> list[dict[str, Any]]:
+    selector = f"app.kubernetes.io/name={SERVICE}"
+    found: list[dict[str, Any]] = cluster.get("pods", "-n", PROJECT, "-l", selector)["items"]
+    return found
+
+
+def test_while_the_service_is_down_pods_start_as_they_are(
+    admission: None, cluster: Cluster, namespace: str
+) -> None:
+    scale(cluster, 0)
+    try:
+        created = create(cluster, pod("job", namespace))
+        assert created["spec"]["containers"][0]["command"] == COUNTER
+        cluster.wait_for_pod("job", namespace)
+    finally:
+        scale(cluster, 2)
+    cluster.wait_for("the webhook to be called again", lambda: called(cluster), 30)
+
+
+def scale(cluster: Cluster, replicas_: int) -> None:
+    cluster.kubectl("scale", f"deployment/{SERVICE}", "-n", PROJECT, f"--replicas={replicas_}")
+    if replicas_:
+        cluster.wait_for_deployment(SERVICE, PROJECT)
+    else:
+        cluster.wait_for("the replicas' end", lambda: not replicas(cluster), 60)
+
+
+@pytest.fixture
+def short_lives(admission: None, cluster: Cluster) -> Iterator[None]:
+    """Certificates that live for seconds; the usual ones afterwards."""
+    lives = {
+        "LEAF_LIFETIME": "70s",
+        "LEAF_RENEW_BEFORE": "45s",
+        "CA_LIFETIME": "110s",
+        "CA_RENEW_BEFORE": "80s",
+        "TRUST_OVERLAP": "15s",
+    }
+    variables = [f"CKPT_AGENT_{key}={value}" for key, value in lives.items()]
+    target = [f"deployment/{SERVICE}", "-n", PROJECT]
+    # A new authority, since the one there lives for a year.
+    cluster.kubectl("set", "env", *target, *variables)
+    cluster.kubectl("rollout", "status", *target, "--timeout=90s")
+    cluster.kubectl("delete", "secret", "ckpt-agent-ca", "-n", PROJECT)
+    try:
+        yield
+    finally:
+        cluster.kubectl("set", "env", *target, *(f"CKPT_AGENT_{key}-" for key in lives))
+        cluster.kubectl("rollout", "status", *target, "--timeout=90s")
+        cluster.kubectl("delete", "secret", "ckpt-agent-ca", "-n", PROJECT)
+        cluster.wait_for("the webhook to be called", lambda: called(cluster), 60)
+
+
+def published(cluster: Cluster) -> tuple[bytes, str]:
+    """The authorities that clients trust, and the identity of the one that signs."""
+    text = cluster.get("configmap", "ckpt-agent-ca", "-n", PROJECT)["data"]["ca.crt"].encode()
+    data = cluster.get("secret", "ckpt-agent-tls", "-n", PROJECT)["data"]
+    leaf = certificates.Pair(base64.b64decode(data["tls.crt"]))
+    return text, leaf.issued.signer
+
+
+@pytest.mark.slow
+def test_certificates_and_their_authority_are_replaced_without_a_pod_being_missed(
+    admission: None, cluster: Cluster, short_lives: None
+) -> None:
+    def settled() -> bool:
+        text, signer = published(cluster)
+        (only,) = certificates.read_bundle(text)
+        return only.issued.identity == signer
+
+    cluster.wait_for("a new authority", settled, 60)
+    # Replicas and API server have learned of it when calls come through again.
+    cluster.wait_for("the webhook to be called", lambda: called(cluster), 60)
+    first_signer = published(cluster)[1]
+    bundles, signers = set(), {first_signer}
+    with creating(cluster) as held:
+        end = time.monotonic() + 150
+        while len(signers) < 3 and time.monotonic() < end:
+            text, signer = published(cluster)
+            bundles.add(text)
+            signers.add(signer)
+            time.sleep(1)
+    assert len(signers) == 3
+    assert max(len(certificates.read_bundle(text)) for text in bundles) >= 2
+    assert len(held) > 100
+    assert all(held)
+
+
+def may(cluster: Cluster, verb: str, *what: str) -> bool:
+    user = f"system:serviceaccount:{PROJECT}:{SERVICE}"
+    try:
+        return cluster.kubectl("auth", "can-i", verb, *what, "--as", user).strip() == "yes"
+    except ClusterError:
+        return False
+
+
+def test_the_service_may_do_no_more_than_it_needs(
+    admission: None, cluster: Cluster, namespace: str
+) -> None:
+    assert may(cluster, "update", "secret/ckpt-agent-ca", "-n", PROJECT)
+    for verb, *what in (
+        ("get", "secrets", "-n", PROJECT),
+        ("list", "secrets", "-n", PROJECT),
+        ("get", "secret/other", "-n", PROJECT),
+        ("delete", "secret/ckpt-agent-ca", "-n", PROJECT),
+        ("create", "secrets", "-n", namespace),
+        ("get", "pods", "-n", namespace),
+        ("create", "pods", "-n", PROJECT),
+        ("update", "mutatingwebhookconfigurations/jobset-mutating-webhook-configuration"),
+        ("create", "mutatingwebhookconfigurations"),
+        ("get", "nodes"),
+    ):
+        assert not may(cluster, verb, *what), (verb, what)
+
+
+def test_the_manifest_names_what_the_program_names() -> None:
+    found = {
+        (each["kind"], each["metadata"]["name"]): each
+        for each in yaml.safe_load_all(MANIFEST.read_text())
+    }
+    (webhook,) = found["MutatingWebhookConfiguration", "ckpt-agent"]["webhooks"]
+    assert webhook["objectSelector"]["matchLabels"] == {optin.LABEL: optin.ENABLED}
+    assert webhook["failurePolicy"] == "Ignore"
+    assert "caBundle" not in webhook["clientConfig"]
