@@ -41,7 +41,8 @@ class Progress:
 @dataclasses.dataclass(frozen=True)
 class DumpOutcome:
     """A committed epoch. ``stop_s`` is from the first member frozen to the last one running (or
-    killed); ``durable_s`` from the request to the commit.
+    killed), with an engine without a cut the longest stop of a member; ``durable_s`` from the
+    request to the commit.
     """
 
     epoch: EpochSummary
@@ -87,6 +88,7 @@ def dump(
     Raises:
         errors.Refused: before anything was touched.
         errors.Failed | errors.VolumeError: given up; every member is as it was before.
+        errors.Corrupt: likewise, what an engine without a cut gave or what was stored is damaged.
     """
     cancel = cancel or Cancel()
     options = dataclasses.replace(options, kill=stop)
@@ -100,11 +102,13 @@ def dump(
         reports = _capture_all(engine, members, writer, cut, meter, options)
         progress(Progress("persist", meter.raw_bytes))
         epoch = cut.committed or _commit(writer, known, cancel)
+    if not engine.promises.cuts:
+        _read_back(store, epoch)
     progress(Progress("done", meter.raw_bytes))
     return DumpOutcome(
         epoch=epoch,
         members=tuple(zip((m.name for m in members), reports, strict=True)),
-        stop_s=cut.stop_s(),
+        stop_s=cut.stop_s() if engine.promises.cuts else max(each.stop_s for each in reports),
         durable_s=cut.committed_at_s - began_s if stop else clock.monotonic_s() - began_s,
         stopped=stop,
     )
@@ -113,6 +117,25 @@ def dump(
 def _commit(writer: EpochWriter, facts: dict[str, Any], cancel: Cancel) -> EpochSummary:
     cancel.check()
     return writer.commit(facts)
+
+
+def _read_back(store: Store, epoch: EpochSummary) -> None:
+    """Verify an epoch whose source was somebody else's file and is gone, so that what is stored is
+    the only copy.
+
+    Raises:
+        errors.Corrupt: it is damaged; it was removed.
+    """
+    report = store.verify(epoch.group, epoch.epoch)
+    if report.good:
+        return
+    store.delete(epoch.group, epoch.epoch)
+    first = report.damaged[0]
+    raise errors.Corrupt(
+        f"what was just stored reads back damaged: {first.part}: {first.problem}",
+        hint="look at the volume; nothing was kept, the job goes on",
+        part=first.part,
+    )
 
 
 def _capture_all(

@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 
 DIRECTORY = "/var/lib/kubelet/checkpoints"
 
-_NOTE = re.compile(r"\.ckpt-agent-call-[0-9a-f]{16}\.json")
+_NOTE_PREFIX = ".ckpt-agent-call-"
+_NOTE = re.compile(re.escape(_NOTE_PREFIX) + r"[0-9a-f]{16}\.json")
 _NOTE_BYTES = 4 << 20
 # The kubelet asks the API server who we are before it begins and names the archive; its time has
 # whole seconds.
@@ -81,7 +82,7 @@ class Checkpoints:
         """
         me = proc.identity(os.getpid())
         call = Call(
-            note=f".ckpt-agent-call-{secrets.token_hex(8)}.json",
+            note=f"{_NOTE_PREFIX}{secrets.token_hex(8)}.json",
             target=target,
             before=tuple(sorted(self._archives(target))),
             asked_at_s=clock.wall_s(),
@@ -146,10 +147,11 @@ class Checkpoints:
         """Remove what calls left that nobody waits for; return the archives removed."""
         removed = []
         for name in sorted(os.listdir(self._fd)):
-            if not _NOTE.fullmatch(name):
+            call = self._read(name) if _NOTE.fullmatch(name) else None
+            if call is None:
+                self._forget_broken(name)
                 continue
-            call = self._read(name)
-            if call is None or call.living:
+            if call.living:
                 continue
             found = self._clean(call)
             removed += found
@@ -206,6 +208,14 @@ class Checkpoints:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(call.note, dir_fd=self._fd)
 
+    def _forget_broken(self, name: str) -> None:
+        """Remove what was to become a note of ours but was never finished."""
+        if name.startswith(_NOTE_PREFIX):
+            with contextlib.suppress(FileNotFoundError):
+                info = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+                if info.st_mtime + _LINGER_S < clock.wall_s():
+                    os.unlink(name, dir_fd=self._fd)
+
     def _read(self, name: str) -> Call | None:
         """The note; None if it is gone or no note of ours."""
         try:
@@ -260,7 +270,7 @@ def _made_at_s(target: Target, name: str) -> float | None:
 def _call(note: str, raw: dict[str, Any]) -> Call:
     return Call(
         note=note,
-        target=Target(**{key: str(value) for key, value in raw["target"].items()}),
+        target=Target(*(str(raw["target"][key]) for key in ("namespace", "pod", "container"))),
         before=tuple(str(each) for each in raw["before"]),
         asked_at_s=float(raw["asked_at_s"]),
         deadline_s=float(raw["deadline_s"]),
