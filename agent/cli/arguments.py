@@ -40,11 +40,47 @@ def complete_image(
     place for an error.
     """
     try:
-        found = wiring.store(settings.load({}, None, os.environ)).epochs()
+        merged, invocation = _settings(ctx)
+        if invocation.in_cluster(merged):
+            with wiring.cluster(merged) as session:
+                images = session.any_agent(lambda agent: agent.images(session.namespace))
+            names = [f"{image.group}@{image.epoch}" for image in images]
+        else:
+            found = wiring.store(merged).epochs()
+            names = [ids.image_name(summary.group, summary.epoch) for summary in found]
     except errors.CkptError:
         return []
-    names = [ids.image_name(summary.group, summary.epoch) for summary in found]
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def complete_pod(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Pods of the namespace as ``pod/NAME``; none if the API server does not tell."""
+    try:
+        with wiring.cluster(_settings(ctx)[0]) as session:
+            names = session.pod_names()
+    except errors.CkptError:
+        return []
+    return [CompletionItem(f"pod/{n}") for n in names if f"pod/{n}".startswith(incomplete)]
+
+
+def complete_node(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Nodes that an agent serves; none if the API server does not tell."""
+    try:
+        with wiring.cluster(_settings(ctx)[0]) as session:
+            names = {agent.node for agent in session.agents()}
+    except errors.CkptError:
+        return []
+    return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
+
+
+def _settings(ctx: click.Context) -> tuple[settings.Settings, Invocation]:
+    """What holds for a command line that is still being written."""
+    invocation = ctx.find_object(Invocation) or Invocation()
+    return settings.load(invocation.flags, invocation.config, os.environ), invocation
 
 
 def pod(value: str) -> str:

@@ -27,7 +27,13 @@ from agent.node.dump import Cancel
     ),
     example="ckpt-agent dump --pid 4711 --name training --include /srv/run7",
 )
-@click.argument("pod", metavar="[pod/NAME]", type=arguments.pod, required=False)
+@click.argument(
+    "pod",
+    metavar="[pod/NAME]",
+    type=arguments.pod,
+    required=False,
+    shell_complete=arguments.complete_pod,
+)
 @click.option(
     "--pid",
     "pids",

@@ -89,14 +89,20 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit status."""
+def run(
+    arguments: Sequence[str], *, invocation: Invocation | None = None, name: str = _PROGRAM
+) -> int:
+    """Run one command line and return its exit status. ``name`` is what the program is called as,
+    ``invocation`` what was said beforehand.
+    """
+    invocation = invocation or Invocation()
     instruction = os.environ.get(_COMPLETE_VARIABLE)
     if instruction:
-        return shell_completion.shell_complete(cli, {}, _PROGRAM, _COMPLETE_VARIABLE, instruction)
-    invocation = Invocation()
+        return shell_completion.shell_complete(
+            cli, {"obj": invocation}, _PROGRAM, _COMPLETE_VARIABLE, instruction
+        )
     try:
-        status = _invoke(arguments, invocation)
+        status = _invoke(arguments, invocation, name)
         flush_stdout()
     except BrokenPipeError:
         _abandon_stdout()
@@ -115,10 +121,10 @@ def run(arguments: Sequence[str]) -> int:
     return status
 
 
-def _invoke(arguments: Sequence[str], invocation: Invocation) -> int:
+def _invoke(arguments: Sequence[str], invocation: Invocation, name: str) -> int:
     """Run the verb; what click itself raises becomes a status here."""
     try:
-        with cli.make_context(_PROGRAM, [*arguments], obj=invocation) as ctx:
+        with cli.make_context(name, [*arguments], obj=invocation) as ctx:
             result = cli.invoke(ctx)
     except click.exceptions.Exit as exc:
         return exc.exit_code
@@ -127,7 +133,7 @@ def _invoke(arguments: Sequence[str], invocation: Invocation) -> int:
         return exits.USAGE
     except click.UsageError as exc:
         _note_output(arguments, invocation)
-        command = exc.ctx.command_path if exc.ctx else _PROGRAM
+        command = exc.ctx.command_path if exc.ctx else name
         _tell(documents.usage_error(exc.format_message(), command), invocation)
         return exits.USAGE
     return result if isinstance(result, int) else exits.DONE

@@ -24,8 +24,17 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
     ),
     example="ckpt-agent migrate pod/trainer-0 --to node-2 -n research",
 )
-@click.argument("pod", metavar="pod/NAME", type=arguments.pod)
-@click.option("--to", "node", required=True, metavar="NODE", help="The node to move it to.")
+@click.argument(
+    "pod", metavar="pod/NAME", type=arguments.pod, shell_complete=arguments.complete_pod
+)
+@click.option(
+    "--to",
+    "node",
+    required=True,
+    metavar="NODE",
+    shell_complete=arguments.complete_node,
+    help="The node to move it to.",
+)
 @arguments.engine
 @click.option(
     "--deadline",

@@ -16,7 +16,13 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
     status=(exits.REFUSED, exits.ENVIRONMENT, exits.PIPE_CLOSED),
     example="ckpt-agent plan --pid 4711",
 )
-@click.argument("pod", metavar="[pod/NAME]", type=arguments.pod, required=False)
+@click.argument(
+    "pod",
+    metavar="[pod/NAME]",
+    type=arguments.pod,
+    required=False,
+    shell_complete=arguments.complete_pod,
+)
 @click.option(
     "--pid",
     "pids",

@@ -34,7 +34,11 @@ _OUTPUT_MODE = 0o600
     example="ckpt-agent restore training --isolate --wait --stdout run7.log",
 )
 @click.argument("image", shell_complete=arguments.complete_image)
-@click.option("--node", help="In a cluster: start the image's pod on this node.")
+@click.option(
+    "--node",
+    shell_complete=arguments.complete_node,
+    help="In a cluster: start the image's pod on this node.",
+)
 @click.option("--pod", help="In a cluster: restore into this pod, which waits for the image.")
 @click.option("--replace", is_flag=True, help="With --node: delete a pod of that name first.")
 @click.option("--again", is_flag=True, help="In a cluster: even if the image was restored before.")

@@ -48,6 +48,12 @@ class Session:
         self._connected: dict[str, client.Agent] = {}
         self._made_credentials: client.Credentials | None = None
 
+    def pod_names(self) -> list[str]:
+        """The pods of the namespace, by name."""
+        return sorted(
+            str(each["metadata"]["name"]) for each in objects.pods(self.api, self.namespace)
+        )
+
     def agents(self) -> list[objects.AgentPod]:
         """The agents' pods, ready or not; looked up once.
 

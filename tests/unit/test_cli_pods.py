@@ -634,7 +634,40 @@ def test_a_credential_plugin_that_fails_is_named(
     assert "/bin/false" in ran.err
 
 
-# The program.
+# The program, also as a plugin of kubectl.
+
+
+def plugin(entry: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = f"from agent.cli import kubectl; kubectl.{entry}()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_plugin_of_kubectl_always_means_the_cluster(world: World) -> None:
+    name = world.agents.add_image("job", 1)
+    assert plugin("main", "list", "-o", "name").stdout == f"{name}\n"
+    wrong = plugin("main", "nonsense")
+    assert (wrong.returncode, "see kubectl ckpt --help" in wrong.stderr) == (exits.USAGE, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("mig",), ["migrate\tMove a pod to another node.", ":4"]),
+        (("dump", "po"), ["pod/job", ":4"]),
+        (("migrate", "pod/job", "--to", ""), ["n1", "n2", ":4"]),
+        (("restore", "job@"), ["job@20260131-235901-0a1b2c", ":4"]),
+        (("dump", "-n", "elsewhere", "pod/"), [":4"]),
+        (("list", "--kubeconfig", "/nonexistent", ""), [":4"]),
+        (("restore", "job", "--stdout", ""), [":0"]),
+    ],
+)
+def test_kubectl_is_offered_verbs_pods_nodes_and_images(
+    world: World, words: tuple[str, ...], offered: list[str]
+) -> None:
+    world.agents.add_image("job", 1)
+    assert plugin("complete", *words).stdout.splitlines() == offered
 
 
 def test_verbs_on_this_host_load_neither_grpc_nor_the_api_client() -> None:
