@@ -163,6 +163,10 @@ class Settings:
     """Scratch for CRIU's logs and metadata images while it runs: a few MiB a dump, removed
     afterwards. Not /tmp, where others could put names before us."""
 
+    criu_bundle: str = "/usr/local/lib/ckpt-agent/bundle"
+    """The directory that CRIU is started from inside containers (scripts/criu-bundle makes one);
+    where the agent's image has it."""
+
     output: str = "table"
     """How results are printed: table, wide, json, yaml or name. A person reads by default."""
 
@@ -257,6 +261,17 @@ class Settings:
     certificate_port: int = 7444
     """``node`` takes callers with a client certificate here."""
 
+    kubelet_address: str | None = None
+    """This node's kubelet, by an address that its certificate names. None: the kubelet's
+    checkpoints are not used."""
+
+    kubelet_trust: str = "cert:/var/lib/kubelet/pki/kubelet.crt"
+    """How its certificate is known: ``ca:PATH``, ``cert:PATH`` or ``sha256:FINGERPRINT``. The
+    default is the certificate that a kubelet makes itself, where nobody gives it one."""
+
+    kubelet_checkpoints: str = "/var/lib/kubelet/checkpoints"
+    """Where the kubelet puts archives: below its root directory."""
+
     parallel: int = 2
     """Dumps and restores that ``node`` does at once. Two fill the page cache and the volume of
     most nodes; each more makes the others' stops longer."""
@@ -277,6 +292,7 @@ _KEYS = {
     "store": _Key("store", store_url, "--store"),
     "criu": _Key("criu", _path, "--criu"),
     "work_dir": _Key("work_dir", _path, "--work-dir"),
+    "criu_bundle": _Key("criu_bundle", _path, "--criu-bundle"),
     "output": _Key("output", _output, "--output"),
     "dump_deadline": _Key("dump_deadline_s", duration_s, "--deadline"),
     "restore_deadline": _Key("restore_deadline_s", duration_s, "--deadline"),
@@ -304,6 +320,9 @@ _KEYS = {
     "tls_dir": _Key("tls_dir", _path, "--tls-dir"),
     "token_port": _Key("token_port", _port, "--token-port"),
     "certificate_port": _Key("certificate_port", _port, "--certificate-port"),
+    "kubelet_address": _Key("kubelet_address", _word, "--kubelet-address"),
+    "kubelet_trust": _Key("kubelet_trust", _word, "--kubelet-trust"),
+    "kubelet_checkpoints": _Key("kubelet_checkpoints", _path, "--kubelet-checkpoints"),
     "parallel": _Key("parallel", count, "--parallel"),
     "shutdown_grace": _Key("shutdown_grace_s", duration_s, "--shutdown-grace"),
 }

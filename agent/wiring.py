@@ -30,6 +30,7 @@ from agent.volumes.directory import DirectoryVolume
 
 if TYPE_CHECKING:
     from agent.cluster.session import Session
+    from agent.engines.container.engine import ContainerEngine
     from agent.model.container import Container
     from agent.model.pods import Pod
     from agent.node.pods import State
@@ -272,11 +273,14 @@ class _PodEngines:
 
     def for_dump(self, wanted: str, pod: Pod, containers: Sequence[Container]) -> Engine:
         """The engine that is wanted, else the container engine where every container has hold."""
-        raise errors.EnvironmentUnfit("no engine for containers is installed")
+        held = all(_hold_state(each.pid) != "other" for each in containers)
+        if wanted == "kubelet" or (not wanted and not held and self._settings.kubelet_address):
+            return self._kubelet(pod, containers)
+        return self._containers(containers)
 
     def for_restore(self, pod: Pod, containers: Sequence[Container]) -> Engine:
         """The container engine."""
-        raise errors.EnvironmentUnfit("no engine for containers is installed")
+        return self._containers(containers)
 
     def plan(self, containers: Sequence[Container]) -> model_plan.Plan:
         """What a dump of the containers would take."""
@@ -284,11 +288,40 @@ class _PodEngines:
 
     def recover(self) -> list[str]:
         """Undo what killed agents left on this node; what that was, a line each."""
+        found = dataclasses.asdict(self._containers(()).recover())
+        lines = [f"{name}: {value}" for name, value in found.items() if value]
+        if self._settings.kubelet_address:
+            from agent.engines.kubelet import engine
+
+            archives = engine.recover(self._settings.kubelet_checkpoints)
+            lines += [f"archive: {name}" for name in archives]
+        return lines
+
+    def _containers(self, containers: Sequence[Container]) -> ContainerEngine:
         with _needing_pycriu():
-            from agent.engines.criu.engine import CriuEngine
-        engine = CriuEngine(criu=self._settings.criu, work_dir=self._settings.work_dir)
-        found = dataclasses.asdict(engine.recover())
-        return [f"{name}: {value}" for name, value in found.items() if value]
+            from agent.engines.container.engine import ContainerEngine
+        return ContainerEngine(
+            containers, bundle=self._settings.criu_bundle, work_dir=self._settings.work_dir
+        )
+
+    def _kubelet(self, pod: Pod, containers: Sequence[Container]) -> Engine:
+        if self._settings.kubelet_address is None:
+            raise errors.EnvironmentUnfit(
+                "this agent was not told how to reach the node's kubelet",
+                hint="set kubelet_address and kubelet_trust (CKPT_AGENT_KUBELET_ADDRESS, ...)",
+            )
+        with _needing_pycriu():
+            from agent.engines.kubelet import client, engine
+        kubelet = client.Kubelet(
+            self._settings.kubelet_address, client.Trust.parse(self._settings.kubelet_trust)
+        )
+        return engine.KubeletEngine(
+            kubelet,
+            pod.namespace,
+            pod.name,
+            containers,
+            directory=self._settings.kubelet_checkpoints,
+        )
 
 
 def _hold_state(pid: int) -> State:

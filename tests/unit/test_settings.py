@@ -47,6 +47,7 @@ def test_every_setting_can_come_from_flag_environment_and_file() -> None:
         "store": ("/s", StoreUrl("file", "/s")),
         "criu": ("/c", "/c"),
         "work_dir": ("/w", "/w"),
+        "criu_bundle": ("/b", "/b"),
         "output": ("json", "json"),
         "dump_deadline": ("2m", 120.0),
         "restore_deadline": ("90", 90.0),
@@ -74,6 +75,9 @@ def test_every_setting_can_come_from_flag_environment_and_file() -> None:
         "tls_dir": ("/t", "/t"),
         "token_port": ("1", 1),
         "certificate_port": ("0", 0),
+        "kubelet_address": ("10.0.0.1", "10.0.0.1"),
+        "kubelet_trust": ("ca:/ca.crt", "ca:/ca.crt"),
+        "kubelet_checkpoints": ("/q", "/q"),
         "parallel": ("4", 4),
         "shutdown_grace": ("90s", 90.0),
     }

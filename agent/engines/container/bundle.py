@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from agent import errors
 from agent.engines.criu import probe
 
-BUNDLE_DIR = "/opt/ckpt-agent/criu"
+BUNDLE_DIR = "/usr/local/lib/ckpt-agent/bundle"
 _WAY_OUT = "make one with scripts/criu-bundle DIRECTORY, and name it with CKPT_AGENT_CRIU_BUNDLE"
 
 
