@@ -112,8 +112,8 @@ def _pruned(invocation: Invocation, document: output.Document) -> None:
 def plan(invocation: Invocation, settings: Settings, pod: str, containers: Sequence[str]) -> int:
     """``plan`` of a pod."""
     with wiring.cluster(settings) as session:
-        document = pods.plan(session, pod, containers)
-        invocation.emit(poddocuments.as_sent(document, session.namespace))
+        document = pods.plan(session, pod, containers) | {"name": f"pod/{pod}"}
+        invocation.emit(document)
         return exits.DONE if document.get("feasible") else exits.REFUSED
 
 

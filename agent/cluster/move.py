@@ -21,6 +21,7 @@ from agent.host import clock
 from agent.kube import objects
 from agent.kube.connection import Json
 from agent.model import access, move, optin
+from agent.model import pods as model_pods
 from agent.rpc import client
 
 # Its processes have ended, or are not wanted any more; the kubelet still confirms.
@@ -111,7 +112,7 @@ def migrate(
         )
     image = _name(dumped.image)
     plan = move.Move(session.namespace, name, source, node)
-    template = dumped.pod_template or move.template_of(found)
+    template = dumped.pod_template or model_pods.template(found)
     with _incomplete(steps, plan, image), steps.timed(move.Step.DELETE):
         uid = str(found["metadata"]["uid"])
         _retried(lambda: objects.delete_pod(session.api, session.namespace, name, uid, _GRACE_S))
@@ -221,7 +222,7 @@ def _check(session: Session, found: Json, node: str, agent: client.Agent) -> Non
             hint="nothing was touched; ckpt-agent dump works without a move",
             reasons=reasons,
         )
-    template = move.template_of(found)
+    template = model_pods.template(found)
     _check_node(session, template, node)
     _check_rights(session, dump=True)
     blockers = agent.plan(session.namespace, name).get("blockers") or []

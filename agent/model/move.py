@@ -168,16 +168,6 @@ def _expression(expression: Json, labels: Json) -> bool:
     return True  # an operator of a later version: the scheduler decides
 
 
-def template_of(pod: Json) -> dict[str, Any]:
-    """A pod's own part of its metadata and spec, to try a replacement with before a dump gives
-    the template that counts.
-    """
-    metadata = pod["metadata"]
-    kept = {key: metadata[key] for key in ("name", "labels", "annotations") if metadata.get(key)}
-    spec = {key: value for key, value in pod["spec"].items() if key != "nodeName"}
-    return copy.deepcopy({"metadata": kept, "spec": spec})
-
-
 def replacement(
     template: Json, *, image: str, node: str, name: str | None = None
 ) -> dict[str, Any]:
