@@ -1,144 +1,24 @@
-"""The call to the kubelet: whom it trusts with the token, and what each answer means.
-
-The kubelet here is an HTTPS server with the kubelet's path, query and answers.
-"""
+"""The call to the kubelet: whom it trusts with the token, and what each answer means."""
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import hashlib
-import http.server
-import ipaddress
-import json
-import ssl
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from agent import errors
 from agent.engines.kubelet import client
 from agent.engines.kubelet.client import Kubelet, Target, Trust
 from agent.host import clock
+from tests.fakes.kubelet import ITEM, TOKEN, Certificates, Server, serving
 
-TOKEN = "header.payload.signature"
 TARGET = Target("team", "pod-1", "c")
-ITEM = "/var/lib/kubelet/checkpoints/checkpoint-pod-1_team-c-2026-01-01T00:00:00Z.tar"
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """What it answers, and what it was asked."""
-
-    daemon_threads = True
-    status = 200
-    body = json.dumps({"items": [ITEM]}).encode()
-    wait_s = 0.0
-    hang_up = False
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[tuple[str, str]] = []
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        self.server.asked.append((self.path, self.headers["Authorization"]))
-        if self.server.hang_up:
-            self.connection.close()
-            return
-        time.sleep(self.server.wait_s)
-        with contextlib.suppress(OSError):
-            self.send_response(self.server.status)
-            self.send_header("Content-Length", str(len(self.server.body)))
-            self.end_headers()
-            self.wfile.write(self.server.body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class Certificates:
-    """An authority, and a serving certificate signed by it."""
-
-    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
-        self.folder = folder
-        folder.mkdir()
-        authority_key = ec.generate_private_key(ec.SECP256R1())
-        key = ec.generate_private_key(ec.SECP256R1())
-        authority = self._certificate("authority", authority_key, "authority", authority_key, None)
-        serving = self._certificate("authority", authority_key, "node", key, address)
-        self.ca = folder / "ca.crt"
-        self.ca.write_bytes(authority.public_bytes(serialization.Encoding.PEM))
-        self.cert = folder / "kubelet.crt"
-        self.cert.write_bytes(serving.public_bytes(serialization.Encoding.PEM))
-        self.key = folder / "kubelet.key"
-        self.key.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-        )
-        der = serving.public_bytes(serialization.Encoding.DER)
-        self.fingerprint = hashlib.sha256(der).hexdigest()
-
-    @staticmethod
-    def _certificate(
-        issuer: str,
-        issuer_key: ec.EllipticCurvePrivateKey,
-        subject: str,
-        key: ec.EllipticCurvePrivateKey,
-        address: str | None,
-    ) -> x509.Certificate:
-        now = datetime.datetime.now(datetime.UTC)
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
-            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(ca=address is None, path_length=None), True)
-        )
-        if address is not None:
-            name = x509.IPAddress(ipaddress.ip_address(address))
-            builder = builder.add_extension(x509.SubjectAlternativeName([name]), False)
-        return builder.sign(issuer_key, hashes.SHA256())
 
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return Certificates(tmp_path_factory.mktemp("pki") / "good")
-
-
-@contextlib.contextmanager
-def serving(certificates: Certificates) -> Iterator[Server]:
-    server = Server()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificates.cert, certificates.key)
-    # The handshake belongs into the thread of the connection: a client may break it off.
-    server.socket = context.wrap_socket(
-        server.socket, server_side=True, do_handshake_on_connect=False
-    )
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture
