@@ -2,8 +2,9 @@
 
 Promises: ``up`` returns with both nodes, the cluster's DNS and JobSet's webhooks ready, or raises
 with the end of the failing component's log; ``down`` leaves nothing, also after a crash of whoever
-called ``up``; all traffic stays in network namespaces of its own.
-Does not: build anything (tests/cluster/build does), or run two clusters at a time.
+called ``up``; all traffic stays in network namespaces of its own, so that clusters with different
+state directories do not meet.
+Does not: build anything (tests/cluster/build does).
 """
 
 from __future__ import annotations
@@ -150,12 +151,12 @@ class Cluster:
         yield from self.nodes.values()
 
     def _stop(self) -> None:
-        for machine in self._machines():
-            machine.halt()
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(Machine.halt, self._machines()))
 
     def _remove(self) -> None:
-        for machine in self._machines():
-            machine.remove()
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(Machine.remove, self._machines()))
         shutil.rmtree(self.state, ignore_errors=True)
 
     @contextmanager
@@ -496,7 +497,7 @@ class Cluster:
             )
         (root / "etc/cni/net.d/10-pods.conflist").write_text(_cni_config(POD_RANGES[name]))
         shutil.copy(HERE / "manifests/containerd.toml", root / "etc/containerd/config.toml")
-        (root / "etc/kubernetes/kubelet.yaml").write_text(_kubelet_config(name))
+        (root / "etc/kubernetes/kubelet.yaml").write_text(_kubelet_config(node))
         node.start("containerd", "containerd")
         ready = ["ctr", "version"]
         node.wait_for("containerd", lambda: node.exec(*ready, check=False).returncode == 0, 30)
@@ -568,9 +569,9 @@ def _cni_config(pod_range: str) -> str:
     return json.dumps({"cniVersion": "1.0.0", "name": "pods", "plugins": [pods]})
 
 
-def _kubelet_config(name: str) -> str:
+def _kubelet_config(node: Node) -> str:
     config = yaml.safe_load((HERE / "manifests/kubelet.yaml").read_text())
-    config["cgroupRoot"] = f"/{name}"  # machine_init.sh made it
+    config["cgroupRoot"] = f"/{node.control_group}"  # machine_init.sh made it
     config["clusterDNS"] = [DNS_SERVICE_IP]
     text: str = yaml.safe_dump(config)
     return text

@@ -101,6 +101,8 @@ class Machine:
     def __init__(self, name: str, state: Path) -> None:
         self.name = name
         self.state = state / name
+        # Clusters with states of their own do not meet in the control groups either.
+        self.control_group = f"{state.name}-{name}"
         self.log = self.state / "log"
         self._services = self.state / "services"
 
@@ -136,10 +138,10 @@ class Machine:
             "--pid",
             "--fork",
         ]
-        argv += ["--propagation", "private", HERE / "machine_init.sh", kind, self.name, self.state]
+        argv += ["--propagation", "private", HERE / "machine_init.sh", kind, self.name]
         with open(output, "wb") as log:
             process = subprocess.Popen(
-                [str(word) for word in [*argv, *arguments]],
+                [str(word) for word in [*argv, self.control_group, self.state, *arguments]],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -167,8 +169,21 @@ class Machine:
                 os.kill(pid, signal.SIGKILL)
             # The first process waits for all others of its namespace to be reaped.
             poll(lambda: self._pid() is None, f"the end of {self.name}", 30, 0.02)
-        for group in _control_groups(self.name):
+        for stray in self._strays():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(stray, signal.SIGKILL)
+        for group in _control_groups(self.control_group):
             poll(partial(_removed, group), f"removing {group}", 10)
+
+    def _strays(self) -> Iterator[int]:
+        """First processes of this machine that nobody came to write down."""
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (directory / "cmdline").read_bytes().split(b"\0")
+                if {b"machine_init.sh", os.fsencode(self.state)} <= {
+                    os.path.basename(word) if word.endswith(b".sh") else word for word in words
+                }:
+                    yield int(directory.name)
 
     def remove(self) -> None:
         """Halts the machine and deletes its files."""

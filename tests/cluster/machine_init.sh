@@ -1,19 +1,19 @@
 #!/bin/bash
 # The first process of a machine of the test cluster: sets up its mounts inside the namespaces that
 # it was started in, says its pid (as the parent's /proc numbers it), then reaps what is orphaned.
-#   machine_init.sh control-plane NAME STATE
-#   machine_init.sh node NAME STATE ROOT SHARED BIN
-# STATE is the machine's own directory on a real disk, ROOT the Debian root that all nodes start from,
+#   machine_init.sh control-plane NAME GROUP STATE
+#   machine_init.sh node NAME GROUP STATE ROOT SHARED BIN
+# GROUP is the machine's control group, STATE the machine's own directory on a real disk, ROOT the Debian root that all nodes start from,
 # SHARED a directory that all nodes see, BIN Kubernetes' programs.
 set -euo pipefail
-kind=$1 name=$2 state=$3
+kind=$1 name=$2 group=$3 state=$4
 read -r pid _ < /proc/self/stat # the mount is still the parent's
 exec 9> "$state/pid.part"
 hostname "$name"
 ip link set lo up
 
 if [ "$kind" = node ]; then
-  lower=$4 shared=$5 bin=$6 root=$state/root
+  lower=$5 shared=$6 bin=$7 root=$state/root
   mkdir -p "$state"/{root,upper,work,log,services,kubelet,containerd,agent}
   mount -t overlay overlay -o "lowerdir=$lower,upperdir=$state/upper,workdir=$state/work" "$root"
   mkdir -p "$root"/var/lib/{kubelet,containerd,ckpt-agent} "$root"/srv/shared "$root"/etc/{criu,cni/net.d,containerd,kubernetes}
@@ -42,10 +42,10 @@ if [ "$kind" = node ]; then
   export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   for controller in /sys/fs/cgroup/*/; do
     mountpoint -q "$controller" || continue
-    mkdir -p "$controller/$name"
+    mkdir -p "$controller/$group"
     # Version 1's cpuset starts empty, and an empty one takes no process.
     for file in cpuset.cpus cpuset.mems; do
-      [ ! -e "$controller/$file" ] || cat "$controller/$file" > "$controller/$name/$file"
+      [ ! -e "$controller/$file" ] || cat "$controller/$file" > "$controller/$group/$file"
     done
   done
   sysctl -qw net.ipv4.ip_forward=1
