@@ -242,11 +242,23 @@ class Boxes:
         self.bundle = made("scripts/criu-bundle", "criu-bundle")
         self.all: list[Box] = []
         self.trees: list[RestoredTree] = []
+        self.execs: list[subprocess.Popen[bytes]] = []
 
     def runc(self, *argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             ["runc", "--root", str(self.state), *argv], capture_output=True, text=True, timeout=60
         )
+
+    def popen_exec(self, box: Box, *argv: str) -> subprocess.Popen[bytes]:
+        """``runc exec``, as a probe or ``kubectl exec`` does it; ends with the boxes."""
+        popen = subprocess.Popen(
+            ["runc", "--root", str(self.state), "exec", box.id, *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.execs.append(popen)
+        return popen
 
     def start(self, name: str, *argv: str, **options: Any) -> Box:
         """A container with this workload."""
@@ -339,6 +351,9 @@ class Boxes:
             tree.close()  # type: ignore[attr-defined]
         for box in reversed(self.all):
             box.close()
+        for popen in self.execs:
+            popen.kill()
+            popen.wait()
 
 
 def stem(box: Box) -> int:

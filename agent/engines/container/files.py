@@ -19,9 +19,6 @@ from agent.host import clock, proc
 from agent.model.container import ROOTFS_DIFF, Container, volume_tar
 from agent.model.streams import FileEntry, MemberSink, MemberSource
 
-# CRIU's own remembrances of the kernel, should one have been left by a CRIU that was killed.
-_NOT_THE_JOBS = frozenset({"run/criu.kdat", "run/criu.kdat.tmp"})
-
 
 def collect(
     container: Container, init: proc.Identity, sink: MemberSink, deadline: clock.Deadline
@@ -37,7 +34,7 @@ def collect(
     if upper:
         fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            without = mountpoints.points(container) | _NOT_THE_JOBS
+            without = mountpoints.points(container)
             found["rootfs"] = _store(ROOTFS_DIFF, fd, sink, deadline, without, whiteouts=True)
         finally:
             os.close(fd)

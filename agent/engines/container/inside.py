@@ -17,11 +17,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from agent import errors
 from agent.engines.container.bundle import Bundle
 from agent.engines.criu import rpc
-from agent.host import cgroups, confine, namespaces, proc, subprocesses
+from agent.host import cgroups, namespaces, proc, subprocesses
 
 # The others of a container's namespaces; CRIU is born in its pid namespace.
 _JOINED = ("--mount", "--uts", "--ipc", "--net", "--cgroup")
-_KDAT = ("run/criu.kdat", "run/criu.kdat.tmp")
 _COUNTER_S = 10.0
 
 
@@ -55,14 +54,12 @@ def worker(
             )
 
         command = [*enter, *bundle.command(bundle_fd)]
-        try:
-            with rpc.worker(command, pass_fds=pass_fds, start=start) as running:
-                cgroups.join(running.child.pid, groups)
-                if not proc.alive(init):
-                    raise errors.NotFound(f"container process {init.pid} has ended", pid=init.pid)
-                yield running, f"/proc/self/fd/{images_fd}"
-        finally:
-            forget_kernel_cache(init)
+        bundle.lay_kernel_cache(images)
+        with rpc.worker(command, pass_fds=pass_fds, start=start) as running:
+            cgroups.join(running.child.pid, groups)
+            if not proc.alive(init):
+                raise errors.NotFound(f"container process {init.pid} has ended", pid=init.pid)
+            yield running, f"/proc/self/fd/{images_fd}"
 
 
 @contextlib.contextmanager
@@ -91,19 +88,6 @@ def root(init: proc.Identity) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def forget_kernel_cache(init: proc.Identity) -> None:
-    """Remove what CRIU remembers of the kernel in a container's /run; a no-op without."""
-    with contextlib.suppress(errors.NotFound), root(init) as descriptor:
-        for path in _KDAT:
-            folder, _, name = path.rpartition("/")
-            with contextlib.suppress(OSError):
-                run = confine.open_inside(descriptor, folder, os.O_PATH | os.O_DIRECTORY)
-                try:
-                    os.unlink(name, dir_fd=run)
-                finally:
-                    os.close(run)
 
 
 def raise_counter(init: proc.Identity, last_pid: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posixpath
 from collections.abc import Iterator
 
 from agent import errors
@@ -63,7 +64,8 @@ def volumes(container: Container) -> dict[str, mounts.Mount]:
     table = mounts.of(container.pid)
     # The last one at a point covers the others.
     by_point = {mount.point: mount for mount in table}
-    known = {mount.destination.rstrip("/") or "/" for mount in container.mounts}
+    named = _named(container)
+    known = set(named.values())
     for point in by_point:
         if point == "/" or point in known or point.startswith(tuple(f"{k}/" for k in _KERNELS)):
             continue
@@ -80,14 +82,35 @@ def volumes(container: Container) -> dict[str, mounts.Mount]:
             hint="let the runtime mount one, as it does by default",
             path="/proc",
         )
-    missing = [path for path in container.volumes if path not in by_point]
+    missing = [path for path in container.volumes if named[path] not in by_point]
     if missing:
         raise errors.TargetUnsuitable(
             f"container {container.name} has unmounted its volume {missing[0]}",
             hint="start the pod anew",
             path=missing[0],
         )
-    return {path: by_point[path] for path in container.volumes}
+    return {path: by_point[named[path]] for path in container.volumes}
+
+
+def _named(container: Container) -> dict[str, str]:
+    """The mount point that each destination of the runtime's stands for: links of the image on
+    the way to it, such as ``/var/run`` to ``/run``, were followed when it was mounted.
+    """
+    found = {}
+    with inside.root(proc.identity(container.pid)) as root:
+        for mount in container.mounts:
+            point = posixpath.normpath(mount.destination)
+            try:
+                fd = confine.open_inside(root, mount.destination, os.O_PATH)
+            except OSError:
+                found[mount.destination] = point  # hidden by another mount, or gone
+                continue
+            try:
+                # From another mount namespace's root on, as its own table of mounts tells it.
+                found[mount.destination] = os.readlink(f"/proc/self/fd/{fd}")
+            finally:
+                os.close(fd)
+    return found
 
 
 def _root(container: Container) -> mounts.Mount:

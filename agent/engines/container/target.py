@@ -192,7 +192,8 @@ def _refuse_process(pid: int, init: proc.Identity) -> None:
             tracer=status.tracer_pid,
         )
     theirs, pod = proc.namespaces(pid), proc.namespaces(init.pid)
-    other = [kind for kind in (*_JOINED, "user", "time") if theirs[kind] != pod[kind]]
+    # CRIU restores into a time namespace, in which the monotonic clock goes on as before.
+    other = [kind for kind in (*_JOINED, "user") if theirs[kind] != pod[kind]]
     if other:
         raise _unsuitable(
             f"process {pid} ({stat.comm}) has made a {other[0]} namespace of its own",

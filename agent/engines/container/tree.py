@@ -28,6 +28,9 @@ from agent.model.streams import MemberSink
 class ContainerTree:
     """The tree of ``found``. ``deadline`` bounds how long connections can be held."""
 
+    # hold ends with it, and the pid namespace with hold.
+    ends_with_root = True
+
     def __init__(self, bundle: Bundle, found: target.Target, deadline: clock.Deadline) -> None:
         self._bundle = bundle
         self._target = found
@@ -87,7 +90,6 @@ class ContainerTree:
     ) -> dict[str, Any]:
         """Store the container's files."""
         self._refuse_strays(pids)
-        inside.forget_kernel_cache(self._target.init)
         container, init = self._target.container, self._target.init
         return {
             "threads": [[pid, tids] for pid, tids in sorted(facts.threads(images).items())],

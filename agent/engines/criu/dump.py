@@ -33,8 +33,8 @@ from agent.host import clock, proc
 from agent.model.streams import AddressSpace, MemberSink, PageRun
 
 LOG = "dump.log"
-# Files that CRIU writes beside the images and that no restore reads.
-_NOT_IMAGES = (LOG, "stats-dump")
+# Files that are beside the images and that no restore reads.
+_NOT_IMAGES = (LOG, "stats-dump", "criu.kdat", "criu.kdat.tmp")
 # Processes that CRIU killed are gone when the kernel has taken their memory apart.
 _DEATH_S = 30.0
 _REAPED_S = 2.0
@@ -42,10 +42,12 @@ _REAPED_S = 2.0
 
 class Subject(Protocol):
     """The tree that is dumped, and how CRIU reaches it. Processes are named by their numbers on
-    this host, ``tree`` root first.
+    this host, ``tree`` root first. ``ends_with_root``: whatever runs where CRIU runs is killed by
+    the kernel when the root has ended.
     """
 
     tree: Sequence[proc.Identity]
+    ends_with_root: bool
 
     def entry(self) -> journal.About:
         """What the journal is to say of the operation besides the tree."""
@@ -186,6 +188,10 @@ class _Capture:
                 rpc.checked("dump", response, self._log_path)
             except _Resume:
                 pass
+            except rpc.Gone:
+                # The committed and killed tree may take its namespaces, and CRIU in them, along.
+                if not (self._killed and self._subject.ends_with_root and self._root_ended()):
+                    raise
             self._times.running_s = clock.monotonic_s()
         if self._killed:
             self._settle_killed()
@@ -305,6 +311,9 @@ class _Capture:
         self._metadata_bytes += os.path.getsize(path)
         with open(path, "rb") as content:
             self._sink.metadata(name, cast("BinaryIO", content))
+
+    def _root_ended(self) -> bool:
+        return clock.wait_until(lambda: not proc.alive(self._root), clock.Deadline.after(_REAPED_S))
 
     def _settle_killed(self) -> None:
         """See a killed tree to its end."""

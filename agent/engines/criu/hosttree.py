@@ -23,6 +23,8 @@ from agent.model.streams import MemberSink
 class HostTree:
     """The tree ``tree``, root first, in the pid and mount namespaces of this program."""
 
+    ends_with_root = False
+
     def __init__(self, criu: Criu, tree: Sequence[proc.Identity]) -> None:
         self._criu = criu
         self.tree = tree

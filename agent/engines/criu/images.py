@@ -102,20 +102,25 @@ def pagemap_name(space: AddressSpace) -> str:
     return f"pagemap-{space.id}.img" if space.kind == "process" else f"pagemap-shmem-{space.id}.img"
 
 
+def pagemap(pages_id: int, runs: Iterable[PageRun]) -> bytes:
+    """The page map of an address space whose pages lie in ``pages-{pages_id}.img``."""
+    return dump("pagemap", _pagemap_records(pages_id, runs))
+
+
+def _pagemap_records(pages_id: int, runs: Iterable[PageRun]) -> Iterator[Any]:
+    yield messages.pagemap_head(pages_id=pages_id)
+    for run in runs:
+        # Readers before 4.2 know only the 32-bit count.
+        short = run.pages if run.pages <= _COUNT_LIMIT else 0
+        yield messages.pagemap_entry(
+            vaddr=run.address, compat_nr_pages=short, nr_pages=run.pages, flags=run.flags
+        )
+
+
 def write_pagemap(folder: str, space: AddressSpace, pages_id: int, runs: Iterable[PageRun]) -> None:
     """Write the page map of ``space``, pointing to ``pages-{pages_id}.img``."""
     with open(os.path.join(folder, pagemap_name(space)), "wb") as out:
-        out.write(_FRAME.pack(_COMMON, _MAGIC["pagemap"]))
-        _write_record(out, messages.pagemap_head(pages_id=pages_id))
-        for run in runs:
-            # Readers before 4.2 know only the 32-bit count.
-            short = run.pages if run.pages <= _COUNT_LIMIT else 0
-            _write_record(
-                out,
-                messages.pagemap_entry(
-                    vaddr=run.address, compat_nr_pages=short, nr_pages=run.pages, flags=run.flags
-                ),
-            )
+        out.write(pagemap(pages_id, runs))
 
 
 def write_pages(

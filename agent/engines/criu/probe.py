@@ -110,13 +110,13 @@ def probe(explicit: str | None = None) -> Criu:
 def _probe(path: str, inode: int, mtime_ns: int) -> Criu:
     del inode, mtime_ns  # only there to notice another file under the same name
     found = _known(version([path]), path)
-    features = _features(path)
+    found_features = features(path, [path])
     return Criu(
         path=path,
         version=found,
-        lazy_pages=features.lazy_pages,
-        mem_track=features.mem_track,
-        pidfd_store=features.pidfd_store,
+        lazy_pages=found_features.lazy_pages,
+        mem_track=found_features.mem_track,
+        pidfd_store=found_features.pidfd_store,
     )
 
 
@@ -149,12 +149,19 @@ def _known(found: tuple[int, ...], path: str) -> tuple[int, ...]:
     return found
 
 
-def _features(path: str) -> Any:
+def features(
+    path: str, command: Sequence[str], *, start: rpc.Start | None = None, cwd: str | None = None
+) -> Any:
+    """What this kernel lets the CRIU at ``path`` do; ``start`` and ``cwd`` as for a worker.
+
+    Raises:
+        errors.CriuMissing: it does not answer.
+    """
     request = rpc_pb2.criu_req(type=rpc_pb2.FEATURE_CHECK)
     request.features.mem_track = True
     request.features.lazy_pages = True
     request.features.pidfd_store = True
-    with rpc.worker([path]) as worker:
+    with rpc.worker(command, start=start, cwd=cwd) as worker:
         try:
             reply = worker.connection.request(request, None, clock.Deadline.after(_ANSWER_S))
         except rpc.Gone as exc:

@@ -40,6 +40,8 @@ Response: TypeAlias = Any
 # Called with the name of a stage and, for ``orphan-pts-master``, the descriptor that came along
 # (the handler owns it); ``setup-namespaces`` carries the root's pid.
 Handler = Callable[[str, int, int | None], None]
+# Starts a program by its arguments, descriptors and directory.
+Start = Callable[[list[str], list[int], str | None], subprocesses.Child]
 
 
 class Gone(errors.CriuFailed):
@@ -156,12 +158,12 @@ def worker(
     *,
     pass_fds: Sequence[int] = (),
     cwd: str | None = None,
-    start: Callable[[list[str], list[int], str | None], subprocesses.Child] | None = None,
+    start: Start | None = None,
 ) -> Iterator[Worker]:
     """Start ``criu swrk``; leaving the context ends and reaps it.
 
-    ``command`` is CRIU with the options that come first. ``start`` starts a program, by its
-    arguments, descriptors and directory, somewhere else than beside this one.
+    ``command`` is CRIU with the options that come first. ``start`` is for another place than
+    beside this program.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
