@@ -273,8 +273,7 @@ class _PodEngines:
 
     def for_dump(self, wanted: str, pod: Pod, containers: Sequence[Container]) -> Engine:
         """The engine that is wanted, else the container engine where every container has hold."""
-        held = all(_hold_state(each.pid) != "other" for each in containers)
-        if wanted == "kubelet" or (not wanted and not held and self._settings.kubelet_address):
+        if wanted == "kubelet" or (not wanted and self._prefers_kubelet(containers)):
             return self._kubelet(pod, containers)
         return self._containers(containers)
 
@@ -284,7 +283,13 @@ class _PodEngines:
 
     def plan(self, containers: Sequence[Container]) -> model_plan.Plan:
         """What a dump of the containers would take."""
-        return plan(self._settings, [each.pid for each in containers])
+        engine = self._containers(containers)
+        by_kubelet = self._prefers_kubelet(containers)
+        return node_plan.plan_containers(
+            containers,
+            lambda each: () if by_kubelet else engine.examine(each),
+            ghost_limit_bytes=self._settings.ghost_limit_bytes,
+        )
 
     def recover(self) -> list[str]:
         """Undo what killed agents left on this node; what that was, a line each."""
@@ -296,6 +301,10 @@ class _PodEngines:
             archives = engine.recover(self._settings.kubelet_checkpoints)
             lines += [f"archive: {name}" for name in archives]
         return lines
+
+    def _prefers_kubelet(self, containers: Sequence[Container]) -> bool:
+        held = all(_hold_state(each.pid) != "other" for each in containers)
+        return not held and self._settings.kubelet_address is not None
 
     def _containers(self, containers: Sequence[Container]) -> ContainerEngine:
         with _needing_pycriu():

@@ -6,13 +6,15 @@ Does not: decide (model/plan.py does).
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from agent import errors
 from agent.host import kernel, proc, sockets
 from agent.model import plan
+from agent.model.container import Container
 
 
 def plan_dump(pids: Sequence[int], *, ghost_limit_bytes: int) -> plan.Plan:
@@ -34,6 +36,30 @@ def plan_dump(pids: Sequence[int], *, ghost_limit_bytes: int) -> plan.Plan:
         _observer(),
         ghost_limit_bytes=ghost_limit_bytes,
     )
+
+
+def plan_containers(
+    containers: Sequence[Container],
+    examine: Callable[[Container], Sequence[str]],
+    *,
+    ghost_limit_bytes: int,
+) -> plan.Plan:
+    """Say what a dump of the containers would take. ``examine`` is an engine's own look at one:
+    why it cannot be dumped.
+
+    Raises:
+        errors.NotFound: a container does not run any more.
+        errors.PrivilegeMissing: not allowed to look.
+    """
+    found = plan_dump([each.pid for each in containers], ghost_limit_bytes=ghost_limit_bytes)
+    refusals = [
+        plan.Finding("container", f"container {each.name}", reason, "")
+        for each in containers
+        for reason in examine(each)
+    ]
+    # Namespaces of their own are what containers are made of, and no surprise.
+    blockers = [each for each in found.blockers if each.code != "other-container"]
+    return dataclasses.replace(found, blockers=(*refusals, *blockers))
 
 
 def _observer() -> plan.Observer:
