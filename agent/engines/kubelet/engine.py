@@ -14,12 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
-import struct
 from collections.abc import Sequence
 from typing import Any
-
-from google.protobuf.message import DecodeError
 
 from agent import errors
 from agent.engines.base import (
@@ -31,21 +27,13 @@ from agent.engines.base import (
     RestoredTree,
     RestoreOptions,
 )
-from agent.engines.criu import images
 from agent.engines.criu.facts import cpu_flags
-from agent.engines.kubelet import client, ingest, leftovers, pause
-from agent.engines.kubelet.archive import LOG, STATS, Archive
+from agent.engines.kubelet import client, ingest, leftovers, pause, reports
+from agent.engines.kubelet.archive import Archive
 from agent.engines.kubelet.tarindex import corrupt
 from agent.host import clock, proc
 from agent.model.container import Container
 from agent.model.streams import MemberSink, MemberSource
-
-# criu/include/magic.h: IMG_SERVICE_MAGIC, STATS_MAGIC, then the length of the only record.
-_STATS_FRAME = struct.Struct("<III")
-_STATS_MAGIC = (0x55105940, 0x57093306)
-_STATS_BYTES = 64 << 10
-_LOG_HEAD_BYTES = 64 << 10
-_VERSION = re.compile(rb"Version: ([0-9]+(?:\.[0-9]+)+)")
 
 
 class KubeletEngine:
@@ -170,8 +158,8 @@ def _take_in(
     target: client.Target,
     deadline: clock.Deadline,
 ) -> tuple[ingest.Taken, dict[str, int]]:
-    statistics = criu_statistics(source)
-    known: dict[str, Any] = {**node_facts(), "criu": criu_version(source), "engine": "kubelet"}
+    statistics = reports.statistics(source)
+    known: dict[str, Any] = {**reports.of_log(source), **node_facts(), "engine": "kubelet"}
     checked = _OneContainer(sink, target, container)
     taken = ingest.ingest(source, checked, known, lambda: deadline.check("the capture"))
     return dataclasses.replace(taken, facts=checked.known), statistics
@@ -206,29 +194,3 @@ class _OneContainer:
             "skipped": lost,
         }
         self._sink.facts(self.known)
-
-
-def criu_version(source: Archive) -> str:
-    """As ``4.2.1``, from the head of CRIU's log; "" if it does not say."""
-    member = source.parts.get(LOG)
-    if member is None:
-        return ""
-    found = _VERSION.search(source.stream(member).read(_LOG_HEAD_BYTES))
-    return found[1].decode() if found else ""
-
-
-def criu_statistics(source: Archive) -> dict[str, int]:
-    """CRIU's own figures of the dump, times in microseconds; empty if there are none."""
-    member = source.parts.get(STATS)
-    if member is None or not member.size_bytes:
-        return {}
-    raw = source.read(member, _STATS_BYTES)
-    message = images.messages.stats_entry()
-    head = raw[: _STATS_FRAME.size]
-    if len(head) < _STATS_FRAME.size or _STATS_FRAME.unpack(head)[:2] != _STATS_MAGIC:
-        raise corrupt(f"{STATS} is not what CRIU writes")
-    try:
-        message.ParseFromString(raw[_STATS_FRAME.size :])
-    except DecodeError as exc:
-        raise corrupt(f"{STATS} is not what CRIU writes") from exc
-    return {field.name: int(value) for field, value in message.dump.ListFields()}

@@ -146,7 +146,7 @@ def _convert(source: Archive, member: Member, layer: Layer) -> Iterator[bytes]:
         except (tarfile.TarError, ValueError, OverflowError) as exc:
             raise corrupt(f"{member.name} has an impossible entry") from exc
     for path in layer.deleted:
-        yield _whiteout(path)
+        yield _head(path, tarfile.CHRTYPE)
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -155,7 +155,8 @@ def _entry(tar: tarfile.TarFile, info: tarfile.TarInfo, path: str, layer: Layer)
     if name == _OPAQUE_MARK:
         return
     if name.startswith(_WHITEOUT):
-        yield _whiteout(posixpath.join(folder, name.removeprefix(_WHITEOUT)))
+        deleted = posixpath.join(folder, name.removeprefix(_WHITEOUT))
+        yield _head(deleted, tarfile.CHRTYPE)
         return
     if info.type not in _KEPT_KINDS:
         return  # a device: named by ``check``
@@ -173,6 +174,46 @@ def _entry(tar: tarfile.TarFile, info: tarfile.TarInfo, path: str, layer: Layer)
     if path in layer.emptied:
         head.pax_headers[_OPAQUE] = "y"
     yield head.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+    yield from _content(tar, info)
+
+
+def as_layer(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The other way round: the tar of an image as a layer, plain.
+
+    Raises:
+        errors.Corrupt: it is no such tar.
+    """
+    stream = io.BufferedReader(_Pieces(iter(pieces)), _BUFFER_BYTES)
+    try:
+        with tarfile.open(
+            fileobj=stream, mode="r|", encoding="utf-8", errors="surrogateescape"
+        ) as tar:
+            for info in tar:
+                cast("Any", tar).members.clear()
+                yield from _layer_entry(tar, info)
+    except (tarfile.TarError, ValueError, OverflowError) as exc:
+        raise corrupt("the image's root file system cannot be read") from exc
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def _layer_entry(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[bytes]:
+    path = tarindex.normal_name(info.name, "directory" if info.isdir() else "file")
+    if path == ".":
+        return
+    if info.ischr():
+        folder, name = posixpath.split(path)
+        yield _head(posixpath.join(folder, _WHITEOUT + name))
+        return
+    opaque = _OPAQUE in info.pax_headers
+    info.pax_headers = {key: info.pax_headers[key] for key in info.pax_headers if key != _OPAQUE}
+    info.name = path
+    yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+    yield from _content(tar, info)
+    if opaque:
+        yield _head(posixpath.join(path, _OPAQUE_MARK))
+
+
+def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[bytes]:
     content = tar.extractfile(info) if info.isreg() else None
     if content is not None:
         while piece := content.read(_PIECE_BYTES):
@@ -180,9 +221,10 @@ def _entry(tar: tarfile.TarFile, info: tarfile.TarInfo, path: str, layer: Layer)
         yield bytes(-info.size % tarfile.BLOCKSIZE)
 
 
-def _whiteout(path: str) -> bytes:
+def _head(path: str, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """An entry without anything but a name."""
     head = tarfile.TarInfo(path)
-    head.type, head.mode = tarfile.CHRTYPE, 0
+    head.type, head.mode = kind, 0
     return head.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
