@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test check bench lock cluster
+.PHONY: help setup demo test check cluster bench lock cluster
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ test: check cluster ## all tests: unit and property, with the real CRIU, on a re
 
 cluster: setup ## build what the test cluster is made of; a quarter of an hour the first time
 	@tests/cluster/build
+
+cluster: setup ## start a real two-node Kubernetes here; scripts/cluster uses and ends it
+	@scripts/cluster up
 
 bench: setup ## measure against criu, tar, zstd, restic and borg; writes bench/report.md
 	@scripts/bench-setup

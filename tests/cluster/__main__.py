@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.cluster import agent_code
 from tests.cluster.cluster import Cluster, ClusterError
 
 USAGE = """usage: scripts/cluster COMMAND
@@ -19,6 +20,7 @@ USAGE = """usage: scripts/cluster COMMAND
                          cluster's network, with kubectl and KUBECONFIG set
   image ARCHIVE...       load OCI or Docker archives into both nodes
   agent [CONTEXT]        build the agent's image from the Dockerfile and load it into both nodes
+  agent-code             only this checkout's Python code into that image: seconds, to try things
   logs MACHINE SERVICE   the end of a component's log: control-plane, n1 or n2
 """
 HERE = Path(__file__).resolve().parent
@@ -67,6 +69,8 @@ def main(arguments: list[str]) -> int:
                 cluster.import_image(Path(archive))
         case ["agent", *context]:
             subprocess.run([HERE / "agent_image", *context], check=True)
+        case ["agent-code"]:
+            agent_code.load(cluster)
         case ["logs", machine, service]:
             machines = {"control-plane": cluster.control_plane, **cluster.nodes}
             print(machines[machine].tail(service, 200))

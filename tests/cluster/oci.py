@@ -19,10 +19,12 @@ from typing import IO, Any
 
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+MEDIA_TYPE = "application/vnd.oci.image."
 NOT_CARRIED = {"dev", "proc", "sys", "run"}  # what a container gets from its runtime
 
 
-def _steady(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+def steady(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """``entry`` without what differs from one checkout or machine to the next."""
     entry.mtime = 0
     entry.uname = entry.gname = ""
     return entry
@@ -33,9 +35,9 @@ def _write_layer(to: IO[bytes], root: Path | None, files: dict[str, Path]) -> No
         if root is not None:
             for name in sorted(os.listdir(root)):
                 if name not in NOT_CARRIED:
-                    layer.add(root / name, name, filter=_steady)
+                    layer.add(root / name, name, filter=steady)
         for name, source in sorted(files.items()):
-            layer.add(source, name, filter=_steady)
+            layer.add(source, name, filter=steady)
 
 
 def _digest(stream: io.BufferedRandom) -> tuple[str, int]:
@@ -43,7 +45,61 @@ def _digest(stream: io.BufferedRandom) -> tuple[str, int]:
     found = hashlib.file_digest(stream, "sha256").hexdigest()
     size = stream.tell()
     stream.seek(0)
-    return found, size
+    return f"sha256:{found}", size
+
+
+def write_blobs(
+    archive: Path,
+    image: str,
+    config: dict[str, Any],
+    layers: list[tuple[str, int]],
+    contents: dict[str, IO[bytes]],
+) -> None:
+    """Writes an archive of ``image``: its configuration, its layers' digests and sizes, and the
+    content of those layers that are to be in it.
+    """
+    part = archive.with_name(archive.name + ".part")
+    try:
+        with tarfile.open(part, "w") as out:
+
+            def add(name: str, size: int, content: IO[bytes]) -> None:
+                entry = tarfile.TarInfo(name)
+                entry.size = size
+                out.addfile(entry, content)
+
+            def document(kind: str, value: dict[str, Any]) -> dict[str, Any]:
+                content = json.dumps(value, sort_keys=True).encode()
+                digest = hashlib.sha256(content).hexdigest()
+                add(f"blobs/sha256/{digest}", len(content), io.BytesIO(content))
+                return _descriptor(kind, f"sha256:{digest}", len(content))
+
+            layout = b'{"imageLayoutVersion":"1.0.0"}'
+            add("oci-layout", len(layout), io.BytesIO(layout))
+            sizes = dict(layers)
+            for digest, content in contents.items():
+                add(f"blobs/{digest.replace(':', '/')}", sizes[digest], content)
+            manifest = document(
+                "manifest.v1+json",
+                {
+                    "schemaVersion": 2,
+                    "mediaType": MEDIA_TYPE + "manifest.v1+json",
+                    "config": document("config.v1+json", config),
+                    "layers": [_descriptor("layer.v1.tar", *layer) for layer in layers],
+                },
+            )
+            manifest["annotations"] = {
+                "io.containerd.image.name": image,
+                "org.opencontainers.image.ref.name": image.rpartition(":")[2],
+            }
+            index = json.dumps({"schemaVersion": 2, "manifests": [manifest]}).encode()
+            add("index.json", len(index), io.BytesIO(index))
+        os.replace(part, archive)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _descriptor(kind: str, digest: str, size: int) -> dict[str, Any]:
+    return {"mediaType": MEDIA_TYPE + kind, "digest": digest, "size": size}
 
 
 def write_archive(
@@ -56,73 +112,20 @@ def write_archive(
     user: str = "",
 ) -> None:
     """Writes image ``image`` of ``root``'s tree and of ``files`` (path in it: source)."""
-    part = archive.with_name(archive.name + ".part")
     layer_file = archive.with_name(archive.name + ".layer")
     try:
-        with open(layer_file, "w+b") as layer, tarfile.open(part, "w") as out:
+        with open(layer_file, "w+b") as layer:
             _write_layer(layer, root, files or {})
-            layer_digest, layer_size = _digest(layer)
-
-            def add(name: str, content: bytes) -> None:
-                entry = tarfile.TarInfo(name)
-                entry.size = len(content)
-                out.addfile(entry, io.BytesIO(content))
-
-            def blob(document: dict[str, Any]) -> tuple[str, int]:
-                content = json.dumps(document, sort_keys=True).encode()
-                name = hashlib.sha256(content).hexdigest()
-                add(f"blobs/sha256/{name}", content)
-                return f"sha256:{name}", len(content)
-
-            add("oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
-            entry = tarfile.TarInfo(f"blobs/sha256/{layer_digest}")
-            entry.size = layer_size
-            out.addfile(entry, layer)
-            config_digest, config_size = blob(
-                {
-                    "architecture": ARCHITECTURES[platform.machine()],
-                    "os": "linux",
-                    "config": {"Cmd": command, "Env": [PATH], "User": user, "WorkingDir": "/"},
-                    "rootfs": {"type": "layers", "diff_ids": [f"sha256:{layer_digest}"]},
-                }
-            )
-            manifest_digest, manifest_size = blob(
-                {
-                    "schemaVersion": 2,
-                    "mediaType": "application/vnd.oci.image.manifest.v1+json",
-                    "config": {
-                        "mediaType": "application/vnd.oci.image.config.v1+json",
-                        "digest": config_digest,
-                        "size": config_size,
-                    },
-                    "layers": [
-                        {
-                            "mediaType": "application/vnd.oci.image.layer.v1.tar",
-                            "digest": f"sha256:{layer_digest}",
-                            "size": layer_size,
-                        }
-                    ],
-                }
-            )
-            index = {
-                "schemaVersion": 2,
-                "manifests": [
-                    {
-                        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-                        "digest": manifest_digest,
-                        "size": manifest_size,
-                        "annotations": {
-                            "io.containerd.image.name": image,
-                            "org.opencontainers.image.ref.name": image.rpartition(":")[2],
-                        },
-                    }
-                ],
+            digest, size = _digest(layer)
+            config = {
+                "architecture": ARCHITECTURES[platform.machine()],
+                "os": "linux",
+                "config": {"Cmd": command, "Env": [PATH], "User": user, "WorkingDir": "/"},
+                "rootfs": {"type": "layers", "diff_ids": [digest]},
             }
-            add("index.json", json.dumps(index).encode())
-        os.replace(part, archive)
+            write_blobs(archive, image, config, [(digest, size)], {digest: layer})
     finally:
         layer_file.unlink(missing_ok=True)
-        part.unlink(missing_ok=True)
 
 
 def main() -> None:
