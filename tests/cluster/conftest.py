@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster import deployed
 from tests.cluster.cluster import Cluster
 
 HERE = Path(__file__).parent
@@ -36,6 +37,15 @@ def cluster() -> Iterator[Cluster]:
     subprocess.run([HERE / "build"], check=True, timeout=5400)
     with cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def agents(cluster: Cluster) -> Cluster:
+    """The cluster with the project on it, as users have it: an agent on every node, the admission
+    service, rights and policies, all from this checkout.
+    """
+    deployed.deploy(cluster)
+    return cluster
 
 
 @pytest.fixture

@@ -1,0 +1,79 @@
+"""The project in the cluster as its users have it: image from the Dockerfile, deploy/ applied.
+
+Promises: what runs is this checkout's; nothing is built or restarted that is so already.
+Does not: remove anything; the cluster goes with its machines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+from tests.cluster.cluster import Cluster
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+NAMESPACE = "ckpt-agent"
+IMAGE = "ckpt-agent:dev"
+OVERLAY = CHECKOUT / "deploy/overlays/dev"
+# What the Dockerfile copies, and the recipe itself.
+SOURCES = (
+    *("Dockerfile", "requirements.lock", "pyproject.toml", "scripts/criu-bundle"),
+    *("agent", "hooks", "hold"),
+)
+BUILD_S = 1800
+READY_S = 240
+
+
+def deploy(cluster: Cluster) -> None:
+    """Builds and loads the image and applies the overlay for test clusters, as far as needed; the
+    admission service and an agent on every node are ready afterwards.
+    """
+    wanted = sources_digest()
+    stamp = cluster.cache / "images/.agent-sources"
+    loaded = cluster.state / "agent-sources"
+    if _content(loaded) != wanted or not all(_has_image(cluster, node) for node in cluster.nodes):
+        if _content(stamp) != wanted or not (cluster.cache / "images/agent.tar").exists():
+            subprocess.run([CHECKOUT / "tests/cluster/agent_image"], check=True, timeout=BUILD_S)
+            stamp.write_text(wanted)
+        else:
+            cluster.import_image(cluster.cache / "images/agent.tar")
+        _apply(cluster)
+        for what in ("deployment/ckpt-agent-admission", "daemonset/ckpt-agent-node"):
+            cluster.kubectl("rollout", "restart", what, "-n", NAMESPACE)
+        loaded.write_text(wanted)
+    else:
+        _apply(cluster)
+    for what in ("deployment/ckpt-agent-admission", "daemonset/ckpt-agent-node"):
+        cluster.kubectl(
+            *("rollout", "status", what, "-n", NAMESPACE, f"--timeout={READY_S}s"),
+            timeout_s=READY_S + 10,
+        )
+
+
+def sources_digest() -> str:
+    """A digest of everything that goes into the image."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        root = CHECKOUT / name
+        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+        for path in files:
+            if "__pycache__" in path.parts:
+                continue
+            digest.update(f"{path.relative_to(CHECKOUT)}\0{path.stat().st_mode:o}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _apply(cluster: Cluster) -> None:
+    rendered = cluster.kubectl("kustomize", str(OVERLAY))
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=rendered)
+
+
+def _has_image(cluster: Cluster, node: str) -> bool:
+    names = cluster.node(node).exec("ctr", "-n", "k8s.io", "images", "ls", "-q").stdout.split()
+    return any(name.endswith(f"/{IMAGE}") for name in names)
+
+
+def _content(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
