@@ -97,10 +97,11 @@ def migrate(
     source = str(found["spec"]["nodeName"])
     agent = session.agent_of(source)
     _check(session, found, node, agent)
-    # That the target's agent answers this caller is known before anything stops.
-    session.agent_of(node).images(session.namespace, name)
+    # Also shows that the target's agent answers this caller, before anything stops.
+    before = session.agent_of(node).images(session.namespace, name)
     steps = _Steps(watch)
-    with steps.timed(move.Step.DUMP):
+    plan = move.Move(session.namespace, name, source, node)
+    with _committed_after_all(session, plan, before), steps.timed(move.Step.DUMP):
         dumped = pods.dump_running(
             session,
             agent,
@@ -111,7 +112,6 @@ def migrate(
             progress=watch.phase,
         )
     image = _name(dumped.image)
-    plan = move.Move(session.namespace, name, source, node)
     template = dumped.pod_template or model_pods.template(found)
     with _incomplete(steps, plan, image), steps.timed(move.Step.DELETE):
         uid = str(found["metadata"]["uid"])
@@ -127,6 +127,29 @@ def migrate(
         away_s=steps.since_s(),
         steps=steps.seconds,
     )
+
+
+@contextlib.contextmanager
+def _committed_after_all(
+    session: Session, plan: move.Move, before: Sequence[client.Image]
+) -> Iterator[None]:
+    """A dump with stop that fails after its commit may have ended the processes: then the image is
+    what is left of the job, and the caller must hear of it.
+    """
+    try:
+        yield
+    except errors.CkptError as exc:
+        known = {_name(image) for image in before}
+        try:
+            after = session.any_agent(lambda agent: agent.images(session.namespace, plan.pod))
+        except errors.CkptError:
+            raise exc from None
+        new = [_name(image) for image in after if _name(image) not in known]
+        if not new:
+            raise
+        raise _told(
+            move.incomplete(move.Step.DUMP, plan, new[-1], exc.message), new[-1], exc
+        ) from exc
 
 
 def _name(image: client.Image) -> str:
@@ -381,14 +404,18 @@ def _incomplete(steps: _Steps, plan: move.Move, image: str) -> Iterator[None]:
         yield
     except errors.CkptError as exc:
         found = move.incomplete(steps.now, plan, image, exc.message)
-        raise errors.MoveIncomplete(
-            found.message,
-            hint=_commands(found.next, exc.hint),
-            reasons=[*_reasons(exc), *found.left],
-            image=image,
-            left=list(found.left),
-            next=list(found.next),
-        ) from exc
+        raise _told(found, image, exc) from exc
+
+
+def _told(found: move.Incomplete, image: str, cause: errors.CkptError) -> errors.MoveIncomplete:
+    return errors.MoveIncomplete(
+        found.message,
+        hint=_commands(found.next, cause.hint),
+        reasons=[*_reasons(cause), *found.left],
+        image=image,
+        left=list(found.left),
+        next=list(found.next),
+    )
 
 
 def _reasons(exc: errors.CkptError) -> list[str]:

@@ -211,7 +211,7 @@ def incomplete(failed: Step, move: Move, image: str, why: str) -> Incomplete:
 
 
 _HEADLINES = {
-    Step.DUMP: "the dump failed",
+    Step.DUMP: "the dump failed when its image was already committed",
     Step.DELETE: "the old pod could not be deleted",
     Step.CREATE: "the replacement could not be created",
     Step.SCHEDULE: "the replacement was not scheduled",
@@ -222,6 +222,8 @@ _HEADLINES = {
 def _left(failed: Step, move: Move) -> Iterator[str]:
     pod = f"pod {move.namespace}/{move.pod}"
     match failed:
+        case Step.DUMP:
+            yield f"{pod} still exists on node {move.source} and may have been stopped"
         case Step.DELETE:
             yield f"{pod} was stopped for good on node {move.source} and still exists"
         case Step.CREATE:
@@ -234,7 +236,7 @@ def _left(failed: Step, move: Move) -> Iterator[str]:
 
 def _next(failed: Step, move: Move, *, target: str, back: str, into: str) -> Iterator[str]:
     match failed:
-        case Step.DELETE:
+        case Step.DUMP | Step.DELETE:
             yield f"{target} --replace"
         case Step.CREATE:
             yield target

@@ -391,6 +391,23 @@ def test_a_failed_dump_leaves_the_pod_as_it_was(run: Any, world: World) -> None:
     assert world.api.pods["default", "job"]["metadata"]["uid"] == world.uid
 
 
+def test_a_dump_that_fails_after_its_commit_is_no_loss_of_the_job(run: Any, world: World) -> None:
+    def commit_and_break() -> None:
+        world.agents.add_image("job", len(world.agents.images))
+        raise RuntimeError("the agent was killed")
+
+    world.agents.add_image("job", 0)
+    world.agents.fails["Dump.late"] = commit_and_break
+    ran = run("migrate", "pod/job", "--to", "n2", "--quiet", "-o", "json")
+    assert ran.status == exits.MOVE_INCOMPLETE
+    facts = checked(json.loads(ran.err))["facts"]
+    assert facts["image"] == world.agents.images[1].name
+    (onward,) = facts["next"]
+    world.agents.details[facts["image"]] = {"pod_template_json": json.dumps(world.agents.template)}
+    assert run(*onward.split()[1:]).status == 0
+    assert world.api.pods["default", "job"]["spec"]["nodeName"] == "n2"
+
+
 def test_a_failed_restore_says_what_exists_where_and_the_command_told_goes_on(
     run: Any, world: World
 ) -> None:

@@ -163,7 +163,7 @@ def test_a_trial_has_another_name_of_a_length_that_is_allowed() -> None:
     assert len(move.trial_name("j" * 253)) == 253
 
 
-@pytest.mark.parametrize("step", [each for each in move.Step if each is not move.Step.DUMP])
+@pytest.mark.parametrize("step", list(move.Step))
 def test_after_the_commit_every_failure_names_the_image_what_is_left_and_a_command(
     step: move.Step,
 ) -> None:
@@ -173,7 +173,7 @@ def test_after_the_commit_every_failure_names_the_image_what_is_left_and_a_comma
     assert told.left[0].startswith("image job@x is committed")
     assert "pod ns/job" in told.left[1]
     assert all(each.startswith("ckpt-agent restore job@x -n ns --") for each in told.next)
-    exists = step == move.Step.DELETE
+    exists = step in (move.Step.DUMP, move.Step.DELETE)
     assert ("--replace" in told.next[0]) == exists
 
 
