@@ -6,7 +6,9 @@ serve with in ``ckpt-agent-tls``, the authorities that clients trust in the Conf
 ``ckpt-agent-ca`` and in the webhook's configuration.
 
 Promises: an authority is trusted everywhere before a certificate that it signed is published,
-also if this is ended between two writes; two keepers at once cost one of them a retry.
+also if this is ended between two writes; two keepers at once cost one of them a retry. Whoever
+deletes the Secret with the authorities gets a new one at once, and the old one is trusted for an
+overlap; with the ConfigMap deleted as well, as after a theft of the key, it is not.
 Does not: keep a key anywhere but in Secrets and in memory.
 """
 
@@ -80,7 +82,8 @@ class Keeper:
         """
         stored = secrets.read_secret(self._connection, self._namespace, AUTHORITY_NAME)
         stored_leaf = secrets.read_secret(self._connection, self._namespace, LEAF_NAME)
-        authorities = _authorities(stored)
+        published = secrets.read_config_map(self._connection, self._namespace, AUTHORITY_NAME)
+        authorities = _authorities(stored, published)
         leaf = _leaf(stored_leaf, self._names, authorities.all)
         due = rotation.due(_inventory(authorities, leaf), now_s, self._policy)
 
@@ -90,7 +93,7 @@ class Keeper:
                 self._connection, self._namespace, AUTHORITY_NAME, kept.data(), stored
             )
         bundle = certificates.bundle(kept.all)
-        self._publish(bundle)
+        self._publish(bundle, published)
         if due.leaf and kept.current:
             leaf = certificates.new_leaf(
                 kept.current, self._names, now_s, self._policy.leaf_lifetime_s
@@ -127,9 +130,8 @@ class Keeper:
     def _new_authority(self, now_s: float) -> Pair:
         return certificates.new_authority(now_s, self._policy.authority_lifetime_s)
 
-    def _publish(self, bundle: bytes) -> None:
+    def _publish(self, bundle: bytes, stored: secrets.Stored | None) -> None:
         """Bring the authorities to whoever must trust them, before anything they signed."""
-        stored = secrets.read_config_map(self._connection, self._namespace, AUTHORITY_NAME)
         if stored is None or stored.data.get("ca.crt") != bundle:
             others = dict(stored.data) if stored else {}
             secrets.write_config_map(
@@ -146,13 +148,24 @@ class Keeper:
             logger.warning("there is no MutatingWebhookConfiguration %s", WEBHOOK_NAME)
 
 
-def _authorities(stored: secrets.Stored | None) -> _Authorities:
+def _authorities(stored: secrets.Stored | None, published: secrets.Stored | None) -> _Authorities:
+    """What the Secret holds. If the one that signs is lost, what clients trust is kept for those
+    servers that do not have the successor's certificate yet.
+    """
     data = stored.data if stored else {}
     current, coming = (
         certificates.read_authority(data.get(f"{prefix}.crt", b""), data.get(f"{prefix}.key", b""))
         for prefix in ("tls", "coming")
     )
-    return _Authorities(current, coming, certificates.read_bundle(data.get("retired.crt", b"")))
+    retired = certificates.read_bundle(data.get("retired.crt", b""))
+    if current is None and published:
+        trusted = certificates.read_bundle(published.data.get("ca.crt", b""))
+        retired += tuple(
+            pair
+            for pair in trusted
+            if pair not in retired and not (coming and pair.certificate == coming.certificate)
+        )
+    return _Authorities(current, coming, retired)
 
 
 def _leaf(

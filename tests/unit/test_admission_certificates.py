@@ -379,6 +379,27 @@ def test_what_was_removed_or_changed_by_hand_is_mended(cluster: Objects) -> None
     }
 
 
+def test_a_lost_authority_is_replaced_and_trusted_for_an_overlap(cluster: Objects) -> None:
+    make_keeper(cluster).keep(NOW_S)
+    lost, old = trusted(cluster), served(cluster)
+    del cluster.found[SECRET + "ckpt-agent-ca"]
+    make_keeper(cluster).keep(NOW_S + 1)
+    assert served(cluster) != old
+    assert trusted(cluster).endswith(lost)
+    make_keeper(cluster).keep(NOW_S + 3600)
+    assert lost in trusted(cluster)
+    make_keeper(cluster).keep(NOW_S + 3602)
+    assert lost not in trusted(cluster)
+
+
+def test_a_stolen_authority_is_trusted_no_more(cluster: Objects) -> None:
+    make_keeper(cluster).keep(NOW_S)
+    stolen = trusted(cluster)
+    del cluster.found[SECRET + "ckpt-agent-ca"], cluster.found[MAP]
+    make_keeper(cluster).keep(NOW_S + 1)
+    assert stolen not in trusted(cluster)
+
+
 def test_a_cluster_without_the_webhook_still_gets_certificates() -> None:
     bare = Objects()
     make_keeper(bare).keep(NOW_S)
