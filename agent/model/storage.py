@@ -19,9 +19,6 @@ from collections.abc import Mapping
 from agent import errors
 from agent.model import optin
 
-ANNOTATION = f"{optin.GROUP}/store"
-"""On a pod or a namespace: the name of a store."""
-
 DEFAULT = "default"
 """The name of the store that ``settings.store`` configures."""
 
@@ -98,13 +95,13 @@ def choose(
         errors.InvalidInput: the agent has no store of that name; the message lists those it has.
     """
     for origin, said in (("pod", pod), ("namespace", namespace)):
-        name = said.get(ANNOTATION)
+        name = said.get(optin.STORE)
         if name is None:
             continue
         if name not in stores:
             raise errors.InvalidInput(
                 f"the {origin} asks for the store {name!r}, which this agent does not have",
-                hint=f"it has {', '.join(sorted(stores))}; correct the annotation {ANNOTATION}",
+                hint=f"it has {', '.join(sorted(stores))}; correct the annotation {optin.STORE}",
                 store=name,
             )
         return Choice(name, stores[name], origin)

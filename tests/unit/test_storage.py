@@ -9,14 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import errors
-from agent.model import storage
-from agent.model.storage import ANNOTATION
+from agent.model import optin, storage
 
 STORES = {"default": "/stores/a", "fast": "/stores/b"}
 
 
 def test_the_pod_chooses_before_its_namespace_and_that_before_the_default() -> None:
-    fast, usual = {ANNOTATION: "fast"}, {ANNOTATION: "default"}
+    fast, usual = {optin.STORE: "fast"}, {optin.STORE: "default"}
     assert storage.choose(STORES, fast, usual) == storage.Choice("fast", "/stores/b", "pod")
     assert storage.choose(STORES, {}, fast) == storage.Choice("fast", "/stores/b", "namespace")
     assert storage.choose(STORES, {}, {}) == storage.Choice("default", "/stores/a", "default")
@@ -24,7 +23,7 @@ def test_the_pod_chooses_before_its_namespace_and_that_before_the_default() -> N
 
 @pytest.mark.parametrize("name", ["slow", "", "/stores/b", "../b", "Fast"])
 def test_a_name_that_the_agent_does_not_know_is_refused_with_those_it_does(name: str) -> None:
-    for pod, namespace in (({ANNOTATION: name}, {}), ({}, {ANNOTATION: name})):
+    for pod, namespace in (({optin.STORE: name}, {}), ({}, {optin.STORE: name})):
         with pytest.raises(errors.InvalidInput, match="does not have") as caught:
             storage.choose(STORES, pod, namespace)
         assert "default, fast" in caught.value.hint
@@ -33,7 +32,7 @@ def test_a_name_that_the_agent_does_not_know_is_refused_with_those_it_does(name:
 @given(st.text(max_size=10), st.text(max_size=10))
 def test_whatever_is_asked_only_a_configured_store_is_chosen(pod: str, namespace: str) -> None:
     try:
-        choice = storage.choose(STORES, {ANNOTATION: pod}, {ANNOTATION: namespace})
+        choice = storage.choose(STORES, {optin.STORE: pod}, {optin.STORE: namespace})
     except errors.InvalidInput:
         return
     assert STORES[choice.name] == choice.path
