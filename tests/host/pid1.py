@@ -139,7 +139,7 @@ class Container:
     def close(self) -> None:
         self.popen.kill()  # --kill-child takes pid 1 with it, and the kernel all others
         self.popen.wait()
-        for stream in (self.popen.stdout, self.popen.stderr):
+        for stream in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
             if stream is not None:
                 stream.close()
 
