@@ -272,6 +272,10 @@ class Settings:
     kubelet_checkpoints: str = "/var/lib/kubelet/checkpoints"
     """Where the kubelet puts archives: below its root directory."""
 
+    runc_conf: str = "/etc/criu/runc.conf"
+    """Where runc finds options for CRIU; ``node`` adds a block of its own while it runs, if it may
+    use the kubelet's checkpoints. The place is runc's."""
+
     parallel: int = 2
     """Dumps and restores that ``node`` does at once. Two fill the page cache and the volume of
     most nodes; each more makes the others' stops longer."""
@@ -323,6 +327,7 @@ _KEYS = {
     "kubelet_address": _Key("kubelet_address", _word, "--kubelet-address"),
     "kubelet_trust": _Key("kubelet_trust", _word, "--kubelet-trust"),
     "kubelet_checkpoints": _Key("kubelet_checkpoints", _path, "--kubelet-checkpoints"),
+    "runc_conf": _Key("runc_conf", _path, "--runc-conf"),
     "parallel": _Key("parallel", count, "--parallel"),
     "shutdown_grace": _Key("shutdown_grace_s", duration_s, "--shutdown-grace"),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +20,13 @@ from agent.engines.base import CaptureOptions, Engine, RestoreOptions
 from agent.host import proc
 from agent.model import checkup, ids
 from agent.model import plan as model_plan
+from agent.node import archives as node_archives
 from agent.node import doctor as node_doctor
 from agent.node import dump as node_dump
 from agent.node import plan as node_plan
 from agent.node import restore as node_restore
 from agent.settings import Settings
-from agent.store.repository import Store
+from agent.store.repository import EpochSummary, Store
 from agent.volumes.base import Volume
 from agent.volumes.directory import DirectoryVolume
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from agent.model.pods import Pod
     from agent.node.pods import State
     from agent.node.service import Documents
+
+log = logging.getLogger(__name__)
 
 # Emptied at boot, like the processes that it tells of.
 _TRAIL = "/run/ckpt-agent/pods"
@@ -112,6 +116,25 @@ def restore(
     return node_restore.restore(
         store(settings), engine(settings), image, options, progress=progress
     )
+
+
+def export(settings: Settings, image: str, member: str | None, path: str) -> node_archives.Written:
+    """Write a member of ``image`` as a checkpoint archive. Raises what ``node.archives.export``
+    does.
+    """
+    with _needing_pycriu():
+        from agent.engines.kubelet import export as kubelet_export
+    return node_archives.export(store(settings), image, member, path, kubelet_export.write)
+
+
+def take_in(settings: Settings, path: str, group: str | None) -> EpochSummary:
+    """Store a checkpoint archive as an image. Raises what ``node.archives.take_in`` does, and
+    ``errors.NotFound`` if there is no such file.
+    """
+    with _needing_pycriu():
+        from agent.engines.kubelet import intake
+    with intake.opened(path) as archive:  # before the store, which is made if there is none
+        return node_archives.take_in(store(settings, create=True), archive, group)
 
 
 def plan(settings: Settings, pids: Sequence[int]) -> model_plan.Plan:
@@ -194,7 +217,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
         operations = Operations(settings.parallel)
         trail = interrupted.Trail(_TRAIL)
         teller = events.Happenings(api, name)
-        engines = _PodEngines(settings)
+        engines = stack.enter_context(_PodEngines(settings).prepared())
         guard = access.Access(api)
         authorities = serve.Authorities(guard.client_authorities)
         parts = service.Parts(
@@ -270,6 +293,22 @@ class _PodEngines:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[_PodEngines]:
+        """The node is told, within the context, what CRIU needs under a kubelet's checkpoint."""
+        if self._settings.kubelet_address is None:
+            yield self
+            return
+        with _needing_pycriu():
+            from agent.engines.kubelet import runcconf
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(runcconf.installed(self._settings.runc_conf))
+            except errors.EnvironmentUnfit as exc:
+                # Containers without open connections can be checkpointed all the same.
+                log.warning("%s; %s", exc.message, exc.hint)
+            yield self
 
     def for_dump(self, wanted: str, pod: Pod, containers: Sequence[Container]) -> Engine:
         """The engine that is wanted, else the container engine where every container has hold."""

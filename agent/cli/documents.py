@@ -16,6 +16,7 @@ from agent import errors
 from agent.cli.output import Document
 from agent.model import checkup, ids, plan
 from agent.model.streams import FileEntry
+from agent.node.archives import Written
 from agent.node.dump import DumpOutcome
 from agent.node.restore import RestoreOutcome
 from agent.store.repository import EpochSummary, PruneReport, VerifyReport
@@ -222,6 +223,30 @@ def verify_report(name: str, reports: Iterable[tuple[str, VerifyReport]]) -> Doc
         for image_name, report in reports
     ]
     return document("VerifyReport", name, good=all(item["good"] for item in items), items=items)
+
+
+def export_report(written: Written) -> Document:
+    """An archive that was written."""
+    return document(
+        "ExportReport",
+        written.image,
+        member=written.member,
+        path=written.path,
+        sizeBytes=written.exported.size_bytes,
+        leftOut=list(written.exported.left_out),
+    )
+
+
+def import_report(summary: EpochSummary) -> Document:
+    """An archive that became an image."""
+    return document(
+        "ImportReport",
+        image_name(summary),
+        members=list(summary.members),
+        rawBytes=summary.raw_bytes,
+        newBytes=summary.new_bytes,
+        storedBytes=summary.stored_bytes,
+    )
 
 
 def prune_report(store: str, report: PruneReport, *, dry_run: bool) -> Document:

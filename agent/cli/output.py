@@ -121,6 +121,12 @@ _VERIFIED = (
     Column("READ", _size("readBytes"), right=True),
     Column("DAMAGED", lambda item, now_s: str(len(item["damaged"])), right=True),
 )
+_EXPORTED = (
+    Column("IMAGE", _text("name")),
+    Column("MEMBER", _text("member")),
+    Column("SIZE", _size("sizeBytes"), right=True),
+    Column("PATH", _text("path")),
+)
 _DAMAGED = (Column("PART", _text("part")), Column("PROBLEM", _text("problem")))
 _REMOVED = (Column("NAME", _text("name")), Column("ACTION", _text("action")))
 _CHECKS = (
@@ -258,6 +264,14 @@ def _verify_report(document: Document, wide: bool, now_s: float) -> list[str]:
     return lines
 
 
+def _export_report(document: Document, wide: bool, now_s: float) -> list[str]:
+    return table(_EXPORTED, [document], now_s)
+
+
+def _import_report(document: Document, wide: bool, now_s: float) -> list[str]:
+    return [document["name"]]
+
+
 def _prune_report(document: Document, wide: bool, now_s: float) -> list[str]:
     return table(_REMOVED, document["items"], now_s)
 
@@ -317,6 +331,8 @@ _LAYOUTS: dict[str, Callable[[Document, bool, float], list[str]]] = {
     "RestoreReport": _restore_report,
     "MoveReport": _move_report,
     "VerifyReport": _verify_report,
+    "ExportReport": _export_report,
+    "ImportReport": _import_report,
     "PruneReport": _prune_report,
     "DoctorReport": _doctor_report,
     "Plan": _plan,

@@ -78,6 +78,7 @@ def test_every_setting_can_come_from_flag_environment_and_file() -> None:
         "kubelet_address": ("10.0.0.1", "10.0.0.1"),
         "kubelet_trust": ("ca:/ca.crt", "ca:/ca.crt"),
         "kubelet_checkpoints": ("/q", "/q"),
+        "runc_conf": ("/c", "/c"),
         "parallel": ("4", 4),
         "shutdown_grace": ("90s", 90.0),
     }
