@@ -31,7 +31,7 @@ from pyroute2.nftables.expressions import genex, verdict
 from pyroute2.nftables.main import NFTables, NFTSet, NFTSetElem
 
 from agent import errors
-from agent.host import namespaces, netfilter, proc
+from agent.host import namespaces, netfilter
 
 _T = TypeVar("_T")
 
@@ -64,15 +64,14 @@ def held(
     name: str,
     connections: Iterable[Connection],
     *,
-    of: proc.Identity | None = None,
+    network: int | None = None,
     limit_s: float | None = None,
 ) -> Iterator[None]:
     """Hold what arrives for the local ends of ``connections`` in the network namespace of the
-    process ``of`` (or this program's), by an nf_tables table called ``name``, for at most
+    descriptor ``network`` (or this program's), by an nf_tables table called ``name``, for at most
     ``limit_s``.
 
     Raises:
-        errors.NotFound: the process has ended.
         errors.PrivilegeMissing: CAP_NET_ADMIN is missing.
         errors.EnvironmentUnfit: the kernel cannot filter (no nf_tables).
     """
@@ -80,10 +79,10 @@ def held(
     if not wanted:
         yield
         return
-    release(name, of=of)
+    release(name, network=network)
     try:
         try:
-            _there(of, lambda: _install(name, wanted, limit_s))
+            _there(network, lambda: _install(name, wanted, limit_s))
         except NetlinkError as exc:
             if exc.code == errno.EPERM:
                 raise errors.PrivilegeMissing(
@@ -94,22 +93,16 @@ def held(
             ) from exc
         yield
     finally:
-        # With its last process a network namespace ends, and all of its rules.
-        with contextlib.suppress(errors.NotFound):
-            release(name, of=of)
+        release(name, network=network)
 
 
-def release(name: str, *, of: proc.Identity | None = None) -> bool:
-    """Let go; False if there was nothing to let go.
-
-    Raises:
-        errors.NotFound: the process ``of`` has ended.
-    """
-    return _there(of, lambda: netfilter.delete_table(name))
+def release(name: str, *, network: int | None = None) -> bool:
+    """Let go; False if there was nothing to let go."""
+    return _there(network, lambda: netfilter.delete_table(name))
 
 
-def _there(of: proc.Identity | None, function: Callable[[], _T]) -> _T:
-    return function() if of is None else namespaces.inside(of, ("net",), function)
+def _there(network: int | None, function: Callable[[], _T]) -> _T:
+    return function() if network is None else namespaces.within([network], function)
 
 
 def _install(name: str, connections: Iterable[Connection], limit_s: float | None) -> None:

@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from agent import errors
@@ -21,7 +21,6 @@ from agent.host import proc
 
 _T = TypeVar("_T")
 
-_KINDS = frozenset({"cgroup", "ipc", "net", "pid", "uts"})
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -36,18 +35,48 @@ def inside(who: proc.Identity, kinds: Iterable[str], function: Callable[[], _T])
         errors.PrivilegeMissing: not allowed.
     """
     with contextlib.ExitStack() as stack:
-        descriptors = []
-        for kind in sorted(_KINDS.intersection(kinds)):
-            descriptors.append(_open(who.pid, kind))
-            stack.callback(os.close, descriptors[-1])
-        if not proc.alive(who):
-            # The number may have been given to another while its files were opened.
-            raise errors.NotFound(f"there is no process {who.pid} any more", pid=who.pid)
-        outcome = _Outcome(function)
-        thread = threading.Thread(target=outcome.run, args=(descriptors,), name="inside")
-        thread.start()
-        thread.join()
+        return within([stack.enter_context(opened(who, kind)) for kind in kinds], function)
+
+
+def within(descriptors: Iterable[int], function: Callable[[], _T]) -> _T:
+    """Call ``function`` in the namespaces that these descriptors are of.
+
+    Raises:
+        errors.PrivilegeMissing: not allowed.
+    """
+    outcome = _Outcome(function)
+    thread = threading.Thread(target=outcome.run, args=(list(descriptors),), name="inside")
+    thread.start()
+    thread.join()
     return outcome.get()
+
+
+@contextlib.contextmanager
+def opened(who: proc.Identity, kind: str) -> Iterator[int]:
+    """A descriptor of a process's namespace, which lives on with it whoever ends.
+
+    Raises:
+        errors.NotFound: there is no such process any more.
+        errors.PrivilegeMissing: not allowed.
+    """
+    fd = _open(who.pid, kind)
+    try:
+        if not proc.alive(who):
+            # The number may have been given to another while its file was opened.
+            raise errors.NotFound(f"there is no process {who.pid} any more", pid=who.pid)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def user_of(kind: str, inode: int) -> proc.Identity | None:
+    """Some process in the namespace with this inode number; None if there is none to be seen."""
+    for pid in proc.pids():
+        with contextlib.suppress(errors.NotFound, errors.PrivilegeMissing):
+            who = proc.identity(pid)
+            if proc.namespaces(pid)[kind] == inode and proc.alive(who):
+                return who
+    return None
 
 
 class _Outcome(Generic[_T]):

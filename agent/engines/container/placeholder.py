@@ -14,12 +14,11 @@ from typing import Any
 
 from agent import errors
 from agent.engines.base import RestoredTree
-from agent.engines.container import conflicts, holding, inside
+from agent.engines.container import conflicts, connections, facts, holding, inside
 from agent.engines.container.adopted import Adopted
 from agent.engines.container.bundle import Bundle
-from agent.engines.criu import conflicts as criu_conflicts
 from agent.engines.criu import journal, recovery, rpc
-from agent.host import cgroups, clock, hold, proc
+from agent.host import cgroups, clock, hold, namespaces, proc
 from agent.model.container import Container
 
 _DEATH_S = 10.0
@@ -45,18 +44,23 @@ class Placeholder:
         self._numbers = conflicts.numbers(known)
         self._began_ticks = int(clock.boottime_s() * proc.TICKS_PER_S)
         self._host_pids: dict[int, int] = {}
+        self._moved = connections.Moved(known["container"]["addresses"], facts.addresses(init.pid))
 
     def entry(self) -> journal.About:
         """The container, and the numbers in there that come from this restore."""
         return journal.About(
             container=self._init,
+            network=proc.namespaces(self._init.pid)["net"],
             numbers=tuple(sorted(self._numbers)),
             began_ticks=self._began_ticks,
         )
 
     @contextlib.contextmanager
     def wired(self, images: str) -> Iterator[Mapping[str, int]]:
-        """The pipes to the runtime are the placeholder's own, whose other ends are its log."""
+        """The pipes to the runtime are the placeholder's own, whose other ends are its log; the
+        pod's address is the new one.
+        """
+        self._moved.rewrite(images)
         with contextlib.ExitStack() as owned:
             keys: dict[str, int] = {}
             for number, link in enumerate(self._known["container"]["stdio"]):
@@ -71,11 +75,11 @@ class Placeholder:
     @contextlib.contextmanager
     def held(self, operation: journal.Operation) -> Iterator[None]:
         """Hold the tree's connections in the pod's network namespace."""
-        with hold.held(
-            recovery.hold_name(operation.entry),
-            criu_conflicts.connections(self._known),
-            of=self._init,
-            limit_s=self._deadline.remaining_s,
+        name = recovery.hold_name(operation.entry)
+        live = self._moved.connections(self._known)
+        with (
+            namespaces.opened(self._init, "net") as network,
+            hold.held(name, live, network=network, limit_s=self._deadline.remaining_s),
         ):
             yield
 
@@ -105,7 +109,9 @@ class Placeholder:
             raise errors.NotFound(f"no process {number} in the restored tree", pid=number) from None
 
     def complete(self, images: str) -> None:
-        """Nothing to do."""
+        """Reset the connections whose peers know another address."""
+        for each in self._moved.lost(self._known):
+            connections.reset(self.host_pid(each.pid), each.fd)
 
     def settled(
         self, response: rpc.Response, worker: rpc.Worker, deadline: clock.Deadline

@@ -21,7 +21,7 @@ from agent.engines.base import CaptureOptions
 from agent.engines.container import facts, files, inside, target
 from agent.engines.container.bundle import Bundle
 from agent.engines.criu import conflicts, journal, recovery, rpc
-from agent.host import clock, hold, proc, sockets
+from agent.host import clock, hold, namespaces, proc, sockets
 from agent.model.streams import MemberSink
 
 
@@ -40,7 +40,8 @@ class ContainerTree:
 
     def entry(self) -> journal.About:
         """The container: rules are in its network namespace."""
-        return journal.About(container=self._target.init)
+        init = self._target.init
+        return journal.About(container=init, network=proc.namespaces(init.pid)["net"])
 
     @contextlib.contextmanager
     def started(self, images: str, pass_fds: Sequence[int]) -> Iterator[tuple[rpc.Worker, str]]:
@@ -74,9 +75,8 @@ class ContainerTree:
         ]
         name = recovery.hold_name(operation.entry)
         limit_s = self._deadline.remaining_s
-        self._held.enter_context(
-            hold.held(name, connections, of=self._target.init, limit_s=limit_s)
-        )
+        network = self._held.enter_context(namespaces.opened(self._target.init, "net"))
+        self._held.enter_context(hold.held(name, connections, network=network, limit_s=limit_s))
 
     def memory_flows(self, operation: journal.Operation) -> None:
         """Nothing to do."""

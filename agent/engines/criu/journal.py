@@ -37,12 +37,14 @@ _counter = itertools.count()
 class About:
     """What an operation may leave behind depends on. ``programs`` are the names of the processes
     that a restore makes. ``container`` is pid 1 of the container that the operation is about, by
-    its number on this host: its namespaces are where rules and processes are; ``numbers`` are
-    then the pids in there that a restore makes, and that were free at ``began_ticks`` since boot.
+    its number on this host, and ``network`` the inode number of its network namespace, where rules
+    may be; ``numbers`` are then the pids inside that a restore makes, and that were free at
+    ``began_ticks`` since boot.
     """
 
     programs: tuple[str, ...] = ()
     container: proc.Identity | None = None
+    network: int = 0
     numbers: tuple[int, ...] = ()
     began_ticks: int = 0
 
@@ -288,6 +290,7 @@ def _about(raw: dict[str, Any]) -> About:
     return About(
         programs=tuple(str(each) for each in raw["programs"]),
         container=_identity(raw["container"]) if raw["container"] else None,
+        network=int(raw["network"]),
         numbers=tuple(int(each) for each in raw["numbers"]),
         began_ticks=int(raw["began_ticks"]),
     )

@@ -13,7 +13,6 @@ Does not: raise for what cannot be undone; it says so in the ``Findings``.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import ipaddress
 import os
@@ -25,7 +24,7 @@ from collections.abc import Iterable
 
 from agent import errors
 from agent.engines.criu import journal
-from agent.host import clock, hold, netfilter, proc, sockets, subprocesses
+from agent.host import clock, descriptors, hold, namespaces, netfilter, proc, sockets, subprocesses
 
 TABLE_PREFIX = "CRIU-"
 # The program's name while it runs by itself, and through a loader of its own.
@@ -38,8 +37,6 @@ _UNTRACED_S = 5.0
 # include/uapi/linux/tcp.h
 _TCP_REPAIR = 19
 _TCP_REPAIR_OFF = 0
-# System call numbers are the same on every architecture since Linux 5.1.
-_PIDFD_GETFD = 438
 
 
 @dataclasses.dataclass
@@ -120,10 +117,21 @@ def hold_name(entry: journal.Entry) -> str:
 
 
 def _let_go(entry: journal.Entry, findings: Findings) -> None:
-    """Remove the hold of the operation; with its container it is gone anyway."""
-    with contextlib.suppress(errors.NotFound):
-        if hold.release(hold_name(entry), of=entry.about.container):
-            findings.tables.append(hold_name(entry))
+    """Remove the hold of the operation. A pod's network outlives its container: it is found by
+    whoever else is in it; with nobody in it, it is gone with all of its rules.
+    """
+    name = hold_name(entry)
+    if entry.about.container is None:
+        removed = hold.release(name)
+    else:
+        removed = False
+        who = namespaces.user_of("net", entry.about.network)
+        with contextlib.ExitStack() as stack:
+            if who is not None:
+                network = stack.enter_context(namespaces.opened(who, "net"))
+                removed = hold.release(name, network=network)
+    if removed:
+        findings.tables.append(name)
 
 
 def _made_inside(entry: journal.Entry) -> list[int]:
@@ -332,27 +340,13 @@ def _end_repair(who: proc.Identity) -> int:
 
 
 def _end_repair_of(pid: int, number: int) -> int:
-    pidfd = os.pidfd_open(pid)
-    try:
-        copy = _getfd(pidfd, number)
-    finally:
-        os.close(pidfd)
-    with socket.socket(fileno=copy) as sock:
+    with descriptors.borrowed(pid, number) as copy, socket.socket(fileno=os.dup(copy)) as sock:
         if sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6):
             return 0
         if not sock.getsockopt(socket.IPPROTO_TCP, _TCP_REPAIR):
             return 0
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _TCP_REPAIR_OFF)
         return 1
-
-
-def _getfd(pidfd: int, number: int) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
-    copy = int(libc.syscall(_PIDFD_GETFD, pidfd, number, 0))
-    if copy < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return copy
 
 
 def _sweep_scratch(places: journal.Places, findings: Findings) -> None:
