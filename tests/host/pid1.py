@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,18 @@ _CLONE_NEWPID = 0x20000000
 _CLONE_NEWNS = 0x00020000
 _libc = ctypes.CDLL(None, use_errno=True)
 _IN_NEW_NAMESPACES = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+# As runtimes do it: a changed root alone would leave the host's as the mount namespace's.
+_PIVOT = """
+import ctypes, os, sys
+libc, (root, *command) = ctypes.CDLL(None), sys.argv[1:]
+def check(result): assert result == 0
+check(libc.mount(root.encode(), root.encode(), None, 0x5000, None))  # MS_BIND | MS_REC
+check(libc.mount(b"proc", (root + "/proc").encode(), b"proc", 0, None))
+os.chdir(root)
+check(libc.syscall({"x86_64": 155, "aarch64": 41}[os.uname().machine], b".", b"."))
+check(libc.umount2(b".", 2))  # MNT_DETACH
+os.execv(command[0], command)
+"""
 WAIT_S = 20.0
 
 
@@ -58,7 +71,9 @@ class Container:
         pass_fds: Sequence[int] = (),
     ) -> None:
         command = shlex.join([str(binary), *args])
-        change = f"mount -t proc proc {root}/proc; exec chroot {root}" if root else "exec"
+        change = (
+            f"exec {shlex.join([sys.executable, '-SEc', _PIVOT, str(root)])}" if root else "exec"
+        )
         self.popen = subprocess.Popen(
             [*_IN_NEW_NAMESPACES, "sh", "-ec", f"{before}\n{change} {command}"],
             stdin=stdin,
