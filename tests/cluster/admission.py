@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from agent.model import optin
 from tests.cluster.cluster import Cluster
@@ -16,27 +14,15 @@ from tests.cluster.cluster import Cluster
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "ckpt-agent"
 SERVICE = "ckpt-agent-admission"
-IMAGE = "ckpt-agent:dev"
 HELD = ["/.ckpt-agent/hold", "auto"]
 COUNTER = ["python3", "-u", "/opt/counter.py"]
-# What these tests do not need: the agents, and the store that they share.
-_OTHERS = ("DaemonSet", "PersistentVolumeClaim", "PersistentVolume")
 
 
 @pytest.fixture(scope="module")
-def admission(cluster: Cluster) -> None:
-    """The service and the policies are there, and the API server trusts the service."""
-    if any(IMAGE not in _images(cluster, node) for node in cluster.nodes):
-        subprocess.run([ROOT / "scripts/cluster", "agent"], check=True, timeout=900)
-    text = cluster.kubectl("kustomize", str(ROOT / "deploy/overlays/dev"))
-    found = [each for each in yaml.safe_load_all(text) if each["kind"] not in _OTHERS]
-    cluster.apply(found)
-    cluster.wait_for_deployment(SERVICE, PROJECT, 120)
-    cluster.wait_for("the webhook to be called", lambda: called(cluster), 30)
-
-
-def _images(cluster: Cluster, node: str) -> str:
-    return cluster.node(node).exec("ctr", "-n", "k8s.io", "images", "ls", "-q").stdout
+def admission(agents: Cluster) -> Cluster:
+    """The cluster, where the API server calls the service and trusts it."""
+    agents.wait_for("the webhook to be called", lambda: called(agents), 60)
+    return agents
 
 
 def called(cluster: Cluster) -> bool:

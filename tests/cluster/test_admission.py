@@ -37,7 +37,7 @@ def lines(cluster: Cluster, name: str, namespace: str) -> list[str]:
 
 
 def test_an_opted_in_pod_starts_under_hold_and_does_its_work(
-    admission: None, cluster: Cluster, namespace: str
+    admission: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     created = create(cluster, pod("job", namespace))
     assert is_held(created)
@@ -52,7 +52,7 @@ def test_an_opted_in_pod_starts_under_hold_and_does_its_work(
 
 
 def test_a_pod_without_the_label_is_not_touched(
-    admission: None, cluster: Cluster, namespace: str
+    admission: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     body = pod("job", namespace)
     body["metadata"]["labels"] = {"app": "job"}
@@ -60,7 +60,7 @@ def test_a_pod_without_the_label_is_not_touched(
 
 
 def test_a_dry_run_shows_the_same_and_leaves_nothing(
-    admission: None, cluster: Cluster, namespace: str
+    admission: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     dry = create(cluster, pod("job", namespace), "--dry-run=server")
     real = create(cluster, pod("job", namespace))
@@ -76,7 +76,7 @@ def test_a_dry_run_shows_the_same_and_leaves_nothing(
 
 
 def test_the_restricted_level_of_pod_security_admits_and_runs_it(
-    admission: None, cluster: Cluster, namespace: str
+    admission: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     cluster.kubectl(
         "label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted"
@@ -98,7 +98,7 @@ def test_the_restricted_level_of_pod_security_admits_and_runs_it(
 
 
 def test_a_pod_that_cannot_be_held_starts_and_says_why(
-    admission: None, cluster: Cluster, namespace: str
+    admission: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     created = create(cluster, pod("job", namespace, shareProcessNamespace=True))
     assert created["spec"]["containers"][0]["command"] == COUNTER
@@ -107,7 +107,7 @@ def test_a_pod_that_cannot_be_held_starts_and_says_why(
 
 
 def test_a_pod_made_from_another_ones_template_is_not_changed_again(
-    admission: None, cluster: Cluster, namespace: str
+    admission: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     first = create(cluster, pod("job", namespace))
     template = {
@@ -175,7 +175,7 @@ def sidecar_webhook(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
 
 
 def test_a_container_that_another_webhook_adds_afterwards_is_held_too(
-    admission: None, cluster: Cluster, namespace: str, sidecar_webhook: None
+    admission: Cluster, cluster: Cluster, namespace: str, sidecar_webhook: None
 ) -> None:
     body = pod("job", namespace)
     body["metadata"]["labels"]["sidecar"] = "wanted"
@@ -192,7 +192,9 @@ def test_a_container_that_another_webhook_adds_afterwards_is_held_too(
     assert [c["name"] for c in found["spec"]["initContainers"]] == [optin.INIT_CONTAINER]
 
 
-def test_the_pods_of_a_jobset_are_held(admission: None, cluster: Cluster, namespace: str) -> None:
+def test_the_pods_of_a_jobset_are_held(
+    admission: Cluster, cluster: Cluster, namespace: str
+) -> None:
     jobset = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -256,7 +258,7 @@ def creating(cluster: Cluster) -> Iterator[list[bool]]:
     assert failures == []
 
 
-def test_a_replica_can_end_without_a_pod_being_missed(admission: None, cluster: Cluster) -> None:
+def test_a_replica_can_end_without_a_pod_being_missed(admission: Cluster, cluster: Cluster) -> None:
     with creating(cluster) as held:
         before = {p["metadata"]["uid"] for p in replicas(cluster)}
         cluster.kubectl("rollout", "restart", f"deployment/{SERVICE}", "-n", PROJECT)
@@ -279,7 +281,7 @@ def replicas(cluster: Cluster) -> list[dict[str, Any]]:
 
 
 def test_while_the_service_is_down_pods_start_as_they_are(
-    admission: None, cluster: Cluster, namespace: str
+    admission: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     scale(cluster, 0)
     try:
@@ -300,7 +302,7 @@ def scale(cluster: Cluster, replicas_: int) -> None:
 
 
 @pytest.fixture
-def short_lives(admission: None, cluster: Cluster) -> Iterator[None]:
+def short_lives(admission: Cluster, cluster: Cluster) -> Iterator[None]:
     """Certificates that live for seconds; the usual ones afterwards."""
     lives = {
         "LEAF_LIFETIME": "70s",
@@ -349,7 +351,7 @@ def signer(cluster: Cluster) -> str:
 
 @pytest.mark.slow
 def test_authorities_are_lost_and_replaced_without_a_pod_being_missed(
-    admission: None, cluster: Cluster, short_lives: None
+    admission: Cluster, cluster: Cluster, short_lives: None
 ) -> None:
     bundles: set[bytes] = set()
     signers: set[str] = set()
@@ -375,7 +377,7 @@ def may(cluster: Cluster, verb: str, *what: str) -> bool:
 
 
 def test_the_service_may_do_no_more_than_it_needs(
-    admission: None, cluster: Cluster, namespace: str
+    admission: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     assert may(cluster, "update", "secret/ckpt-agent-ca", "-n", PROJECT)
     for verb, *what in (

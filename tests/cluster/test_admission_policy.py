@@ -40,7 +40,7 @@ def may_create(cluster: Cluster, body: dict[str, object], who: Path) -> bool:
 
 
 def test_an_ordinary_user_opts_in_but_cannot_make_a_pod_wait(
-    admission: None, cluster: Cluster, namespace: str, alice: Path
+    admission: Cluster, cluster: Cluster, namespace: str, alice: Path
 ) -> None:
     assert is_held(create(cluster, pod("job", namespace), kubeconfig=alice))
     waiting = pod("again", namespace, annotations={optin.RESTORE: IMAGE_NAME})
@@ -53,7 +53,7 @@ def test_an_ordinary_user_opts_in_but_cannot_make_a_pod_wait(
 
 
 def test_whoever_may_restore_in_a_namespace_makes_placeholders_there_only(
-    admission: None, cluster: Cluster, namespace: str, alice: Path
+    admission: Cluster, cluster: Cluster, namespace: str, alice: Path
 ) -> None:
     waiting = pod("job", namespace, annotations={optin.RESTORE: IMAGE_NAME})
     assert not may_create(cluster, waiting, alice)
@@ -71,7 +71,7 @@ def test_whoever_may_restore_in_a_namespace_makes_placeholders_there_only(
 
 
 def test_a_template_cannot_smuggle_the_annotation_in(
-    admission: None, cluster: Cluster, namespace: str, alice: Path
+    admission: Cluster, cluster: Cluster, namespace: str, alice: Path
 ) -> None:
     template = pod("x", namespace, annotations={optin.RESTORE: IMAGE_NAME})
     job = {
@@ -96,7 +96,7 @@ def test_a_template_cannot_smuggle_the_annotation_in(
 
 
 def test_a_misspelt_key_is_warned_of_and_the_known_ones_are_not(
-    admission: None, cluster: Cluster, namespace: str
+    admission: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     known = {optin.CONTAINERS: "main", optin.STORE: "default"}
     for keys, warned in ((known, False), ({"ckpt-agent.dev/container": "main"}, True)):
