@@ -207,6 +207,7 @@ def test_no_path_of_the_node_gives_away_its_identity() -> None:
     spec = pod(daemonset(base()))
     paths = {v["hostPath"]["path"] for v in spec["volumes"] if "hostPath" in v}
     assert paths == {
+        "/etc/criu",
         "/run/containerd",
         "/run/ckpt-agent",
         "/sys/fs/cgroup",
