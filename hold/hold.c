@@ -13,10 +13,14 @@
 // "adopted"). From then on both are the same: hold passes signals on to its stem and ends with its
 // status.
 //
+// Before the agent kills a tree that it has stored, it sends the negative of the stem's number:
+// killed in that state, the stem leaves a placeholder behind instead of ending the container, which
+// the kubelet would start anew from the beginning. Naming the stem again takes it back.
+//
 // Promises: CMD gets the descriptors, signal state, environment (less the two variables above),
 // terminal and privileges that an ordinary container start would have given it. Children are
 // reaped at once, since a zombie's number cannot be restored. /proc/1/cmdline tells the state:
-// "hold: waiting" or "hold: following PID". Does not allocate, read configuration, or write but for
+// "hold: waiting", "hold: following PID" or "hold: stopping PID". Does not allocate, read configuration, or write but for
 // error messages and one stamp file. Linux only.
 #define _GNU_SOURCE
 #include <errno.h>
@@ -159,14 +163,15 @@ static void stamp(void) {
         close(fd);
 }
 
-// The stem that hold follows, or is told to: "named" until it is our child, then "stem".
-static struct { pid_t stem, named; int tries; } followed;
+// The stem that hold follows, or is told to: "named" until it is our child, then "stem". "stopping":
+// it may be killed.
+static struct { pid_t stem, named; int tries, stopping; } followed;
 static struct { pid_t pid; int st; } dead[REMEMBERED];
 static unsigned deaths;
 
 static void follow(pid_t pid) {
     followed.stem = pid;
-    followed.named = 0;
+    followed.named = followed.stopping = 0;
     show("hold: following %d", (int)pid);
 }
 
@@ -176,11 +181,28 @@ static int from_agent(int number, const siginfo_t *info) {
     return number == SIGUSR2 && info->si_code == SI_QUEUE && info->si_pid == 0;
 }
 
+static void heed_agent(pid_t value) {
+    if (!followed.stem && value > 1) {
+        followed.named = value;
+        followed.tries = PENDING_TRIES;
+    } else if (followed.stem && value == followed.stem) {
+        follow(value);
+    } else if (followed.stem && value == -followed.stem) {
+        followed.stopping = 1;
+        show("hold: stopping %d", (int)followed.stem);
+    }
+}
+
 static void reap(void) {
     int st;
     for (pid_t pid; (pid = waitpid(-1, &st, WNOHANG)) > 0;) {
-        if (pid == followed.stem)
-            _exit(status_of(st));
+        if (pid == followed.stem) {
+            if (!followed.stopping || status_of(st) != SIGNALED + SIGKILL)
+                _exit(status_of(st));
+            followed.stem = 0;
+            show("hold: waiting");
+            continue;
+        }
         if (pid == followed.named) {
             stamp();
             _exit(status_of(st));
@@ -245,10 +267,7 @@ static int hold(char **command) {
         int number = next_signal(&info, followed.named ? &soon : NULL);
         if (from_agent(number, &info)) {
             // Never passed on: to a workload that runs already it would be a deadly stray.
-            if (!followed.stem && info.si_value.sival_int > 1) {
-                followed.named = info.si_value.sival_int;
-                followed.tries = PENDING_TRIES;
-            }
+            heed_agent(info.si_value.sival_int);
         } else if (followed.stem) {
             if (number && number != SIGCHLD)
                 kill(followed.stem, number);

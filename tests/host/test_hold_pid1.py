@@ -92,10 +92,10 @@ def test_what_makes_no_sense_is_a_usage_error(binary: Path, args: tuple[str, ...
 def test_every_signal_arrives_at_the_workload_exactly_once(start: Start) -> None:
     container = start(
         *python(
-            "import signal, time\n"
+            "import os, signal, time\n"
             f"for n in {[int(n) for n in FORWARDED]}:\n"
-            "    signal.signal(n, lambda n, _: print(n, flush=True))\n"
-            "print('ready', flush=True)\n"
+            "    signal.signal(n, lambda n, _: os.write(1, b'%d\\n' % n))\n"
+            "os.write(1, b'ready\\n')\n"
             "while True: time.sleep(9)"
         )
     )
@@ -474,6 +474,74 @@ def test_named_and_dead_in_any_order_gives_the_status(start: Start) -> None:
         assert container.ended() == status, orders[turn % len(orders)]
         assert guest.reaped_outside() == 0
         container.close()
+
+
+# --- a tree that is stored and then killed ---
+
+
+def stopping(container: Container) -> int:
+    """The stem's number inside, of a container told that it may be killed."""
+    stem = container.inner(container.stem())
+    sigqueue(container.pid, signal.SIGUSR2, -stem & 0xFFFFFFFF)
+    until(lambda: container.title == f"hold: stopping {stem}", "hold is told")
+    return stem
+
+
+def test_a_stopped_tree_leaves_a_placeholder_not_the_containers_end(start: Start) -> None:
+    container = start("run", "sleep", "1000")
+    os.kill(container.outer(stopping(container)), signal.SIGKILL)
+    until(container.waits, "it waits")
+    (orphan,) = proc.children(container.pid)  # CRIU kills the whole tree; here the workload is left
+    os.kill(orphan, signal.SIGKILL)
+    until(lambda: proc.children(container.pid) == [], "it is reaped")
+    named(container).end(9)
+    assert container.ended() == 9
+
+
+def test_a_stopped_containers_pod_is_deleted_at_once(start: Start) -> None:
+    container = start("run", "sleep", "1000")
+    os.kill(container.outer(stopping(container)), signal.SIGKILL)
+    until(container.waits, "it waits")
+    os.kill(container.pid, signal.SIGTERM)
+    assert container.ended() == 128 + signal.SIGTERM
+
+
+def test_a_tree_that_was_not_killed_after_all_still_ends_the_container(start: Start) -> None:
+    container = start("run", "sh", "-c", "read x; exit 7", stdin=subprocess.PIPE)
+    stopping(container)
+    assert container.popen.stdin is not None
+    container.popen.stdin.close()
+    assert container.ended() == 7
+
+
+def test_signals_go_on_while_a_tree_may_be_killed(start: Start) -> None:
+    container = start("run", "sleep", "1000")
+    stopping(container)
+    os.kill(container.pid, signal.SIGTERM)
+    assert container.ended() == 128 + signal.SIGTERM
+
+
+def test_naming_the_stem_again_takes_the_stop_back(start: Start) -> None:
+    container = start("run", "sleep", "1000")
+    stem = stopping(container)
+    sigqueue(container.pid, signal.SIGUSR2, stem)
+    until(lambda: container.title == f"hold: following {stem}", "it is taken back")
+    os.kill(container.outer(stem), signal.SIGKILL)
+    assert container.ended() == 128 + signal.SIGKILL
+
+
+def test_only_its_own_stem_can_be_stopped_and_only_from_outside(start: Start) -> None:
+    container = start("run", "sleep", "1000")
+    stem = container.inner(container.stem())
+    sigqueue(container.pid, signal.SIGUSR2, -(stem + 1) & 0xFFFFFFFF)
+    before = container.title
+    guest = Guest(container)
+    guest.given()
+    guest.end(0)
+    until(lambda: len(proc.children(container.pid)) == 1, "hold looked at its signals")
+    assert container.title == before == f"hold: following {stem}"
+    container.run(lambda: sigqueue(1, signal.SIGUSR2, -stem & 0xFFFFFFFF))
+    assert container.ended() == 128 + signal.SIGUSR2  # an ordinary signal, for the workload
 
 
 # --- auto: the same command for the first start, the placeholder, and a restart after a restore ---
