@@ -16,27 +16,25 @@ leaves ``command`` to its image is held only if the annotation says what the ima
 from __future__ import annotations
 
 import dataclasses
-import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from agent import errors
+from agent.admission.holdable import is_ours, place, unholdable, unsuitable, variables
+from agent.admission.podfields import entries, mapping
 from agent.model import optin
 
 Patch = list[dict[str, Any]]
 
+_ANNOTATIONS = "/metadata/annotations"
 _MIRROR = "kubernetes.io/config.mirror"
+# Volumes that keep no node from being scaled down; to Cluster Autoscaler any other emptyDir does.
+_SAFE_TO_EVICT = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes"
 # An API server cuts warnings beyond 256 characters where there are several.
 _WARNING_CHARACTERS = 250
 # For copying one small file. Requests equal limits, so that a Guaranteed pod stays one.
 _INIT_RESOURCES = {"cpu": "100m", "memory": "64Mi"}
 # Nobody in particular: the number that images without users of their own commonly use.
 _INIT_USER = 65532
-
-_NO_COMMAND = (
-    f"it leaves its command to the image; set command, or annotate {optin.ENTRYPOINT} with what the"
-    " image runs"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +54,17 @@ def mutate(pod: Mapping[str, Any], *, image: str) -> Mutation:
     Raises:
         errors.InvalidInput: this is not a pod, or one of its annotations does not make sense.
     """
-    metadata, spec = _mapping(pod, "metadata"), _mapping(pod, "spec")
-    if _mapping(metadata, "labels").get(optin.LABEL) != optin.ENABLED:
+    metadata, spec = mapping(pod, "metadata"), mapping(pod, "spec")
+    if mapping(metadata, "labels").get(optin.LABEL) != optin.ENABLED:
         return Mutation([])
-    annotations = _mapping(metadata, "annotations")
+    annotations = mapping(metadata, "annotations")
     if _MIRROR in annotations:
         # The kubelet's picture of a pod that it runs from a file: a change would not reach it.
         return Mutation([], ("ckpt-agent: a static pod starts as usual, nothing of it is held",))
-    if reasons := _unsuitable(spec):
+    if reasons := unsuitable(spec):
         return _told(metadata, [], {"pod": ", ".join(reasons)})
 
-    init, ordinary = _containers(spec, "initContainers"), _containers(spec, "containers")
+    init, ordinary = entries(spec, "initContainers"), entries(spec, "containers")
     chosen = optin.chosen_containers(annotations)
     entrypoints = optin.entrypoints(annotations)
     not_held: dict[str, str] = {}
@@ -76,7 +74,7 @@ def mutate(pod: Mapping[str, Any], *, image: str) -> Mutation:
             name = str(container.get("name", ""))
             if not _meant(field, container, chosen):
                 continue
-            reason = _unholdable(container, entrypoints)
+            reason = unholdable(container, entrypoints)
             if reason:
                 not_held[name] = reason
             else:
@@ -85,7 +83,7 @@ def mutate(pod: Mapping[str, Any], *, image: str) -> Mutation:
 
     patch: Patch = []
     if held:
-        patch += _volume(spec)
+        patch += _volume(metadata, spec)
         installs, shift = _install(spec, init, held, image)
         patch += installs
         for field, index, changes in held:
@@ -94,25 +92,6 @@ def mutate(pod: Mapping[str, Any], *, image: str) -> Mutation:
                 change | {"path": f"/spec/{field}/{at}{change['path']}"} for change in changes
             ]
     return _told(metadata, patch, not_held)
-
-
-def _unsuitable(spec: Mapping[str, Any]) -> list[str]:
-    """Why no container of the pod can be held, every reason."""
-    windows = (
-        _mapping(spec, "os").get("name") == "windows"
-        or _mapping(spec, "nodeSelector").get("kubernetes.io/os") == "windows"
-    )
-    volumes = [v for v in _list(spec, "volumes") if v.get("name") == optin.VOLUME]
-    rows = (
-        (windows, "it is for Windows"),
-        (spec.get("hostPID") is True, "hostPID: hold must be pid 1"),
-        (spec.get("shareProcessNamespace") is True, "shareProcessNamespace: hold must be pid 1"),
-        (spec.get("hostNetwork") is True, "hostNetwork: its sockets are the node's"),
-        (spec.get("hostIPC") is True, "hostIPC: its shared memory is the node's"),
-        (spec.get("hostUsers") is False, "hostUsers: false, a user namespace of its own"),
-        (any("emptyDir" not in v for v in volumes), f"its volume {optin.VOLUME} is no emptyDir"),
-    )
-    return [reason for holds, reason in rows if holds]
 
 
 def _meant(field: str, container: Mapping[str, Any], chosen: Sequence[str] | None) -> bool:
@@ -128,53 +107,10 @@ def _meant(field: str, container: Mapping[str, Any], chosen: Sequence[str] | Non
     )
 
 
-def _unholdable(container: Mapping[str, Any], entrypoints: Mapping[str, list[str]]) -> str:
-    """Why this container cannot be held, or nothing."""
-    if not _list(container, "command", str) and container.get("name") not in entrypoints:
-        return _NO_COMMAND
-    if container.get("tty") is True or container.get("stdin") is True:
-        return "it has a terminal or standard input (tty, stdin)"
-    for mount in _list(container, "volumeMounts"):
-        if _place(mount) == optin.DIRECTORY and not _is_ours(mount):
-            return f"something else is mounted at {optin.DIRECTORY}"
-    wanted = {variable["name"]: variable for variable in _variables(container)}
-    for variable in _list(container, "env"):
-        ours = wanted.get(variable.get("name"))
-        if ours is not None and not _says(variable, ours):
-            return f"it sets {variable['name']} itself"
-    return ""
-
-
-def _place(mount: Mapping[str, Any]) -> str:
-    return posixpath.normpath("/" + str(mount.get("mountPath", "")).lstrip("/"))
-
-
-def _is_ours(mount: Mapping[str, Any]) -> bool:
-    return mount.get("name") == optin.VOLUME and not any(
-        mount.get(key) for key in ("readOnly", "subPath", "subPathExpr")
-    )
-
-
-def _variables(container: Mapping[str, Any]) -> list[dict[str, Any]]:
-    path = f"metadata.annotations['{optin.RESTORE}']"
-    return [
-        {"name": optin.RESTORE_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": path}}},
-        {"name": optin.CONTAINER_VARIABLE, "value": str(container.get("name", ""))},
-    ]
-
-
-def _says(variable: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    """Whether a variable is ours; the API server adds ``apiVersion`` to a field reference."""
-    if "value" in ours:
-        return variable.get("value") == ours["value"] and not variable.get("valueFrom")
-    reference = _mapping(_mapping(variable, "valueFrom"), "fieldRef")
-    return bool(reference.get("fieldPath") == ours["valueFrom"]["fieldRef"]["fieldPath"])
-
-
 def _held(container: Mapping[str, Any], entrypoint: list[str] | None) -> Patch:
     """The changes of one container, with paths below it."""
     patch: Patch = []
-    command = _list(container, "command", str)
+    command = entries(container, "command", str)
     if not command:
         # The kubelet expands $(NAME) in a command, which it does not in an image's entrypoint.
         words = [word.replace("$", "$$") for word in entrypoint or ()]
@@ -184,22 +120,29 @@ def _held(container: Mapping[str, Any], entrypoint: list[str] | None) -> Patch:
             {"op": "add", "path": f"/command/{index}", "value": word}
             for index, word in enumerate(optin.HOLD_AUTO)
         ]
-    mounts = _list(container, "volumeMounts")
-    if not any(_is_ours(m) and _place(m) == optin.DIRECTORY for m in mounts):
+    mounts = entries(container, "volumeMounts")
+    if not any(is_ours(m) and place(m) == optin.DIRECTORY for m in mounts):
         patch += _append(
             "/volumeMounts", mounts, [{"name": optin.VOLUME, "mountPath": optin.DIRECTORY}]
         )
-    env = _list(container, "env")
+    env = entries(container, "env")
     present = {variable.get("name") for variable in env}
-    missing = [v for v in _variables(container) if v["name"] not in present]
+    missing = [v for v in variables(container) if v["name"] not in present]
     return patch + _append("/env", env, missing)
 
 
-def _volume(spec: Mapping[str, Any]) -> Patch:
-    volumes = _list(spec, "volumes")
-    if any(volume.get("name") == optin.VOLUME for volume in volumes):
-        return []
-    return _append("/spec/volumes", volumes, [{"name": optin.VOLUME, "emptyDir": {}}])
+def _volume(metadata: Mapping[str, Any], spec: Mapping[str, Any]) -> Patch:
+    """The volume, and the note that the pod may be moved as before in spite of it."""
+    patch: Patch = []
+    annotations, volumes = mapping(metadata, "annotations"), entries(spec, "volumes")
+    said = str(annotations.get(_SAFE_TO_EVICT) or "")
+    if optin.VOLUME not in said.split(","):
+        patch += _annotate(
+            annotations, _SAFE_TO_EVICT, ",".join(filter(None, (said, optin.VOLUME)))
+        )
+    if not any(volume.get("name") == optin.VOLUME for volume in volumes):
+        patch += _append("/spec/volumes", volumes, [{"name": optin.VOLUME, "emptyDir": {}}])
+    return patch
 
 
 def _install(
@@ -254,8 +197,8 @@ def _has_resources(spec: Mapping[str, Any]) -> bool:
     would become Burstable by an init container that does.
     """
     return any(
-        _mapping(_mapping(part, "resources"), kind).get(resource)
-        for part in (spec, *_containers(spec, "initContainers"), *_containers(spec, "containers"))
+        mapping(mapping(part, "resources"), kind).get(resource)
+        for part in (spec, *entries(spec, "initContainers"), *entries(spec, "containers"))
         for kind in ("requests", "limits")
         for resource in ("cpu", "memory")
     )
@@ -278,20 +221,31 @@ def _absent(
 
 def _told(metadata: Mapping[str, Any], patch: Patch, not_held: Mapping[str, str]) -> Mutation:
     """Add to ``patch`` the annotation that tells what is not held; warn of the same."""
-    annotations = _mapping(metadata, "annotations")
+    annotations = mapping(metadata, "annotations")
     text = "; ".join(f"{name}: {reason}" for name, reason in not_held.items())
-    key = "/metadata/annotations/" + optin.NOT_HELD.replace("~", "~0").replace("/", "~1")
-    if text and not annotations:
-        patch = [*patch, *_add("/metadata/annotations", {optin.NOT_HELD: text})]
-    elif text and annotations.get(optin.NOT_HELD) != text:
-        patch = [*patch, *_add(key, text)]
+    if text and annotations.get(optin.NOT_HELD) != text:
+        # Before the rest of the patch there may be no annotations at all.
+        made = any(change["path"] == _ANNOTATIONS for change in patch)
+        patch = [*patch, *_annotate(annotations or made, optin.NOT_HELD, text)]
     elif not text and optin.NOT_HELD in annotations:
-        patch = [*patch, {"op": "remove", "path": key}]
+        patch = [*patch, {"op": "remove", "path": _pointer(optin.NOT_HELD)}]
     warnings = tuple(
         f"ckpt-agent: {name} starts as usual, not held: {reason}"[:_WARNING_CHARACTERS]
         for name, reason in not_held.items()
     )
     return Mutation(patch, warnings)
+
+
+def _annotate(present: object, key: str, value: str) -> Patch:
+    """Add an annotation; ``present`` is whether there are others."""
+    if present:
+        return _add(_pointer(key), value)
+    return _add(_ANNOTATIONS, {key: value})
+
+
+def _pointer(key: str) -> str:
+    """A JSON pointer (RFC 6901) to an annotation."""
+    return f"{_ANNOTATIONS}/{key.replace('~', '~0').replace('/', '~1')}"
 
 
 def _add(path: str, value: object) -> Patch:
@@ -305,25 +259,3 @@ def _append(path: str, present: Sequence[object], values: Sequence[object]) -> P
     if not present:
         return _add(path, list(values))
     return [{"op": "add", "path": f"{path}/-", "value": value} for value in values]
-
-
-def _mapping(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = parent.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise errors.InvalidInput(f"{key} of the pod is not an object", hint="send a v1 Pod")
-    return value
-
-
-def _list(parent: Mapping[str, Any], key: str, kind: type = Mapping) -> list[Any]:
-    value = parent.get(key)
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
-        raise errors.InvalidInput(f"{key} of the pod is not a list", hint="send a v1 Pod")
-    return value
-
-
-def _containers(spec: Mapping[str, Any], field: str) -> list[Mapping[str, Any]]:
-    return _list(spec, field)

@@ -17,6 +17,7 @@ from agent.model import optin
 from tests import jsonpatch
 
 IMAGE = "registry.example/ckpt-agent:1"
+SAFE_TO_EVICT = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes"
 HELD = ["/.ckpt-agent/hold", "auto"]
 
 
@@ -75,7 +76,13 @@ def test_a_labelled_pod_gets_volume_installer_mount_environment_and_command() ->
         "metadata.annotations['ckpt-agent.dev/restore']"
     )
     assert name == {"name": "CKPT_AGENT_CONTAINER", "value": "main"}
-    assert "annotations" not in after["metadata"]
+    assert after["metadata"]["annotations"] == {SAFE_TO_EVICT: "ckpt-agent"}
+
+
+def test_the_volume_keeps_no_node_from_being_scaled_down() -> None:
+    for said, then in (("cache", "cache,ckpt-agent"), ("", "ckpt-agent"), ("ckpt-agent", None)):
+        after = patched(pod(annotations={SAFE_TO_EVICT: said}))
+        assert after["metadata"]["annotations"] == {SAFE_TO_EVICT: then or said}
 
 
 def test_the_installer_satisfies_the_restricted_pod_security_level() -> None:
@@ -163,6 +170,18 @@ def test_a_sidecar_is_held_when_named_and_what_it_needs_is_installed_before_it()
     )
 
 
+def test_a_sidecar_that_the_pods_start_waits_for_is_not_held() -> None:
+    """A placeholder could not pass its probe, and the containers that wait for it would never
+    start to wait for their restore.
+    """
+    sidecar = container("log", restartPolicy="Always", startupProbe={"exec": {"command": ["x"]}})
+    before = pod(initContainers=[sidecar], annotations={optin.CONTAINERS: "main,log"})
+    after = patched(before)["spec"]
+    assert after["initContainers"][1] == sidecar
+    assert after["containers"][0]["command"][:2] == HELD
+    assert "startupProbe" in warnings(before)
+
+
 def test_a_sidecar_that_another_webhook_puts_first_moves_behind_the_installer() -> None:
     after = patched(
         pod(initContainers=[container("prepare")], annotations={optin.CONTAINERS: "main,proxy"})
@@ -213,7 +232,7 @@ def test_the_annotation_can_say_what_an_image_runs() -> None:
 
 def test_the_note_goes_when_its_reason_goes() -> None:
     before = pod(annotations={optin.NOT_HELD: "main: old", "keep": "1"})
-    assert patched(before)["metadata"]["annotations"] == {"keep": "1"}
+    assert patched(before)["metadata"]["annotations"] == {"keep": "1", SAFE_TO_EVICT: "ckpt-agent"}
 
 
 @pytest.mark.parametrize(
@@ -253,6 +272,8 @@ def test_a_static_pod_is_left() -> None:
     ("more", "word"),
     [
         ({"tty": True}, "terminal"),
+        ({"command": ["/usr/lib/systemd/systemd"]}, "init system"),
+        ({"command": ["/sbin/init"]}, "init system"),
         ({"stdin": True}, "standard input"),
         ({"volumeMounts": [{"name": "data", "mountPath": "/.ckpt-agent/"}]}, "mounted"),
         (
@@ -270,7 +291,7 @@ def test_a_static_pod_is_left() -> None:
 def test_a_container_that_cannot_be_held_is_left_with_a_warning(
     more: dict[str, Any], word: str
 ) -> None:
-    before = pod(container("main", **more), container("other"))
+    before = pod(container("main") | more, container("other"))
     after = patched(before)["spec"]["containers"]
     assert after[0] == before["spec"]["containers"][0]
     assert after[1]["command"][:2] == HELD
@@ -368,7 +389,7 @@ _pods = st.builds(
         st.just({"labels": {optin.LABEL: optin.ENABLED}}),
         _maybe(
             annotations=st.dictionaries(
-                st.sampled_from([optin.CONTAINERS, "other/x", optin.NOT_HELD]),
+                st.sampled_from([optin.CONTAINERS, "other/x", optin.NOT_HELD, SAFE_TO_EVICT]),
                 st.sampled_from(["main", "main,log", "proxy"]),
             )
         ),
@@ -394,7 +415,7 @@ def _kept(before: Any, after: Any, path: str = "") -> None:
         return
     if isinstance(before, dict):
         for key, value in before.items():
-            if path.endswith("/annotations") and key == optin.NOT_HELD:
+            if path.endswith("/annotations") and key in (optin.NOT_HELD, SAFE_TO_EVICT):
                 continue
             _kept(value, after[key], f"{path}/{key}")
     elif isinstance(before, list):
