@@ -276,6 +276,9 @@ class Settings:
     """Where runc finds options for CRIU; ``node`` adds a block of its own while it runs, if it may
     use the kubelet's checkpoints. The place is runc's."""
 
+    probe_port: int = 7445
+    """``node`` tells the kubelet here whether it lives (/livez) and serves (/readyz)."""
+
     parallel: int = 2
     """Dumps and restores that ``node`` does at once. Two fill the page cache and the volume of
     most nodes; each more makes the others' stops longer."""
@@ -328,6 +331,7 @@ _KEYS = {
     "kubelet_trust": _Key("kubelet_trust", _word, "--kubelet-trust"),
     "kubelet_checkpoints": _Key("kubelet_checkpoints", _path, "--kubelet-checkpoints"),
     "runc_conf": _Key("runc_conf", _path, "--runc-conf"),
+    "probe_port": _Key("probe_port", _port, "--probe-port"),
     "parallel": _Key("parallel", count, "--parallel"),
     "shutdown_grace": _Key("shutdown_grace_s", duration_s, "--shutdown-grace"),
 }

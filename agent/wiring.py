@@ -192,6 +192,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
     # gRPC writes what it thinks of a connection to stderr, which holds our own log.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from agent.cri.runtime import Runtime
+    from agent.host.probes import Probes
     from agent.kube import access, connection, events
     from agent.kube.pods import PodWatch
     from agent.node import interrupted, podwork, readiness, serve, service, stores
@@ -255,14 +256,14 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
             "the API server": watch.check_synced,
             "client authorities": authorities.refresh,
         }
+        looked = readiness.Readiness(checks, lambda ready: served.set_serving(serving=ready))
         serve.run(
             serve.Parts(
                 node=name,
                 server=served,
+                probes=Probes(settings.probe_port, lambda: not looked.reason),
                 watch=watch,
-                readiness=readiness.Readiness(
-                    checks, lambda ready: served.set_serving(serving=ready)
-                ),
+                readiness=looked,
                 operations=operations,
                 trail=trail,
                 teller=teller,

@@ -42,6 +42,16 @@ class Server(Protocol):
         """End."""
 
 
+class Probes(Protocol):
+    """Answers to the kubelet (agent.host.probes)."""
+
+    def start(self) -> None:
+        """Answer."""
+
+    def close(self) -> None:
+        """Answer no more."""
+
+
 class Watch(Protocol):
     """The pods of this node (agent.kube.pods)."""
 
@@ -104,6 +114,7 @@ class Parts:
 
     node: str
     server: Server
+    probes: Probes
     watch: Watch
     readiness: Readiness
     operations: Operations
@@ -124,6 +135,7 @@ def run(parts: Parts, stop: threading.Event) -> None:
     left: Sequence[interrupted.Left] = parts.trail.take()
     parts.watch.start()
     parts.server.start()
+    parts.probes.start()
     parts.readiness.start()
     _log.info("serving", extra={"facts": {"node": parts.node}})
     try:
@@ -165,6 +177,7 @@ def _end(parts: Parts) -> None:
         names = ", ".join(f"{each.kind} of {each.what}" for each in parts.operations.running())
         _log.error("still running at the end of the grace period: %s", names)
     parts.server.stop(min(_LAST_S, max(deadline.remaining_s, _TICK_S)))
+    parts.probes.close()
     parts.watch.close()
     parts.teller.close(_LAST_S)
     _log.info("ended")

@@ -249,7 +249,11 @@ def test_the_manifests_mean_what_the_program_means() -> None:
         "kube-system",
     }
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert ports == {"token": default.token_port, "certificate": default.certificate_port}
+    assert ports == {
+        "token": default.token_port,
+        "certificate": default.certificate_port,
+        "probe": default.probe_port,
+    }
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert {default.store.path, default.work_dir, default.tls_dir} <= mounts
     assert posixpath.dirname(default.runtime_socket) in mounts
