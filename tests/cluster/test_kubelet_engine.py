@@ -1,0 +1,291 @@
+"""Real kubelets checkpoint real containers for the agent: the image is whole, the archive is gone,
+the job goes on; and when something fails, nothing is left.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.cli import exits
+from tests.cluster.cluster import Cluster
+from tests.cluster.test_cluster import pod
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PROGRAM = (sys.executable, "-c", "from agent.cli.main import main; main()")
+CHECKPOINTS = "var/lib/kubelet/checkpoints"
+RUNC_CONF = "etc/criu/runc.conf"
+PROJECT = "ckpt-agent"
+# A server and a client in one container: a connection that is open while it is checkpointed.
+TALK = """
+import socket, time
+server = socket.create_server(("127.0.0.1", 0))
+client = socket.create_connection(server.getsockname())
+end, _ = server.accept()
+number = 0
+while True:
+    client.sendall(b"%8d" % number)
+    assert int(end.recv(8)) == number
+    print(number, flush=True)
+    number += 1
+    time.sleep(0.05)
+"""
+
+
+def ckpt(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the program as a user of the cluster would."""
+    return cluster.run_in_control_plane(
+        *(*PROGRAM, *arguments),
+        check=False,
+        environment={"PYTHONPATH": str(CHECKOUT), "CKPT_AGENT_OUTPUT": "json"},
+        timeout_s=180,
+    )
+
+
+def dump(cluster: Cluster, name: str, namespace: str, *more: str) -> dict[str, Any]:
+    done = ckpt(cluster, "dump", f"pod/{name}", "-n", namespace, "--engine", "kubelet", *more)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def archives(cluster: Cluster, node: str = "n1") -> set[str]:
+    """Everything in the kubelet's directory, notes of the agent included."""
+    return {path.name for path in (cluster.node(node).root / CHECKPOINTS).iterdir()}
+
+
+def count(cluster: Cluster, name: str, namespace: str, container: str = "c") -> int:
+    lines = cluster.logs(name, namespace, "-c", container, "--tail=1").split()
+    return int(lines[-1]) if lines else -1
+
+
+def assert_counts_on(cluster: Cluster, name: str, namespace: str, container: str = "c") -> None:
+    before = count(cluster, name, namespace, container)
+    cluster.wait_for(
+        f"{name} to count on", lambda: count(cluster, name, namespace, container) > before + 3, 20
+    )
+    (status,) = [
+        each
+        for each in cluster.get("pod", name, "-n", namespace)["status"]["containerStatuses"]
+        if each["name"] == container
+    ]
+    assert status["restartCount"] == 0
+
+
+@pytest.fixture
+def before(agents: Cluster) -> Iterator[set[str]]:
+    """The archives that others left; after the test there are no others."""
+    found = archives(agents)
+    yield found
+    assert archives(agents) <= found
+
+
+def detail(cluster: Cluster, image: str, namespace: str) -> dict[str, Any]:
+    done = ckpt(cluster, "show", image, "-n", namespace)
+    assert done.returncode == 0, done.stderr
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def test_a_pod_is_stored_and_goes_on(agents: Cluster, namespace: str, before: set[str]) -> None:
+    agents.apply(pod("counter", namespace, "n1"))
+    agents.wait_for_pod("counter", namespace)
+
+    first = dump(agents, "counter", namespace)
+    assert first["stopSeconds"] > 0
+    assert_counts_on(agents, "counter", namespace)
+    second = dump(agents, "counter", namespace)
+
+    # Its memory is mostly what it was: the second image adds little.
+    assert second["newBytes"] < first["newBytes"] / 2
+    verified = ckpt(agents, "verify", second["name"], "-n", namespace)
+    assert json.loads(verified.stdout)["good"]
+    (member,) = detail(agents, second["name"], namespace)["detail"]
+    assert [each["program"] for each in member["processes"]] == ["python3"]
+    assert archives(agents) == before
+
+
+def test_an_open_connection_is_no_obstacle(
+    agents: Cluster, namespace: str, before: set[str]
+) -> None:
+    agents.apply(pod("talk", namespace, "n1", ["python3", "-u", "-c", TALK]))
+    agents.wait_for_pod("talk", namespace)
+    conf = (agents.node("n1").root / RUNC_CONF).read_text()
+    assert "tcp-established" in conf.split()
+
+    dump(agents, "talk", namespace)
+
+    assert_counts_on(agents, "talk", namespace)
+
+
+def test_containers_sidecars_and_inits_of_a_pod(
+    agents: Cluster, namespace: str, before: set[str]
+) -> None:
+    several = pod("several", namespace, "n1")
+    spec = several["spec"]
+    spec["containers"].append({**spec["containers"][0], "name": "second"})
+    spec["initContainers"] = [
+        {**spec["containers"][0], "name": "sidecar", "restartPolicy": "Always"}
+    ]
+    agents.apply(several)
+    agents.wait_for_pod("several", namespace)
+
+    report = dump(agents, "several", namespace)
+
+    assert {each["name"] for each in report["members"]} == {"c", "second", "sidecar"}
+    only = dump(agents, "several", namespace, "-c", "sidecar")
+    assert {each["name"] for each in only["members"]} == {"sidecar"}
+    for name in ("c", "second"):
+        assert_counts_on(agents, "several", namespace, name)
+
+    starting = pod("starting", namespace, "n1")
+    starting["spec"]["initContainers"] = [
+        {
+            "name": "init",
+            "image": "localhost/np:1",
+            "command": ["python3", "-c", "import time; time.sleep(600)"],
+        }
+    ]
+    agents.apply(starting)
+    agents.wait_for(
+        "the init container",
+        lambda: "running" in _init_state(agents, "starting", namespace),
+        60,
+    )
+    report = dump(agents, "starting", namespace)
+    assert {each["name"] for each in report["members"]} == {"init"}
+
+
+def _init_state(cluster: Cluster, name: str, namespace: str) -> dict[str, Any]:
+    statuses = cluster.get("pod", name, "-n", namespace)["status"].get("initContainerStatuses")
+    state: dict[str, Any] = statuses[0]["state"] if statuses else {}
+    return state
+
+
+def test_ending_the_job_at_the_cut_is_refused(
+    agents: Cluster, namespace: str, before: set[str]
+) -> None:
+    agents.apply(pod("counter", namespace, "n1"))
+    agents.wait_for_pod("counter", namespace)
+
+    done = ckpt(agents, "dump", "pod/counter", "-n", namespace, "--engine", "kubelet", "--stop")
+
+    assert done.returncode == exits.REFUSED
+    assert "container engine" in json.loads(done.stderr)["hint"]
+    assert_counts_on(agents, "counter", namespace)
+
+
+def test_a_checkpoint_that_criu_refuses_leaves_the_job_and_no_archive(
+    agents: Cluster, namespace: str, before: set[str]
+) -> None:
+    # A socket of a kind that CRIU does not know.
+    script = (
+        "import socket, time\n"
+        "s = socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)\n"
+        "s.bind(('hash', 'sha256'))\n"
+        "n = 0\n"
+        "while True:\n"
+        "    print(n, flush=True); n += 1; time.sleep(0.05)\n"
+    )
+    agents.apply(pod("odd", namespace, "n1", ["python3", "-u", "-c", script]))
+    agents.wait_for_pod("odd", namespace)
+
+    done = ckpt(agents, "dump", "pod/odd", "-n", namespace, "--engine", "kubelet")
+
+    assert done.returncode == exits.FAILED
+    assert json.loads(done.stderr)["code"] in ("criu-failed", "dump-failed")
+    assert_counts_on(agents, "odd", namespace)
+    listed = ckpt(agents, "list", "odd", "-n", namespace)
+    assert json.loads(listed.stdout)["items"] == []
+
+
+def test_the_archive_of_an_agent_that_was_killed_is_removed(
+    agents: Cluster, namespace: str, before: set[str]
+) -> None:
+    agents.apply(pod("counter", namespace, "n1"))
+    agents.wait_for_pod("counter", namespace)
+    conf = agents.node("n1").root / RUNC_CONF
+    process = subprocess.Popen(
+        agents.in_control_plane(
+            [*PROGRAM, "dump", "pod/counter", "-n", namespace, "--engine", "kubelet"]
+        ),
+        cwd=CHECKOUT,
+        env={"KUBECONFIG": str(agents.state / "admin.kubeconfig"), "PATH": "/usr/bin:/bin"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    agents.wait_for(
+        "the kubelet to be asked",
+        lambda: any(name.startswith(".ckpt-agent-call-") for name in archives(agents)),
+        30,
+    )
+    (name,) = [
+        each["metadata"]["name"]
+        for each in agents.get(
+            "pods", "-n", PROJECT, "-l", "app.kubernetes.io/name=ckpt-agent-node"
+        )["items"]
+        if each["spec"]["nodeName"] == "n1"
+    ]
+    agents.kubectl("delete", "pod", name, "-n", PROJECT, "--grace-period=0", "--force")
+    process.wait(60)
+    # What the kubelet of a killed agent goes on with appears as if the agent still waited.
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    left = agents.node("n1").root / CHECKPOINTS
+    if not any(each.endswith(".tar") for each in archives(agents) - before):
+        (left / f"checkpoint-counter_{namespace}-c-{stamp}.tar").write_bytes(b"half of it")
+
+    agents.kubectl(
+        *("rollout", "status", "daemonset/ckpt-agent-node", "-n", PROJECT, "--timeout=120s"),
+        timeout_s=130,
+    )
+    dump(agents, "counter", namespace)
+
+    assert archives(agents) == before
+    assert_counts_on(agents, "counter", namespace)
+    assert "tcp-established" in conf.read_text().split()
+
+
+def test_an_image_goes_out_and_another_store_takes_it_in(
+    agents: Cluster, namespace: str, before: set[str], tmp_path: Path
+) -> None:
+    agents.apply(pod("counter", namespace, "n1"))
+    agents.wait_for_pod("counter", namespace)
+    kubelet_made = json.loads(
+        agents.kubectl(
+            *("create", "--raw", f"/api/v1/nodes/n1/proxy/checkpoint/{namespace}/counter/c"),
+            *("-f", "/dev/null"),
+        )
+    )["items"][0]
+    original = agents.node("n1").root / kubelet_made.lstrip("/")
+    store = ("--store", str(tmp_path / "store"))
+    exported = tmp_path / "again.tar"
+    try:
+        environment = {"PYTHONPATH": str(CHECKOUT), "PATH": "/usr/bin:/bin"}
+        (imported,) = _run([*PROGRAM, "import", str(original), *store], environment).split()
+        _run([*PROGRAM, "export", imported, str(exported), *store], environment)
+
+        def pages(path: Path) -> dict[str, bytes]:
+            with tarfile.open(path) as tar:
+                return {
+                    info.name: file.read()
+                    for info in tar
+                    if "/pages-" in info.name and (file := tar.extractfile(info))
+                }
+
+        assert pages(exported) == pages(original)
+    finally:
+        original.unlink()
+
+
+def _run(argv: list[str], environment: dict[str, str]) -> str:
+    return subprocess.run(
+        argv, env=environment, capture_output=True, text=True, check=True, timeout=120
+    ).stdout
