@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.cluster import agent_code
+from tests.cluster import agent_code, deployed
 from tests.cluster.cluster import Cluster, ClusterError
 
 USAGE = """usage: scripts/cluster COMMAND
@@ -68,8 +68,10 @@ def main(arguments: list[str]) -> int:
             for archive in archives:
                 cluster.import_image(Path(archive))
         case ["agent", *context]:
+            deployed.forget(cluster)
             subprocess.run([HERE / "agent_image", *context], check=True)
         case ["agent-code"]:
+            deployed.forget(cluster)
             agent_code.load(cluster)
         case ["logs", machine, service]:
             machines = {"control-plane": cluster.control_plane, **cluster.nodes}

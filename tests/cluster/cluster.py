@@ -69,6 +69,10 @@ class Node(NodeMachine):
         """The node's root directory as this machine sees it."""
         return Path(f"/proc/{self.pid}/root")
 
+    def has_image(self, name: str) -> bool:
+        """Whether the node's container runtime has the image of this full name."""
+        return name in self.exec("ctr", "-n", "k8s.io", "images", "ls", "-q").stdout.split()
+
     def import_image(self, archive: Path) -> None:
         """Loads an OCI or Docker archive into the node's container runtime."""
         with open(archive, "rb") as stream:

@@ -14,6 +14,8 @@ from tests.cluster import deployed
 from tests.cluster.cluster import Cluster
 
 HERE = Path(__file__).parent
+TORCH_IMAGE = "localhost/torch:1"
+BUILD_S = 5400  # from nothing, on two slow cores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,16 +27,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Builds what the chosen tests need before any test's own time limit runs."""
+    used = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if session.config.option.collectonly or os.geteuid() != 0:
+        return
+    if "cluster" in used and not Cluster().running():
+        subprocess.run([HERE / "build"], check=True, timeout=BUILD_S)
+    if "agents" in used:
+        deployed.build_image(Cluster())
+    if "torch_image" in used:
+        subprocess.run([HERE / "build", "torch"], check=True, timeout=BUILD_S)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """The two-node cluster. Built and started if it does not run, and then ended with the tests;
-    one that a person started (``scripts/cluster up``) is used and left running.
+    """The two-node cluster. Started if it does not run, and then ended with the tests; one that a
+    person started (``scripts/cluster up``) is used and left running.
     """
     cluster = Cluster()
     if cluster.running():
         yield cluster
         return
-    subprocess.run([HERE / "build"], check=True, timeout=5400)
     with cluster:
         yield cluster
 
@@ -46,6 +60,14 @@ def agents(cluster: Cluster) -> Cluster:
     """
     deployed.deploy(cluster)
     return cluster
+
+
+@pytest.fixture(scope="session")
+def torch_image(cluster: Cluster) -> str:
+    """The name of an image with PyTorch and ``/opt/trainer.py``, on both nodes."""
+    if not all(node.has_image(TORCH_IMAGE) for node in cluster.nodes.values()):
+        cluster.import_image(cluster.cache / "images/torch.tar")
+    return TORCH_IMAGE
 
 
 @pytest.fixture

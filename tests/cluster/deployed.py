@@ -30,14 +30,10 @@ def deploy(cluster: Cluster) -> None:
     admission service and an agent on every node are ready afterwards.
     """
     wanted = sources_digest()
-    stamp = cluster.cache / "images/.agent-sources"
-    loaded = cluster.state / "agent-sources"
-    if _content(loaded) != wanted or not all(_has_image(cluster, node) for node in cluster.nodes):
-        if _content(stamp) != wanted or not (cluster.cache / "images/agent.tar").exists():
-            subprocess.run([CHECKOUT / "tests/cluster/agent_image"], check=True, timeout=BUILD_S)
-            stamp.write_text(wanted)
-        else:
-            cluster.import_image(cluster.cache / "images/agent.tar")
+    loaded = _loaded(cluster)
+    there = all(node.has_image(f"docker.io/library/{IMAGE}") for node in cluster.nodes.values())
+    if _content(loaded) != wanted or not there:
+        cluster.import_image(build_image(cluster))
         _apply(cluster)
         for what in ("deployment/ckpt-agent-admission", "daemonset/ckpt-agent-node"):
             cluster.kubectl("rollout", "restart", what, "-n", NAMESPACE)
@@ -49,6 +45,27 @@ def deploy(cluster: Cluster) -> None:
             *("rollout", "status", what, "-n", NAMESPACE, f"--timeout={READY_S}s"),
             timeout_s=READY_S + 10,
         )
+
+
+def forget(cluster: Cluster) -> None:
+    """Another image than this module's was loaded: what is on the nodes is no longer known."""
+    _loaded(cluster).unlink(missing_ok=True)
+
+
+def _loaded(cluster: Cluster) -> Path:
+    return cluster.state / "agent-sources"
+
+
+def build_image(cluster: Cluster) -> Path:
+    """The archive of the agent's image, built if it is not this checkout's."""
+    archive = cluster.cache / "images/agent.tar"
+    stamp = cluster.cache / "images/.agent-sources"
+    wanted = sources_digest()
+    if _content(stamp) != wanted or not archive.exists():
+        script = str(CHECKOUT / "tests/cluster/agent_image")
+        subprocess.run(["env", "NO_IMPORT=1", script], check=True, timeout=BUILD_S)
+        stamp.write_text(wanted)
+    return archive
 
 
 def sources_digest() -> str:
@@ -68,11 +85,6 @@ def sources_digest() -> str:
 def _apply(cluster: Cluster) -> None:
     rendered = cluster.kubectl("kustomize", str(OVERLAY))
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=rendered)
-
-
-def _has_image(cluster: Cluster, node: str) -> bool:
-    names = cluster.node(node).exec("ctr", "-n", "k8s.io", "images", "ls", "-q").stdout.split()
-    return any(name.endswith(f"/{IMAGE}") for name in names)
 
 
 def _content(path: Path) -> str:
