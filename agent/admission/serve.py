@@ -129,7 +129,7 @@ class Admission:
         )
 
     def _end(self) -> None:
-        self.server.ready = False
+        self.server.drain()
         drained = Deadline.after(self._options.drain_s)
         clock.wait_until(lambda: drained.expired, drained, every_s=_DRAIN_S)
         self.server.stop(Deadline.after(_STOP_S))

@@ -41,7 +41,8 @@ _CONNECTIONS = 128
 # Requests in memory at once: with their bodies this bounds it to 64 MiB.
 _REQUESTS = 16
 _REQUEST_S = 5.0
-_IDLE_S = 60.0
+# Longer than an API server's 90 s, so that it is never the one whose connection has just gone.
+_IDLE_S = 120.0
 _POLL_S = 0.1
 
 
@@ -85,6 +86,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._lock = threading.Lock()
         self._open = 0
         self._busy = 0
+        self._draining = False
         self._stopping = False
         super().__init__(("::" if both else "", port), _Handler)
 
@@ -99,8 +101,16 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Show this certificate from the next connection on."""
         self._context = tls_context(pair)
 
+    def drain(self) -> None:
+        """Be ready no more, and close each connection after its answer, so that clients turn to
+        another replica between two requests, not in the middle of one.
+        """
+        self.ready = False
+        self._draining = True
+
     def stop(self, deadline: Deadline) -> None:
         """Answer no new connections; return when every request was answered or at the deadline."""
+        self.drain()
         self._stopping = True
         self.shutdown()
         if not clock.wait_until(lambda: self._busy == 0, deadline):
@@ -109,7 +119,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     @property
     def crowded(self) -> bool:
         """Whether a connection is better closed after its answer."""
-        return self._stopping or self._open > _CONNECTIONS // 2
+        return self._draining or self._open > _CONNECTIONS // 2
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:

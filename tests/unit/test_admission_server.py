@@ -309,6 +309,16 @@ def test_a_new_certificate_is_shown_without_an_interruption(
         ask(made, "GET", "/healthz")
 
 
+def test_a_server_that_is_about_to_stop_sends_its_clients_elsewhere(
+    running: server.Server, connection: http.client.HTTPSConnection
+) -> None:
+    assert ask(connection, "GET", "/healthz")[0] == 200
+    assert connection.sock is not None
+    running.drain()
+    assert ask(connection, "GET", "/readyz")[0] == 503
+    assert connection.sock is None, "closed by the server, after the answer"
+
+
 def test_stopping_lets_a_request_end(ca: Pair) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
