@@ -29,10 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Builds what the chosen tests need before any test's own time limit runs."""
-    used = {name for item in session.items for name in getattr(item, "fixturenames", ())}
-    if session.config.option.collectonly or os.geteuid() != 0:
+    ours = [item for item in session.items if HERE in item.path.parents]
+    used = {name for item in ours for name in getattr(item, "fixturenames", ())}
+    if not ours or session.config.option.collectonly or os.geteuid() != 0:
         return
-    if "cluster" in used and not Cluster().running():
+    if not Cluster().running():
         subprocess.run([HERE / "build"], check=True, timeout=BUILD_S)
     if "agents" in used:
         deployed.build_image(Cluster())
