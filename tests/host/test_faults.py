@@ -22,7 +22,7 @@ from agent import errors
 from agent.engines.base import CaptureOptions, Disposition
 from agent.engines.criu import probe, rpc
 from agent.host import netfilter, proc
-from agent.model.streams import AddressSpace, PageRun
+from agent.model.streams import AddressSpace, FileEntry, PageRun
 from tests.host.conftest import Cut, Host, Target
 from tests.host.image import MemoryImage
 
@@ -54,6 +54,10 @@ class Spoiled(MemoryImage):
     def metadata(self, name: str, content: BinaryIO) -> None:
         self._call("metadata")
         super().metadata(name, content)
+
+    def file(self, entry: FileEntry, content: BinaryIO | None) -> None:
+        self._call("file")
+        super().file(entry, content)
 
     def facts(self, facts: dict[str, Any] | None = None) -> Any:
         if facts is not None:

@@ -169,6 +169,20 @@ class Places:
         """Remove a scratch folder with all in it; a no-op without one."""
         shutil.rmtree(os.path.join(self.work_dir, name), ignore_errors=True)
 
+    def forget_void_locks(self) -> None:
+        """Remove the locks of dead agents; those that are held stay."""
+        folder = os.path.join(self.runtime_dir, "locks")
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _same_file(fd, path):
+                        os.unlink(path)
+                finally:
+                    os.close(fd)
+
     @contextlib.contextmanager
     def operation(
         self, action: str, pids: Iterable[proc.Identity], *, about: About | None = None

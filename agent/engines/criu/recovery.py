@@ -70,6 +70,7 @@ def recover(places: journal.Places) -> Findings:
         else:
             undo_restore(places, entry, findings)
         places.remove(entry.name)
+    places.forget_void_locks()
     _remove_strays(places, findings)
     _sweep_scratch(places, findings)
     return findings
@@ -126,7 +127,7 @@ def _let_go(entry: journal.Entry, findings: Findings) -> None:
     else:
         removed = False
         who = namespaces.user_of("net", entry.about.network)
-        with contextlib.ExitStack() as stack:
+        with contextlib.suppress(errors.NotFound), contextlib.ExitStack() as stack:
             if who is not None:
                 network = stack.enter_context(namespaces.opened(who, "net"))
                 removed = hold.release(name, network=network)
