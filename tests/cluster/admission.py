@@ -1,4 +1,4 @@
-"""The admission service as users deploy it, for the tests of it and of the policy beside it."""
+"""The admission service as users deploy it, for its tests."""
 
 from __future__ import annotations
 
@@ -57,11 +57,8 @@ def pod(name: str, namespace: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def create(
-    cluster: Cluster, body: dict[str, Any], *arguments: str, kubeconfig: Path | None = None
-) -> dict[str, Any]:
+def create(cluster: Cluster, body: dict[str, Any], *arguments: str) -> dict[str, Any]:
     """Create an object and return it as the API server stored it."""
-    words = ("create", "-f", "-", "-o", "json", *arguments)
-    text = cluster.kubectl(*words, stdin=json.dumps(body), kubeconfig=kubeconfig)
+    text = cluster.kubectl("create", "-f", "-", "-o", "json", *arguments, stdin=json.dumps(body))
     found: dict[str, Any] = json.loads(text)
     return found

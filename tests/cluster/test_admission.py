@@ -125,6 +125,19 @@ def test_a_pod_made_from_another_ones_template_is_not_changed_again(
         assert second["spec"][field] == first["spec"][field]
 
 
+def test_a_pod_of_the_same_template_with_the_reserved_annotation_waits(
+    admission: Cluster, cluster: Cluster, namespace: str
+) -> None:
+    image = "job@20260131-235959-0a1b2c"
+    create(cluster, pod("job", namespace, annotations={optin.RESTORE: image}))
+    cluster.wait_for_pod("job", namespace)
+    first = cluster.kubectl(
+        "exec", "job", "-n", namespace, "-c", "main", "--", "cat", "/proc/1/cmdline"
+    )
+    assert first.startswith("hold: waiting")
+    assert lines(cluster, "job", namespace) == []
+
+
 @pytest.fixture
 def sidecar_webhook(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
     """Another webhook, which the API server calls after ours (they go by name)."""
