@@ -6,6 +6,8 @@ import json
 import tarfile
 from typing import Any
 
+import pytest
+
 from tests.cluster.cluster import NODE_IPS, SHARED, Cluster
 
 JOBSET = """
@@ -34,7 +36,7 @@ spec:
               labelSelector: {{matchLabels: {{jobset.sigs.k8s.io/jobset-name: train}}}}
             containers:
             - name: trainer
-              image: localhost/np:1
+              image: {image}
               command: [python3, -u, /opt/trainer.py]
               env:
               - {{name: WORLD_SIZE, value: "2"}}
@@ -99,8 +101,9 @@ def test_a_pod_reaches_another_nodes_pod_by_its_services_name(
     cluster.wait_for("an answer over the Service", answered, 30)
 
 
-def test_a_jobset_trains_on_two_nodes(cluster: Cluster, namespace: str) -> None:
-    cluster.apply(JOBSET.format(namespace=namespace))
+def train(cluster: Cluster, namespace: str, image: str, timeout_s: float) -> None:
+    """Twelve steps by two ranks of ``image``'s trainer, one on each node."""
+    cluster.apply(JOBSET.format(namespace=namespace, image=image))
 
     cluster.wait_for(
         "the JobSet's end",
@@ -108,7 +111,7 @@ def test_a_jobset_trains_on_two_nodes(cluster: Cluster, namespace: str) -> None:
             cluster.get("jobset", "train", "-n", namespace)["status"].get("terminalState")
             == "Completed"
         ),
-        90,
+        timeout_s,
     )
 
     pods = cluster.get("pods", "-n", namespace)["items"]
@@ -117,6 +120,15 @@ def test_a_jobset_trains_on_two_nodes(cluster: Cluster, namespace: str) -> None:
     assert all(line.startswith("step 12 ") for line in last)
     # Both ranks hold the same weights to the last bit.
     assert len({line.split(" params ")[1] for line in last}) == 1
+
+
+def test_a_jobset_trains_on_two_nodes(cluster: Cluster, namespace: str) -> None:
+    train(cluster, namespace, "localhost/np:1", 90)
+
+
+@pytest.mark.slow
+def test_pytorch_trains_on_two_nodes(cluster: Cluster, torch_image: str, namespace: str) -> None:
+    train(cluster, namespace, torch_image, 150)
 
 
 def test_a_shared_volume_written_on_one_node_is_read_on_the_other(
@@ -186,6 +198,21 @@ def test_kubelet_checkpoints_a_running_container(cluster: Cluster, namespace: st
         lambda: int(cluster.logs("counter", namespace).splitlines()[-1]) > int(before),
         10,
     )
+
+
+def test_a_port_is_forwarded_through_the_api_server(cluster: Cluster, namespace: str) -> None:
+    cluster.apply(pod("server", namespace, "n2", ["python3", "-m", "http.server", "8000"]))
+    cluster.wait_for_pod("server", namespace)
+    script = (
+        '"$0" port-forward -n "$1" pod/server 18000:8000 & trap "kill $!" EXIT; sleep 1; '
+        'exec 3<> /dev/tcp/127.0.0.1/18000; printf "GET / HTTP/1.0\r\n\r\n" >&3; head -1 <&3'
+    )
+
+    def answer() -> str:
+        kubectl = cluster.bin / "kubectl"
+        return cluster.run_in_control_plane("bash", "-c", script, kubectl, namespace).stdout
+
+    cluster.wait_for("an answer through the API server", lambda: "200 OK" in answer(), 30)
 
 
 def test_who_has_no_rights_gets_nothing(cluster: Cluster, namespace: str) -> None:
