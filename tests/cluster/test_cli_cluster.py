@@ -282,7 +282,7 @@ def test_without_the_right_to_restore_nothing_stops(
     assert refused.error()["code"] == "forbidden"
     assert any("restore images" in each for each in refused.error()["facts"]["reasons"])
     assert agents.get("pod", job, "-n", namespace)["spec"]["nodeName"] == "n1"
-    assert ckpt(agents, "list", kubeconfig=tenant).document()["items"] == []
+    assert ckpt(agents, "list", "-n", namespace, kubeconfig=tenant).document()["items"] == []
 
 
 def test_a_caller_without_any_right_is_told_what_is_missing(
