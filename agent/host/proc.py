@@ -62,7 +62,8 @@ class Stat:
 @dataclasses.dataclass(frozen=True)
 class Status:
     """/proc/PID/status. ``ns_pids`` are its numbers from the reader's pid namespace inwards.
-    ``seccomp`` is 0 none, 1 strict, 2 filter.
+    ``seccomp`` is 0 none, 1 strict, 2 filter. ``caps_held`` are those it has in any of its sets but
+    the bounding one.
     """
 
     tracer_pid: int
@@ -71,6 +72,7 @@ class Status:
     ns_pids: tuple[int, ...]
     seccomp: int
     caps_effective: int
+    caps_held: int
     threads: int
 
 
@@ -219,6 +221,10 @@ def status(pid: int) -> Status:
         ns_pids=tuple(int(n) for n in fields["NSpid"].split()),
         seccomp=int(fields.get("Seccomp", "0")),
         caps_effective=int(fields["CapEff"], 16),
+        caps_held=int(fields["CapEff"], 16)
+        | int(fields["CapPrm"], 16)
+        | int(fields["CapInh"], 16)
+        | int(fields.get("CapAmb", "0"), 16),
         threads=int(fields["Threads"]),
     )
 

@@ -20,6 +20,8 @@ LAYOUT = "container-1"
 # root file system, whiteouts as character devices 0:0, opaque directories by their extended
 # attribute ``trusted.overlay.opaque``.
 ROOTFS_DIFF = "/rootfs-diff.tar"
+# the program that was the container's pid 1, and is the root of the tree;
+HOLD_FILE = "/hold"
 
 
 def volume_tar(number: int) -> str:

@@ -18,7 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from agent.engines.base import CaptureOptions, CaptureReport, RestoredTree, RestoreOptions
+from agent.engines.base import (
+    CaptureOptions,
+    CaptureReport,
+    Disposition,
+    RestoredTree,
+    RestoreOptions,
+)
+from agent.engines.container import holding
 from agent.engines.container.engine import ContainerEngine
 from agent.host import proc
 from agent.model.container import Container, Mount
@@ -71,7 +78,7 @@ class Box:
         self.folder = boxes.folder / name
         self.rootfs = self.folder / "rootfs"
         self.log = self.folder / "log"
-        self.id = f"{boxes.folder.name}-{name}"
+        self.id = f"{boxes.folder.name}-{os.getpid()}-{name}"
         self.options = options
         self._mounted: list[Path] = []
         self._popen: subprocess.Popen[bytes] | None = None
@@ -91,6 +98,9 @@ class Box:
         memory = self.folder / EMPTY_DIR / "memory"
         self._mount("-t", "tmpfs", "tmpfs", memory, options="size=64m")
         shutil.copy2(made("hold/build", "hold"), self.folder / "agent" / "hold")
+        if suffix := self.options.get("hold_suffix"):
+            with (self.folder / "agent" / "hold").open("ab") as hold:
+                hold.write(suffix)
         config = self._config(argv)
         (self.folder / "config.json").write_text(json.dumps(config))
         self.mounts = tuple(
@@ -295,6 +305,16 @@ class Boxes:
     ) -> MemoryImage:
         image = image or MemoryImage()
         self.capture(box, image, cut, options)
+        return image
+
+    def stop(self, box: Box) -> MemoryImage:
+        """Dump and kill; the box is a placeholder then."""
+        cut = Cut(disposition=Disposition.KILL)
+        image = self.dump(box, cut=cut, options=CaptureOptions(kill=True))
+        deadline = time.monotonic() + 10
+        while not holding.waits(box.pid):
+            assert time.monotonic() < deadline, "hold does not wait"
+            time.sleep(0.01)
         return image
 
     def capture(

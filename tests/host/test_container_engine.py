@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from agent import errors
-from agent.engines.base import CaptureOptions, Disposition
+from agent.engines.base import CaptureOptions
 from agent.host import proc
 from tests.host.boxes import Box, Boxes, stem
 from tests.host.conftest import Cut
@@ -49,16 +49,25 @@ def test_three_generations(boxes: Boxes) -> None:
     """Restored, dumped and restored again: nothing of the way is remembered."""
     box = boxes.tree("first", *FEATURES)
     for name in ("second", "third", "fourth"):
-        image = boxes.dump(box, options=CaptureOptions(kill=True), cut=killing())
-        assert box.wait() == 128 + signal.SIGKILL
+        image = boxes.stop(box)
         box = boxes.placeholder(name)
         boxes.restore(image, box)
         boxes.check(box)
         boxes.assert_clean()
 
 
-def killing() -> Cut:
-    return Cut(disposition=Disposition.KILL)
+def test_a_stopped_container_waits_and_takes_its_own_image_back(boxes: Boxes) -> None:
+    """It does not end: the kubelet would start it anew, from the beginning."""
+    box = boxes.tree("source", *FEATURES)
+    image = boxes.stop(box)
+    time.sleep(0.3)
+    assert box.popen.poll() is None
+    assert box.pids() == [box.pid]
+    boxes.assert_clean()
+    boxes.restore(image, box)
+    boxes.check(box)
+    boxes.runc("kill", box.id, "TERM")
+    assert box.wait() == 7
 
 
 def test_a_failed_commit_lets_the_container_go_on(boxes: Boxes) -> None:
@@ -76,8 +85,7 @@ def test_a_failed_commit_lets_the_container_go_on(boxes: Boxes) -> None:
 def test_output_goes_to_the_new_containers_log_without_a_gap(boxes: Boxes) -> None:
     source = boxes.start("source", "sh", "-c", COUNTER)
     wait_for(lambda: len(lines(source)) > 5, "no output")
-    image = boxes.dump(source, options=CaptureOptions(kill=True), cut=killing())
-    source.wait()
+    image = boxes.stop(source)
     before = lines(source)
     target = boxes.placeholder("target")
     boxes.restore(image, target)
@@ -94,6 +102,17 @@ def test_streams_opened_anew_lead_to_the_new_log_too(boxes: Boxes) -> None:
     target = boxes.placeholder("target")
     boxes.restore(image, target)
     wait_for(lambda: {"out", "err", "again"} <= set(lines(target)), "a stream is silent")
+
+
+def test_a_placeholder_with_another_version_of_hold(boxes: Boxes) -> None:
+    """After an upgrade of the agent; the tree keeps the version that it was started with."""
+    source = boxes.tree("source", "memory", "children")
+    image = boxes.dump(source)
+    target = boxes.placeholder("target", hold_suffix=b"another version")
+    for box in (target, boxes.placeholder("third")):
+        boxes.restore(image, box)
+        boxes.check(box)
+        image = boxes.dump(box)
 
 
 @pytest.mark.parametrize("code", [0, 7])
@@ -234,8 +253,7 @@ while True:
 """
     source = boxes.start("source", "python3", "-c", script)
     wait_for(lambda: len(lines(source)) > 5, "no output")
-    image = boxes.dump(source, options=CaptureOptions(kill=True), cut=killing())
-    source.wait()
+    image = boxes.stop(source)
     target = boxes.placeholder("target")
     boxes.restore(image, target)
     wait_for(lambda: len(lines(target)) > 5, "no output")

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from agent.engines.base import CaptureOptions, Disposition
 from tests.host.boxes import Box, Boxes, tables
 from tests.host.conftest import Cut
 from tests.host.test_container_engine import wait_for
@@ -136,10 +135,6 @@ def in_network(path: str) -> dict[str, object]:
     return {"namespaces": {"network": {"path": path}}}
 
 
-def killing() -> Cut:
-    return Cut(disposition=Disposition.KILL)
-
-
 def test_own_connections_go_on_at_the_new_address_and_others_are_reset(
     boxes: Boxes, echo: int
 ) -> None:
@@ -147,8 +142,7 @@ def test_own_connections_go_on_at_the_new_address_and_others_are_reset(
         argv = ("python3", "-c", PROGRAM, "10.77.0.2", OUTSIDE, str(echo))
         source = boxes.start("source", *argv, **in_network(first))
         wait_for(lambda: len(source.log.read_text().splitlines()) > 5, "no output")
-        image = boxes.dump(source, options=CaptureOptions(kill=True), cut=killing())
-        source.wait()
+        image = boxes.stop(source)
         before = said(source)
         target = boxes.placeholder("target", **in_network(second))
         boxes.restore(image, target)
@@ -185,8 +179,7 @@ def test_at_the_same_address_a_peer_that_is_still_there_goes_on(boxes: Boxes, ec
         argv = ("python3", "-c", PROGRAM, "10.77.0.2", OUTSIDE, str(echo))
         source = boxes.start("source", *argv, **in_network(network))
         wait_for(lambda: len(source.log.read_text().splitlines()) > 5, "no output")
-        image = boxes.dump(source, options=CaptureOptions(kill=True), cut=killing())
-        source.wait()
+        image = boxes.stop(source)
         time.sleep(0.2)
         target = boxes.placeholder("target", **in_network(network))
         boxes.restore(image, target)

@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from agent import errors
-from agent.engines.container import holding, inside, mountpoints, target
+from agent.engines.container import holding, inside, mountpoints, rights, target
 from agent.engines.criu import facts as criu_facts
 from agent.host import cgroups, proc
 from agent.model.container import LAYOUT, Container
 
 # CRIU itself and page tables, while the tree comes up within the container's limit.
 _SPARE_BYTES = 16 << 20
-_CAP_SYS_RESOURCE = 24
 
 
 def numbers(known: dict[str, Any]) -> set[int]:
@@ -114,9 +113,10 @@ def _release(text: str) -> tuple[int, ...]:
 
 
 def _rights(known: dict[str, Any]) -> Iterator[str]:
-    users = sorted({int(each["uid"]) for each in known["processes"]} - {0})
-    if users and not proc.status(os.getpid()).caps_effective >> _CAP_SYS_RESOURCE & 1:
-        yield f"processes of user {users[0]} need CAP_SYS_RESOURCE, which this agent lacks"
+    users = {int(each["uid"]) for each in known["processes"]}
+    lacking = rights.missing(users, int(known["container"]["capabilities"]))
+    if lacking:
+        yield f"the agent lacks {', '.join(lacking)}, which restoring this image takes"
 
 
 def _mounts(known: dict[str, Any], container: Container) -> Iterator[str]:

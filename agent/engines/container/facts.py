@@ -19,7 +19,7 @@ from agent.engines.container import inside
 from agent.engines.container.target import Target
 from agent.engines.criu import facts, images
 from agent.engines.criu.probe import Criu
-from agent.host import cgroups
+from agent.host import cgroups, proc
 from agent.model.container import LAYOUT
 
 _LOCAL = re.compile(r"\|-- ([0-9.]+)\s+/32 host LOCAL")
@@ -42,6 +42,10 @@ def gather(
     for each in known["sockets"]:
         each["pid"] = numbers.get(each["pid"], 0)
     container = target.container
+    capabilities = 0
+    for pid in pids:
+        with contextlib.suppress(errors.NotFound):
+            capabilities |= proc.status(pid).caps_held
     return {
         **{key: known[key] for key in _KEPT},
         "layout": LAYOUT,
@@ -53,6 +57,7 @@ def gather(
             "memory_limit_bytes": cgroups.memory_limit_bytes(target.groups),
             "stdio": [_link(target.init.pid, number) for number in range(3)],
             "addresses": addresses(target.init.pid),
+            "capabilities": capabilities,
         },
     }
 

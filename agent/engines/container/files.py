@@ -8,22 +8,38 @@ Does not: carry what others provide: the image, persistent volumes, config maps,
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Container as ContainerOf
 from typing import Any, BinaryIO, cast
 
 from agent import errors
-from agent.engines.container import mountpoints, pack, unpack
-from agent.host import clock, proc
-from agent.model.container import ROOTFS_DIFF, Container, volume_tar
+from agent.engines.container import inside, mountpoints, pack, unpack
+from agent.host import clock, confine, proc
+from agent.model.container import (
+    AGENT_DIRECTORY,
+    HOLD_FILE,
+    ROOTFS_DIFF,
+    Container,
+    volume_tar,
+)
 from agent.model.streams import FileEntry, MemberSink, MemberSource
+
+# hold has some 50 KiB.
+_HOLD_BYTES = 16 << 20
+_NEW_HOLD = ".hold.restored"
 
 
 def collect(
-    container: Container, init: proc.Identity, sink: MemberSink, deadline: clock.Deadline
+    container: Container,
+    init: proc.Identity,
+    stem: proc.Identity,
+    sink: MemberSink,
+    deadline: clock.Deadline,
 ) -> dict[str, Any]:
-    """Store the files of a container whose processes stand still; the facts about them.
+    """Store the files of a container whose processes, ``stem`` first, stand still; the facts about
+    them.
 
     Raises:
         errors.DumpFailed: one cannot be read.
@@ -38,12 +54,58 @@ def collect(
             found["rootfs"] = _store(ROOTFS_DIFF, fd, sink, deadline, without, whiteouts=True)
         finally:
             os.close(fd)
-    for number, path in enumerate(sorted(mountpoints.volumes(container))):
+    _store_hold(stem, sink)
+    volumes = mountpoints.volumes(container)
+    for number, path in enumerate(sorted(volumes)):
         with mountpoints.opened_volume(container, init, path) as fd:
-            inner = _below(path, mountpoints.points(container))
+            inner = _below(volumes[path].point, mountpoints.points(container))
             about = _store(volume_tar(number), fd, sink, deadline, inner, whiteouts=False)
             found["volumes"].append({"destination": path, **about})
     return found
+
+
+def _store_hold(stem: proc.Identity, sink: MemberSink) -> None:
+    """The stem's program, of which the placeholder may have another version."""
+    with open(f"/proc/{stem.pid}/exe", "rb", buffering=0) as content:
+        mtime_ns = os.fstat(content.fileno()).st_mtime_ns
+        sink.file(FileEntry(HOLD_FILE, "file", 0o755, 0, 0, mtime_ns, 0, "include"), content)
+
+
+def _put_hold(init: proc.Identity, source: MemberSource) -> None:
+    """Put the image's own version of hold beside the one that runs, and in its place for the
+    processes to come.
+    """
+    entry = next((each for each in source.files() if each.path == HOLD_FILE), None)
+    if entry is None:
+        return
+    with inside.root(init) as root:
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        folder = confine.open_inside(root, AGENT_DIRECTORY, flags)
+    try:
+        wanted = b"".join(source.file_content(HOLD_FILE))
+        if _content(folder, "hold") == wanted:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(_NEW_HOLD, dir_fd=folder)
+        create = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(_NEW_HOLD, create, 0o755, dir_fd=folder), "wb") as out:
+            out.write(wanted)
+            os.fchmod(out.fileno(), 0o755)
+        os.utime(_NEW_HOLD, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=folder)
+        os.rename(_NEW_HOLD, "hold", src_dir_fd=folder, dst_dir_fd=folder)
+    except OSError as exc:
+        raise errors.RestoreFailed(
+            f"cannot put the image's version of hold into the container: {exc.strerror}",
+            hint="start the pod anew, and try again",
+        ) from exc
+    finally:
+        os.close(folder)
+
+
+def _content(folder: int, name: str) -> bytes:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with open(os.open(name, flags, dir_fd=folder), "rb") as file:
+        return file.read(_HOLD_BYTES)
 
 
 def _store(
@@ -96,6 +158,7 @@ def put_back(
         errors.RestoreFailed: they cannot be written.
     """
     points = mountpoints.points(container)
+    _put_hold(init, source)
     for about, whiteouts in _parts(known):
         name = about["name"]
         pieces = source.file_content(name)
@@ -112,7 +175,7 @@ def put_back(
             continue
         path = about["destination"]
         with mountpoints.opened_volume(container, init, path) as fd:
-            inner = _below(path, points)
+            inner = _below(mountpoints.volumes(container)[path].point, points)
             unpack.apply(name, pieces, _limits(about), fd, deadline, whiteouts=False, mounts=inner)
 
 

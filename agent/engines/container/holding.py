@@ -1,9 +1,11 @@
 """Talking to ``hold``, the first process of an opted-in container (hold/hold.c).
 
-It says what it does by the arguments that /proc shows: ``hold: waiting`` for a restore, or
-``hold: following N``, N being the number inside of the process whose end is the container's. It is
-told of a restored tree by SIGUSR2 with that number as value, sent from outside of its pid
-namespace; it then also writes the stamp by which a restart of the container is an ordinary start.
+It says what it does by the arguments that /proc shows: ``hold: waiting`` for a restore,
+``hold: following N``, N being the number inside of the process whose end is the container's, or
+``hold: stopping N`` if it is going to wait when that process is killed. It is told of a restored
+tree by SIGUSR2 with that number as value, sent from outside of its pid namespace; it then also
+writes the stamp by which a restart of the container is an ordinary start. The negative of the
+number lets it stop; the number again takes that back.
 
 Promises: ``adopt`` returns when hold follows the tree, or is an error.
 Does not: start or end hold.
@@ -22,7 +24,10 @@ from agent.host import clock, proc
 from agent.model.container import HOLD
 
 _WAITING = b"hold: waiting"
-_FOLLOWING = re.compile(rb"hold: following (\d+)")
+_FOLLOWING = re.compile(rb"hold: (?:following|stopping) (\d+)")
+_STOPPING = b"hold: stopping %d"
+# One from before it could be told does not answer; it will end with its child instead.
+_STOPS_S = 1.0
 # rt_sigqueueinfo has one number per architecture.
 _SIGQUEUEINFO = {"x86_64": 129, "aarch64": 138}
 # struct siginfo: signo, errno, code, padding, then pid, uid and the value; 128 bytes in all.
@@ -71,9 +76,19 @@ def adopt(init: proc.Identity, number: int) -> None:
             )
 
 
+def stop(init: proc.Identity, number: int) -> bool:
+    """Let hold wait when the process with this number inside, which it follows, is killed; False
+    if it does not say that it will.
+    """
+    _tell(init, -number)
+    return clock.wait_until(
+        lambda: _says(init.pid) == _STOPPING % number, clock.Deadline.after(_STOPS_S)
+    )
+
+
 def _settled(init: proc.Identity, number: int) -> bool:
     # With the tree's end hold ends as well: then there is nothing more to tell.
-    return not proc.alive(init) or follows(init.pid) == number
+    return not proc.alive(init) or _says(init.pid) == b"hold: following %d" % number
 
 
 def _says(init: int) -> bytes:

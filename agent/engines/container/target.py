@@ -16,12 +16,10 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 
 from agent import errors
-from agent.engines.container import holding, inside, mountpoints
+from agent.engines.container import holding, inside, mountpoints, rights
 from agent.host import cgroups, clock, proc
 from agent.model.container import Container
 
-# include/uapi/linux/capability.h
-_CAP_SYS_RESOURCE = 24
 _JOINED = ("ipc", "mnt", "net", "pid", "uts")
 # Probes and short commands come and go; an orphan stays.
 _SETTLE_S = 1.0
@@ -200,11 +198,12 @@ def _refuse_process(pid: int, init: proc.Identity) -> None:
             "containers inside of the container cannot be checkpointed",
             pid=pid,
         )
-    if status.uid != 0 and not proc.status(os.getpid()).caps_effective >> _CAP_SYS_RESOURCE & 1:
+    lacking = rights.missing([status.uid], status.caps_held)
+    if lacking:
         raise _unsuitable(
-            f"process {pid} ({stat.comm}) runs as user {status.uid}, and this agent lacks "
-            "CAP_SYS_RESOURCE: it could not be restored",
-            "give the agent CAP_SYS_RESOURCE, or run the workload as root",
+            f"process {pid} ({stat.comm}) of user {status.uid} could not be restored: the agent "
+            f"lacks {', '.join(lacking)}",
+            "give the agent these capabilities, or run the workload as root without them",
             pid=pid,
         )
     for file in proc.open_files(pid):
@@ -214,6 +213,13 @@ def _refuse_process(pid: int, init: proc.Identity) -> None:
                 "run it without (Node.js: UV_USE_IO_URING=0; PostgreSQL: io_method=worker)",
                 pid=pid,
             )
+    if any(mapping.path.startswith("/SYSV") for mapping in proc.maps(pid)):
+        raise _unsuitable(
+            f"process {pid} ({stat.comm}) uses System V shared memory, which cannot be dumped from "
+            "a container's shared IPC namespace",
+            "use POSIX shared memory (/dev/shm) or mmap instead",
+            pid=pid,
+        )
 
 
 def _unsuitable(message: str, hint: str, **facts: object) -> errors.TargetUnsuitable:

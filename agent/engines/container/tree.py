@@ -18,7 +18,7 @@ from typing import Any
 
 from agent import errors
 from agent.engines.base import CaptureOptions
-from agent.engines.container import facts, files, inside, target
+from agent.engines.container import facts, files, holding, inside, target
 from agent.engines.container.bundle import Bundle
 from agent.engines.criu import conflicts, journal, recovery, rpc
 from agent.host import clock, hold, namespaces, proc, sockets
@@ -28,7 +28,7 @@ from agent.model.streams import MemberSink
 class ContainerTree:
     """The tree of ``found``. ``deadline`` bounds how long connections can be held."""
 
-    # hold ends with it, and the pid namespace with hold.
+    # A hold that was not told to stop ends with it, and the pid namespace with hold.
     ends_with_root = True
 
     def __init__(self, bundle: Bundle, found: target.Target, deadline: clock.Deadline) -> None:
@@ -36,6 +36,7 @@ class ContainerTree:
         self._target = found
         self._deadline = deadline
         self._held = contextlib.ExitStack()
+        self._stopping = 0
         self.tree: Sequence[proc.Identity] = found.tree
 
     def entry(self) -> journal.About:
@@ -93,13 +94,20 @@ class ContainerTree:
         container, init = self._target.container, self._target.init
         return {
             "threads": [[pid, tids] for pid, tids in sorted(facts.threads(images).items())],
-            **files.collect(container, init, sink, self._deadline),
+            **files.collect(container, init, self.tree[0], sink, self._deadline),
         }
+
+    def about_to_kill(self) -> None:
+        """Let hold become a placeholder when its child is killed: a container that ended would be
+        started anew by the kubelet, from the beginning, beside the one that is restored elsewhere.
+        """
+        self._stopping = inside.number(self.tree[0].pid)
+        holding.stop(self._target.init, self._stopping)
 
     def killed(
         self, places: journal.Places, operation: journal.Operation, known: dict[str, Any]
     ) -> None:
-        """Nothing to do: hold sees its child's end, and the container ends."""
+        """Nothing to do: hold waits now, and the container can be deleted."""
 
     def _refuse_strays(self, pids: Sequence[int]) -> None:
         left = target.strays(self._target.init, pids, self._target.groups)

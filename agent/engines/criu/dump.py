@@ -77,6 +77,9 @@ class Subject(Protocol):
     ) -> dict[str, Any]:
         """Store what travels besides memory and CRIU's images; more facts. May raise."""
 
+    def about_to_kill(self) -> None:
+        """The epoch is committed and CRIU is going to kill the tree."""
+
     def killed(
         self, places: journal.Places, operation: journal.Operation, known: dict[str, Any]
     ) -> None:
@@ -303,6 +306,7 @@ class _Capture:
                 hint="set CaptureOptions.kill",
             )
         self._killed = True
+        self._subject.about_to_kill()
 
     def _store_image(self, name: str) -> None:
         path = os.path.join(self._images, name)

@@ -72,6 +72,9 @@ class HostTree:
         collected = ephemeral.collect(pids, options.include, sink)
         return {"skipped": [list(each) for each in collected.skipped]}
 
+    def about_to_kill(self) -> None:
+        """Nothing to do."""
+
     def killed(
         self, places: journal.Places, operation: journal.Operation, known: dict[str, Any]
     ) -> None:
