@@ -105,15 +105,13 @@ def train(cluster: Cluster, namespace: str, image: str, timeout_s: float) -> Non
     """Twelve steps by two ranks of ``image``'s trainer, one on each node."""
     cluster.apply(JOBSET.format(namespace=namespace, image=image))
 
-    cluster.wait_for(
-        "the JobSet's end",
-        lambda: (
-            cluster.get("jobset", "train", "-n", namespace)["status"].get("terminalState")
-            == "Completed"
-        ),
-        timeout_s,
-    )
+    def end() -> str:
+        jobset = cluster.get("jobset", "train", "-n", namespace)
+        return str(jobset.get("status", {}).get("terminalState", ""))
 
+    cluster.wait_for("the JobSet's end", end, timeout_s)
+
+    assert end() == "Completed"
     pods = cluster.get("pods", "-n", namespace)["items"]
     assert {p["spec"]["nodeName"] for p in pods} == set(NODE_IPS)
     last = [cluster.logs(p["metadata"]["name"], namespace).splitlines()[-1] for p in pods]
