@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,9 @@ TORCH_IMAGE = "localhost/torch:1"
 BUILD_S = 5400  # from nothing, on two slow cores
 
 
+_built = pytest.StashKey[str]()  # what went wrong, or nothing
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = "" if os.geteuid() == 0 else "needs root"
     for item in items:
@@ -25,14 +28,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+    # What fails without a cluster is to be seen before a quarter of an hour goes into building one.
+    items.sort(key=lambda item: HERE in item.path.parents)
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Builds what the chosen tests need before any test's own time limit runs."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Builds what these tests need, before the first of them and outside of its time limit."""
+    if _built not in item.session.stash and os.geteuid() == 0:
+        capture = item.config.pluginmanager.getplugin("capturemanager")
+        assert capture is not None
+        item.session.stash[_built] = ""
+        try:
+            with capture.global_and_fixture_disabled():
+                _build(item.session)
+        except (subprocess.SubprocessError, OSError) as error:
+            item.session.stash[_built] = str(error)
+    return (yield)
+
+
+def _build(session: pytest.Session) -> None:
     ours = [item for item in session.items if HERE in item.path.parents]
     used = {name for item in ours for name in getattr(item, "fixturenames", ())}
-    if not ours or session.config.option.collectonly or os.geteuid() != 0:
-        return
     if not Cluster().running():
         subprocess.run([HERE / "build"], check=True, timeout=BUILD_S)
     if "agents" in used:
@@ -42,10 +59,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """The two-node cluster. Started if it does not run, and then ended with the tests; one that a
     person started (``scripts/cluster up``) is used and left running.
     """
+    failure = request.session.stash.get(_built, "")
+    if failure:
+        pytest.fail(f"the cluster could not be built: {failure}", pytrace=False)
     cluster = Cluster()
     if cluster.running():
         yield cluster
