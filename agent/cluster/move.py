@@ -93,6 +93,7 @@ def migrate(
         errors.MoveIncomplete: after the commit; the image is safe.
     """
     watch = watch or Watch()
+    _check_rights(session, dump=True)
     found = pods.running(session, name)
     source = str(found["spec"]["nodeName"])
     agent = session.agent_of(source)
@@ -173,6 +174,7 @@ def restore_on(
         errors.MoveIncomplete: the pod was created and does not run yet.
     """
     watch = watch or Watch()
+    _check_rights(session, dump=False)
     detail = session.any_agent(lambda agent: agent.image(session.namespace, image))
     name = _name(detail.image)
     if detail.image.damage:
@@ -198,7 +200,6 @@ def restore_on(
             reasons=[],
         )
     _check_node(session, template, node)
-    _check_rights(session, dump=False)
     _try(session, template, node, pod)
     session.agent_of(node).images(session.namespace, pod)
     plan = move.Move(session.namespace, pod, "", node)
@@ -247,7 +248,6 @@ def _check(session: Session, found: Json, node: str, agent: client.Agent) -> Non
         )
     template = model_pods.template(found)
     _check_node(session, template, node)
-    _check_rights(session, dump=True)
     blockers = agent.plan(session.namespace, name).get("blockers") or []
     if blockers:
         raise errors.TargetUnsuitable(

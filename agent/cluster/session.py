@@ -130,7 +130,7 @@ class Session:
         if pod.name not in self._connected:
             found = self._credentials()
             settings = self.settings
-            port = settings.token_port if found.token else settings.certificate_port
+            port = settings.certificate_port if found.key_pem else settings.token_port
             made = self._stack.enter_context(
                 portforward.forward(self.api, settings.agent_namespace, pod.name, port)
             )
@@ -145,13 +145,13 @@ class Session:
         return self._connected[pod.name]
 
     def _credentials(self) -> client.Credentials:
-        """What agents are trusted by and told; the token as it is now."""
+        """What agents are trusted by and told."""
         if self._made_credentials is None:
             shown = self.api.identity()
             self._made_credentials = client.Credentials(
                 ca_pem=self._authority(),
                 server_name=f"{_SERVICE}.{self.settings.agent_namespace}.svc",
-                token=shown.token,
+                token=lambda: self.api.identity().token,
                 certificate_pem=_content(shown.certificate_file),
                 key_pem=_content(shown.key_file),
             )

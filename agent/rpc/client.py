@@ -40,13 +40,14 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Credentials:
-    """How an agent is trusted and how the caller shows who it is: a bearer token, or a client
-    certificate with its key (both PEM).
+    """How an agent is trusted and how the caller shows who it is: a bearer token, asked for anew
+    at each call since it may expire between two of them, or a client certificate with its key
+    (both PEM).
     """
 
     ca_pem: bytes
     server_name: str
-    token: str | None = dataclasses.field(default=None, repr=False)
+    token: Callable[[], str | None] = dataclasses.field(default=lambda: None, repr=False)
     certificate_pem: bytes | None = dataclasses.field(default=None, repr=False)
     key_pem: bytes | None = dataclasses.field(default=None, repr=False)
 
@@ -168,10 +169,14 @@ class Agent:
     """
 
     def __init__(
-        self, channel: grpc.Channel, token: str | None, peer: str, why: Callable[[], str]
+        self,
+        channel: grpc.Channel,
+        token: Callable[[], str | None],
+        peer: str,
+        why: Callable[[], str],
     ) -> None:
         self._stub = node_pb2_grpc.NodeStub(channel)
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._token = token
         self._why = why
         self.peer = peer
 
@@ -199,7 +204,7 @@ class Agent:
             deadline_s=deadline_s,
         )
         outcome = None
-        call = self._stub.Dump(request, timeout=deadline_s + _MARGIN_S, metadata=self._metadata)
+        call = self._stub.Dump(request, timeout=deadline_s + _MARGIN_S, metadata=self._metadata())
         for event in self._events(call, cancel):
             if event.HasField("progress"):
                 progress(event.progress.phase, event.progress.raw_bytes)
@@ -241,7 +246,9 @@ class Agent:
             deadline_s=deadline_s,
         )
         outcome = None
-        call = self._stub.Restore(request, timeout=deadline_s + _MARGIN_S, metadata=self._metadata)
+        call = self._stub.Restore(
+            request, timeout=deadline_s + _MARGIN_S, metadata=self._metadata()
+        )
         for event in self._events(call, cancel):
             if event.HasField("progress"):
                 progress(event.progress.phase)
@@ -291,7 +298,7 @@ class Agent:
         """Read an image whole; ``progress`` gets bytes done and in all."""
         request = node_pb2.VerifyImageRequest(namespace=namespace, image=image)
         outcome = None
-        call = self._stub.VerifyImage(request, timeout=_VERIFY_S, metadata=self._metadata)
+        call = self._stub.VerifyImage(request, timeout=_VERIFY_S, metadata=self._metadata())
         for event in self._events(call, None):
             if event.HasField("outcome"):
                 outcome = event.outcome
@@ -333,9 +340,13 @@ class Agent:
             for each in answer.checks
         ]
 
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        token = self._token()
+        return (("authorization", f"Bearer {token}"),) if token else ()
+
     def _once(self, method: Callable[..., T], request: Any) -> T:
         try:
-            return method(request, timeout=_CALL_S, metadata=self._metadata)
+            return method(request, timeout=_CALL_S, metadata=self._metadata())
         except grpc.RpcError as exc:
             raise self._error(exc) from exc
 

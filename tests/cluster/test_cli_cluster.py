@@ -279,7 +279,7 @@ def test_without_the_right_to_restore_nothing_stops(
 ) -> None:
     agents.kubectl("delete", "rolebinding", f"ckpt-agent-restorer-{namespace}", "-n", namespace)
     refused = ckpt(agents, "migrate", f"pod/{job}", "--to", "n2", kubeconfig=tenant)
-    assert refused.error()["code"] == "forbidden"
+    assert refused.error()["code"] == "forbidden", refused.err
     assert any("restore images" in each for each in refused.error()["facts"]["reasons"])
     assert agents.get("pod", job, "-n", namespace)["spec"]["nodeName"] == "n1"
     assert ckpt(agents, "list", "-n", namespace, kubeconfig=tenant).document()["items"] == []
