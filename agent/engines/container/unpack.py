@@ -45,7 +45,7 @@ _PIECE_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the image says of the stream: how many entries, and how much content."""
+    """What the image says of the stream: how many entries, and how much content, exactly."""
 
     entries: int
     content_bytes: int
@@ -159,7 +159,7 @@ def _opened(name: str, pieces: Iterable[bytes]) -> Iterator[tarfile.TarFile]:
 def _entries(
     name: str, stream: tarfile.TarFile, limits: Limits, *, whiteouts: bool
 ) -> Iterator[_Entry]:
-    content_bytes = 0
+    count = content_bytes = 0
     for count, info in enumerate(stream, start=1):
         # The library keeps every entry that it has seen.
         cast("Any", stream).members.clear()
@@ -167,6 +167,8 @@ def _entries(
         if count > limits.entries or content_bytes > limits.content_bytes:
             raise _corrupt(name, "it holds more than the image says")
         yield _checked(name, info, whiteouts=whiteouts)
+    if count < limits.entries or content_bytes < limits.content_bytes:
+        raise _corrupt(name, "it holds less than the image says")
 
 
 def _checked(name: str, info: tarfile.TarInfo, *, whiteouts: bool) -> _Entry:
