@@ -369,7 +369,8 @@ class Agent:
                 begun = True
                 yield event
         except grpc.RpcError as exc:
-            raise self._error(exc, begun=begun) from exc
+            asked = cancel is not None and cancel.is_set()
+            raise self._error(exc, begun=begun, asked=asked) from exc
         finally:
             ended.set()
             call.cancel()
@@ -394,9 +395,18 @@ class Agent:
             raise errors.AgentDefect(f"{self.peer} sent a pod that is not JSON")
         return found
 
-    def _error(self, exc: grpc.RpcError, *, begun: bool = False) -> errors.CkptError:
-        """``facts['begun']``: the agent was at work when the connection broke."""
+    def _error(
+        self, exc: grpc.RpcError, *, begun: bool = False, asked: bool = False
+    ) -> errors.CkptError:
+        """``facts['begun']``: the agent was at work when the connection broke. ``asked``: the
+        caller gave the call up.
+        """
         found = status.error(exc, self.peer)
+        if isinstance(found, errors.Interrupted) and found.facts.get("status") and not asked:
+            # What gRPC calls a call whose server ends.
+            found = errors.Unreachable(
+                f"{self.peer} ended", hint="try again when it is ready", status="CANCELLED"
+            )
         if not isinstance(found, errors.Unreachable) or found.facts.get("status") is None:
             return found
         # From gRPC itself, not from the agent.
