@@ -146,6 +146,29 @@ def test_containers_sidecars_and_inits_of_a_pod(
     for name in ("c", "second"):
         assert_counts_on(agents, "several", namespace, name)
 
+
+# What the agent does for a container, done for one that pods' owners are not offered.
+CAPTURE = """
+import os, sys
+from agent.engines.base import CaptureOptions
+from agent.engines.kubelet import client, engine
+from agent.model.container import Container
+from tests.host.image import MemoryImage
+
+namespace, trust, token, directory = sys.argv[1:]
+kubelet = client.Kubelet("10.201.0.2", client.Trust.parse(trust), token_file=token)
+made = engine.KubeletEngine(
+    kubelet, namespace, "starting", [Container("", "init", os.getpid(), "")], directory=directory
+)
+image = MemoryImage()
+made.capture(os.getpid(), image, None, CaptureOptions(deadline_s=60))
+print([process["comm"] for process in image.known["processes"]], image.memory_bytes > 1 << 20)
+"""
+
+
+def test_an_init_container_can_be_captured(
+    agents: Cluster, namespace: str, before: set[str], tmp_path: Path
+) -> None:
     starting = pod("starting", namespace, "n1")
     starting["spec"]["initContainers"] = [
         {
@@ -160,8 +183,19 @@ def test_containers_sidecars_and_inits_of_a_pod(
         lambda: "running" in _init_state(agents, "starting", namespace),
         60,
     )
-    report = dump(agents, "starting", namespace)
-    assert {each["name"] for each in report["members"]} == {"init"}
+    token = tmp_path / "token"
+    token.write_text(agents.kubectl("create", "token", "ckpt-agent-node", "-n", PROJECT))
+
+    done = agents.run_in_control_plane(
+        *(sys.executable, "-c", CAPTURE, namespace),
+        f"ca:{agents.state / 'pki/ca.crt'}",
+        *(token, agents.node("n1").root / CHECKPOINTS),
+        environment={"PYTHONPATH": str(CHECKOUT)},
+        timeout_s=90,
+    )
+
+    assert done.stdout.split("\n")[0] == "['python3'] True"
+    assert "running" in _init_state(agents, "starting", namespace)
 
 
 def _init_state(cluster: Cluster, name: str, namespace: str) -> dict[str, Any]:
@@ -186,11 +220,10 @@ def test_ending_the_job_at_the_cut_is_refused(
 def test_a_checkpoint_that_criu_refuses_leaves_the_job_and_no_archive(
     agents: Cluster, namespace: str, before: set[str]
 ) -> None:
-    # A socket of a kind that CRIU does not know.
+    # io_uring_setup: a descriptor of a kind that CRIU does not know.
     script = (
-        "import socket, time\n"
-        "s = socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)\n"
-        "s.bind(('hash', 'sha256'))\n"
+        "import ctypes, time\n"
+        "assert ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(120)) >= 0\n"
         "n = 0\n"
         "while True:\n"
         "    print(n, flush=True); n += 1; time.sleep(0.05)\n"
