@@ -225,7 +225,7 @@ def _left(failed: Step, move: Move) -> Iterator[str]:
         case Step.DUMP:
             yield f"{pod} still exists on node {move.source} and may have been stopped"
         case Step.DELETE:
-            yield f"{pod} was stopped for good on node {move.source} and still exists"
+            yield f"{pod} was stopped on node {move.source}, still exists and waits"
         case Step.CREATE:
             yield f"{pod} was deleted; no replacement exists"
         case Step.SCHEDULE:
@@ -238,6 +238,7 @@ def _next(failed: Step, move: Move, *, target: str, back: str, into: str) -> Ite
     match failed:
         case Step.DUMP | Step.DELETE:
             yield f"{target} --replace"
+            yield into  # stopped, its containers wait where they are
         case Step.CREATE:
             yield target
         case Step.SCHEDULE | Step.RESTORE:

@@ -169,6 +169,21 @@ def test_a_pod_that_is_moved_goes_on_counting_on_the_other_node_without_a_gap(
     assert everything == list(range(len(everything)))
 
 
+def test_a_pod_can_be_moved_there_and_back_and_there_again(
+    agents: Cluster, namespace: str, job: str
+) -> None:
+    for node in ("n2", "n1", "n2"):
+        done = ckpt(agents, "migrate", f"pod/{job}", "--to", node, "-n", namespace).document()
+        assert done["target"] == node
+        before = counted(agents, namespace)[-1]
+        agents.wait_for("more", lambda: counted(agents, namespace)[-1] > before + 5, 30)  # noqa: B023
+    in_file = counted(agents, namespace)
+    assert in_file == list(range(len(in_file)))
+    images = ckpt(agents, "list", job, "-n", namespace).document()["items"]
+    assert len(images) == 3
+    assert images[2]["newBytes"] < images[0]["newBytes"] / 2
+
+
 def test_an_image_is_listed_shown_verified_and_deleted_and_the_pod_counts_on(
     agents: Cluster, namespace: str, job: str
 ) -> None:

@@ -402,7 +402,8 @@ def test_a_dump_that_fails_after_its_commit_is_no_loss_of_the_job(run: Any, worl
     assert ran.status == exits.MOVE_INCOMPLETE
     facts = checked(json.loads(ran.err))["facts"]
     assert facts["image"] == world.agents.images[1].name
-    (onward,) = facts["next"]
+    onward, back = facts["next"]
+    assert back == f"ckpt-agent restore {facts['image']} -n default --pod job"
     world.agents.details[facts["image"]] = {"pod_template_json": json.dumps(world.agents.template)}
     assert run(*onward.split()[1:]).status == 0
     assert world.api.pods["default", "job"]["spec"]["nodeName"] == "n2"
@@ -440,10 +441,11 @@ def test_a_deletion_that_fails_leaves_a_command_that_replaces_the_pod(
     ran = run("migrate", "pod/job", "--to", "n2", "--quiet", "-o", "json")
     assert ran.status == exits.MOVE_INCOMPLETE
     facts = checked(json.loads(ran.err))["facts"]
-    assert "was stopped for good on node n1 and still exists" in facts["left"][1]
+    assert "was stopped on node n1, still exists and waits" in facts["left"][1]
     world.api.denied.clear()
     world.agents.details[facts["image"]] = {"pod_template_json": json.dumps(world.agents.template)}
-    (onward,) = facts["next"]
+    onward, back = facts["next"]
+    assert back == f"ckpt-agent restore {facts['image']} -n default --pod job"
     assert run(*onward.split()[1:]).status == 0
     assert world.api.pods["default", "job"]["spec"]["nodeName"] == "n2"
 
