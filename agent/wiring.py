@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from agent import errors
 from agent.engines.base import CaptureOptions, Engine, RestoreOptions
-from agent.host import proc
+from agent.host import memory, proc
 from agent.model import checkup, ids
 from agent.model import plan as model_plan
 from agent.node import archives as node_archives
@@ -200,6 +200,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
     from agent.node.pods import Pods
     from agent.rpc import certificates, server
 
+    memory.keep_small()
     name = settings.node_name
     if not name:
         raise errors.InvalidInput(

@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Literal
 
 from agent import errors
-from agent.host import clock
+from agent.host import clock, memory
 from agent.node.dump import Cancel
 
 Kind = Literal["dump", "restore", "verify"]
@@ -60,7 +60,10 @@ class Operations:
         finally:
             with self._changed:
                 self._running.remove(operation)
+                idle = not self._running
                 self._changed.notify_all()
+            if idle:
+                memory.give_back()
 
     def running(self) -> list[Operation]:
         """Those that run now, oldest first."""
