@@ -156,6 +156,22 @@ def test_a_failed_checkpoint_leaves_nothing(field: Field) -> None:
     field.assert_nothing_left()
 
 
+def test_what_crius_own_log_says_is_told(field: Field, tmp_path: Path) -> None:
+    for folder, told in (("f" * 64, True), ("e" * 64, False)):
+        log = tmp_path / folder / "criu-dump.log"
+        log.parent.mkdir()
+        log.write_text("(00.1) Error (criu/sk-inet.c:1): inet: Connected TCP socket\n")
+        field.server.status = 500
+        field.server.body = f"failed: criu failed: type DUMP errno 0 path= {log}".encode()
+        with pytest.raises(errors.CriuFailed) as caught:
+            field.dump()
+        assert ("Connected TCP socket" in caught.value.message) is told
+        assert ("connections" in caught.value.hint) is told
+    log.unlink()
+    with pytest.raises(errors.CriuFailed, match="could not checkpoint"):
+        field.dump()
+
+
 def test_a_volume_that_fails_leaves_nothing_on_the_node(field: Field) -> None:
     field.answer(WHOLE)
     full = Fault(errors.VolumeFull("no room"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from agent.engines.base import (
     RestoredTree,
     RestoreOptions,
 )
+from agent.engines.criu import log as criu_log
 from agent.engines.criu.facts import cpu_flags
 from agent.engines.kubelet import client, ingest, leftovers, pause, reports
 from agent.engines.kubelet.archive import Archive
@@ -34,6 +36,9 @@ from agent.engines.kubelet.tarindex import corrupt
 from agent.host import clock, proc
 from agent.model.container import Container
 from agent.model.streams import MemberSink, MemberSource
+
+# containerd names the bundle's criu-dump.log, CRI-O the dump.log of its user data.
+_LOG_PATH = re.compile(r"(/[^\s\"']+/(?:criu-)?dump\.log)")
 
 
 class KubeletEngine:
@@ -80,7 +85,7 @@ class KubeletEngine:
         with leftovers.opened(self._directory) as checkpoints:
             checkpoints.clean()
             with checkpoints.call(target, options.deadline_s) as call, pause.watched(pid) as watch:
-                items = client.checkpoint(self._kubelet, target, deadline)
+                items = _checkpoint(self._kubelet, target, container, deadline)
                 called_s = clock.monotonic_s() - began_s
                 fd = checkpoints.take(call, items[0])
         try:
@@ -136,6 +141,23 @@ def node_facts() -> dict[str, Any]:
 def _devices(known: dict[str, Any]) -> list[list[str]]:
     rootfs = known["rootfs"] or {"skipped": []}
     return [[f"/{path}", "a device"] for path in rootfs["skipped"]]
+
+
+def _checkpoint(
+    kubelet: client.Kubelet, target: client.Target, container: Container, deadline: clock.Deadline
+) -> list[str]:
+    """Ask the kubelet; where CRIU failed, say what its log on this node says."""
+    try:
+        return client.checkpoint(kubelet, target, deadline)
+    except errors.CriuFailed as exc:
+        named = _LOG_PATH.search(exc.message)
+        # The runtime names a file of this container's own directory, or none that is read.
+        if named is None or not container.id or container.id not in named[1].split("/"):
+            raise
+        found = criu_log.read(named[1])
+        if not found.cause:
+            raise
+        raise criu_log.failure(f"checkpoint {target}", found, kubelet=exc.message) from exc
 
 
 def _check_options(options: CaptureOptions) -> None:
