@@ -42,7 +42,10 @@ COPY hooks hooks/
 RUN python3 -m pip wheel --quiet --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir /wheel . \
  && python3 -m pip --python "$home/venv/bin/python" install --quiet --no-cache-dir --no-compile \
       --disable-pip-version-check --no-deps --no-index /wheel/*.whl \
- && find "$home/venv" -depth -type d \( -name tests -o -name __pycache__ \) -exec rm -rf {} + \
+ && find "$home/venv" -type d -name tests -prune -exec rm -rf {} + \
+ # A CRIU that the agent would refuse must not get into an image.
+ && "$home/venv/bin/python" -c 'import sys; from agent.engines.criu import probe; probe.probe_version(sys.argv[1:])' "$home/venv/bin/criu" \
+ && find "$home/venv" -type d -name __pycache__ -prune -exec rm -rf {} + \
  && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash "$home"/venv/lib
 
 FROM ${BASE}
