@@ -145,10 +145,11 @@ class Box:
             for kind in kinds
             if self.options.get("namespaces", {}).get(kind, {}) is not None
         ]
+        disk = self.options.get("disk", str(self.folder / EMPTY_DIR / "disk"))
         bind = {"type": "bind", "options": ["rbind", "rw"]}
         config["mounts"] += [
             {"destination": "/.ckpt-agent", "source": str(self.folder / "agent"), **bind},
-            {"destination": "/disk", "source": str(self.folder / EMPTY_DIR / "disk"), **bind},
+            {"destination": "/disk", "source": disk, **bind},
             {"destination": "/memory", "source": str(self.folder / EMPTY_DIR / "memory"), **bind},
             {"destination": "/targets", "source": str(TARGETS), **bind},
             *self.options.get("mounts", []),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from agent import errors
-from agent.engines.container import holding, inside, mountpoints, rights, target
+from agent.engines.container import connections, files, holding, inside, mountpoints, rights, target
 from agent.engines.criu import facts as criu_facts
 from agent.host import cgroups, proc
 from agent.model.container import LAYOUT, Container
@@ -56,6 +56,7 @@ def find(known: dict[str, Any], memory_bytes: int, container: Container) -> list
         errors.NotFound: the container has ended.
     """
     try:
+        _complete(known)
         return [
             *_state(container),
             *_image(known, container),
@@ -68,6 +69,18 @@ def find(known: dict[str, Any], memory_bytes: int, container: Container) -> list
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise incomplete() from exc
+
+
+def _complete(known: dict[str, Any]) -> None:
+    """Raise one of what a missing or odd fact raises, for those that are looked at later."""
+    if int(known["root"]) not in numbers(known):
+        raise incomplete()
+    if files.content_bytes(known) < 0:
+        raise incomplete()
+    about = known["container"]
+    connections.Moved(about["addresses"], ()).lost(known)
+    if not all(isinstance(link, str) for link in about["stdio"]):
+        raise incomplete()
 
 
 def _state(container: Container) -> Iterator[str]:

@@ -192,8 +192,5 @@ def _limits(about: dict[str, Any]) -> unpack.Limits:
 
 
 def content_bytes(known: dict[str, Any]) -> int:
-    """How much content all of them have."""
-    try:
-        return sum(int(about["content_bytes"]) for about, _ in _parts(known))
-    except (KeyError, TypeError, ValueError) as exc:
-        raise errors.Corrupt("the facts of the image are incomplete", part="facts") from exc
+    """How much content all of them have. Raises what a missing or odd fact raises."""
+    return sum(_limits(about).content_bytes for about, _ in _parts(known) if about["name"])
