@@ -378,9 +378,10 @@ def _hold_state(pid: int) -> State:
     """What a container's first process is."""
     from agent.engines.container import holding
 
-    if not holding.is_hold(pid):
-        return "other"
-    return "waits" if holding.waits(pid) else "runs"
+    if holding.waits(pid):
+        return "waits"
+    # A hold that has just been started says nothing yet.
+    return "runs" if holding.follows(pid) else "other"
 
 
 @contextlib.contextmanager
