@@ -7,8 +7,9 @@ serve with in ``ckpt-agent-tls``, the authorities that clients trust in the Conf
 
 Promises: an authority is trusted everywhere before a certificate that it signed is published,
 also if this is ended between two writes; two keepers at once cost one of them a retry. Whoever
-deletes the Secret with the authorities gets a new one at once, and the old one is trusted for an
-overlap; with the ConfigMap deleted as well, as after a theft of the key, it is not.
+deletes the Secret with the authorities has them replaced, in the same steps; with the ConfigMap
+deleted as well, as after a theft of the key, the old one is trusted no more and a new one signs at
+once.
 Does not: keep a key anywhere but in Secrets and in memory.
 """
 
@@ -51,7 +52,8 @@ class _Authorities:
 
     def data(self) -> dict[str, bytes]:
         """As it is written into the Secret."""
-        found = {"retired.crt": certificates.bundle(self.retired)}
+        # A Secret of the type for TLS must have these two.
+        found = {"tls.crt": b"", "tls.key": b"", "retired.crt": certificates.bundle(self.retired)}
         for prefix, pair in (("tls", self.current), ("coming", self.coming)):
             if pair:
                 found |= {f"{prefix}.crt": pair.certificate, f"{prefix}.key": pair.key}

@@ -4,7 +4,8 @@ Trust is spread before it is used. A new authority is first only published (``co
 one that signs (``current``); after the overlap it signs, and the old one stays published
 (``retired``) until the last certificate of it has been replaced for an overlap. So a client whose
 copy of the authorities is as old as the overlap, and a server whose copy of its certificate is,
-still understand each other at every moment.
+still understand each other at every moment. That holds too when the key of the one that signs is
+lost, as long as it is still trusted and its last certificate is good.
 
 Promises: no clock, no keys: only times in seconds since 1970 and identities.
 Does not: make anything; ``keeper.py`` does what is due.
@@ -62,9 +63,9 @@ class Policy:
 
     def __post_init__(self) -> None:
         # A successor waits for an overlap before it signs, and what the old one signed may be
-        # served for another by whoever learns late.
+        # served for another by whoever learns late; the certificate in use must last that long.
         for fits, words in (
-            (self.overlap_s < self.leaf_renew_before_s, "trust_overlap < leaf_renew_before"),
+            (2 * self.overlap_s < self.leaf_renew_before_s, "2 trust_overlap < leaf_renew_before"),
             (self.leaf_renew_before_s < self.leaf_lifetime_s, "leaf_renew_before < leaf_lifetime"),
             (
                 2 * self.overlap_s < self.authority_renew_before_s,
@@ -102,6 +103,10 @@ def due(have: Inventory, now_s: float, policy: Policy) -> Due:
     """Return what is due at ``now_s``; doing it and asking again gives nothing."""
     signs = have.current if have.current and have.current.usable(now_s) else None
     coming = have.coming if have.coming and have.coming.usable(now_s) else None
+    if signs is None and _still_served(have, now_s):
+        spread = coming is not None and now_s - coming.made_s >= policy.overlap_s
+        if not spread:
+            return Due(prepare=coming is None, forget=_expired(have, now_s))
     promote = coming is not None and (signs is None or now_s - coming.made_s >= policy.overlap_s)
     if promote:
         signs, coming = coming, None
@@ -117,6 +122,15 @@ def due(have: Inventory, now_s: float, policy: Policy) -> Due:
         if settled
         else _expired(have, now_s),
         leaf=leaf,
+    )
+
+
+def _still_served(have: Inventory, now_s: float) -> bool:
+    """Whether a certificate is in use that those who are no longer to sign have signed."""
+    return (
+        have.leaf is not None
+        and have.leaf.usable(now_s)
+        and any(old.usable(now_s) and old.identity == have.leaf.signer for old in have.retired)
     )
 
 
