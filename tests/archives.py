@@ -62,6 +62,8 @@ def process(pid: int, *, comm: str, runs: Runs, pages_id: int) -> dict[str, byte
         fsuid=1000,
         fsgid=100,
         secbits=0,
+        cap_prm=[1 << 21],
+        cap_eff=[0, 1 << 8],
     )
     core = pb.core_entry(mtype=1)
     core.tc.task_state = 1

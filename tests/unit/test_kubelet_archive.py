@@ -94,6 +94,8 @@ def test_the_facts_are_those_of_the_container(tmp_path: Path) -> None:
     assert container["image_digest"] == "sha256:" + "ab" * 32
     assert container["stdio"] == ["/dev/null", "pipe:[4711]", "pipe:[4711]"]
     assert (container["mounts"], container["memory_limit_bytes"]) == (["/proc"], 1 << 30)
+    assert container["capabilities"] == 1 << 21 | 1 << 40
+    assert known["threads"] == [[1, [1]], [7, [7]]]
     first, second = known["processes"]
     assert (first["pid"], first["comm"], first["exe"]) == (1, "job", "/usr/bin/job")
     assert (first["uid"], first["gid"], first["cwd"]) == (1000, 100, "/work")

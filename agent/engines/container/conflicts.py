@@ -102,6 +102,11 @@ def _state(container: Container) -> Iterator[str]:
 
 
 def _image(known: dict[str, Any], container: Container) -> Iterator[str]:
+    if known["root"] == 1:
+        yield (
+            "the image holds the whole container, its namespaces and first process included: a "
+            "runtime restores it (ckpt-agent export), a placeholder has these already"
+        )
     digest = known["container"]["image_digest"]
     if digest and container.image_digest and digest != container.image_digest:
         yield f"the container's image is {container.image_digest}, at the dump it was {digest}"

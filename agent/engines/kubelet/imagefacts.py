@@ -133,6 +133,7 @@ class _Tree:
         self._source = source
         self._files = {entry.id: entry for entry in self.load("files", "files.img", pb.file_entry)}
         self._processes: list[dict[str, Any]] = []
+        self._capabilities = 0
         self._sockets: list[dict[str, Any]] = []
 
     def load(self, kind: str, name: str, make: Callable[[], _M]) -> list[_M]:
@@ -162,6 +163,7 @@ class _Tree:
             "exe": "",
         }
         self._processes.append(process)
+        self._capabilities |= _capabilities(core.thread_core.creds)
         if state == "Z":
             return  # it has nothing any more but its exit status
         ids = core.ids
@@ -190,10 +192,21 @@ class _Tree:
         """What was found, as JSON values."""
         return {
             "root": self._processes[0]["pid"],
+            "threads": [[each["pid"], each["threads"]] for each in self._processes],
+            "capabilities": self._capabilities,
             "processes": self._processes,
             "sockets": self._sockets,
             "directories": sorted({each["cwd"] for each in self._processes if each["cwd"]}),
         }
+
+
+def _capabilities(creds: Any) -> int:
+    """The capabilities that a process has in any of its sets but the bounding one, a bit each."""
+    held = 0
+    for words in (creds.cap_prm, creds.cap_eff, creds.cap_inh, creds.cap_amb):
+        for number, word in enumerate(words[:2]):
+            held |= word << (32 * number)
+    return held
 
 
 def _socket(pid: int, number: int, found: Any) -> dict[str, Any]:

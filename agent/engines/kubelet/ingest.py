@@ -145,15 +145,15 @@ class _Ingest:
 
     def _facts(self) -> dict[str, Any]:
         stdio = self._source.images.get(imagefacts.DESCRIPTORS)
-        return {
-            **imagefacts.of_tree(self),
-            "container": imagefacts.of_container(
-                self._source.json(SPEC),
-                self._source.json(CONFIG),
-                self._source.json(STATUS),
-                imagefacts.streams(self._source.read(stdio, _IMAGE_BYTES)) if stdio else [],
-            ),
-        }
+        tree = imagefacts.of_tree(self)
+        about = imagefacts.of_container(
+            self._source.json(SPEC),
+            self._source.json(CONFIG),
+            self._source.json(STATUS),
+            imagefacts.streams(self._source.read(stdio, _IMAGE_BYTES)) if stdio else [],
+        )
+        about["capabilities"] = tree.pop("capabilities")
+        return {**tree, "container": about}
 
     def _metadata(self, name: str, member: Member) -> None:
         self._check()
