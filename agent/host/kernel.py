@@ -21,10 +21,11 @@ from collections.abc import Iterator
 
 from agent.model import checkup
 
-# asm/unistd.h; pidfd_getfd has the same number on every architecture.
+# asm/unistd.h; pidfd_getfd and clone3 have the same number on every architecture.
 _NR_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _NR_KCMP = {"x86_64": 312, "aarch64": 272}
 _NR_PIDFD_GETFD = 438
+_NR_CLONE3 = 435
 
 # linux/userfaultfd.h: UFFDIO_API is _IOWR(0xAA, 0x3F, struct uffdio_api of 24 bytes).
 _UFFDIO_API = 0xC018AA3F
@@ -76,7 +77,7 @@ def probe() -> checkup.Kernel:
         time_namespaces=os.path.exists("/proc/self/ns/time"),
         pidfd=_pidfd(),
         kcmp=_kcmp(),
-        set_pid=os.access("/proc/sys/kernel/ns_last_pid", os.W_OK),
+        set_pid=_set_pid(),
         cgroup=_cgroup(),
         capabilities=capabilities(),
     )
@@ -206,6 +207,18 @@ def _kcmp() -> bool:
     pid = os.getpid()
     result = _libc.syscall(number, pid, pid, 2, 0, 0)  # KCMP_FILES, linux/kcmp.h
     return result == 0 or ctypes.get_errno() not in (errno.ENOSYS, 0)
+
+
+def _set_pid() -> bool:
+    """Whether a new process can be given its number (clone3 with set_tid, Linux 5.5): asked for one
+    that is taken, the kernel says so only to those who may.
+    """
+    taken = ctypes.c_int32(os.getpid())
+    # struct clone_args (linux/sched.h): all zero but set_tid and set_tid_size.
+    arguments = struct.pack("=11Q", 0, 0, 0, 0, 0, 0, 0, 0, ctypes.addressof(taken), 1, 0)
+    ctypes.set_errno(0)
+    result = _libc.syscall(_NR_CLONE3, arguments, len(arguments))
+    return result < 0 and ctypes.get_errno() == errno.EEXIST
 
 
 def _cgroup() -> str:

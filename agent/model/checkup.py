@@ -182,7 +182,7 @@ def _kernel(kernel: Kernel, root: bool) -> Iterator[Check]:
         _seen(kernel.set_pid, root),
         "missing",
         "processes cannot get their numbers back",
-        "make /proc/sys writable; use a kernel with CONFIG_CHECKPOINT_RESTORE",
+        "run as root or with CAP_CHECKPOINT_RESTORE; use a kernel with CONFIG_CHECKPOINT_RESTORE",
     )
     yield _check(
         "kernel-userfaultfd",
