@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test check cluster bench lock cluster
+.PHONY: help setup demo story test check cluster bench bench-cluster lock
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -14,14 +14,15 @@ setup: ## install everything into .venv and the cache directory; safe to repeat
 demo: setup ## dump, kill and restore a real training job; writes out/demo/
 	@$(PY) -m demo.run --out out/demo
 
+story: cluster ## on that cluster a pod counts, is moved, counts on: its log shows no gap
+	@scripts/cluster deploy
+	@demo/migrate
+
 check: setup ## linters, types, layers
 	@scripts/check
 
-test: check cluster ## all tests: unit and property, with the real CRIU, on a real cluster
+test: check ## all tests: unit and property, with the real CRIU, on a real cluster
 	@$(PY) -m pytest
-
-cluster: setup ## build what the test cluster is made of; a quarter of an hour the first time
-	@tests/cluster/build
 
 cluster: setup ## start a real two-node Kubernetes here; scripts/cluster uses and ends it
 	@scripts/cluster up
@@ -29,6 +30,9 @@ cluster: setup ## start a real two-node Kubernetes here; scripts/cluster uses an
 bench: setup ## measure against criu, tar, zstd, restic and borg; writes bench/report.md
 	@scripts/bench-setup
 	@$(PY) -m bench
+
+bench-cluster: cluster ## measure on that cluster; writes bench/incluster/report.md
+	@$(PY) -m bench.incluster
 
 lock: ## pin the newest versions that pyproject.toml allows
 	@scripts/lock

@@ -19,6 +19,7 @@ USAGE = """usage: scripts/cluster COMMAND
   shell [NODE]           a shell on a node, or without NODE one of this machine that sees the
                          cluster's network, with kubectl and KUBECONFIG set
   image ARCHIVE...       load OCI or Docker archives into both nodes
+  deploy                 the project on it as users have it, from this checkout: image, deploy/
   agent [CONTEXT]        build the agent's image from the Dockerfile and load it into both nodes
   agent-code             only this checkout's Python code into that image: seconds, to try things
   logs MACHINE SERVICE   the end of a component's log: control-plane, n1 or n2
@@ -67,6 +68,8 @@ def main(arguments: list[str]) -> int:
         case ["image", *archives] if archives:
             for archive in archives:
                 cluster.import_image(Path(archive))
+        case ["deploy"]:
+            deployed.deploy(cluster)
         case ["agent", *context]:
             deployed.forget(cluster)
             subprocess.run([HERE / "agent_image", *context], check=True)
