@@ -139,6 +139,8 @@ class Box:
         config["linux"]["resources"]["memory"] = {
             "limit": self.options.get("memory_mib", 512) << 20
         }
+        if "seccomp" in self.options:
+            config["linux"]["seccomp"] = self.options["seccomp"]
         kinds = ["pid", "ipc", "uts", "mount", "network"]
         config["linux"]["namespaces"] = [
             {"type": kind, **self.options.get("namespaces", {}).get(kind, {})}

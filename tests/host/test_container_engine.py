@@ -143,14 +143,34 @@ def test_signals_reach_the_workload_and_its_status_the_runtime(boxes: Boxes) -> 
     boxes.check(source)
 
 
-def test_killing_the_tree_ends_the_container(boxes: Boxes) -> None:
+def test_killing_a_restored_tree_leaves_a_placeholder(boxes: Boxes) -> None:
+    """As when another member of the group could not be restored: the next try works."""
     source = boxes.tree("source", "children", "threads", "sessions", "stopped")
+    image = boxes.dump(source)
     target = boxes.placeholder("target")
-    tree = boxes.restore(boxes.dump(source), target)
-    tree.kill()
-    assert target.wait() == 128 + signal.SIGKILL
-    tree.kill()
-    tree.signal(signal.SIGTERM)
+    for _ in range(2):
+        tree = boxes.restore(image, target)
+        boxes.check(target)
+        tree.kill()
+        wait_for(lambda: target.pids() == [target.pid], "a process stays")
+        tree.kill()
+        tree.signal(signal.SIGTERM)
+        boxes.assert_clean()
+
+
+def test_a_tree_that_ends_at_once_ends_its_container(boxes: Boxes) -> None:
+    (boxes.folder / "shared").mkdir()
+    bind = {"type": "bind", "options": ["rbind", "rw"], "source": str(boxes.folder / "shared")}
+    mounts = {"mounts": [{"destination": "/shared", **bind}]}
+    script = "while ! test -e /shared/end; do :; done; exit 5"
+    source = boxes.start("source", "sh", "-c", script, **mounts)
+    image = boxes.dump(source)
+    (boxes.folder / "shared" / "end").touch()
+    assert source.wait() == 5
+    for name in ("one", "two", "three"):
+        target = boxes.placeholder(name, **mounts)
+        boxes.restore(image, target)
+        assert target.wait() == 5
 
 
 def test_processes_keep_their_numbers_and_new_ones_get_others(boxes: Boxes) -> None:
@@ -291,3 +311,19 @@ def test_daemons_below_the_main_process_travel_in_every_generation(boxes: Boxes)
 
 def proc_names(box: Box) -> list[str]:
     return [proc.stat(pid).comm for pid in box.pids()]
+
+
+def test_few_rights_and_a_filter_of_system_calls(boxes: Boxes) -> None:
+    seccomp = {
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["ptrace", "bpf"], "action": "SCMP_ACT_ERRNO"}],
+    }
+    source = boxes.tree("source", *FEATURES, capabilities=[], seccomp=seccomp)
+    image = boxes.dump(source)
+    target = boxes.placeholder("target", capabilities=[], seccomp=seccomp)
+    boxes.restore(image, target)
+    boxes.check(target)
+    status = (target.root(f"/proc/{proc.status(stem(target)).ns_pids[-1]}/status")).read_text()
+    assert "Seccomp:\t2" in status
+    assert "CapEff:\t0000000000000000" in status
+    assert "NoNewPrivs:\t1" in status

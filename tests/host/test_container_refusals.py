@@ -214,6 +214,16 @@ def test_an_image_that_was_restored_already_is_refused_in_the_same_container(box
     boxes.check(target)
 
 
+def test_a_placeholder_that_holds_another_images_files(boxes: Boxes) -> None:
+    """Of a restore that failed, or of a workload that was stopped."""
+    source = boxes.tree("source", "memory")
+    older = boxes.dump(source)
+    newer = boxes.stop(source)
+    assert "files of another image" in "\n".join(reasons(boxes, older, source))
+    boxes.restore(newer, source)
+    boxes.check(source)
+
+
 def test_a_container_without_hold(boxes: Boxes) -> None:
     image = boxes.dump(boxes.tree("source", "memory"))
     target = Box(boxes, "plain", ["sleep", "1000"])

@@ -12,6 +12,7 @@ import select
 import signal
 
 from agent import errors
+from agent.engines.container import holding
 from agent.engines.criu import trees
 from agent.host import clock, proc, subprocesses
 
@@ -20,10 +21,14 @@ _NO_LIMIT_S = 10 * 365 * 86400.0
 
 
 class Adopted:
-    """The tree whose root has the number ``pid`` on this host."""
+    """The tree whose root has the number ``pid`` on this host, and ``number`` inside of the
+    container with pid 1 ``init``.
+    """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, init: proc.Identity, number: int) -> None:
         self._who = proc.identity(pid)
+        self._init = init
+        self._number = number
         self._pidfd = os.pidfd_open(pid)
 
     @property
@@ -57,8 +62,11 @@ class Adopted:
             signal.pidfd_send_signal(self._pidfd, number)
 
     def kill(self) -> None:
-        """End every process of the tree; hold ends with it, and so the container."""
-        everyone = trees.stopped_tree(self.pid) if proc.alive(self._who) else []
+        """End every process of the tree; hold waits again, and another try may follow."""
+        if not proc.alive(self._who):
+            return
+        holding.stop(self._init, self._number)
+        everyone = trees.stopped_tree(self.pid)
         for who in everyone:
             if proc.alive(who):
                 subprocesses.signal_quietly(who.pid)

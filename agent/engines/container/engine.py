@@ -99,6 +99,12 @@ class ContainerEngine:
         init = proc.identity(container.pid)
         with self._places.locked([init]):
             reasons = conflicts.find(known, feed.memory_bytes(source), container)
+            image = files.fingerprint(known)
+            if self._places.filled(init) not in ("", image):
+                reasons.append(
+                    f"container {container.name} holds the files of another image already (delete "
+                    "its pod and start another placeholder)"
+                )
             if reasons:
                 raise errors.RestoreConflict(
                     f"cannot restore into {container.name}: {'; '.join(reasons[:3])}"
@@ -108,6 +114,7 @@ class ContainerEngine:
                     reasons=reasons,
                 )
             files.inspect(source, known)
+            self._places.note_filled(init, image)
             files.put_back(container, init, source, known, deadline)
             last = supervisor.last_pid(numbers, proc.last_pid_max())
             inside.raise_counter(init, last)

@@ -44,6 +44,7 @@ class Placeholder:
         self._numbers = conflicts.numbers(known)
         self._began_ticks = int(clock.boottime_s() * proc.TICKS_PER_S)
         self._host_pids: dict[int, int] = {}
+        self._tree: Adopted | None = None
         self._moved = connections.Moved(known["container"]["addresses"], facts.addresses(init.pid))
 
     def entry(self) -> journal.About:
@@ -109,7 +110,11 @@ class Placeholder:
             raise errors.NotFound(f"no process {number} in the restored tree", pid=number) from None
 
     def complete(self, images: str) -> None:
-        """Reset the connections whose peers know another address."""
+        """Reset the connections whose peers know another address; know the root while it cannot
+        end.
+        """
+        root = int(self._known["root"])
+        self._tree = Adopted(self.host_pid(root), self._init, root)
         for each in self._moved.lost(self._known):
             connections.reset(self.host_pid(each.pid), each.fd)
 
@@ -117,8 +122,9 @@ class Placeholder:
         self, response: rpc.Response, worker: rpc.Worker, deadline: clock.Deadline
     ) -> RestoredTree:
         """Let go of CRIU, whose children hold inherits, and tell hold which one to follow."""
-        root = int(self._known["root"])
-        tree = Adopted(self.host_pid(root))
+        tree = self._tree
+        if tree is None:
+            raise errors.RestoreFailed("CRIU did not say when the tree stood complete")
         # The restored processes are in sessions of their own or in none of ours: they stay.
         worker.end(alone=False)
         clock.wait_until(
@@ -126,7 +132,7 @@ class Placeholder:
             deadline.sooner(_SETTLE_S),
         )
         try:
-            holding.adopt(self._init, root)
+            holding.adopt(self._init, int(self._known["root"]))
         except BaseException:
             tree.kill()
             raise

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from agent import errors
 from agent.engines.container import holding, inside, mountpoints, rights
@@ -146,13 +146,12 @@ def strays(init: proc.Identity, tree: Iterable[int], groups: Sequence[str]) -> l
     return found
 
 
-def _members(groups: Sequence[str]) -> Iterator[int]:
-    # Every process of the container is in every hierarchy; one that knows of some is enough.
-    for group in groups:
-        found = cgroups.members(group)
-        if found:
-            yield from found
-            return
+def _members(groups: Sequence[str]) -> list[int]:
+    # Every process of the container is in all of its groups, but a hierarchy that the runtime does
+    # not manage has others' in the same one.
+    return min(
+        (found for group in groups if (found := cgroups.members(group))), key=len, default=[]
+    )
 
 
 def _executed(pid: int) -> bool:

@@ -107,7 +107,8 @@ class ContainerTree:
     def killed(
         self, places: journal.Places, operation: journal.Operation, known: dict[str, Any]
     ) -> None:
-        """Nothing to do: hold waits now, and the container can be deleted."""
+        """The container waits now, with the files of this very image in it."""
+        places.note_filled(self._target.init, files.fingerprint(known))
 
     def _refuse_strays(self, pids: Sequence[int]) -> None:
         left = target.strays(self._target.init, pids, self._target.groups)

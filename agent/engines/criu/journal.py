@@ -4,7 +4,8 @@ Below the runtime directory (tmpfs or at least emptied at boot):
 ``locks/PID-START`` is held by flock while that process is dumped; ``ops/NAME.json`` says what an
 operation may leave behind, from before it begins until after it ended; ``tables/NAME`` marks an
 nft table that is kept on purpose, since a killed tree's connections wait behind it;
-``strays/NAME`` one that is to be removed as soon as it is certain that no CRIU uses it.
+``strays/NAME`` one that is to be removed as soon as it is certain that no CRIU uses it;
+``filled/PID-START`` says which image's files are in the container with that pid 1.
 Below the work directory (a real disk): ``NAME/`` is the operation's scratch folder.
 
 Promises: two operations never hold the same process; a dead agent's locks are void; a journal
@@ -29,6 +30,8 @@ from agent.host import proc
 
 RUNTIME_DIR = "/run/ckpt-agent"
 WORK_DIR = "/var/tmp/ckpt-agent"  # noqa: S108 - a folder of our own, mode 0700, checked to be ours
+
+_SUBS = ("locks", "ops", "tables", "strays", "filled")
 
 _counter = itertools.count()
 
@@ -83,7 +86,7 @@ class Places:
         for path in (
             self.work_dir,
             self.runtime_dir,
-            *(os.path.join(self.runtime_dir, sub) for sub in ("locks", "ops", "tables", "strays")),
+            *(os.path.join(self.runtime_dir, sub) for sub in _SUBS),
         ):
             try:
                 os.makedirs(path, mode=0o700, exist_ok=True)
@@ -168,6 +171,29 @@ class Places:
     def remove_scratch(self, name: str) -> None:
         """Remove a scratch folder with all in it; a no-op without one."""
         shutil.rmtree(os.path.join(self.work_dir, name), ignore_errors=True)
+
+    def note_filled(self, init: proc.Identity, image: str) -> None:
+        """Write down whose files are in the container with this pid 1."""
+        path = os.path.join(self.runtime_dir, "filled", f"{init.pid}-{init.start_ticks}")
+        with open(path + ".new", "w", encoding="utf-8") as file:
+            file.write(image)
+        os.rename(path + ".new", path)
+
+    def filled(self, init: proc.Identity) -> str:
+        """Whose files are in the container with this pid 1; "" if none were put there."""
+        name = f"{init.pid}-{init.start_ticks}"
+        with contextlib.suppress(FileNotFoundError):
+            return _content(os.path.join(self.runtime_dir, "filled", name))
+        return ""
+
+    def forget_ended(self) -> None:
+        """Forget about containers that have ended."""
+        folder = os.path.join(self.runtime_dir, "filled")
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            pid, _, start = name.removesuffix(".new").partition("-")
+            if not proc.alive(proc.Identity(int(pid), int(start))):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, name))
 
     def forget_void_locks(self) -> None:
         """Remove the locks of dead agents; those that are held stay."""

@@ -71,6 +71,7 @@ def recover(places: journal.Places) -> Findings:
             undo_restore(places, entry, findings)
         places.remove(entry.name)
     places.forget_void_locks()
+    places.forget_ended()
     _remove_strays(places, findings)
     _sweep_scratch(places, findings)
     return findings
