@@ -155,6 +155,7 @@ ANSWERS = [
         errors.CriuFailed,
         "runc.conf",
     ),
+    (500, "OCI runtime pause failed: unable to freeze", errors.DumpFailed, "try again"),
     (500, "something else", errors.DumpFailed, "logs"),
     (503, "", errors.DumpFailed, "logs"),
     (200, "", errors.DumpFailed, "version"),

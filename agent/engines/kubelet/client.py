@@ -332,6 +332,11 @@ _FAILURES: tuple[tuple[str, type[errors.CkptError], str], ...] = (
         "allow more time; the container goes on",
     ),
     (
+        r"unable to freeze",
+        errors.DumpFailed,
+        "the runtime could not stop the container in time on a busy node; try again",
+    ),
+    (
         r"criu failed|CRIU|/criu",
         errors.CriuFailed,
         "the node's CRIU log says more; options for CRIU on the node stand in /etc/criu/runc.conf",
