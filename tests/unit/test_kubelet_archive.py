@@ -301,6 +301,19 @@ def test_a_layer_may_hold_what_a_root_file_system_holds(tmp_path: Path) -> None:
     assert taken.facts["rootfs"]["skipped"] == ["dev/sda"]
 
 
+def test_deletions_alone_are_kept_and_no_change_is_none(tmp_path: Path) -> None:
+    beside = archives.parts()
+    del beside["rootfs-diff.tar"]
+    image, taken = take_entries(tmp_path, archives.entries(parts_of=beside))
+    assert (taken.facts["rootfs"], image.file_entries) == (None, [])
+    deleted = beside | {"deleted.files": b'["/etc/motd"]'}
+    image, taken = take_entries(tmp_path, archives.entries(parts_of=deleted))
+    assert tree(image) == {"etc/motd": ("3", b"", "", {})}
+    assert taken.facts["rootfs"]["entries"] == 2
+    image, _ = take_entries(tmp_path, archives.entries(parts_of=beside | {"rootfs-diff.tar": b""}))
+    assert tree(image) == {}
+
+
 def test_owners_modes_times_and_attributes_of_a_layer_are_kept(tmp_path: Path) -> None:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:

@@ -104,14 +104,15 @@ class _Ingest:
         # First what is small, so that a useless archive costs nothing.
         facts = self._facts()
         diff = self._source.parts.get(ROOTFS_DIFF)
-        checked = layer.check(self._source, diff, self._source.parts.get(DELETED)) if diff else None
+        deleted = self._source.parts.get(DELETED)
+        checked = layer.check(self._source, diff, deleted)
         self._memory()
         for name, member in sorted(self._source.images.items()):
             if name not in (STATS, LOG) and not _MEMORY.fullmatch(name):
                 self._metadata(name, member)
         for name in self._source.kept_parts:
             self._metadata(name, self._source.parts[name])
-        if diff and checked:
+        if diff or deleted:
             self._check()
             self._sink.file(_DIFF_ENTRY, layer.converted(self._source, diff, checked))
         for process in facts["processes"]:
@@ -124,7 +125,7 @@ class _Ingest:
             **node_facts,
             **facts,
             "spaces": [[space.kind, space.id] for space in self._pages_of],
-            "rootfs": _about(checked) if checked else None,
+            "rootfs": _about(checked) if diff or deleted else None,
             "volumes": [],
             "archive_parts": self._source.kept_parts,
         }

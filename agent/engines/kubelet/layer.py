@@ -71,14 +71,14 @@ class Layer:
     deleted: tuple[str, ...]
 
 
-def check(source: Archive, member: Member, deleted: Member | None) -> Layer:
-    """Read a layer and the list of deletions through.
+def check(source: Archive, member: Member | None, deleted: Member | None) -> Layer:
+    """Read a layer and the list of deletions through; either may be missing.
 
     Raises:
         errors.Corrupt: it cannot be used, or would reach outside of a root file system.
     """
     gone = _deleted(source, deleted) if deleted else ()
-    if not member.size_bytes:  # nothing changed
+    if member is None or not member.size_bytes:  # nothing was added or changed
         return Layer(len(gone), 0, (), frozenset(), gone)
     limits = tarindex.Limits(members=_MEMBERS, content_bytes=CONTENT_BYTES)
     entries, content_bytes = len(gone), 0
@@ -126,13 +126,13 @@ def opened(source: Archive, member: Member) -> BinaryIO:
     return cast("BinaryIO", io.BufferedReader(_Unpacked(raw, member), _BUFFER_BYTES))
 
 
-def converted(source: Archive, member: Member, layer: Layer) -> BinaryIO:
+def converted(source: Archive, member: Member | None, layer: Layer) -> BinaryIO:
     """The tar that an image holds, of a layer that was checked."""
     return cast("BinaryIO", io.BufferedReader(_Pieces(_convert(source, member, layer))))
 
 
-def _convert(source: Archive, member: Member, layer: Layer) -> Iterator[bytes]:
-    if member.size_bytes:
+def _convert(source: Archive, member: Member | None, layer: Layer) -> Iterator[bytes]:
+    if member is not None and member.size_bytes:
         stream = opened(source, member)
         try:
             with tarfile.open(
