@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from agent.host import hold, netfilter
+from agent.host import hold, namespaces, netfilter, proc
 
 NAME = "ckpt-agent-test-hold"
 
@@ -86,3 +89,33 @@ def test_an_error_inside_releases() -> None:
         raise KeyError
     assert seen == [{NAME}]
     assert netfilter.tables(NAME) == set()
+
+
+def test_the_kernel_ends_a_hold_whose_owner_has_died() -> None:
+    with pair("127.0.0.1") as (a, b), contextlib.ExitStack() as left:
+        left.enter_context(hold.held(NAME, [ends(b)], limit_s=1.5))
+        a.send(b"x")
+        assert silent(b)
+        b.settimeout(10)
+        assert b.recv(1) == b"x"
+        assert netfilter.tables(NAME) == {NAME}
+
+
+def test_a_hold_in_another_network_outlives_its_last_process() -> None:
+    popen = subprocess.Popen(["unshare", "--net", "sleep", "1000"])
+    try:
+        here = proc.namespaces(os.getpid())["net"]
+        deadline = time.monotonic() + 10
+        while proc.namespaces(popen.pid)["net"] == here:
+            assert time.monotonic() < deadline
+        who = proc.identity(popen.pid)
+        with namespaces.opened(who, "net") as network:
+            with hold.held(NAME, [hold.Connection("::1", 1, "::1", 2)], network=network):
+                assert namespaces.within([network], lambda: netfilter.tables(NAME)) == {NAME}
+                assert netfilter.tables(NAME) == set()
+                popen.kill()
+                popen.wait()
+            assert namespaces.within([network], lambda: netfilter.tables(NAME)) == set()
+    finally:
+        popen.kill()
+        popen.wait()

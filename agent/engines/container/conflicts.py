@@ -12,7 +12,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from agent import errors
-from agent.engines.container import connections, files, holding, inside, mountpoints, rights, target
+from agent.engines.container import (
+    connections,
+    facts,
+    files,
+    holding,
+    inside,
+    mountpoints,
+    rights,
+    target,
+)
 from agent.engines.criu import facts as criu_facts
 from agent.host import cgroups, proc
 from agent.model.container import LAYOUT, Container
@@ -32,6 +41,13 @@ def numbers(known: dict[str, Any]) -> set[int]:
         raise errors.UnknownFormat(
             f"the image has layout {known.get('layout')!r}, containers are restored from {LAYOUT}",
             hint="use the engine that made it",
+        )
+    if "archive_parts" in known:
+        raise errors.UnknownFormat(
+            "the image is of a whole container with its own pid 1, as a kubelet archives it; a "
+            "placeholder takes only what ran below hold",
+            hint="export it for a runtime that restores archives, or label the pod "
+            "ckpt-agent.dev/checkpoint=enabled and dump it again with the container engine",
         )
     try:
         return {int(tid) for _, tids in known["threads"] for tid in tids} | {
@@ -66,6 +82,7 @@ def find(known: dict[str, Any], memory_bytes: int, container: Container) -> list
             *_memory(known, memory_bytes, container),
             *_numbers(known, container),
             *_stdio(known, container),
+            *_addresses(known, container),
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise incomplete() from exc
@@ -176,6 +193,12 @@ def _numbers(known: dict[str, Any], container: Container) -> Iterator[str]:
     taken = inside.host_pids(init, numbers(known))
     for number, pid in sorted(taken.items()):
         yield f"pid {number} inside of the container is in use by {target.described([pid])}"
+
+
+def _addresses(known: dict[str, Any], container: Container) -> Iterator[str]:
+    here = facts.addresses(container.pid)
+    for address in connections.Moved(known["container"]["addresses"], here).homeless(known):
+        yield f"sockets use the old pod's address {address}, and this pod has none of its kind"
 
 
 def _stdio(known: dict[str, Any], container: Container) -> Iterator[str]:

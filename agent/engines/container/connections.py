@@ -21,7 +21,7 @@ from typing import Any
 
 from agent import errors
 from agent.engines.criu import conflicts, facts, images
-from agent.host import descriptors, hold
+from agent.host import descriptors, hold, sockets
 
 # struct sockaddr of a family that no address has: it ends a connection.
 _NOWHERE = ctypes.create_string_buffer(16)
@@ -44,6 +44,7 @@ class Moved:
 
     def __init__(self, old: Iterable[str], new: Iterable[str]) -> None:
         here = [ipaddress.ip_address(each) for each in new]
+        self._here = {str(each) for each in here}
         self._own = {str(ipaddress.ip_address(each)) for each in old}
         self._new = {}
         for each in sorted(self._own):
@@ -72,10 +73,19 @@ class Moved:
             for local, remote in ends:
                 here, there = conflicts.endpoint(local)[0], conflicts.endpoint(remote)[0]
                 inside = there in self._own or ipaddress.ip_address(there).is_loopback
-                moved = here in self._own and self(here) == here
-                if not inside and not moved and (remote, local) not in live:
+                if not inside and here not in self._here and (remote, local) not in live:
                     found.append(Lost(int(each["pid"]), int(each["fd"]), remote))
         return found
+
+    def homeless(self, known: dict[str, Any]) -> list[str]:
+        """The old pod's addresses that sockets use and that nothing here can replace."""
+        found = set()
+        for each in known["sockets"]:
+            if each["kind"].startswith(("tcp", "udp")):
+                local = conflicts.endpoint(sockets.unmapped(each["local"]))[0]
+                if local in self._own and self(local) not in self._here:
+                    found.add(local)
+        return sorted(found)
 
     def rewrite(self, folder: str) -> int:
         """Set the addresses in the images in ``folder``; return how many.
