@@ -284,7 +284,13 @@ def test_a_replica_can_end_without_a_pod_being_missed(admission: Cluster, cluste
             60,
         )
     assert len(held) > 10
-    assert all(held)
+    assert all(held), complaints(cluster)
+
+
+def complaints(cluster: Cluster) -> list[str]:
+    """Why the API server went on without the webhook."""
+    log = cluster.control_plane.tail("kube-apiserver", 1000).splitlines()
+    return [line for line in log if "failing open" in line]
 
 
 def replicas(cluster: Cluster) -> list[dict[str, Any]]:
@@ -328,8 +334,10 @@ def short_lives(admission: Cluster, cluster: Cluster) -> Iterator[None]:
     try:
         yield
     finally:
-        set_variables(cluster, [f"CKPT_AGENT_{key}-" for key in lives])
+        # A new authority with the usual life, which signs soon; then the usual overlap.
+        set_variables(cluster, [f"CKPT_AGENT_{key}-" for key in lives if key != "TRUST_OVERLAP"])
         new_authority(cluster)
+        set_variables(cluster, ["CKPT_AGENT_TRUST_OVERLAP-"])
         # The kubelet brings a changed Secret into pods at once when it looks at them anyway.
         agents = ["pods", "-n", PROJECT, "-l", "app.kubernetes.io/name=ckpt-agent-node"]
         mark = f"looked-at={time.time():.0f}"
@@ -344,10 +352,10 @@ def set_variables(cluster: Cluster, variables: list[str]) -> None:
 
 
 def new_authority(cluster: Cluster) -> None:
-    """Begin with a new authority: the one there lives as long as was right before."""
+    """Lose the authority, and wait until another one signs, an overlap later."""
     before = signer(cluster)
     cluster.kubectl("delete", "secret", "ckpt-agent-ca", "-n", PROJECT)
-    cluster.wait_for("a new authority", lambda: signer(cluster) != before, 60)
+    cluster.wait_for("a new authority", lambda: signer(cluster) != before, 90)
 
 
 def trusted(cluster: Cluster) -> bytes:
@@ -375,10 +383,10 @@ def test_authorities_are_lost_and_replaced_without_a_pod_being_missed(
             bundles.add(trusted(cluster))
             signers.add(signer(cluster))
             time.sleep(1)
-    assert len(signers) == 3
-    assert {len(certificates.read_bundle(text)) for text in bundles} >= {1, 2}
+    assert all(held), complaints(cluster)
     assert len(held) > 30
-    assert all(held)
+    assert len(signers) == 3
+    assert max(len(certificates.read_bundle(text)) for text in bundles) > 1
 
 
 def may(cluster: Cluster, verb: str, *what: str) -> bool:
