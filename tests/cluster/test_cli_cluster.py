@@ -184,6 +184,20 @@ def test_a_pod_can_be_moved_there_and_back_and_there_again(
     assert images[2]["newBytes"] < images[0]["newBytes"] / 2
 
 
+def test_a_stopped_pod_waits_and_goes_on_where_it_is(
+    agents: Cluster, namespace: str, job: str
+) -> None:
+    name = ckpt(agents, "dump", f"pod/{job}", "--stop", "-n", namespace).document()["name"]
+    stood = counted(agents, namespace)
+    done = ckpt(agents, "restore", name, "--pod", job, "-n", namespace).document()
+    assert (done["pod"], done["node"]) == (job, "n1")
+    agents.wait_for("more", lambda: counted(agents, namespace)[-1] > stood[-1] + 5, 30)
+    in_file = counted(agents, namespace)
+    assert in_file == list(range(len(in_file)))
+    statuses = agents.get("pod", job, "-n", namespace)["status"]["containerStatuses"]
+    assert [each["restartCount"] for each in statuses] == [0]
+
+
 def test_an_image_is_listed_shown_verified_and_deleted_and_the_pod_counts_on(
     agents: Cluster, namespace: str, job: str
 ) -> None:
