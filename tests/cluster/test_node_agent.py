@@ -259,7 +259,7 @@ def listed(cluster: Cluster, namespace: str, token: str) -> str:
         from agent import errors
         from agent.rpc import client
         credentials = client.Credentials(
-            base64.b64decode(sys.argv[2]), "ckpt-agent-node.ckpt-agent.svc", token=sys.argv[3]
+            base64.b64decode(sys.argv[2]), "ckpt-agent-node.ckpt-agent.svc", token=lambda: sys.argv[3]
         )
         with client.connect(sys.argv[1], credentials, peer="the agent") as agent:
             try:

@@ -93,7 +93,7 @@ class Node:
         """A client that shows these credentials."""
         port = self.server.certificate_port if certificate else self.server.token_port
         pem, key = certificate or (None, None)
-        credentials = client.Credentials(self.authority.pem, SERVER_NAME, token, pem, key)
+        credentials = client.Credentials(self.authority.pem, SERVER_NAME, lambda: token, pem, key)
         with client.connect(f"localhost:{port}", credentials, peer=f"node {NODE}") as agent:
             yield agent
 

@@ -556,7 +556,7 @@ class TestServer:
             while True:
                 answer = agent._stub.ListImages(
                     node_pb2.ListImagesRequest(namespace="default", page_size=1, page_token=token),
-                    metadata=agent._metadata,
+                    metadata=agent._metadata(),
                 )
                 paged += [image.name for image in answer.images]
                 token = answer.next_page_token
