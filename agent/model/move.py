@@ -25,6 +25,8 @@ Json = Mapping[str, Any]
 
 _PIN = "metadata.name"
 _MIRROR = "kubernetes.io/config.mirror"
+# The labels by which Jobs and ReplicaSets tell their own pods from others.
+_OF_A_CONTROLLER = ("controller-uid", "batch.kubernetes.io/controller-uid", "pod-template-hash")
 _NO_SCHEDULE = ("NoSchedule", "NoExecute")
 _NAME_CHARS = 253
 
@@ -79,8 +81,9 @@ def _owned(owner: Json) -> str:
     kind, name = owner.get("kind", "object"), owner.get("name", "")
     return (
         f"{kind} {name} controls it and would start its own replacement from the beginning, beside"
-        " or instead of the restored one: dump the pod without stopping it (ckpt-agent dump"
-        f" pod/NAME), and move it when {kind} {name} no longer controls it"
+        " or instead of the restored one: dump the pod without stopping it, or give up the"
+        f" controller and keep its pods (kubectl delete {str(kind).lower()} {name}"
+        " --cascade=orphan) and then move it"
     )
 
 
@@ -176,6 +179,7 @@ def replacement(
     metadata, spec = made["metadata"], made["spec"]
     metadata["name"] = name or metadata["name"]
     metadata["annotations"] = {**(metadata.get("annotations") or {}), optin.RESTORE: image}
+    _stand_alone(metadata)
     spec.pop("nodeName", None)
     pinned = [{**term, "matchFields": _pinned(term, node)} for term in _terms(spec) or [{}]]
     affinity = spec.get("affinity") or {}
@@ -184,6 +188,20 @@ def replacement(
     node_affinity["requiredDuringSchedulingIgnoredDuringExecution"] = required
     spec["affinity"] = {**affinity, "nodeAffinity": node_affinity}
     return made
+
+
+def _stand_alone(metadata: dict[str, Any]) -> None:
+    """Take off what ties a pod to a controller: a controller that is gone would have it collected,
+    one that is there would count it, and only it takes its finalizer off again.
+    """
+    metadata.pop("finalizers", None)
+    owners = metadata.pop("ownerReferences", None) or ()
+    kept = [each for each in owners if not each.get("controller")]
+    if kept:
+        metadata["ownerReferences"] = kept
+    labels = metadata.get("labels") or {}
+    for each in _OF_A_CONTROLLER:
+        labels.pop(each, None)
 
 
 def _pinned(term: Json, node: str) -> list[Json]:

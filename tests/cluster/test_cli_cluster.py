@@ -355,6 +355,18 @@ def test_a_pod_of_a_controller_is_not_moved(agents: Cluster, namespace: str) -> 
     assert refused.status == exits.REFUSED
     assert any("Job train controls it" in each for each in refused.error()["facts"]["reasons"])
     assert ckpt(agents, "dump", f"pod/{name}", "-n", namespace).status == 0
+    # The way out that the message tells.
+    agents.kubectl("delete", "job", "train", "--cascade=orphan", "-n", namespace)
+    agents.wait_for(
+        "the pod to be nobody's",
+        lambda: (
+            not {"ownerReferences", "finalizers"}
+            & set(agents.get("pod", name, "-n", namespace)["metadata"])
+        ),
+        30,
+    )
+    done = ckpt(agents, "migrate", f"pod/{name}", "--to", "n2", "-n", namespace).document()
+    assert done["target"] == "n2"
 
 
 def test_a_cordoned_node_is_refused_before_anything_stops(

@@ -138,6 +138,22 @@ def test_the_replacement_waits_for_the_image_on_the_node_and_the_template_is_lef
     assert terms_of(made) == [{"matchFields": [pin]}]
 
 
+def test_the_replacement_stands_alone() -> None:
+    template = pod()
+    template["metadata"] |= {
+        "finalizers": ["batch.kubernetes.io/job-tracking"],
+        "labels": {"batch.kubernetes.io/controller-uid": "u", "job-name": "train", "a": "b"},
+        "ownerReferences": [
+            {"kind": "Job", "name": "train", "controller": True},
+            {"kind": "ConfigMap", "name": "x"},
+        ],
+    }
+    metadata = move.replacement(template, image="job@x", node="n2")["metadata"]
+    assert "finalizers" not in metadata
+    assert metadata["labels"] == {"job-name": "train", "a": "b"}
+    assert metadata["ownerReferences"] == [{"kind": "ConfigMap", "name": "x"}]
+
+
 def test_each_alternative_of_an_affinity_is_pinned_and_preferences_stay() -> None:
     wanted = affinity(expression("In", "a"), expression("In", "b"))
     wanted["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"] = ["p"]
