@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -315,6 +316,27 @@ def described(root: Path) -> dict[str, Any]:
             },
         )
     return found
+
+
+def test_a_tree_of_any_depth(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    old, new = Place(tmp_path / "a"), Place(tmp_path / "b")
+    depth = 1900
+    folder = os.open(old.root, os.O_RDONLY | os.O_DIRECTORY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=folder)
+        below = os.open("d", os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
+        os.close(folder)
+        folder = below
+    os.close(folder)
+    raw, content = old.pack()
+    assert content.entries == depth + 1
+    new.apply(raw, limits=unpack.Limits(content.entries, 0))
+    again, _ = new.pack()
+    assert again == raw
+    # pytest's own way to remove it is recursive.
+    subprocess.run(["rm", "-rf", str(old.root), str(new.root)], check=True)
 
 
 def test_sockets_and_devices_are_left_out_by_name(place: Place) -> None:

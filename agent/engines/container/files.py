@@ -80,6 +80,8 @@ def _put_hold(init: proc.Identity, source: MemberSource) -> None:
     entry = next((each for each in source.files() if each.path == HOLD_FILE), None)
     if entry is None:
         return
+    if entry.size_bytes > _HOLD_BYTES:
+        raise errors.Corrupt("the image's version of hold is too large", part=HOLD_FILE)
     with inside.root(init) as root:
         flags = os.O_RDONLY | os.O_DIRECTORY
         folder = confine.open_inside(root, AGENT_DIRECTORY, flags)

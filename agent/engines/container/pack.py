@@ -1,8 +1,8 @@
 """A directory tree as a tar stream: numeric owners, extended attributes, nanoseconds.
 
-Promises: memory stays bounded by the number of directories on the way down and of files with
-several names; nothing outside the tree is read, whatever its owner put into it; the same tree
-gives the same bytes.
+Promises: memory stays bounded by the number of directories and of files with several names;
+nothing outside the tree is read, whatever its owner put into it; the same tree gives the same
+bytes.
 Does not: carry sockets, or devices but whiteouts (``skipped`` names them).
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Container, Iterator
 from typing import Any
 
 from agent import errors
-from agent.host import clock
+from agent.host import clock, confine
 
 OPAQUE = "trusted.overlay.opaque"
 XATTR = "SCHILY.xattr."
@@ -85,20 +85,28 @@ class Pack(io.RawIOBase):
         return count
 
     def _all(self) -> Iterator[bytes]:
-        root = os.dup(self._root)
         try:
-            yield from self._entry(root, ".", ".", os.fstat(root))
-            yield from self._below(root, "")
+            yield from self._entry(self._root, ".", ".", os.fstat(self._root))
+            # Every directory is opened anew from the root: neither its depth nor the number of
+            # descriptors is limited by ours.
+            waiting = [""]
+            while waiting:
+                prefix = waiting.pop()
+                folder = confine.open_beneath(
+                    self._root, prefix or ".", os.O_RDONLY | os.O_DIRECTORY, one_file_system=True
+                )
+                try:
+                    yield from self._below(folder, prefix, waiting)
+                finally:
+                    os.close(folder)
         except OSError as exc:
             raise errors.DumpFailed(
                 f"cannot read {exc.filename or 'a file of the container'}: {exc.strerror}",
                 hint="try again",
             ) from exc
-        finally:
-            os.close(root)
         yield bytes(2 * tarfile.BLOCKSIZE)
 
-    def _below(self, folder: int, prefix: str) -> Iterator[bytes]:
+    def _below(self, folder: int, prefix: str, waiting: list[str]) -> Iterator[bytes]:
         # A listing needs a descriptor of its own: its position is shared with the original.
         for name in sorted(os.listdir(f"/proc/self/fd/{folder}")):
             path = prefix + name
@@ -108,12 +116,7 @@ class Pack(io.RawIOBase):
             info = os.stat(name, dir_fd=folder, follow_symlinks=False)
             yield from self._entry(folder, name, path, info)
             if stat.S_ISDIR(info.st_mode):
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                below = os.open(name, flags, dir_fd=folder)
-                try:
-                    yield from self._below(below, path + "/")
-                finally:
-                    os.close(below)
+                waiting.append(path + "/")
 
     def _entry(self, folder: int, name: str, path: str, info: os.stat_result) -> Iterator[bytes]:
         head = tarfile.TarInfo(path)

@@ -66,11 +66,8 @@ class Placeholder:
             keys: dict[str, int] = {}
             for number, link in enumerate(self._known["container"]["stdio"]):
                 if str(link).startswith("pipe:") and link not in keys:
-                    flags = (os.O_WRONLY if number else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
-                    fd = os.open(f"/proc/{self._init.pid}/fd/{number}", flags)
-                    owned.callback(os.close, fd)
-                    os.set_blocking(fd, True)
-                    keys[link] = fd
+                    keys[link] = _opened_stream(self._init.pid, number)
+                    owned.callback(os.close, keys[link])
             yield keys
 
     @contextlib.contextmanager
@@ -151,6 +148,22 @@ class Placeholder:
         with contextlib.suppress(errors.NotFound):
             return inside.host_pids(self._init, self._numbers)
         return {}
+
+
+def _opened_stream(pid: int, number: int) -> int:
+    """The placeholder's end of a standard stream, with an open file of its own."""
+    flags = (os.O_WRONLY if number else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        fd = os.open(f"/proc/{pid}/fd/{number}", flags)
+    except OSError as exc:
+        raise errors.RestoreFailed(
+            f"nobody is at the other end of the placeholder's stream {number}: {exc.strerror}",
+            hint="the runtime's process for this container may have ended; start the pod anew",
+            pid=pid,
+        ) from exc
+    # Only opening it must not wait.
+    os.set_blocking(fd, True)
+    return fd
 
 
 def _parent(pid: int) -> int:

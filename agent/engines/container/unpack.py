@@ -142,6 +142,11 @@ def apply(
             f"cannot write {exc.filename or 'a file'} of {name.strip('/')}: {exc.strerror}",
             hint="free space for the container's files, then try again",
         ) from exc
+    except RecursionError as exc:
+        raise errors.RestoreFailed(
+            "directories that the image does not have are nested too deeply to be removed",
+            hint="restore into another placeholder",
+        ) from exc
 
 
 @contextlib.contextmanager
