@@ -258,8 +258,7 @@ class _Tree:
 
     def _mounted(self, path: str) -> bool:
         """Whether the path is a mount in the container, or below one."""
-        parts = path.split("/")
-        return any("/".join(parts[:end]) in self._mounts for end in range(1, len(parts) + 1))
+        return any(path == each or path.startswith(each + "/") for each in self._mounts)
 
     def _holds_mount(self, path: str) -> bool:
         return any(each == path or each.startswith(path + "/") for each in self._mounts)
