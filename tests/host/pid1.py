@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from agent import errors
 from agent.host import proc
 
 _CLONE_NEWPID = 0x20000000
@@ -90,7 +91,7 @@ class Container:
     @property
     def pid(self) -> int:
         """pid 1 as the host counts; 0 if there is none (yet)."""
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(errors.NotFound):
             return next(iter(proc.children(self.popen.pid)), 0)
         return 0
 
@@ -107,7 +108,11 @@ class Container:
 
     def outer(self, pid: int) -> int:
         """The process that has this number in here, as the host counts."""
-        return next(p for p in self.pids() if self.inner(p) == pid)
+        for outer in self.pids():
+            with contextlib.suppress(errors.NotFound):  # others come and go
+                if self.inner(outer) == pid:
+                    return outer
+        raise AssertionError(f"there is no process {pid} inside")
 
     def pids(self) -> list[int]:
         """All processes in here, as the host counts."""
