@@ -402,10 +402,10 @@ class Agent:
         caller gave the call up.
         """
         found = status.error(exc, self.peer)
-        if isinstance(found, errors.Interrupted) and found.facts.get("status") and not asked:
-            # What gRPC calls a call whose server ends.
-            found = errors.Unreachable(
-                f"{self.peer} ended", hint="try again when it is ready", status="CANCELLED"
+        if isinstance(found, errors.Interrupted) and not asked:
+            # Said by an agent that is told to end, and by gRPC for one that just ended.
+            return errors.Unreachable(
+                f"{self.peer} ended", hint="try again when it is ready", begun=begun
             )
         if not isinstance(found, errors.Unreachable) or found.facts.get("status") is None:
             return found

@@ -471,33 +471,61 @@ def test_kubectl_ckpt_is_the_same_program_and_completes(
     assert run("__complete", "ckpt", "restore", "-n", namespace, "job@").split("\n")[0] == image
 
 
-@pytest.mark.parametrize("after_s", [0.3, 0.9])
-def test_ctrl_c_whenever_it_comes_lets_the_pod_go_on(
-    agents: Cluster, namespace: str, after_s: float, tmp_path: Path
-) -> None:
-    agents.apply(counter("job", namespace, MEMORY_MB="300"))
-    agents.wait_for_pod("job", namespace)
-    agents.wait_for("the counter", lambda: len(logged(agents, namespace)) > 1, 60)
+def begun(cluster: Cluster, namespace: str, folder: Path) -> subprocess.Popen[str]:
+    """A dump of a large pod ``job`` that has reached its agent."""
+    cluster.apply(counter("job", namespace, MEMORY_MB="300"))
+    cluster.wait_for_pod("job", namespace)
+    cluster.wait_for("the counter", lambda: len(logged(cluster, namespace)) > 1, 60)
+    settings = {"PYTHONPATH": str(CHECKOUT), "TMPDIR": str(folder)}
     process = subprocess.Popen(
-        agents.in_control_plane([*PROGRAM, "dump", "pod/job", "-n", namespace, "-o", "json"]),
-        env=os.environ
-        | {
-            "KUBECONFIG": str(agents.kubeconfig),
-            "PYTHONPATH": str(CHECKOUT),
-            "TMPDIR": str(tmp_path),
-        },
+        cluster.in_control_plane([*PROGRAM, "dump", "pod/job", "-n", namespace, "-o", "json"]),
+        env=os.environ | {"KUBECONFIG": str(cluster.kubeconfig)} | settings,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    agents.wait_for("the port-forward", lambda: list(tmp_path.glob("ckpt-agent-*/agent")), 60)
+    cluster.wait_for("the port-forward", lambda: list(folder.glob("ckpt-agent-*/agent")), 60)
+    return process
+
+
+def goes_on(cluster: Cluster, namespace: str) -> None:
+    before = counted(cluster, namespace)[-1]
+    cluster.wait_for("the count to go on", lambda: counted(cluster, namespace)[-1] > before, 30)
+    in_file = counted(cluster, namespace)
+    assert in_file == list(range(len(in_file)))
+
+
+@pytest.mark.parametrize("after_s", [0.3, 0.9])
+def test_ctrl_c_whenever_it_comes_lets_the_pod_go_on(
+    agents: Cluster, namespace: str, after_s: float, tmp_path: Path
+) -> None:
+    process = begun(agents, namespace, tmp_path)
     time.sleep(after_s)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode in (exits.INTERRUPTED, exits.DONE), err
     assert (out == "") == (process.returncode == exits.INTERRUPTED)
     assert ckpt(agents, "verify", "--all", "-n", namespace).document()["good"]
-    before = counted(agents, namespace)[-1]
-    agents.wait_for("the count to go on", lambda: counted(agents, namespace)[-1] > before, 30)
-    in_file = counted(agents, namespace)
-    assert in_file == list(range(len(in_file)))
+    goes_on(agents, namespace)
+
+
+def test_an_agent_killed_during_a_dump_is_told_and_the_pod_goes_on(
+    agents: Cluster, namespace: str, tmp_path: Path
+) -> None:
+    process = begun(agents, namespace, tmp_path)
+    time.sleep(0.3)
+    label = ("-l", "app.kubernetes.io/name=ckpt-agent-node")
+    (agent,) = agents.get("pods", "-n", PROJECT, *label, "--field-selector=spec.nodeName=n1")[
+        "items"
+    ]
+    name = agent["metadata"]["name"]
+    agents.kubectl("delete", "pod", name, "-n", PROJECT, "--grace-period=0", "--force")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == exits.ENVIRONMENT, (out, err)
+    assert json.loads(err)["code"] == "unreachable"
+    goes_on(agents, namespace)
+    status = ("rollout", "status", "daemonset/ckpt-agent-node", "-n", PROJECT, "--timeout=100s")
+    agents.kubectl(*status)
+    dumped = ckpt(agents, "dump", "pod/job", "-n", namespace).document()
+    assert ckpt(agents, "verify", dumped["name"], "-n", namespace).document()["good"]
+    goes_on(agents, namespace)

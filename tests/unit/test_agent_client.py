@@ -120,6 +120,16 @@ def test_an_agent_that_ends_during_a_dump_is_told_apart_from_one_that_was_never_
         assert "begun" not in never.value.facts
 
 
+def test_an_agent_that_is_told_to_end_is_not_a_caller_that_gave_up(
+    ours: Authority, agents: nodeagent.Cluster
+) -> None:
+    agents.fails["Dump.late"] = errors.Interrupted("the agent ends")
+    with connected(agents, ours, ours) as agent, pytest.raises(errors.Unreachable) as caught:
+        agent.dump("ns", "job", pod_uid="", deadline_s=10.0, cancel=threading.Event())
+    assert caught.value.retryable
+    assert caught.value.facts["begun"]
+
+
 def test_a_dump_that_hangs_ends_with_its_deadline(
     ours: Authority, agents: nodeagent.Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
