@@ -283,14 +283,7 @@ def test_services_and_accounts_are_there() -> None:
 
 def test_the_policy_knows_the_keys_that_the_program_knows() -> None:
     policy = yaml.safe_dump(one(base(), "ValidatingAdmissionPolicy", "ckpt-agent-keys"))
-    known = {
-        optin.RESTORE,
-        optin.CONTAINERS,
-        optin.ENTRYPOINT,
-        optin.NOT_HELD,
-        optin.LABEL,
-        optin.STORE,
-    }
+    known = {optin.RESTORE, optin.CONTAINERS, optin.ENTRYPOINT, optin.NOT_HELD, optin.LABEL}
     mentioned = set(re.findall(r"ckpt-agent\.dev/[a-z-]+", policy))
     assert mentioned == known
     reserved = yaml.safe_dump(one(base(), "ValidatingAdmissionPolicy", "ckpt-agent-restore"))
