@@ -42,17 +42,21 @@ def hostile(tmp_path: Path) -> Path:
         (root / folder).mkdir(parents=True)
     for folder in ("proc", "dev", "marks", "usr/lib/criu", "usr/lib64/criu", "lib64"):
         (root / folder).mkdir(parents=True)
+    build(tmp_path)  # also brings the compiler
     source = tmp_path / "mark.c"
+    # Without headers and libraries, which a machine with a compiler need not have.
     source.write_text(
-        "#include <fcntl.h>\n#include <unistd.h>\n#include <stdio.h>\n"
+        "int open(const char *, int, ...), close(int), getpid(void);\n"
+        "int snprintf(char *, unsigned long, const char *, ...);\n"
         'static void mark(void) { char p[64]; snprintf(p, 64, "/marks/%d", getpid());'
-        " close(open(p, O_CREAT | O_WRONLY, 0600)); }\n"
+        f" close(open(p, {os.O_CREAT | os.O_WRONLY}, 0600)); }}\n"
         "#ifdef PROGRAM\nint main(void) { mark(); return 0; }\n"
         "#else\n__attribute__((constructor)) static void loaded(void) { mark(); }\n#endif\n"
     )
     program, library = tmp_path / "program", tmp_path / "library"
-    subprocess.run(["gcc", "-static", "-DPROGRAM", "-o", program, source], check=True)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    subprocess.run(["musl-gcc", "-static", "-DPROGRAM", "-o", program, source], check=True)
+    plain = ("-shared", "-fPIC", "-nostdlib", "-fno-stack-protector")
+    subprocess.run(["gcc", *plain, "-o", library, source], check=True)
     for name in PROGRAMS:
         for folder in ("bin", "usr/bin", "sbin", "usr/sbin"):
             os.link(program, root / folder / name)
