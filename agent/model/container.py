@@ -13,6 +13,8 @@ import dataclasses
 # the pod, not to the job.
 AGENT_DIRECTORY = "/.ckpt-agent"
 HOLD = f"{AGENT_DIRECTORY}/hold"
+# What hold shows as its arguments while a workload runs below it; a number follows.
+HOLD_FOLLOWS = b"hold: following "
 
 # The layout of an image's facts and files, whichever engine made it; besides CRIU's own images:
 LAYOUT = "container-1"

@@ -253,6 +253,7 @@ sys.path.insert(0, {root!r})
 from tests.host.conftest import Cut, Gate
 from tests.host.image import MemoryImage, MemorySource
 from agent.engines.base import CaptureOptions, RestoreOptions
+from agent.engines.container import holding
 from agent.engines.container.engine import ContainerEngine
 from agent.host import proc
 with open({path!r}, "rb") as file:
@@ -264,11 +265,15 @@ def die():
     if {with_criu}:
         os.kill(proc.children(os.getpid())[0], signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+if {stage!r} == "adopted":
+    adopt = holding.adopt
+    holding.adopt = lambda *about: (adopt(*about), die())
 if image is None:
     cut = Cut(**{{ {stage!r}: die }})
     engine.capture(container.pid, MemoryImage(), cut, CaptureOptions())
 else:
-    engine.restore(MemorySource(image), RestoreOptions(), Gate(die if {stage!r} else lambda: None))
+    gate = Gate(die) if {stage!r} == "gate" else Gate()
+    engine.restore(MemorySource(image), RestoreOptions(), gate)
 """
 
 
@@ -310,6 +315,16 @@ def test_the_agent_killed_during_a_restore(boxes: Boxes, with_criu: bool) -> Non
     boxes.engine().recover()
     wait_for(lambda: target.pids() == [target.pid], "a half-restored process stays")
     assert_waits(boxes, image, target)
+
+
+def test_the_agent_killed_when_all_was_done(boxes: Boxes) -> None:
+    """Nobody takes back what hold follows already."""
+    image = boxes.dump(boxes.tree("source", *FEATURES))
+    target = boxes.placeholder("target")
+    assert run_agent(boxes, target, image, "adopted") == -signal.SIGKILL
+    assert boxes.engine().recover().operations
+    boxes.check(target)
+    boxes.assert_clean()
 
 
 def test_a_restored_tree_outlives_the_agent_that_restored_it(boxes: Boxes) -> None:

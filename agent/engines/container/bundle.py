@@ -26,6 +26,8 @@ from agent.host import subprocesses
 
 # What CRIU calls it.
 KERNEL_CACHE = "criu.kdat"
+# CRIU tries mounts out below /tmp, which need not be writable here.
+_PRIVATE_TMP = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /tmp && exec "$@"')
 # CRIU keeps it on a file system only that forgets it at the next boot.
 _TMPFS = "/dev/shm"  # noqa: S108 - a folder of our own is made there
 
@@ -47,7 +49,7 @@ class Bundle:
                 raise errors.CriuMissing(
                     f"{path} is no CRIU bundle: it has no {name}", hint=_WAY_OUT, path=path
                 )
-        self.criu = probe.probe_version(self._command(path))
+        self.criu = probe.probe_version(_command(path))
 
     def lay_kernel_cache(self, folder: str) -> None:
         """Put what CRIU knows of this kernel into the images' folder."""
@@ -70,15 +72,16 @@ class Bundle:
     def command(self, descriptor: int) -> list[str]:
         """CRIU for a program that has the bundle open as ``descriptor`` and a /proc of its own."""
         directory = f"/proc/self/fd/{descriptor}"
-        return [*self._command(directory), "--libdir", f"{directory}/plugins"]
+        return [*_command(directory), "--libdir", f"{directory}/plugins"]
 
     def environment(self, descriptor: int) -> dict[str, str]:
         """What CRIU finds its helpers by: none of the container's."""
         path = f"/proc/self/fd/{descriptor}/plugins"
         return {"PATH": path, "GNUTLS_NO_IMPLICIT_INIT": "1"}
 
-    def _command(self, directory: str) -> list[str]:
-        return [f"{directory}/ld.so", "--library-path", directory, f"{directory}/criu"]
+
+def _command(directory: str) -> list[str]:
+    return [f"{directory}/ld.so", "--library-path", directory, f"{directory}/criu"]
 
 
 @functools.lru_cache(maxsize=4)
@@ -87,13 +90,11 @@ def _kernel_cache(path: str, made_from: str) -> bytes:
     folder = tempfile.mkdtemp(prefix="ckpt-agent-", dir=_TMPFS)
 
     def start(argv: list[str], descriptors: list[int], cwd: str | None) -> subprocesses.Child:
-        # CRIU tries mounts out below /tmp, which need not be writable here.
         private = [*_PRIVATE_TMP, "sh", *argv]
         return subprocesses.start(private, pass_fds=descriptors, cwd=cwd)
 
-    command = [f"{path}/ld.so", "--library-path", path, f"{path}/criu"]
     try:
-        probe.features(path, command, start=start, cwd=folder)
+        probe.features(path, _command(path), start=start, cwd=folder)
         with open(os.path.join(folder, KERNEL_CACHE), "rb") as file:
             return file.read()
     except FileNotFoundError as exc:
@@ -104,6 +105,3 @@ def _kernel_cache(path: str, made_from: str) -> bytes:
         ) from exc
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-_PRIVATE_TMP = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /tmp && exec "$@"')

@@ -21,7 +21,7 @@ import struct
 
 from agent import errors
 from agent.host import clock, proc
-from agent.model.container import HOLD
+from agent.model.container import HOLD, HOLD_FOLLOWS
 
 _WAITING = b"hold: waiting"
 _FOLLOWING = re.compile(rb"hold: (?:following|stopping) (\d+)")
@@ -88,7 +88,7 @@ def stop(init: proc.Identity, number: int) -> bool:
 
 def _settled(init: proc.Identity, number: int) -> bool:
     # With the tree's end hold ends as well: then there is nothing more to tell.
-    return not proc.alive(init) or _says(init.pid) == b"hold: following %d" % number
+    return not proc.alive(init) or _says(init.pid) == b"%s%d" % (HOLD_FOLLOWS, number)
 
 
 def _says(init: int) -> bytes:

@@ -50,11 +50,6 @@ def points(container: Container) -> set[str]:
     return {mount.point.strip("/") for mount in table if mount.point != "/"}
 
 
-def read_only_root(container: Container) -> bool:
-    """Whether the container cannot write to its root file system."""
-    return _root(container).read_only
-
-
 def volumes(container: Container) -> dict[str, mounts.Mount]:
     """The mounts whose content travels, by destination.
 

@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from agent import errors
 from agent.engines.criu import journal
 from agent.host import clock, descriptors, hold, namespaces, netfilter, proc, sockets, subprocesses
+from agent.model.container import HOLD_FOLLOWS
 
 TABLE_PREFIX = "CRIU-"
 # The program's name while it runs by itself, and through a loader of its own.
@@ -143,6 +144,8 @@ def _made_inside(entry: journal.Entry) -> list[int]:
     about = entry.about
     if about.container is None or not proc.alive(about.container):
         return []
+    if _adopted(about.container):
+        return []  # the agent died when all was done
     inside = proc.namespaces(about.container.pid)["pid"]
     found = []
     for pid in proc.pids():
@@ -155,6 +158,15 @@ def _made_inside(entry: journal.Entry) -> list[int]:
             ):
                 found.append(pid)
     return found
+
+
+def _adopted(init: proc.Identity) -> bool:
+    """Whether the container's pid 1 follows a tree: a placeholder follows none."""
+    try:
+        with open(f"/proc/{init.pid}/cmdline", "rb") as file:
+            return file.read().startswith(HOLD_FOLLOWS)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _made_by(entry: journal.Entry, who: proc.Identity) -> bool:
