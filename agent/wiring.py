@@ -319,8 +319,10 @@ class _PodEngines:
         return self._containers(containers)
 
     def for_restore(self, pod: Pod, containers: Sequence[Container]) -> Engine:
-        """The container engine."""
-        return self._containers(containers)
+        """The container engine, for images that a kubelet's archive was taken into as well."""
+        with _needing_pycriu():
+            from agent.engines.kubelet import inner
+        return inner.RestoresInner(self._containers(containers))
 
     def plan(self, containers: Sequence[Container]) -> model_plan.Plan:
         """What a dump of the containers would take."""

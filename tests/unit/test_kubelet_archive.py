@@ -79,7 +79,8 @@ def test_everything_of_an_archive_reaches_the_sink(tmp_path: Path, format: int) 
     other = ("dump.log", "container.log", "rootfs-diff.tar")
     kept |= {name: beside[name] for name in beside if name not in other}
     assert image.images == kept
-    assert tree(image) == {"tmp/new": ("0", b"made by the job", "", {})}
+    # An entry alone would be that of the root.
+    assert tree(image) == {"tmp/new": ("0", b"made by the job", "", {}), ".": ("5", b"", "", {})}
 
 
 def test_the_facts_are_those_of_the_container(tmp_path: Path) -> None:
@@ -270,6 +271,11 @@ def tree(image: MemoryImage) -> dict[str, tuple[str, bytes, str, dict[str, str]]
                 dict(info.pax_headers),
             )
             assert info.type != tarfile.CHRTYPE or (info.devmajor, info.devminor) == (0, 0)
+    # A restore compares what comes with what was said.
+    assert image.known is not None
+    about = image.known["rootfs"]
+    assert about["entries"] == len(found)
+    assert about["content_bytes"] == sum(len(content) for _, content, _, _ in found.values())
     return found
 
 
@@ -308,8 +314,7 @@ def test_deletions_alone_are_kept_and_no_change_is_none(tmp_path: Path) -> None:
     assert (taken.facts["rootfs"], image.file_entries) == (None, [])
     deleted = beside | {"deleted.files": b'["/etc/motd"]'}
     image, taken = take_entries(tmp_path, archives.entries(parts_of=deleted))
-    assert tree(image) == {"etc/motd": ("3", b"", "", {})}
-    assert taken.facts["rootfs"]["entries"] == 2
+    assert tree(image) == {".": ("5", b"", "", {}), "etc/motd": ("3", b"", "", {})}
     image, _ = take_entries(tmp_path, archives.entries(parts_of=beside | {"rootfs-diff.tar": b""}))
     assert tree(image) == {}
 

@@ -250,12 +250,10 @@ class _Pages:
 
 
 def _about(checked: layer.Layer) -> dict[str, Any]:
-    """What a restore reads of a tar; as the ``container`` engine, whose tars begin with the root
-    itself, so that one entry is none.
-    """
+    """What a restore reads of a tar; as the ``container`` engine."""
     return {
         "name": container.ROOTFS_DIFF,
-        "entries": checked.entries + 1,
+        "entries": checked.entries,
         "content_bytes": checked.content_bytes,
         "skipped": list(checked.skipped),
     }

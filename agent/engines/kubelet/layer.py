@@ -60,15 +60,28 @@ _KEPT_KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer that was checked: how many entries and bytes of content its conversion has at most,
-    and the devices that it loses, which no image holds.
+    """A layer that was checked: ``rooted`` if it has an entry of the root itself, and the devices
+    that it loses, which no image holds.
     """
 
-    entries: int
+    changes: int
     content_bytes: int
     skipped: tuple[str, ...]
     emptied: frozenset[str]
     deleted: tuple[str, ...]
+    rooted: bool
+
+    @property
+    def adds_root(self) -> bool:
+        """Whether its conversion begins with an entry of the root: a tar with one entry is one of
+        nothing but that for whoever restores it.
+        """
+        return self.changes == 1 and not self.rooted
+
+    @property
+    def entries(self) -> int:
+        """How many entries its conversion has."""
+        return self.changes + self.adds_root
 
 
 def check(source: Archive, member: Member | None, deleted: Member | None) -> Layer:
@@ -79,7 +92,7 @@ def check(source: Archive, member: Member | None, deleted: Member | None) -> Lay
     """
     gone = _deleted(source, deleted) if deleted else ()
     if member is None or not member.size_bytes:  # nothing was added or changed
-        return Layer(len(gone), 0, (), frozenset(), gone)
+        return Layer(len(gone), 0, (), frozenset(), gone, rooted=False)
     limits = tarindex.Limits(members=_MEMBERS, content_bytes=CONTENT_BYTES)
     entries, content_bytes = len(gone), 0
     skipped, emptied, folders = [], set(), set()
@@ -87,20 +100,25 @@ def check(source: Archive, member: Member | None, deleted: Member | None) -> Lay
         folder, _, name = each.name.rpartition("/")
         if each.kind == "hardlink":
             tarindex.normal_name(each.link, "file")
-        if name == _OPAQUE_MARK:
-            emptied.add(folder or ".")
-        elif name in (_WHITEOUT, _WHITEOUT + ".", _WHITEOUT + ".."):
-            raise corrupt(f"{each.name!r} deletes nothing that has a name")
         if each.kind == "directory":
             folders.add(each.name)
-        if each.kind == "device":
+        if name == _OPAQUE_MARK:
+            emptied.add(folder or ".")
+            continue
+        if name in (_WHITEOUT, _WHITEOUT + ".", _WHITEOUT + ".."):
+            raise corrupt(f"{each.name!r} deletes nothing that has a name")
+        if name.startswith(_WHITEOUT):
+            entries += 1
+        elif each.kind == "device":
             skipped.append(each.name)
         else:
             entries += 1
             content_bytes += each.size_bytes
     if emptied - folders:
         raise corrupt(f"{min(emptied - folders)!r} is emptied in it, but not a directory in it")
-    return Layer(entries, content_bytes, tuple(skipped), frozenset(emptied), gone)
+    return Layer(
+        entries, content_bytes, tuple(skipped), frozenset(emptied), gone, rooted="." in folders
+    )
 
 
 def _deleted(source: Archive, member: Member) -> tuple[str, ...]:
@@ -132,6 +150,10 @@ def converted(source: Archive, member: Member | None, layer: Layer) -> BinaryIO:
 
 
 def _convert(source: Archive, member: Member | None, layer: Layer) -> Iterator[bytes]:
+    if layer.adds_root:
+        root = tarfile.TarInfo(".")
+        root.type, root.mode = tarfile.DIRTYPE, 0o755
+        yield root.tobuf(tarfile.PAX_FORMAT)
     if member is not None and member.size_bytes:
         stream = opened(source, member)
         try:
