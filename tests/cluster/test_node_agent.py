@@ -258,9 +258,9 @@ def listed(cluster: Cluster, namespace: str, token: str) -> str:
         import base64, sys
         from agent import errors
         from agent.rpc import client
-        credentials = client.Credentials(
-            base64.b64decode(sys.argv[2]), "ckpt-agent-node.ckpt-agent.svc", token=lambda: sys.argv[3]
-        )
+        name = "ckpt-agent-node.ckpt-agent.svc"
+        authority = base64.b64decode(sys.argv[2])
+        credentials = client.Credentials(authority, name, token=lambda: sys.argv[3])
         with client.connect(sys.argv[1], credentials, peer="the agent") as agent:
             try:
                 print(len(agent.images({namespace!r})), "images")
@@ -381,24 +381,22 @@ class TestFaults:
         assert agent_pod(agents)["status"]["containerStatuses"][0]["restartCount"] == before
         assert_goes_on(agents, namespace)
 
-    def test_a_volume_that_is_away_is_told_and_nothing_is_written_beside_it(
+    def test_a_volume_that_takes_nothing_fails_the_dump_and_the_pod_goes_on(
         self, agents: Cluster, namespace: str
     ) -> None:
-        start(agents, namespace)
-        store, aside = agents.shared / "store", agents.shared / "store-aside"
-        store.rename(aside)
+        uid = start(agents, namespace)
+        store = str(agents.shared / "store")
+        subprocess.run(["chattr", "+i", store], check=True)
         try:
-            said = refused(ckpt(agents, "dump", "pod/counter", "-n", namespace))
-            assert said["code"] in ("volume-gone", "unreachable"), said
-            assert not store.exists()
+            done = ckpt(agents, "dump", "pod/counter", "-n", namespace)
         finally:
-            aside.rename(store)
-        wait_until_ready(agents)
+            subprocess.run(["chattr", "-i", store], check=True)
+        assert done.returncode == 6, done.stderr
         agents.wait_for(
-            "a dump",
-            lambda: ckpt(agents, "dump", "pod/counter", "-n", namespace).returncode == 0,
-            60,
+            "the event", lambda: "CheckpointFailed" in reasons(agents, namespace, uid), 20
         )
+        assert_clean(agents)
+        answered(ckpt(agents, "dump", "pod/counter", "-n", namespace))
         assert_goes_on(agents, namespace)
 
 
