@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.host)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+_prepared = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Before the first test with containers, and outside of its time limit: what they need."""
+    if "boxes" in getattr(item, "fixturenames", ()) and _prepared not in item.session.stash:
+        item.session.stash[_prepared] = True
+        if not _unfit():
+            from tests.host.boxes import prepare
+
+            # What cannot be had fails the tests that need it, one by one.
+            with contextlib.suppress(subprocess.SubprocessError, OSError):
+                prepare()
+    return (yield)
 
 
 def _unfit() -> str:
