@@ -94,11 +94,11 @@ class _Servicer(node_pb2_grpc.NodeServicer):
         return found[-1]
 
     def Dump(self, request: Any, context: Any) -> Iterator[node_pb2.DumpEvent]:
+        if not context.add_callback(self._cluster.given_up.set):
+            self._cluster.given_up.set()  # the caller has left already
         self._begin("Dump", request, context)
         yield node_pb2.DumpEvent(progress=node_pb2.DumpProgress(phase="capture", raw_bytes=4096))
         if self._cluster.hold is not None:
-            if not context.add_callback(self._cluster.given_up.set):
-                self._cluster.given_up.set()  # the caller has left already
             self._cluster.hold.wait(30)
         failure = self._cluster.fails.get("Dump.late")
         if isinstance(failure, errors.CkptError):
