@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from agent.cli import exits
+from agent.model import optin
 from tests.cluster.cluster import Cluster
 from tests.cluster.test_cluster import pod
 
@@ -286,6 +287,34 @@ def test_the_archive_of_an_agent_that_was_killed_is_removed(
     assert archives(agents) == before
     assert_counts_on(agents, "counter", namespace)
     assert "tcp-established" in conf.read_text().split()
+
+
+def test_an_opted_in_pod_goes_on_on_the_other_node(
+    agents: Cluster, namespace: str, before: set[str]
+) -> None:
+    job = pod("job", namespace, "n1", ["python3", "-u", "/opt/counter.py"])
+    job["metadata"]["labels"][optin.LABEL] = optin.ENABLED
+    del job["spec"]["nodeSelector"]
+    here = {"key": "metadata.name", "operator": "In", "values": ["n1"]}
+    required = {"nodeSelectorTerms": [{"matchFields": [here]}]}
+    job["spec"]["affinity"] = {
+        "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}
+    }
+    agents.apply(job)
+    agents.wait_for_pod("job", namespace)
+    agents.wait_for("the job to count", lambda: count(agents, "job", namespace) > 20, 30)
+
+    image = dump(agents, "job", namespace)["name"]
+    reached = count(agents, "job", namespace)
+    done = ckpt(agents, "restore", image, "-n", namespace, "--node", "n2", "--replace")
+
+    assert done.returncode == 0, done.stderr
+    moved = agents.get("pod", "job", "-n", namespace)
+    assert moved["spec"]["nodeName"] == "n2"
+    first = int(agents.logs("job", namespace).split()[0])
+    # It goes on from where it was checkpointed, which is before it was last seen to be.
+    assert 20 <= first <= reached
+    assert_counts_on(agents, "job", namespace)
 
 
 def test_an_image_goes_out_and_another_store_takes_it_in(
