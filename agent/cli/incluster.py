@@ -17,6 +17,7 @@ from agent.cli.invocation import Invocation
 from agent.cluster import doctor as cluster_doctor
 from agent.cluster import move as cluster_move
 from agent.cluster import pods
+from agent.cluster.session import Session
 from agent.model import ids, move
 from agent.settings import Settings
 
@@ -29,10 +30,21 @@ _STEPS = {
 }
 
 
+@contextlib.contextmanager
+def _session(settings: Settings) -> Iterator[Session]:
+    """The cluster; whoever asks to stop ends the verb, but closes the way to the agents first."""
+
+    def leave(number: int) -> None:
+        raise KeyboardInterrupt
+
+    with interrupts.caught(leave), wiring.cluster(settings) as made:
+        yield made
+
+
 def list_images(invocation: Invocation, settings: Settings, group: str | None) -> None:
     """``list`` of a namespace."""
     wanted = ids.group_name(group) if group else ""
-    with wiring.cluster(settings) as session:
+    with _session(settings) as session:
         found = session.any_agent(lambda agent: agent.images(session.namespace, wanted))
         if not found:
             invocation.say(f"no images in namespace {session.namespace}")
@@ -41,14 +53,14 @@ def list_images(invocation: Invocation, settings: Settings, group: str | None) -
 
 def show(invocation: Invocation, settings: Settings, image: str) -> None:
     """``show`` of an image."""
-    with wiring.cluster(settings) as session:
+    with _session(settings) as session:
         found = session.any_agent(lambda agent: agent.image(session.namespace, image))
         invocation.emit(poddocuments.as_sent(found.document, session.namespace))
 
 
 def verify(invocation: Invocation, settings: Settings, image: str | None) -> int:
     """``verify`` of an image, or of all of the namespace."""
-    with wiring.cluster(settings) as session:
+    with _session(settings) as session:
         if image is None:
             found = session.any_agent(lambda agent: agent.images(session.namespace))
         else:
@@ -77,7 +89,7 @@ def verify(invocation: Invocation, settings: Settings, image: str | None) -> int
 
 def delete(invocation: Invocation, settings: Settings, image: str) -> None:
     """``delete`` of an image."""
-    with wiring.cluster(settings) as session:
+    with _session(settings) as session:
         found = session.any_agent(lambda agent: agent.delete(session.namespace, image))
         _pruned(invocation, poddocuments.as_sent(found, session.namespace))
 
@@ -85,7 +97,7 @@ def delete(invocation: Invocation, settings: Settings, image: str) -> None:
 def prune(invocation: Invocation, settings: Settings, group: str | None, dry_run: bool) -> None:
     """``prune`` of a namespace."""
     wanted = ids.group_name(group) if group else ""
-    with wiring.cluster(settings) as session:
+    with _session(settings) as session:
         found = session.any_agent(
             lambda agent: agent.prune(
                 session.namespace,
@@ -111,7 +123,7 @@ def _pruned(invocation: Invocation, document: output.Document) -> None:
 
 def plan(invocation: Invocation, settings: Settings, pod: str, containers: Sequence[str]) -> int:
     """``plan`` of a pod."""
-    with wiring.cluster(settings) as session:
+    with _session(settings) as session:
         document = pods.plan(session, pod, containers) | {"name": f"pod/{pod}"}
         invocation.emit(document)
         return exits.DONE if document.get("feasible") else exits.REFUSED
@@ -119,7 +131,7 @@ def plan(invocation: Invocation, settings: Settings, pod: str, containers: Seque
 
 def doctor(invocation: Invocation, settings: Settings) -> int:
     """``doctor`` of a cluster."""
-    with wiring.cluster(settings) as session:
+    with _session(settings) as session:
         document = documents.doctor_report(session.api.name, cluster_doctor.examine(session))
         invocation.emit(document)
         return exits.ENVIRONMENT if document["status"] == "missing" else exits.DONE
@@ -142,7 +154,7 @@ def dump(
         invocation.say("stopping; the job goes on")
 
     with (
-        wiring.cluster(settings) as session,
+        _session(settings) as session,
         interrupts.caught(stop_asked),
         progress.for_pod(invocation.quiet) as show,
     ):
@@ -181,7 +193,7 @@ def restore(
     again: bool,
 ) -> None:
     """``restore`` on a node, or into a pod that waits."""
-    with wiring.cluster(settings) as session, _watched(invocation) as watch:
+    with _session(settings) as session, _watched(invocation) as watch:
         if node is not None:
             done = cluster_move.restore_on(
                 session, image, node, replace=replace, again=again, watch=watch
@@ -205,7 +217,7 @@ def migrate(
     invocation: Invocation, settings: Settings, pod: str, node: str, *, engine: str | None
 ) -> None:
     """``migrate`` of a pod."""
-    with wiring.cluster(settings) as session, _watched(invocation) as watch:
+    with _session(settings) as session, _watched(invocation) as watch:
         done = cluster_move.migrate(session, pod, node, engine=engine, watch=watch)
         document = poddocuments.move_report(session.namespace, pod, done)
     invocation.say(

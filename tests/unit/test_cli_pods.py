@@ -11,6 +11,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -506,6 +507,27 @@ def test_a_signal_gives_the_dump_up_and_the_agent_hears_of_it(
     world.agents.hold.set()
     assert (ran.status, ran.out) == (exits.INTERRUPTED, "")
     assert "the pod goes on" in ran.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_any_verb_and_nothing_is_left(
+    run: Any, world: World, number: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    begun, may_answer = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        may_answer.wait(30)
+
+    world.agents.fails["ListImages"] = wait
+    thread = interrupted_when(begun, number)
+    ran = run("list", "-n", "default")
+    thread.join()
+    may_answer.set()
+    assert (ran.status, ran.out) == (exits.INTERRUPTED, "")
+    assert not list((tmp_path / "tmp").glob("ckpt-agent-*"))
 
 
 def test_a_signal_after_the_commit_of_a_move_is_asked_for_twice(run: Any, world: World) -> None:
