@@ -22,7 +22,8 @@ _READ_BYTES = 256 << 10
 
 # (pattern over the error lines, what to do about it); the first that matches is shown.
 _HINTS = (
-    (r"io_uring", "CRIU cannot dump io_uring; run the program without it"),
+    # A ring's descriptor cannot be handed over by a socket, which is how CRIU gets descriptors.
+    (r"io_uring|send_fds failed", "CRIU cannot dump io_uring; run the program without it"),
     (
         r"External socket is used|external stream sockets|Can't dump half of stream unix",
         "a Unix socket leads to a process outside the tree; dump the tree of their common parent",
