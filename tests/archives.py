@@ -89,7 +89,9 @@ def process(pid: int, *, comm: str, runs: Runs, pages_id: int) -> dict[str, byte
         exe_file_id=1,
     )
     mm.vmas.add(start=4096, end=8192, pgoff=0, shmid=1, prot=5, flags=2, status=1 | 1 << 6, fd=-1)
-    ids = pb.task_kobj_ids_entry(vm_id=pid, files_id=pid, fs_id=pid, sighand_id=pid)
+    ids = pb.task_kobj_ids_entry(
+        vm_id=pid, files_id=pid, fs_id=pid, sighand_id=pid, net_ns_id=10, mnt_ns_id=12
+    )
     fds = [
         pb.fdinfo_entry(id=2, flags=0, type=1, fd=0),
         pb.fdinfo_entry(id=3, flags=0, type=2, fd=1),
@@ -199,6 +201,9 @@ def criu_images() -> dict[str, bytes]:
         pb.pstree_entry(pid=7, ppid=1, pgid=1, sid=1, threads=[7]),
     ]
     inventory = pb.inventory_entry(img_version=2)
+    inventory.root_ids.CopyFrom(
+        pb.task_kobj_ids_entry(vm_id=1, files_id=1, fs_id=1, sighand_id=1, net_ns_id=2, mnt_ns_id=3)
+    )
     raw = inventory.SerializeToString()
     return {
         "inventory.img": struct.pack("<II", 0x58313116, len(raw)) + raw,
