@@ -22,8 +22,6 @@ from agent.cri.v1 import api_pb2, api_pb2_grpc
 from agent.model.container import Container, Mount
 
 # The kubelet's labels on every container it makes (k8s.io/kubernetes/pkg/kubelet/types/labels.go).
-_POD_NAME = "io.kubernetes.pod.name"
-_POD_NAMESPACE = "io.kubernetes.pod.namespace"
 _POD_UID = "io.kubernetes.pod.uid"
 _CONTAINER_NAME = "io.kubernetes.container.name"
 
@@ -47,8 +45,6 @@ class Listed:
     name: str
     attempt: int
     pod_uid: str
-    pod_name: str
-    pod_namespace: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,8 +239,6 @@ def _listed(found: api_pb2.Container) -> Listed:
         name=labels.get(_CONTAINER_NAME) or found.metadata.name,
         attempt=found.metadata.attempt,
         pod_uid=labels.get(_POD_UID, ""),
-        pod_name=labels.get(_POD_NAME, ""),
-        pod_namespace=labels.get(_POD_NAMESPACE, ""),
     )
 
 

@@ -82,11 +82,6 @@ class PodWatch:
         """Seconds since the API server was last heard."""
         return clock.monotonic_s() - self._heard_s
 
-    def all(self) -> list[pods.Pod]:
-        """All pods, by namespace and name."""
-        with self._changed:
-            return [self._pods[key] for key in sorted(self._pods)]
-
     def get(self, namespace: str, name: str) -> pods.Pod | None:
         """One pod, or None if there is none of that name on this node."""
         with self._changed:

@@ -41,21 +41,9 @@ class Pod:
     node: str
     phase: str
     ending: bool
-    host_network: bool
     containers: tuple[str, ...]
-    labels: Mapping[str, str]
     annotations: Mapping[str, str]
     template_json: str
-
-    @property
-    def opted_in(self) -> bool:
-        """Whether its owner wants it checkpointed."""
-        return self.labels.get(optin.LABEL) == optin.ENABLED
-
-    @property
-    def awaits(self) -> str:
-        """The image that it is a placeholder for; "" if it is none."""
-        return self.annotations.get(optin.RESTORE, "")
 
     def __str__(self) -> str:
         return f"{self.namespace}/{self.name}"
@@ -76,9 +64,7 @@ def read(found: Json) -> Pod:
         node=_text(spec, "nodeName"),
         phase=_text(status, "phase"),
         ending=bool(metadata.get("deletionTimestamp")),
-        host_network=spec.get("hostNetwork") is True,
         containers=tuple(_text(each, "name") for each in containers),
-        labels=_words(metadata, "labels", ""),
         annotations=_words(metadata, "annotations", f"{optin.GROUP}/"),
         template_json=json.dumps(template(found), separators=(",", ":")),
     )

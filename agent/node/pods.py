@@ -34,12 +34,6 @@ it, or anything else."""
 class Watch(Protocol):
     """This node's pods (agent.kube.pods)."""
 
-    def all(self) -> list[Pod]:
-        """All of them."""
-
-    def get(self, namespace: str, name: str) -> Pod | None:
-        """One of them."""
-
     def wait_for(
         self,
         namespace: str,

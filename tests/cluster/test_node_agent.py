@@ -4,7 +4,10 @@ runtime or the API server is killed in the middle.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import textwrap
 import time
@@ -133,9 +136,9 @@ def log(cluster: Cluster, node: str = "n1", *arguments: str) -> list[dict[str, A
     return [json.loads(line) for line in text.splitlines()]
 
 
-def wait_until_ready(cluster: Cluster, *, but: str = "") -> None:
+def wait_until_ready(cluster: Cluster, node: str = "n1", *, but: str = "") -> None:
     def ready() -> bool:
-        pod = agent_pod(cluster)
+        pod = agent_pod(cluster, node)
         conditions = {each["type"]: each["status"] for each in pod["status"]["conditions"]}
         return pod["metadata"]["uid"] != but and conditions.get("Ready") == "True"
 
@@ -147,9 +150,22 @@ def reasons(cluster: Cluster, namespace: str, uid: str) -> list[str]:
     return [event["reason"] for event in found if event["involvedObject"].get("uid") == uid]
 
 
-def agent_pids(node: Node) -> list[str]:
-    """The agent's own process on a node, as the node numbers it."""
-    return node.exec("pgrep", "-f", "bin/ckpt-agent node").stdout.split()
+def agent_pids(node: Node) -> list[int]:
+    """The agent's own process on a node, as this machine numbers it."""
+    numbers = os.stat(f"/proc/{node.pid}/ns/pid").st_ino
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            ours = b"bin/ckpt-agent\0node\0" in (entry / "cmdline").read_bytes()
+            if ours and os.stat(entry / "ns/pid").st_ino == numbers:
+                found.append(int(entry.name))
+    return found
+
+
+def kill(pids: list[int]) -> None:
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
 
 
 def operations(node: Node) -> list[Path]:
@@ -282,28 +298,34 @@ class TestFaults:
         self, cluster: Cluster, namespace: str, name: str = "counter"
     ) -> subprocess.Popen[str]:
         """A dump that has begun on n1."""
+        node = cluster.node("n1")
+        return self.running(cluster, node, "dump", f"pod/{name}", "-n", namespace)
+
+    def running(self, cluster: Cluster, node: Node, *arguments: str) -> subprocess.Popen[str]:
+        """The program, as soon as an engine works for it on ``node``."""
         argv = cluster.in_control_plane(
             [
                 "env",
                 f"KUBECONFIG={cluster.kubeconfig}",
                 CHECKOUT / ".venv/bin/ckpt-agent",
-                *("dump", f"pod/{name}", "-n", namespace, "-o", "json", "--quiet"),
+                *(*arguments, "-o", "json", "--quiet"),
             ]
         )
-        dump = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        popen = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60
-        while not operations(cluster.node("n1")):
-            assert dump.poll() is None, dump.communicate()
+        while not operations(node):
+            assert popen.poll() is None, popen.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        return dump
+        return popen
 
     def test_an_agent_that_is_killed_leaves_the_pod_as_it_was_and_its_successor_says_so(
         self, agents: Cluster, namespace: str
     ) -> None:
         uid = start(agents, namespace, mebibytes=300)
+        agent = agent_pids(agents.node("n1"))
         dump = self.dumping(agents, namespace)
-        agents.node("n1").exec("kill", "-KILL", *agent_pids(agents.node("n1")))
+        kill(agent)
         _, said = dump.communicate(timeout=60)
         assert dump.returncode == 7, said
         assert_goes_on(agents, namespace)
@@ -348,6 +370,34 @@ class TestFaults:
         assert_clean(agents)
         assert_goes_on(agents, namespace)
         answered(ckpt(agents, "dump", "pod/counter", "-n", namespace))
+
+    def test_an_agent_that_is_killed_in_a_restore_leaves_a_placeholder_that_can_be_asked_again(
+        self, agents: Cluster, namespace: str
+    ) -> None:
+        start(agents, namespace, mebibytes=300)
+        dumped = answered(ckpt(agents, "dump", "pod/counter", "-n", namespace, "--stop"))
+        agents.delete("pod", "counter", namespace)
+        node = agents.node("n2")
+        agent = agent_pids(node)
+        restore = self.running(
+            agents, node, "restore", dumped["name"], "--node", "n2", "-n", namespace
+        )
+        kill(agent)
+        _, said = restore.communicate(timeout=120)
+        wait_until_ready(agents, "n2")
+        uid = agents.get("pod", "counter", "-n", namespace)["metadata"]["uid"]
+        agents.wait_for("the event", lambda: "RestoreFailed" in reasons(agents, namespace, uid), 60)
+        # The command itself may have asked the successor again.
+        if restore.returncode != 0:
+            assert agents.logs("counter", namespace, "-c", "c") == "", said
+            again = ("restore", dumped["name"], "--pod", "counter", "-n", namespace)
+            answered(ckpt(agents, *again))
+        assert_clean(agents, "n2")
+        agents.wait_for("the count", lambda: agents.logs("counter", namespace, "-c", "c"), 30)
+        lines = agents.logs("counter", namespace, "-c", "c").splitlines()
+        first = int(lines[0].split()[0])
+        assert first > 0
+        assert lines == [f"{first + number} True" for number in range(len(lines))]
 
     def test_a_runtime_that_restarts_is_found_again(self, agents: Cluster, namespace: str) -> None:
         start(agents, namespace)

@@ -66,8 +66,6 @@ def test_what_the_agent_knows_of_a_pod() -> None:
     assert (str(pod), pod.uid, pod.node, pod.phase) == ("team-a/w-0", "u", "n1", "Running")
     assert pod.containers == ("side", "main")
     assert pod.ending
-    assert pod.opted_in
-    assert pod.awaits == "w-0@old"
     assert set(pod.annotations) == {optin.CONTAINERS, optin.RESTORE}
 
 
