@@ -8,7 +8,18 @@ import os
 from collections.abc import Generator
 from typing import Any
 
+import hypothesis
 import pytest
+
+# How long an example takes says something about the machine only. CI asks the same of every commit;
+# who runs the tests at home finds new examples.
+hypothesis.settings.register_profile(
+    "project",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=os.environ.get("CI") == "true",
+)
+hypothesis.settings.load_profile("project")
 
 NOT_TO_BE_HAD = "cannot be had here: "
 
