@@ -111,6 +111,14 @@ def test_what_a_placeholder_cannot_take_is_refused(tmp_path: Path) -> None:
         inner.of(MemorySource(image))
 
 
+def test_an_inventory_without_numbers_of_namespaces_is_damaged(tmp_path: Path) -> None:
+    image = held(tmp_path)
+    raw = bytes(pb.inventory_entry(img_version=2).SerializeToString())
+    image.images["inventory.img"] = struct.pack("<II", 0x58313116, len(raw)) + raw
+    with pytest.raises(errors.Corrupt, match="inventory.img"):
+        inner.of(MemorySource(image))
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(["inventory.img", "pstree.img", "ids-1.img", "ids-7.img", "files.img"]),

@@ -174,7 +174,8 @@ class Inner:
             inventory.ParseFromString(raw[_INVENTORY.size : _INVENTORY.size + length])
         except (struct.error, DecodeError) as exc:
             raise _damaged("inventory.img") from exc
-        if magic != _INVENTORY_MAGIC or not inventory.IsInitialized():
+        whole = inventory.IsInitialized() and inventory.HasField("root_ids")
+        if magic != _INVENTORY_MAGIC or not whole:
             raise _damaged("inventory.img")
         (ids, *_) = self._load("ids", f"ids-{self._root}.img", pb.task_kobj_ids_entry)
         for name in _NAMESPACES:
