@@ -115,7 +115,7 @@ def test_an_inventory_without_numbers_of_namespaces_is_damaged(tmp_path: Path) -
     image = held(tmp_path)
     raw = bytes(pb.inventory_entry(img_version=2).SerializeToString())
     image.images["inventory.img"] = struct.pack("<II", 0x58313116, len(raw)) + raw
-    with pytest.raises(errors.Corrupt, match="inventory.img"):
+    with pytest.raises(errors.Corrupt, match="inventory"):
         inner.of(MemorySource(image))
 
 
