@@ -172,7 +172,9 @@ class _Pump:
         self._stopped = stopped
         self._out = bytearray()
         self._in = bytearray()
+        # It writes no more; it takes no more either.
         self._local_ended = False
+        self._local_gone = False
         self._remote_ended = False
         self._problem = ""
         self._greeted: set[int] = set()
@@ -205,7 +207,7 @@ class _Pump:
 
     def _ended(self) -> bool:
         if self._remote_ended:
-            return not self._in or self._local_ended
+            return not self._in or self._local_gone
         # A peer that is gone can take nothing; one that only stopped writing still reads.
         return self._local_ended and not self._out and self._hung_up()
 
@@ -274,7 +276,7 @@ class _Pump:
             sent = _unless_blocked(lambda: self._local.send(self._in))
         except (BrokenPipeError, ConnectionResetError):
             self._in.clear()
-            self._local_ended = True
+            self._local_ended = self._local_gone = True
             return
         if sent:
             del self._in[:sent]

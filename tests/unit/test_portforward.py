@@ -54,12 +54,14 @@ def backend(
                         except OSError as exc:
                             problems.append(exc)
 
-        thread = threading.Thread(target=accept)
+        thread = threading.Thread(target=accept, daemon=True)
         thread.start()
         api.backends["agent-1", 7443] = f"127.0.0.1:{listener.getsockname()[1]}"
-        yield problems
-        listener.shutdown(socket.SHUT_RDWR)
-    thread.join()
+        try:
+            yield problems
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+    thread.join(30)
 
 
 @contextlib.contextmanager
@@ -156,15 +158,18 @@ def test_the_socket_is_for_the_caller_only_and_gone_afterwards(
 def test_leaving_ends_a_connection_that_still_flows(
     api: apiserver.ApiServer, caller: connection.Connection
 ) -> None:
-    ended = threading.Event()
+    began, ended = threading.Event(), threading.Event()
 
     def hold(inner: socket.socket) -> None:
+        inner.recv(1)
+        began.set()
         inner.recv(1)
         ended.set()
 
     with backend(api, hold):
-        with dialled(caller):
-            pass
+        with dialled(caller) as local:
+            local.sendall(b"1")
+            assert began.wait(30)
         assert ended.wait(30)
 
 
