@@ -44,15 +44,21 @@ unpack_packages() { # SUITE DIRECTORY PACKAGE...: packages of another suite, unp
 }
 
 debian_root() { # SUITE DIRECTORY PACKAGES(comma separated) [CUSTOMIZE HOOK]: a minimal Debian in a directory
-  local suite=$1 into=$2 packages=$3 hook=${4:-true} log
-  log=$(mktemp); rm -rf "$into.part"
-  if ! mmdebstrap --quiet --mode=root --variant=minbase --keyring="$DEBIAN_KEYS" \
-    --aptopt='Acquire::Check-Valid-Until "false"' --aptopt='APT::Install-Recommends "false"' \
-    --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
-    --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
-    ${packages:+--include="$packages"} --customize-hook="$hook" \
-    "$suite" "$into.part" "$(debian_mirror)" > "$log" 2>&1; then
-    tail -20 "$log" >&2; rm -rf "$into.part" "$log"; die "could not make the Debian root ${into##*/}"
-  fi
-  rm -rf "$into" "$log"; mv "$into.part" "$into"
+  local suite=$1 into=$2 packages=$3 hook=${4:-true} log try
+  log=$(mktemp)
+  for try in 1 2 3; do # a mirror that is being updated fails, and is whole a moment later
+    rm -rf "$into.part"
+    if mmdebstrap --quiet --mode=root --variant=minbase --keyring="$DEBIAN_KEYS" \
+      --aptopt='Acquire::Check-Valid-Until "false"' --aptopt='APT::Install-Recommends "false"' --aptopt='Acquire::Retries "5"' \
+      --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+      --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
+      ${packages:+--include="$packages"} --customize-hook="$hook" \
+      "$suite" "$into.part" "$(debian_mirror)" > "$log" 2>&1; then
+      rm -rf "$into" "$log"; mv "$into.part" "$into"
+      return 0
+    fi
+    tail -20 "$log" >&2
+    [ "$try" = 3 ] || { say "trying again to make the Debian root ${into##*/}"; sleep $((try * 10)); }
+  done
+  rm -rf "$into.part" "$log"; die "could not make the Debian root ${into##*/}"
 }

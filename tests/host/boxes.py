@@ -74,13 +74,9 @@ def debian_root() -> Path:
         if not place.exists():
             new = place.with_suffix(".new")
             shutil.rmtree(new, ignore_errors=True)
-            subprocess.run(
-                [
-                    *("mmdebstrap", "--quiet", "--variant=minbase", "--include=python3"),
-                    *("bookworm", str(new)),
-                ],
-                check=True,
-            )
+            make = '. "$1" && debian_root bookworm "$2" python3'
+            script = str(ROOT / "tests/cluster/debian.sh")
+            subprocess.run(["bash", "-ec", make, "bash", script, str(new)], check=True)
             new.rename(place)
     return place
 
