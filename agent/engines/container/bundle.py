@@ -88,13 +88,15 @@ def _command(directory: str) -> list[str]:
 def _kernel_cache(path: str, made_from: str) -> bytes:
     del made_from  # only there to notice another bundle at the same place
     folder = tempfile.mkdtemp(prefix="ckpt-agent-", dir=_TMPFS)
+    # By descriptor: the bundle may lie below the /tmp that is hidden.
+    opened = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def start(argv: list[str], descriptors: list[int], cwd: str | None) -> subprocesses.Child:
         private = [*_PRIVATE_TMP, "sh", *argv]
-        return subprocesses.start(private, pass_fds=descriptors, cwd=cwd)
+        return subprocesses.start(private, pass_fds=[*descriptors, opened], cwd=cwd)
 
     try:
-        probe.features(path, _command(path), start=start, cwd=folder)
+        probe.features(path, _command(f"/proc/self/fd/{opened}"), start=start, cwd=folder)
         with open(os.path.join(folder, KERNEL_CACHE), "rb") as file:
             return file.read()
     except FileNotFoundError as exc:
@@ -104,4 +106,5 @@ def _kernel_cache(path: str, made_from: str) -> bytes:
             path=path,
         ) from exc
     finally:
+        os.close(opened)
         shutil.rmtree(folder, ignore_errors=True)
