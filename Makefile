@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo story test check cluster bench bench-cluster lock
+.PHONY: help setup demo story parts test check cluster bench bench-cluster lock
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -21,7 +21,10 @@ story: cluster ## on that cluster a pod counts, is moved, counts on: its log sho
 check: setup ## linters, types, layers
 	@scripts/check
 
-test: check ## all tests: unit and property, with the real CRIU, on a real cluster
+parts: setup
+	@tests/cluster/build
+
+test: check parts ## all tests: unit and property, with the real CRIU, on a real cluster
 	@$(PY) -m pytest
 
 cluster: setup ## start a real two-node Kubernetes here; scripts/cluster uses and ends it

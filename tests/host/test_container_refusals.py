@@ -15,6 +15,7 @@ from agent import errors
 from agent.engines.base import CaptureOptions
 from agent.engines.container import inside
 from agent.host import proc
+from tests.conftest import NOT_TO_BE_HAD
 from tests.host.boxes import Box, Boxes
 from tests.host.conftest import Cut
 from tests.host.image import MemoryImage
@@ -129,7 +130,7 @@ def test_a_debugger(boxes: Boxes) -> None:
 
 def test_another_user_without_the_right_to_restore_it(boxes: Boxes) -> None:
     if proc.status(os.getpid()).caps_effective >> 24 & 1:
-        pytest.skip("this machine has CAP_SYS_RESOURCE")
+        pytest.skip(f"{NOT_TO_BE_HAD}a root without CAP_SYS_RESOURCE")
     script = "import os,time;os.setgid(1000);os.setuid(1000);print('up',flush=True);time.sleep(999)"
     rights = ["CAP_SETUID", "CAP_SETGID"]
     box = boxes.start("source", "python3", "-c", script, capabilities=rights)

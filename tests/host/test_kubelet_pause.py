@@ -13,6 +13,7 @@ import pytest
 
 from agent.engines.kubelet import pause
 from agent.host import cgroups
+from tests.conftest import NOT_TO_BE_HAD
 
 
 class Group:
@@ -54,7 +55,7 @@ def group() -> Iterator[Group]:
         if (candidate / "cgroup.events").exists():
             break
     else:
-        pytest.skip("no freezer is mounted here")
+        pytest.skip(f"{NOT_TO_BE_HAD}a freezer of this kernel")
     made = Group(candidate / f"ckpt-test-{secrets.token_hex(4)}")
     try:
         yield made

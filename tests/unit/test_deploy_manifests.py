@@ -21,6 +21,7 @@ import yaml
 
 from agent import settings
 from agent.model import access, optin
+from tests.cluster.cluster import cache_directory
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "deploy/daemonset"
@@ -40,10 +41,9 @@ def base() -> list[Object]:
 
 
 def kubectl() -> str:
-    cache = os.environ.get("CKPT_AGENT_CACHE") or os.path.expanduser("~/.cache/ckpt-agent")
-    found = shutil.which("kubectl", path=f"{os.environ['PATH']}:{cache}/cluster/bin")
+    found = shutil.which("kubectl", path=f"{os.environ['PATH']}:{cache_directory() / 'bin'}")
     if not found:
-        pytest.skip("needs kubectl: scripts/cluster up builds it")
+        pytest.skip("needs kubectl: tests/cluster/build compiles it")
     return found
 
 
