@@ -30,10 +30,6 @@ ENTRYPOINT = f"{GROUP}/entrypoint"
 """What an image runs, for containers that leave ``command`` to it: a JSON object from container
 name to list of words (the image's ENTRYPOINT, and its CMD where the container has no ``args``)."""
 
-STORE = f"{GROUP}/store"
-"""On a pod or a namespace: which of the agent's stores its images go to (``storage.py``). No agent
-reads it yet, so the policy does not know it either."""
-
 NOT_HELD = f"{GROUP}/not-held"
 """Written by the webhook: which containers start as ordinary ones, and why."""
 
