@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
+from typing import NoReturn
 
 import click
 from click import shell_completion
@@ -90,7 +92,15 @@ def _version(ctx: click.Context) -> None:
 
 def main() -> None:
     """The entry point of the installed program."""
-    sys.exit(run(sys.argv[1:]))
+    leave(run(sys.argv[1:]))
+
+
+def leave(status: int) -> NoReturn:
+    """End the program with ``status``. Everything was done and told by now: a Ctrl-C that comes
+    while the interpreter winds up must not turn a success into a death by signal.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(status)
 
 
 def run(

@@ -613,6 +613,16 @@ def test_a_terminal_gets_a_bar_on_stderr_and_stdout_stays_clean(images: list[str
     assert checked(json.loads(ended.stdout))["good"]
 
 
+def test_an_interrupt_after_the_answer_does_not_undo_it(images: list[str]) -> None:
+    late = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT); "
+    words = ["list", "-o", "name"]
+    ended = subprocess.run(
+        [sys.executable, "-c", late + program()[2], *words], capture_output=True, timeout=60
+    )
+    assert ended.returncode == exits.DONE, ended.stderr
+    assert ended.stdout.decode().split() == images
+
+
 def test_a_closed_pipe_is_quiet(images: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
