@@ -614,11 +614,15 @@ def test_a_terminal_gets_a_bar_on_stderr_and_stdout_stays_clean(images: list[str
 
 
 def test_an_interrupt_after_the_answer_does_not_undo_it(images: list[str]) -> None:
-    late = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT); "
-    words = ["list", "-o", "name"]
-    ended = subprocess.run(
-        [sys.executable, "-c", late + program()[2], *words], capture_output=True, timeout=60
-    )
+    # Modules are taken down when the interpreter no longer answers signals itself.
+    late = """
+import os, signal
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGINT): kill(pid, number)
+late = Late()
+"""
+    command = [sys.executable, "-c", late + program()[2], "list", "-o", "name"]
+    ended = subprocess.run(command, capture_output=True, timeout=60)
     assert ended.returncode == exits.DONE, ended.stderr
     assert ended.stdout.decode().split() == images
 
