@@ -87,20 +87,22 @@ class MemberOutcome(_message.Message):
     def __init__(self, name: _Optional[str] = ..., stop_s: _Optional[float] = ..., freeze_s: _Optional[float] = ..., raw_bytes: _Optional[int] = ..., processes: _Optional[int] = ...) -> None: ...
 
 class RestoreRequest(_message.Message):
-    __slots__ = ("namespace", "image", "pod", "pod_uid", "again", "deadline_s")
+    __slots__ = ("namespace", "image", "pod", "pod_uid", "again", "deadline_s", "storage")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     POD_FIELD_NUMBER: _ClassVar[int]
     POD_UID_FIELD_NUMBER: _ClassVar[int]
     AGAIN_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     image: str
     pod: str
     pod_uid: str
     again: bool
     deadline_s: float
-    def __init__(self, namespace: _Optional[str] = ..., image: _Optional[str] = ..., pod: _Optional[str] = ..., pod_uid: _Optional[str] = ..., again: _Optional[bool] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    storage: str
+    def __init__(self, namespace: _Optional[str] = ..., image: _Optional[str] = ..., pod: _Optional[str] = ..., pod_uid: _Optional[str] = ..., again: _Optional[bool] = ..., deadline_s: _Optional[float] = ..., storage: _Optional[str] = ...) -> None: ...
 
 class RestoreEvent(_message.Message):
     __slots__ = ("progress", "outcome")
@@ -145,7 +147,7 @@ class PlanDumpResponse(_message.Message):
     def __init__(self, plan: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("name", "group", "epoch", "created_at", "members", "raw_bytes", "new_bytes", "stored_bytes", "pages", "zero_pages", "damage")
+    __slots__ = ("name", "group", "epoch", "created_at", "members", "raw_bytes", "new_bytes", "stored_bytes", "pages", "zero_pages", "damage", "storage")
     NAME_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +159,7 @@ class Image(_message.Message):
     PAGES_FIELD_NUMBER: _ClassVar[int]
     ZERO_PAGES_FIELD_NUMBER: _ClassVar[int]
     DAMAGE_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
     name: str
     group: str
     epoch: str
@@ -168,35 +171,50 @@ class Image(_message.Message):
     pages: int
     zero_pages: int
     damage: str
-    def __init__(self, name: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., members: _Optional[_Iterable[str]] = ..., raw_bytes: _Optional[int] = ..., new_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., pages: _Optional[int] = ..., zero_pages: _Optional[int] = ..., damage: _Optional[str] = ...) -> None: ...
+    storage: str
+    def __init__(self, name: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., members: _Optional[_Iterable[str]] = ..., raw_bytes: _Optional[int] = ..., new_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., pages: _Optional[int] = ..., zero_pages: _Optional[int] = ..., damage: _Optional[str] = ..., storage: _Optional[str] = ...) -> None: ...
+
+class UnreadStorage(_message.Message):
+    __slots__ = ("storage", "problem")
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    storage: str
+    problem: str
+    def __init__(self, storage: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class ListImagesRequest(_message.Message):
-    __slots__ = ("namespace", "group", "page_size", "page_token")
+    __slots__ = ("namespace", "group", "page_size", "page_token", "storage")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     group: str
     page_size: int
     page_token: str
-    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    storage: str
+    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., storage: _Optional[str] = ...) -> None: ...
 
 class ListImagesResponse(_message.Message):
-    __slots__ = ("images", "next_page_token")
+    __slots__ = ("images", "next_page_token", "unread")
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    UNREAD_FIELD_NUMBER: _ClassVar[int]
     images: _containers.RepeatedCompositeFieldContainer[Image]
     next_page_token: str
-    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+    unread: _containers.RepeatedCompositeFieldContainer[UnreadStorage]
+    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., unread: _Optional[_Iterable[_Union[UnreadStorage, _Mapping]]] = ...) -> None: ...
 
 class GetImageRequest(_message.Message):
-    __slots__ = ("namespace", "image")
+    __slots__ = ("namespace", "image", "storage")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     image: str
-    def __init__(self, namespace: _Optional[str] = ..., image: _Optional[str] = ...) -> None: ...
+    storage: str
+    def __init__(self, namespace: _Optional[str] = ..., image: _Optional[str] = ..., storage: _Optional[str] = ...) -> None: ...
 
 class GetImageResponse(_message.Message):
     __slots__ = ("image", "detail", "pod_template_json", "pod_uid", "node", "restored_into")
@@ -215,12 +233,14 @@ class GetImageResponse(_message.Message):
     def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., detail: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., pod_template_json: _Optional[str] = ..., pod_uid: _Optional[str] = ..., node: _Optional[str] = ..., restored_into: _Optional[str] = ...) -> None: ...
 
 class VerifyImageRequest(_message.Message):
-    __slots__ = ("namespace", "image")
+    __slots__ = ("namespace", "image", "storage")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     image: str
-    def __init__(self, namespace: _Optional[str] = ..., image: _Optional[str] = ...) -> None: ...
+    storage: str
+    def __init__(self, namespace: _Optional[str] = ..., image: _Optional[str] = ..., storage: _Optional[str] = ...) -> None: ...
 
 class VerifyEvent(_message.Message):
     __slots__ = ("done_bytes", "total_bytes", "outcome")
@@ -251,26 +271,30 @@ class Damage(_message.Message):
     def __init__(self, part: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class DeleteImageRequest(_message.Message):
-    __slots__ = ("namespace", "image")
+    __slots__ = ("namespace", "image", "storage")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     image: str
-    def __init__(self, namespace: _Optional[str] = ..., image: _Optional[str] = ...) -> None: ...
+    storage: str
+    def __init__(self, namespace: _Optional[str] = ..., image: _Optional[str] = ..., storage: _Optional[str] = ...) -> None: ...
 
 class PruneImagesRequest(_message.Message):
-    __slots__ = ("namespace", "group", "keep_last", "keep_within_s", "dry_run")
+    __slots__ = ("namespace", "group", "keep_last", "keep_within_s", "dry_run", "storage")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     KEEP_LAST_FIELD_NUMBER: _ClassVar[int]
     KEEP_WITHIN_S_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     group: str
     keep_last: int
     keep_within_s: float
     dry_run: bool
-    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., keep_last: _Optional[int] = ..., keep_within_s: _Optional[float] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    storage: str
+    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., keep_last: _Optional[int] = ..., keep_within_s: _Optional[float] = ..., dry_run: _Optional[bool] = ..., storage: _Optional[str] = ...) -> None: ...
 
 class PruneResponse(_message.Message):
     __slots__ = ("report",)

@@ -85,7 +85,9 @@ class NodeServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Dump(self, request, context):
-        """Checkpoints containers of one pod as one epoch. The stream ends with an outcome.
+        """Checkpoints containers of one pod as one epoch, in the storage that the pod's annotation
+        ckpt-agent.dev/storage names, else its namespace's, else the agent's default. The stream ends
+        with an outcome.
         Cancelling the call gives the dump up; the pod goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -108,7 +110,8 @@ class NodeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListImages(self, request, context):
-        """The images of a namespace, oldest first. Any agent on the same store answers the same.
+        """The images of a namespace, by group, oldest first. Any agent with the same storages answers
+        the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
