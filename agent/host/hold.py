@@ -4,9 +4,13 @@ An end that exists before its peer must not be heard: the kernel would answer it
 with a reset. Segments are dropped where they arrive, so the sender simply sends them again (a drop
 where they leave would count as congestion at the sender and stall it for seconds).
 
+The kernel holds for ``LEASE_S`` only, and a thread of this program asks it to go on: if the program
+dies or stands still, traffic flows again by itself, within seconds and not at the end of what the
+operation was allowed. What is left of a hold then is a table that matches nothing.
+
 Promises: only the connections named are touched; the table is gone when the context is left, and
-``release`` of the same name removes what a dead owner left. With a limit, the kernel itself ends
-the hold then, whoever has died: what is left of it is a table that matches nothing.
+``release`` of the same name removes what a dead owner left; a hold that the kernel ended early is
+an error of ``Held.check``.
 Does not: hold UDP.
 """
 
@@ -17,21 +21,17 @@ import dataclasses
 import errno
 import ipaddress
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.nfnetlink.nftsocket import (
-    NFT_MSG_NEWSET,
-    NFT_MSG_NEWSETELEM,
-    nft_set_elem_list_msg,
-    nft_set_msg,
-)
+from pyroute2.netlink.nfnetlink.nftsocket import NFT_MSG_NEWSET, nft_set_msg
 from pyroute2.nftables.expressions import genex, verdict
-from pyroute2.nftables.main import NFTables, NFTSet, NFTSetElem
+from pyroute2.nftables.main import NFTables, NFTSet
 
 from agent import errors
-from agent.host import namespaces, netfilter
+from agent.host import clock, namespaces, netfilter
 
 _T = TypeVar("_T")
 
@@ -47,6 +47,11 @@ _REGISTER = 1
 _PRIORITY = -400
 # The rules match while this set has its element, which the kernel removes when its time is up.
 _LIVE = "live"
+_LIVE_KEY = bytes([socket.IPPROTO_TCP])
+# Longer than a busy node keeps a thread waiting, shorter than peers' patience: TCP goes on sending
+# for minutes, and what watches connections commonly gives them half a minute.
+LEASE_S = 10.0
+_RENEWALS = 5  # in the time of one lease
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,23 +71,24 @@ def held(
     *,
     network: int | None = None,
     limit_s: float | None = None,
-) -> Iterator[None]:
+) -> Iterator[Held]:
     """Hold what arrives for the local ends of ``connections`` in the network namespace of the
-    descriptor ``network`` (or this program's), by an nf_tables table called ``name``, for at most
-    ``limit_s``.
+    descriptor ``network`` (or this program's), by an nf_tables table called ``name``: while the
+    context lasts, this program lives and ``limit_s`` are not over.
 
     Raises:
         errors.PrivilegeMissing: CAP_NET_ADMIN is missing.
         errors.EnvironmentUnfit: the kernel cannot filter (no nf_tables).
     """
     wanted = sorted(set(connections), key=dataclasses.astuple)
+    made = Held(name, network, limit_s)
     if not wanted:
-        yield
+        yield made
         return
     release(name, network=network)
     try:
         try:
-            _there(network, lambda: _install(name, wanted, limit_s))
+            made.begin(wanted)
         except NetlinkError as exc:
             if exc.code == errno.EPERM:
                 raise errors.PrivilegeMissing(
@@ -91,9 +97,70 @@ def held(
             raise errors.EnvironmentUnfit(
                 f"cannot hold TCP connections: {exc}", hint="load the module nf_tables"
             ) from exc
-        yield
+        yield made
     finally:
+        made.end()
         release(name, network=network)
+
+
+class Held:
+    """A hold, from ``begin`` to ``end``; ``held`` calls both."""
+
+    def __init__(self, name: str, network: int | None, limit_s: float | None) -> None:
+        self._name = name
+        self._network = network
+        self._limit = clock.Deadline.after(float("inf") if limit_s is None else limit_s)
+        self._lease = clock.Deadline.after(float("inf"))
+        self._failure: errors.CkptError | None = None
+        self._ended = threading.Event()
+        self._keeper: threading.Thread | None = None
+
+    def check(self) -> None:
+        """Return if the connections have been silent without a gap.
+
+        Raises:
+            errors.DeadlineExceeded: the kernel let go of them.
+        """
+        if self._lease.expired:
+            raise errors.DeadlineExceeded(
+                "the job's connections could not be kept silent long enough",
+                hint="the node is too busy, or the operation took too long: try again",
+            ) from self._failure
+
+    def begin(self, connections: Iterable[Connection]) -> None:
+        """Make the table, and see to it that it goes on."""
+        lease = self._next()
+        _there(self._network, lambda: _install(self._name, connections, lease.remaining_s))
+        self._lease = lease
+        self._keeper = threading.Thread(target=self._keep, name="hold", daemon=True)
+        self._keeper.start()
+
+    def end(self) -> None:
+        """Ask for no more time."""
+        self._ended.set()
+        if self._keeper is not None:
+            self._keeper.join()
+
+    def _next(self) -> clock.Deadline:
+        # Time counts from before the question, so that the kernel's own is never shorter.
+        return self._limit.sooner(LEASE_S)
+
+    def _keep(self) -> None:
+        while not self._ended.wait(LEASE_S / _RENEWALS) and not self._limit.expired:
+            lease = self._next()
+            try:
+                if not self._renewed(lease):
+                    return
+            except errors.CkptError as exc:
+                self._failure = exc
+                return
+            self._lease = lease
+
+    def _renewed(self, lease: clock.Deadline) -> bool:
+        def renew() -> bool:
+            return netfilter.renew_key(self._name, _LIVE, _LIVE_KEY, lease.remaining_s)
+
+        return _there(self._network, renew)
 
 
 def release(name: str, *, network: int | None = None) -> bool:
@@ -105,24 +172,20 @@ def _there(network: int | None, function: Callable[[], _T]) -> _T:
     return function() if network is None else namespaces.within([network], function)
 
 
-def _install(name: str, connections: Iterable[Connection], limit_s: float | None) -> None:
+def _install(name: str, connections: Iterable[Connection], span_s: float) -> None:
     with NFTables(nfgen_family=_INET) as nft:
         nft.table("add", name=name)
-        if limit_s is not None:
-            limit_ms = max(1, int(limit_s * 1000))
-            # pyroute2 0.9 has methods for this, but they wait for answers that they have taken.
-            live = NFTSet(table=name, name=_LIVE, key_type="inet_proto", timeout=limit_ms)
-            nft._command(nft_set_msg, {"add": NFT_MSG_NEWSET}, "add", live.as_netlink())
-            tcp = NFTSetElem(value=bytes([socket.IPPROTO_TCP]), timeout=limit_ms)
-            members = {"table": name, "set": _LIVE, "elements": [tcp.as_netlink(None)]}
-            nft._command(nft_set_elem_list_msg, {"add": NFT_MSG_NEWSETELEM}, "add", members)
+        # pyroute2 0.9 has methods for this, but they wait for answers that they have taken.
+        live = NFTSet(table=name, name=_LIVE, key_type="inet_proto", timeout=int(LEASE_S * 1000))
+        nft._command(nft_set_msg, {"add": NFT_MSG_NEWSET}, "add", live.as_netlink())
         nft.chain("add", table=name, name="arrive", hook="input", priority=_PRIORITY, policy=1)
         for each in connections:
-            rule = _drop_arriving(each, limited=limit_s is not None)
-            nft.rule("add", table=name, chain="arrive", expressions=rule)
+            nft.rule("add", table=name, chain="arrive", expressions=_drop_arriving(each))
+        # Last, so that all begin at once.
+        netfilter.add_key(nft, name, _LIVE, _LIVE_KEY, span_s)
 
 
-def _drop_arriving(each: Connection, *, limited: bool) -> list[list[dict[str, Any]]]:
+def _drop_arriving(each: Connection) -> list[list[dict[str, Any]]]:
     source, target = ipaddress.ip_address(each.remote), ipaddress.ip_address(each.local)
     mapped = [getattr(address, "ipv4_mapped", None) for address in (source, target)]
     # A connection of an IPv6 socket to an IPv4 address travels as IPv4.
@@ -133,7 +196,7 @@ def _drop_arriving(each: Connection, *, limited: bool) -> list[list[dict[str, An
     ports = each.remote_port.to_bytes(2, "big") + each.local_port.to_bytes(2, "big")
     return [
         _meta_is(_META_NFPROTO, _NFPROTO[version]),
-        _meta_in(_META_L4PROTO, _LIVE) if limited else _meta_is(_META_L4PROTO, socket.IPPROTO_TCP),
+        _meta_in(_META_L4PROTO, _LIVE),
         _header_is(_NETWORK_HEADER, at, packed[0]),
         _header_is(_NETWORK_HEADER, at + width, packed[1]),
         _header_is(_TRANSPORT_HEADER, 0, ports),

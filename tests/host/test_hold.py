@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from agent import errors
 from agent.host import hold, namespaces, netfilter, proc
 
 NAME = "ckpt-agent-test-hold"
@@ -91,14 +96,86 @@ def test_an_error_inside_releases() -> None:
     assert netfilter.tables(NAME) == set()
 
 
-def test_the_kernel_ends_a_hold_whose_owner_has_died() -> None:
-    with pair("127.0.0.1") as (a, b), contextlib.ExitStack() as left:
-        left.enter_context(hold.held(NAME, [ends(b)], limit_s=1.5))
+OWNER = """
+import sys
+from agent.host import hold
+hold.LEASE_S = 2.0
+local, port, remote, other = sys.argv[1:]
+with hold.held({name!r}, [hold.Connection(local, int(port), remote, int(other))]) as held:
+    print("held", flush=True)
+    for line in sys.stdin:
+        try:
+            held.check()
+        except Exception as exc:
+            print(type(exc).__name__, flush=True)
+        else:
+            print("silent", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def owner(connection: hold.Connection) -> Iterator[subprocess.Popen[str]]:
+    """Another program that holds a connection, with leases of two seconds."""
+    words = [str(each) for each in dataclasses.astuple(connection)]
+    popen = subprocess.Popen(
+        [sys.executable, "-c", OWNER.format(name=NAME), *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert popen.stdin
+    assert popen.stdout
+    try:
+        assert popen.stdout.readline() == "held\n"
+        yield popen
+    finally:
+        popen.kill()
+        popen.communicate()
+        hold.release(NAME)
+
+
+def asked(popen: subprocess.Popen[str]) -> str:
+    """What the owner says of its hold."""
+    assert popen.stdin
+    assert popen.stdout
+    popen.stdin.write("?\n")
+    popen.stdin.flush()
+    return popen.stdout.readline().strip()
+
+
+def test_a_hold_lasts_as_long_as_its_owner_and_then_seconds_only() -> None:
+    with pair("127.0.0.1") as (a, b), owner(ends(b)) as popen:
         a.send(b"x")
-        assert silent(b)
+        b.settimeout(4)
+        with pytest.raises(TimeoutError):
+            b.recv(1)
+        assert asked(popen) == "silent"
+        popen.kill()
         b.settimeout(10)
         assert b.recv(1) == b"x"
         assert netfilter.tables(NAME) == {NAME}
+
+
+def test_an_owner_that_stood_still_learns_that_the_kernel_has_let_go() -> None:
+    with pair("127.0.0.1") as (a, b), owner(ends(b)) as popen:
+        os.kill(popen.pid, signal.SIGSTOP)
+        a.send(b"x")
+        b.settimeout(10)
+        assert b.recv(1) == b"x"
+        os.kill(popen.pid, signal.SIGCONT)
+        assert asked(popen) == "DeadlineExceeded"
+
+
+def test_a_hold_ends_at_its_limit_though_its_owner_lives() -> None:
+    with pair("127.0.0.1") as (a, b), hold.held(NAME, [ends(b)], limit_s=1.5) as held:
+        a.send(b"x")
+        assert silent(b)
+        held.check()
+        b.settimeout(10)
+        assert b.recv(1) == b"x"
+        with pytest.raises(errors.DeadlineExceeded):
+            held.check()
 
 
 def test_a_hold_in_another_network_outlives_its_last_process() -> None:

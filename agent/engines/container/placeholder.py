@@ -45,6 +45,7 @@ class Placeholder:
         self._began_ticks = int(clock.boottime_s() * proc.TICKS_PER_S)
         self._host_pids: dict[int, int] = {}
         self._tree: Adopted | None = None
+        self._hold: hold.Held | None = None
         self._moved = connections.Moved(known["container"]["addresses"], facts.addresses(init.pid))
 
     def entry(self) -> journal.About:
@@ -77,8 +78,9 @@ class Placeholder:
         live = self._moved.connections(self._known)
         with (
             namespaces.opened(self._init, "net") as network,
-            hold.held(name, live, network=network, limit_s=self._deadline.remaining_s),
+            hold.held(name, live, network=network, limit_s=self._deadline.remaining_s) as made,
         ):
+            self._hold = made
             yield
 
     @contextlib.contextmanager
@@ -114,6 +116,8 @@ class Placeholder:
         self._tree = Adopted(self.host_pid(root), self._init, root)
         for each in self._moved.lost(self._known):
             connections.reset(self.host_pid(each.pid), each.fd)
+        if self._hold is not None:
+            self._hold.check()
 
     def settled(
         self, response: rpc.Response, worker: rpc.Worker, deadline: clock.Deadline

@@ -1,7 +1,7 @@
 """A container's processes as the subject of a dump: CRIU works among them, inside the container.
 
 Connections are held by a table of our own in the pod's network namespace, not by CRIU's: ours is
-there only while a live connection is being read, the kernel itself ends it at its deadline even if
+there only while a live connection is being read, the kernel itself ends it within seconds if
 everybody who could remove it has died, and it has the name of the operation, by which recovery
 finds it. It is made when the tree stands still, so that it is complete.
 
@@ -36,6 +36,7 @@ class ContainerTree:
         self._target = found
         self._deadline = deadline
         self._held = contextlib.ExitStack()
+        self._hold: hold.Held | None = None
         self._stopping = 0
         self.tree: Sequence[proc.Identity] = found.tree
 
@@ -77,7 +78,9 @@ class ContainerTree:
         name = recovery.hold_name(operation.entry)
         limit_s = self._deadline.remaining_s
         network = self._held.enter_context(namespaces.opened(self._target.init, "net"))
-        self._held.enter_context(hold.held(name, connections, network=network, limit_s=limit_s))
+        self._hold = self._held.enter_context(
+            hold.held(name, connections, network=network, limit_s=limit_s)
+        )
 
     def memory_flows(self, operation: journal.Operation) -> None:
         """Nothing to do."""
@@ -89,13 +92,20 @@ class ContainerTree:
     def collect(
         self, images: str, pids: Sequence[int], options: CaptureOptions, sink: MemberSink
     ) -> dict[str, Any]:
-        """Store the container's files."""
+        """Store the container's files.
+
+        Raises:
+            errors.DeadlineExceeded: what was read of connections may not fit together.
+        """
         self._refuse_strays(pids)
         container, init = self._target.container, self._target.init
-        return {
+        found = {
             "threads": [[pid, tids] for pid, tids in sorted(facts.threads(images).items())],
             **files.collect(container, init, self.tree[0], sink, self._deadline),
         }
+        if self._hold is not None:
+            self._hold.check()
+        return found
 
     def about_to_kill(self) -> None:
         """Let hold become a placeholder when its child is killed: a container that ended would be
