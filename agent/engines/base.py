@@ -114,6 +114,11 @@ class RestoreOptions:
 class Gate(Protocol):
     """The caller's part in a restore. Raising gives the restore up; nothing of it runs."""
 
+    def filled(self) -> None:
+        """The member's files are in place, and no process of it was started. Engines whose members
+        may share files ask it; every member then does.
+        """
+
     def restored(self) -> None:
         """The tree stands complete, its sockets still silent, and none of it has run yet."""
 
@@ -155,6 +160,15 @@ class Engine(Protocol):
             errors.TargetExited | errors.DumpFailed | errors.CriuFailed |
             errors.DeadlineExceeded: given up; the tree is as before.
             errors.VolumeError: from the sink; likewise.
+        """
+
+    def check_restore(self, source: MemberSource, options: RestoreOptions) -> None:
+        """Return if nothing stands in the way of restoring the member here and now; touches
+        nothing of it and reads no more than its facts, so that a refusal is quick.
+
+        Raises:
+            errors.RestoreConflict: with every reason.
+            errors.Corrupt | errors.Missing | errors.UnknownFormat: the facts cannot be used.
         """
 
     def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:

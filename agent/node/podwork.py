@@ -246,6 +246,11 @@ class _Cancellable:
         self.promises = engine.promises
         self.capture = engine.capture
 
+    def check_restore(self, source: MemberSource, options: RestoreOptions) -> None:
+        """As the engine."""
+        self._cancel.check()
+        self._engine.check_restore(source, options)
+
     def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:
         """As the engine."""
         return self._engine.restore(source, options, _AskingGate(gate, self._cancel))
@@ -255,6 +260,10 @@ class _AskingGate:
     def __init__(self, gate: Gate, cancel: node_dump.Cancel) -> None:
         self._gate = gate
         self._cancel = cancel
+
+    def filled(self) -> None:
+        self._cancel.check()
+        self._gate.filled()
 
     def restored(self) -> None:
         self._cancel.check()

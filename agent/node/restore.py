@@ -1,7 +1,8 @@
 """This host's half of a restore: read, verify, bring every member back at one instant.
 
-Promises: an image is verified whole before any process starts; either all members of the epoch
-run again or none does. A damaged image is refused with the newest older good one named.
+Promises: what stands in the way is found at once, for all members, before the image is read; an
+image is verified whole before any process starts; either all members of the epoch run again or none
+does. A damaged image is refused with the newest older good one named.
 Does not: choose the host, or print.
 """
 
@@ -51,7 +52,8 @@ def restore(
         errors.NotFound: no such image.
         errors.DataError: the image is damaged; ``facts['older_good']`` names the newest older
             image of the group that is whole, or is empty.
-        errors.RestoreConflict: something is in the way; every reason of every member is listed.
+        errors.RestoreConflict: something is in the way; every reason of every member is listed,
+            and after how many seconds (``refused_after_s``).
         errors.Failed: undone; nothing of the image runs.
     """
     began_s = clock.monotonic_s()
@@ -60,6 +62,7 @@ def restore(
     try:
         reader = store.read(group, epoch)
         sources = [(name, reader.member(name)) for name in reader.members]
+        _check_all(engine, sources, options, began_s)
         for _, source in sources:
             source.check()
     except errors.DataError as exc:
@@ -75,6 +78,38 @@ def restore(
         verified_s=verified_s,
         running_s=clock.monotonic_s() - began_s,
     )
+
+
+def _check_all(
+    engine: Engine,
+    sources: Sequence[tuple[ids.MemberName, MemberSource]],
+    options: RestoreOptions,
+    began_s: float,
+) -> None:
+    """Refuse with the reasons of all members together."""
+    found: list[tuple[ids.MemberName, errors.RestoreConflict]] = []
+    for name, source in sources:
+        try:
+            engine.check_restore(source, options)
+        except errors.RestoreConflict as exc:
+            found.append((name, exc))
+    if not found:
+        return
+    spent_s = round(clock.monotonic_s() - began_s, 3)
+    if len(found) == 1:
+        conflict = found[0][1]
+    else:
+        conflict = errors.RestoreConflict(
+            "; ".join(each.message for _, each in found),
+            hint=found[0][1].hint,
+            reasons=[
+                f"{name}: {reason}"
+                for name, each in found
+                for reason in each.facts.get("reasons", [each.message])
+            ],
+        )
+    conflict.facts["refused_after_s"] = spent_s
+    raise conflict
 
 
 def _restore_all(
@@ -106,23 +141,33 @@ class _TornGate(errors.RestoreFailed):
 
 
 class _Gate:
-    """Where members wait for each other, restored but not yet running."""
+    """Where members wait for each other: with their files in place, and again when restored but not
+    yet running.
+    """
 
     def __init__(self, parties: int, deadline_s: float) -> None:
-        self._barrier = threading.Barrier(parties)
+        self._filled = threading.Barrier(parties)
+        self._restored = threading.Barrier(parties)
         self._deadline_s = deadline_s
 
+    def filled(self) -> None:
+        self._wait(self._filled)
+
     def restored(self) -> None:
+        self._wait(self._restored)
+
+    def abort(self) -> None:
+        self._filled.abort()
+        self._restored.abort()
+
+    def _wait(self, barrier: threading.Barrier) -> None:
         try:
-            self._barrier.wait(self._deadline_s)
+            barrier.wait(self._deadline_s)
         except threading.BrokenBarrierError as exc:
             raise _TornGate(
                 "another member of the group could not be restored",
                 hint="the other member's error says why",
             ) from exc
-
-    def abort(self) -> None:
-        self._barrier.abort()
 
 
 def _offer_older(

@@ -129,8 +129,16 @@ class Cut:
 class Gate:
     """A gate that does what a test says."""
 
-    def __init__(self, restored: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        restored: Callable[[], None] = lambda: None,
+        filled: Callable[[], None] = lambda: None,
+    ) -> None:
         self._restored = restored
+        self._filled = filled
+
+    def filled(self) -> None:
+        self._filled()
 
     def restored(self) -> None:
         self._restored()

@@ -33,6 +33,7 @@ class Kept:
         self.name = host.engine.name
         self.promises = host.engine.promises
         self.capture = host.engine.capture
+        self.check_restore = host.engine.check_restore
 
     def restore(self, source: Any, options: Any, gate: Any) -> RestoredTree:
         tree = self._host.engine.restore(source, options, gate)
@@ -53,6 +54,7 @@ class Gated:
         self._engine = engine
         self.promises = engine.promises
         self.name = engine.name
+        self.check_restore = engine.check_restore
         self.entered = threading.Event()
         self.go = threading.Event()
 

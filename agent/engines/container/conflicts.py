@@ -169,7 +169,12 @@ def _mounts(known: dict[str, Any], container: Container) -> Iterator[str]:
         path = volume["destination"]
         if path in there and path not in travelling:
             yield f"{path} was an emptyDir or /dev/shm, and is another kind of volume here"
-        elif path in travelling and travelling[path].read_only and volume["entries"] > 1:
+        elif (
+            path in travelling
+            and travelling[path].read_only
+            and not volume.get("read_only")
+            and volume["entries"] > 1
+        ):
             yield f"{path} is mounted read-only here"
     if not os.path.isdir(container.rootfs):
         yield f"the agent does not see {container.rootfs}, the container's root file system"

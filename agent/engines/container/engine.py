@@ -6,7 +6,9 @@ the number of its pid 1, ``restore`` finds its placeholder by the container's na
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
+from typing import Any
 
 from agent import errors
 from agent.engines.base import (
@@ -50,6 +52,8 @@ class ContainerEngine:
         self._containers = tuple(containers)
         self._bundle = bundle
         self._places = journal.Places(runtime_dir, work_dir)
+        self._filling = threading.Lock()
+        self._filled: set[files.Place] = set()
 
     def recover(self) -> recovery.Findings:
         """Undo what agents that were killed left on this node; every dump and restore begins with
@@ -84,6 +88,18 @@ class ContainerEngine:
         subject = ContainerTree(bundle, target.find(container), deadline)
         return dump.run(self._places, subject, sink, cut, options)
 
+    def check_restore(self, source: MemberSource, options: RestoreOptions) -> None:
+        """Look at what a container's processes find in the placeholder; see
+        ``agent.engines.base.Engine``.
+        """
+        del options
+        preflight.privileges()
+        self._places.prepare()
+        recovery.recover(self._places)
+        known = source.facts()
+        conflicts.numbers(known)
+        self._refuse_conflicts(source, known, self._placeholder(known))
+
     def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:
         """Bring a container's processes back in its placeholder; see
         ``agent.engines.base.Engine``.
@@ -98,28 +114,37 @@ class ContainerEngine:
         container = self._placeholder(known)
         init = proc.identity(container.pid)
         with self._places.locked([init]):
-            reasons = conflicts.find(known, feed.memory_bytes(source), container)
-            image = files.fingerprint(known)
-            if self._places.filled(init) not in ("", image):
-                reasons.append(
-                    f"container {container.name} holds the files of another image already (delete "
-                    "its pod and start another placeholder)"
-                )
-            if reasons:
-                raise errors.RestoreConflict(
-                    f"cannot restore into {container.name}: {'; '.join(reasons[:3])}"
-                    + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""),
-                    hint="start a pod that fits the image, with the annotation "
-                    "ckpt-agent.dev/restore, on a node that fits it",
-                    reasons=reasons,
-                )
+            self._refuse_conflicts(source, known, container)
             files.inspect(source, known)
-            self._places.note_filled(init, image)
-            files.put_back(container, init, source, known, deadline)
+            self._places.note_filled(init, files.fingerprint(known))
+            # Containers of a pod share volumes: each is filled once, and before anything opens
+            # what lies in it.
+            with self._filling:
+                files.put_back(container, init, source, known, deadline, self._filled)
+            gate.filled()
             last = supervisor.last_pid(numbers, proc.last_pid_max())
             inside.raise_counter(init, last)
             site = Placeholder(bundle, container, init, known, deadline)
             return restore.run(self._places, site, [], source, known, options, gate, deadline)
+
+    def _refuse_conflicts(
+        self, source: MemberSource, known: dict[str, Any], container: Container
+    ) -> None:
+        reasons = conflicts.find(known, feed.memory_bytes(source), container)
+        there = self._places.filled(proc.identity(container.pid))
+        if there not in ("", files.fingerprint(known)):
+            reasons.append(
+                f"container {container.name} holds the files of another image already (delete "
+                "its pod and start another placeholder)"
+            )
+        if reasons:
+            raise errors.RestoreConflict(
+                f"cannot restore into {container.name}: {'; '.join(reasons[:3])}"
+                + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""),
+                hint="start a pod that fits the image, with the annotation "
+                "ckpt-agent.dev/restore, on a node that fits it",
+                reasons=reasons,
+            )
 
     def _placeholder(self, known: dict[str, object]) -> Container:
         about = known.get("container")

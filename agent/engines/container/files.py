@@ -1,8 +1,9 @@
 """The files that travel with a container: what it changed in its root file system, and the volumes
 that live and die with its pod.
 
-Promises: ``collect`` stores them as they stand; ``put_back`` refuses a hostile or damaged one
-before any file was touched, and can be repeated.
+Promises: ``collect`` stores them as they stand; ``inspect`` refuses a hostile or damaged one before
+any file was touched; ``put_back`` leaves a volume with exactly what the image holds of it, whatever
+init containers put there before, and can be repeated.
 Does not: carry what others provide: the image, persistent volumes, config maps, secrets.
 """
 
@@ -31,6 +32,11 @@ from agent.model.streams import FileEntry, MemberSink, MemberSource
 # hold has some 50 KiB.
 _HOLD_BYTES = 16 << 20
 _NEW_HOLD = ".hold.restored"
+
+Place = tuple[int, int]
+"""The directory that is mounted as a volume, by device and inode number: the same for every
+container that mounts it.
+"""
 
 
 def collect(
@@ -62,7 +68,8 @@ def collect(
         with mountpoints.opened_volume(container, init, path) as fd:
             inner = _below(volumes[path].point, mountpoints.points(container))
             about = _store(volume_tar(number), fd, sink, deadline, inner, whiteouts=False)
-            found["volumes"].append({"destination": path, **about})
+            read_only = volumes[path].read_only
+            found["volumes"].append({"destination": path, "read_only": read_only, **about})
     return found
 
 
@@ -155,8 +162,12 @@ def put_back(
     source: MemberSource,
     known: dict[str, Any],
     deadline: clock.Deadline,
+    filled: set[Place],
 ) -> None:
-    """Put the files into a placeholder; ``inspect`` has passed.
+    """Put the files into a placeholder; ``inspect`` has passed. Volumes that are ``filled``
+    already, by way of another container of the pod, stay as they are; this one's are added.
+
+    A volume that is mounted read-only has, by way of this container, what others put there.
 
     Raises:
         errors.RestoreFailed: they cannot be written.
@@ -178,9 +189,17 @@ def put_back(
                 os.close(fd)
             continue
         path = about["destination"]
+        mount = mountpoints.volumes(container)[path]
         with mountpoints.opened_volume(container, init, path) as fd:
-            inner = _below(mountpoints.volumes(container)[path].point, points)
+            info = os.fstat(fd)
+            place = info.st_dev, info.st_ino
+            if mount.read_only or place in filled:
+                continue
+            inner = _below(mount.point, points)
+            unpack.clear(name, pieces, _limits(about), fd, deadline, mounts=inner)
+            pieces = source.file_content(name)
             unpack.apply(name, pieces, _limits(about), fd, deadline, whiteouts=False, mounts=inner)
+            filled.add(place)
 
 
 def _parts(known: dict[str, Any]) -> list[tuple[dict[str, Any], bool]]:

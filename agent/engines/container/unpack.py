@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import stat
@@ -147,6 +148,77 @@ def apply(
             "directories that the image does not have are nested too deeply to be removed",
             hint="restore into another placeholder",
         ) from exc
+
+
+def clear(
+    name: str,
+    pieces: Iterable[bytes],
+    limits: Limits,
+    root: int,
+    deadline: clock.Deadline,
+    *,
+    mounts: Iterable[str] = (),
+) -> None:
+    """Remove from the directory ``root`` all but what ``apply`` of the same stream would keep: the
+    stream's directories, ``mounts``, and sockets, which no stream has and somebody may listen on.
+
+    Raises:
+        errors.Corrupt: the stream is hostile or damaged.
+        errors.RestoreFailed: something cannot be removed.
+    """
+    if not os.listdir(f"/proc/self/fd/{root}"):
+        return
+    with _opened(name, pieces) as stream:
+        entries = _entries(name, stream, limits, whiteouts=False)
+        kept = {entry.path for entry in entries if entry.kind == "directory"}
+    mounted = {path.strip("/") for path in mounts}
+    others: list[str] = []
+    waiting = [""]
+    try:
+        while waiting:
+            deadline.check("the restore")
+            path = waiting.pop()
+            if path and path not in kept:
+                others.append(path)
+            waiting += [each for each in _cleared(root, path) if each not in mounted]
+        # Each after all that it holds; one that holds a socket or a mount stays.
+        for path in reversed(others):
+            parent, _, last = path.rpartition("/")
+            fd = _beneath(root, parent)
+            try:
+                os.rmdir(last, dir_fd=fd)
+            except OSError as exc:
+                if exc.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+                    raise
+            finally:
+                os.close(fd)
+    except OSError as exc:
+        raise errors.RestoreFailed(
+            f"cannot remove {exc.filename or 'a file'} below {name.strip('/')}: {exc.strerror}",
+            hint="restore into another placeholder",
+        ) from exc
+
+
+def _cleared(root: int, path: str) -> list[str]:
+    """The directories in the directory ``path``, of which all else but sockets was removed."""
+    fd = _beneath(root, path)
+    folders = []
+    try:
+        for last in os.listdir(f"/proc/self/fd/{fd}"):
+            info = _lstat(fd, last)
+            if info is None or stat.S_ISSOCK(info.st_mode):
+                continue
+            if stat.S_ISDIR(info.st_mode):
+                folders.append(f"{path}/{last}" if path else last)
+            else:
+                os.unlink(last, dir_fd=fd)
+    finally:
+        os.close(fd)
+    return folders
+
+
+def _beneath(root: int, path: str) -> int:
+    return confine.open_beneath(root, path or ".", _PATH_ONLY, one_file_system=True)
 
 
 @contextlib.contextmanager

@@ -51,6 +51,11 @@ class CriuEngine:
         preflight.privileges()
         return dump.capture(probe.probe(self._criu), self._places, pid, sink, cut, options)
 
+    def check_restore(self, source: MemberSource, options: RestoreOptions) -> None:
+        """Look at what a tree finds here; see ``agent.engines.base.Engine``."""
+        preflight.privileges()
+        restore.check(self._places, source, options)
+
     def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:
         """Bring a tree back; see ``agent.engines.base.Engine``."""
         preflight.privileges()

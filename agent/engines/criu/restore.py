@@ -83,6 +83,16 @@ class Site(Protocol):
         """Leave nothing of what a failed restore made."""
 
 
+def check(places: journal.Places, source: MemberSource, options: RestoreOptions) -> None:
+    """Refuse what stands in the way; see ``agent.engines.base.Engine.check_restore``."""
+    places.prepare()
+    recovery.recover(places)
+    known = source.facts()
+    numbers = set() if options.isolate else conflicts.numbers(known)
+    conflicts.wait_for_init(numbers)
+    _refuse_conflicts(known, source, options)
+
+
 def restore(
     criu: Criu,
     places: journal.Places,

@@ -110,12 +110,21 @@ class KubeletEngine:
             },
         )
 
-    def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:
+    def check_restore(self, source: MemberSource, options: RestoreOptions) -> None:
         """Refuse: a kubelet restores nothing."""
+        del source, options
+        raise _only_dumps()
+
+    def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:
+        """Refuse likewise."""
         del source, options, gate
-        raise errors.TargetUnsuitable(
-            "the kubelet engine only dumps", hint="restore the image with the container engine"
-        )
+        raise _only_dumps()
+
+
+def _only_dumps() -> errors.TargetUnsuitable:
+    return errors.TargetUnsuitable(
+        "the kubelet engine only dumps", hint="restore the image with the container engine"
+    )
 
 
 def recover(directory: str = leftovers.DIRECTORY) -> list[str]:

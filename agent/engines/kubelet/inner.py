@@ -71,6 +71,10 @@ class RestoresInner:
         self.capture = engine.capture
         self._engine = engine
 
+    def check_restore(self, source: MemberSource, options: RestoreOptions) -> None:
+        """As the engine's own; raises also what ``of`` does."""
+        self._engine.check_restore(of(source), options)
+
     def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:
         """As the engine's own; raises also what ``of`` does."""
         return self._engine.restore(of(source), options, gate)
