@@ -23,13 +23,17 @@ _OF_A_CLUSTER = ("namespace", "context", "kubeconfig")
 
 
 class Invocation:
-    """One run of the program: what was said on the command line, and the way out for results."""
+    """One run of the program: what was said on the command line, and the way out for results.
+
+    ``answered``: the result is told or being told; whoever asks to stop now comes too late.
+    """
 
     def __init__(self) -> None:
         self.flags: dict[str, object] = {}
         self.config: str | None = None
         self.quiet = False
         self.verbose = False
+        self.answered = False
         self._settings: settings.Settings | None = None
 
     def settings(self, **verb_flags: object) -> settings.Settings:
@@ -61,6 +65,7 @@ class Invocation:
     def emit(self, document: output.Document) -> None:
         """Print a result on stdout."""
         text = output.render(document, self.form(), now_s=clock.wall_s())
+        self.answered = True
         if not text:
             return
         try:

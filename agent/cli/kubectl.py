@@ -24,7 +24,7 @@ _NO_FILES, _FILES = 4, 0
 
 def main() -> None:
     """The entry point ``kubectl-ckpt``."""
-    program.leave(program.run(sys.argv[1:], invocation=_invocation(), name=_NAME))
+    program.execute(sys.argv[1:], _invocation(), _NAME)
 
 
 def complete() -> None:

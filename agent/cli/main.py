@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
+from types import FrameType
 from typing import NoReturn
 
 import click
@@ -92,13 +93,23 @@ def _version(ctx: click.Context) -> None:
 
 def main() -> None:
     """The entry point of the installed program."""
-    leave(run(sys.argv[1:]))
+    execute(sys.argv[1:], Invocation())
 
 
-def leave(status: int) -> NoReturn:
-    """End the program with ``status``. Everything was done and told by now: a Ctrl-C that comes
-    while the interpreter winds up must not turn a success into a death by signal.
+def execute(arguments: Sequence[str], invocation: Invocation, name: str = _PROGRAM) -> NoReturn:
+    """Run one command line and end the program with its exit status. A Ctrl-C that comes when the
+    result is being told, or while the interpreter winds up, is too late to mean anything: it must
+    not turn a success into an interruption or a death by signal.
     """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not invocation.answered:
+            raise KeyboardInterrupt
+
+    # Whoever started the program may have it ignored.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
+    status = run(arguments, invocation=invocation, name=name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(status)
 

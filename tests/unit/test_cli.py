@@ -627,6 +627,21 @@ late = Late()
     assert ended.stdout.decode().split() == images
 
 
+def test_an_interrupt_while_the_answer_is_written_does_not_undo_it(images: list[str]) -> None:
+    at_once = """
+import io, os, signal, sys
+class Out(io.TextIOWrapper):
+    def flush(self):
+        super().flush()
+        os.kill(os.getpid(), signal.SIGINT)
+sys.stdout = Out(open(1, "wb", 0, closefd=False), write_through=True)
+"""
+    command = [sys.executable, "-c", at_once + program()[2], "list", "-o", "name"]
+    ended = subprocess.run(command, capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (exits.DONE, b"")
+    assert ended.stdout.decode().split() == images
+
+
 def test_a_closed_pipe_is_quiet(images: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
