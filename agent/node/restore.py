@@ -102,14 +102,15 @@ def _check_all(
         conflict = errors.RestoreConflict(
             "; ".join(each.message for _, each in found),
             hint=found[0][1].hint,
-            reasons=[
-                f"{name}: {reason}"
-                for name, each in found
-                for reason in each.facts.get("reasons", [each.message])
-            ],
+            reasons=[f"{name}: {reason}" for name, each in found for reason in _reasons(each)],
         )
     conflict.facts["refused_after_s"] = spent_s
     raise conflict
+
+
+def _reasons(conflict: errors.RestoreConflict) -> list[str]:
+    told = conflict.facts.get("reasons")
+    return [str(each) for each in told] if isinstance(told, list) else [conflict.message]
 
 
 def _restore_all(
