@@ -178,7 +178,11 @@ def running(
 
 
 def run(
-    argv: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> Completed:
     """Run a program to its end and return what it printed (for programs that print little).
 
@@ -193,6 +197,7 @@ def run(
             capture_output=True,
             timeout=timeout_s,
             env={"PATH": _PATH, **(env or {})},
+            pass_fds=pass_fds,
             start_new_session=True,
             check=False,
         )

@@ -301,8 +301,13 @@ class Boxes:
 
     def tree(self, name: str, *features: str, folder: str = "/work", **options: Any) -> Box:
         """A container with ``targets/tree.py``, standing."""
-        script = f"mkdir -p {folder} && exec python3 /targets/tree.py {folder} {' '.join(features)}"
-        box = self.start(name, "sh", "-c", script, **options)
+        return self._standing(self.start(name, *_tree(folder, features), **options), folder)
+
+    def ordinary(self, name: str, *features: str, folder: str = "/work", **options: Any) -> Box:
+        """Likewise, of a pod that was not opted in: ``tree.py`` is the container's pid 1."""
+        return self._standing(Box(self, name, _tree(folder, features), **options), folder)
+
+    def _standing(self, box: Box, folder: str) -> Box:
         deadline = time.monotonic() + 20
         while not box.root(f"{folder}/answer").exists():
             assert box.popen.poll() is None, box.log.read_text()
@@ -402,8 +407,15 @@ class Boxes:
                 path.rmdir()
 
 
+def _tree(folder: str, features: tuple[str, ...]) -> list[str]:
+    script = f"mkdir -p {folder} && exec python3 /targets/tree.py {folder} {' '.join(features)}"
+    return ["sh", "-c", script]
+
+
 def stem(box: Box) -> int:
     """The number on this host of the root of the box's tree."""
+    if not holding.is_hold(box.pid):
+        return box.pid
     (child,) = proc.children(box.pid)
     return child
 

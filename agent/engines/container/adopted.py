@@ -36,6 +36,11 @@ class Adopted:
         """The root's number on this host."""
         return self._who.pid
 
+    @property
+    def number(self) -> int:
+        """The number by which hold knows the root."""
+        return self._number
+
     def wait(self, timeout_s: float | None = None) -> int:
         """Wait for the root's end.
 

@@ -42,19 +42,17 @@ def numbers(known: dict[str, Any]) -> set[int]:
             f"the image has layout {known.get('layout')!r}, containers are restored from {LAYOUT}",
             hint="use the engine that made it",
         )
-    if "archive_parts" in known:
-        raise errors.UnknownFormat(
-            "the image is of a whole container with its own pid 1, as a kubelet archives it; a "
-            "placeholder takes only what ran below hold",
-            hint="export it for a runtime that restores archives, or label the pod "
-            "ckpt-agent.dev/checkpoint=enabled and dump it again with the container engine",
-        )
     try:
         return {int(tid) for _, tids in known["threads"] for tid in tids} | {
             int(pid) for pid, _ in known["threads"]
         }
     except (KeyError, TypeError, ValueError) as exc:
         raise incomplete() from exc
+
+
+def whole(known: dict[str, Any]) -> bool:
+    """Whether the tree has a container's first process, and so numbers of its own."""
+    return bool(known["root"] == 1)
 
 
 def incomplete() -> errors.Corrupt:
@@ -119,11 +117,6 @@ def _state(container: Container) -> Iterator[str]:
 
 
 def _image(known: dict[str, Any], container: Container) -> Iterator[str]:
-    if known["root"] == 1:
-        yield (
-            "the image holds the whole container, its namespaces and first process included: a "
-            "runtime restores it (ckpt-agent export), a placeholder has these already"
-        )
     digest = known["container"]["image_digest"]
     if digest and container.image_digest and digest != container.image_digest:
         yield f"the container's image is {container.image_digest}, at the dump it was {digest}"
@@ -194,6 +187,8 @@ def _memory(known: dict[str, Any], memory_bytes: int, container: Container) -> I
 
 
 def _numbers(known: dict[str, Any], container: Container) -> Iterator[str]:
+    if whole(known):
+        return  # they are taken in a namespace of its own
     init = proc.identity(container.pid)
     taken = inside.host_pids(init, numbers(known))
     for number, pid in sorted(taken.items()):

@@ -22,6 +22,7 @@ from agent.engines.base import (
 )
 from agent.engines.container import conflicts, files, inside, target
 from agent.engines.container.bundle import BUNDLE_DIR, Bundle
+from agent.engines.container.nested import NestedPlaceholder
 from agent.engines.container.placeholder import Placeholder
 from agent.engines.container.tree import ContainerTree
 from agent.engines.criu import dump, feed, journal, preflight, recovery, restore, supervisor
@@ -124,7 +125,8 @@ class ContainerEngine:
             gate.filled()
             last = supervisor.last_pid(numbers, proc.last_pid_max())
             inside.raise_counter(init, last)
-            site = Placeholder(bundle, container, init, known, deadline)
+            kind = NestedPlaceholder if conflicts.whole(known) else Placeholder
+            site = kind(bundle, container, init, known, deadline)
             return restore.run(self._places, site, [], source, known, options, gate, deadline)
 
     def _refuse_conflicts(

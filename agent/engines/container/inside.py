@@ -20,7 +20,7 @@ from agent.engines.criu import rpc
 from agent.host import cgroups, namespaces, proc, subprocesses
 
 # The others of a container's namespaces; CRIU is born in its pid namespace.
-_JOINED = ("--mount", "--uts", "--ipc", "--net", "--cgroup")
+_JOINED = ("--uts", "--ipc", "--net", "--cgroup")
 _COUNTER_S = 10.0
 
 
@@ -32,9 +32,11 @@ def worker(
     pass_fds: Sequence[int],
     *,
     groups: Iterable[str] = (),
+    mounts: int | None = None,
 ) -> Iterator[tuple[rpc.Worker, str]]:
     """Start ``criu swrk`` in the container whose pid 1 is ``init``, and in the control groups
-    ``groups``; gives it and its name for the folder ``images``.
+    ``groups``; gives it and its name for the folder ``images``. ``mounts`` is a descriptor of the
+    mount namespace to be in instead of the container's.
 
     Raises:
         errors.NotFound: the container has ended.
@@ -42,18 +44,20 @@ def worker(
     """
     with bundle.opened() as bundle_fd, _opened(images) as images_fd:
         environment = bundle.environment(bundle_fd)
-        enter = [_program("nsenter"), "--target", str(init.pid), *_JOINED, "--"]
+        of_mounts = "--mount" if mounts is None else f"--mount=/proc/self/fd/{mounts}"
+        enter = [_program("nsenter"), "--target", str(init.pid), of_mounts, *_JOINED]
+        passed = [bundle_fd, images_fd, *([] if mounts is None else [mounts])]
 
         def start(argv: list[str], descriptors: list[int], cwd: str | None) -> subprocesses.Child:
             return namespaces.inside(
                 init,
                 ("pid",),
                 lambda: subprocesses.start(
-                    argv, pass_fds=[*descriptors, bundle_fd, images_fd], cwd=cwd, env=environment
+                    argv, pass_fds=[*descriptors, *passed], cwd=cwd, env=environment
                 ),
             )
 
-        command = [*enter, *bundle.command(bundle_fd)]
+        command = [*enter, "--", *bundle.command(bundle_fd)]
         bundle.lay_kernel_cache(images)
         with rpc.worker(command, pass_fds=pass_fds, start=start) as running:
             cgroups.join(running.child.pid, groups)
@@ -124,6 +128,14 @@ def host_pids(init: proc.Identity, numbers: Iterable[int]) -> dict[int, int]:
 def number(pid: int) -> int:
     """The number that a process has in its innermost pid namespace."""
     return proc.status(pid).ns_pids[-1]
+
+
+def number_for(init: int, pid: int) -> int:
+    """The number by which ``init``, a first process, knows one in its own pid namespace or in one
+    below it; 0 if it does not.
+    """
+    numbers, depth = proc.status(pid).ns_pids, len(proc.status(init).ns_pids)
+    return numbers[depth - 1] if len(numbers) >= depth else 0
 
 
 def _program(name: str) -> str:

@@ -99,10 +99,13 @@ class Placeholder:
     def configure(self, opts: rpc.Request) -> None:
         """Nothing besides the common."""
 
+    def namespaces_made(self) -> None:
+        """Nothing to do: the tree lives in the container's."""
+
     def host_pid(self, number: int) -> int:
         """By the container's pid namespace."""
         if not self._host_pids:
-            self._host_pids = inside.host_pids(self._init, self._numbers)
+            self._host_pids = self._found()
         try:
             return self._host_pids[number]
         except KeyError:
@@ -112,8 +115,8 @@ class Placeholder:
         """Reset the connections whose peers know another address; know the root while it cannot
         end.
         """
-        root = int(self._known["root"])
-        self._tree = Adopted(self.host_pid(root), self._init, root)
+        root = self.host_pid(int(self._known["root"]))
+        self._tree = Adopted(root, self._init, inside.number_for(self._init.pid, root))
         for each in self._moved.lost(self._known):
             connections.reset(self.host_pid(each.pid), each.fd)
         if self._hold is not None:
@@ -133,7 +136,7 @@ class Placeholder:
             deadline.sooner(_SETTLE_S),
         )
         try:
-            holding.adopt(self._init, int(self._known["root"]))
+            holding.adopt(self._init, tree.number)
         except BaseException:
             tree.kill()
             raise
@@ -143,15 +146,19 @@ class Placeholder:
         """End what came to be; hold reaps it."""
         recovery.undo_restore(places, operation.entry)
         clock.wait_until(
-            lambda: not proc.alive(self._init) or not self._left(),
+            lambda: not proc.alive(self._init) or not self._remaining(),
             clock.Deadline.after(_DEATH_S),
         )
         self._host_pids = {}
 
-    def _left(self) -> dict[int, int]:
+    def _remaining(self) -> dict[int, int]:
         with contextlib.suppress(errors.NotFound):
-            return inside.host_pids(self._init, self._numbers)
+            return self._found()
         return {}
+
+    def _found(self) -> dict[int, int]:
+        """The numbers on this host of the tree's processes, by their numbers in the image."""
+        return inside.host_pids(self._init, self._numbers)
 
 
 def _opened_stream(pid: int, number: int) -> int:

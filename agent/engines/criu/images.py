@@ -25,6 +25,8 @@ from agent.engines.criu import pour
 from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource, PageRun
 
 _FRAME = struct.Struct("<II")
+# The inventory has no common head, only its own.
+_INVENTORY_MAGIC = 0x58313116
 _LENGTH = struct.Struct("<I")
 # criu/include/magic.h
 _COMMON = 0x54564319
@@ -65,6 +67,30 @@ def load(kind: str, name: str, raw: bytes, make: Callable[[], _M]) -> list[_M]:
             raise _corrupt(name)
         found.append(message)
     return found
+
+
+def load_inventory(raw: bytes) -> Any:
+    """The one record of inventory.img.
+
+    Raises:
+        errors.Corrupt: it is no inventory, or lacks the numbers of CRIU's own namespaces.
+    """
+    inventory = messages.inventory_entry()
+    try:
+        magic, length = _FRAME.unpack_from(raw)
+        inventory.ParseFromString(raw[_FRAME.size : _FRAME.size + length])
+    except (struct.error, DecodeError) as exc:
+        raise _corrupt("inventory.img") from exc
+    whole = inventory.IsInitialized() and inventory.HasField("root_ids")
+    if magic != _INVENTORY_MAGIC or not whole:
+        raise _corrupt("inventory.img")
+    return inventory
+
+
+def dump_inventory(inventory: Any) -> bytes:
+    """An inventory.img of this record."""
+    content = inventory.SerializeToString()
+    return _FRAME.pack(_INVENTORY_MAGIC, len(content)) + bytes(content)
 
 
 def dump(kind: str, records: Iterable[Any]) -> bytes:

@@ -42,7 +42,8 @@ class About:
     that a restore makes. ``container`` is pid 1 of the container that the operation is about, by
     its number on this host, and ``network`` the inode number of its network namespace, where rules
     may be; ``numbers`` are then the pids inside that a restore makes, and that were free at
-    ``began_ticks`` since boot.
+    ``began_ticks`` since boot. ``nested``: it makes them in a pid namespace of their own below the
+    container's.
     """
 
     programs: tuple[str, ...] = ()
@@ -50,6 +51,7 @@ class About:
     network: int = 0
     numbers: tuple[int, ...] = ()
     began_ticks: int = 0
+    nested: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,6 +335,7 @@ def _about(raw: dict[str, Any]) -> About:
         network=int(raw["network"]),
         numbers=tuple(int(each) for each in raw["numbers"]),
         began_ticks=int(raw["began_ticks"]),
+        nested=bool(raw.get("nested")),
     )
 
 

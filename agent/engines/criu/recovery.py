@@ -146,6 +146,13 @@ def _made_inside(entry: journal.Entry) -> list[int]:
         return []
     if _adopted(about.container):
         return []  # the agent died when all was done
+    if about.nested:
+        # With its first process the kernel kills the whole namespace.
+        return [
+            pid
+            for pid in namespaces.firsts_below(about.container)
+            if proc.stat(pid).start_ticks >= about.began_ticks
+        ]
     inside = proc.namespaces(about.container.pid)["pid"]
     found = []
     for pid in proc.pids():

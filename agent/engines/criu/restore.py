@@ -68,6 +68,9 @@ class Site(Protocol):
     def configure(self, opts: rpc.Request) -> None:
         """Set the options of a restore that depend on the place."""
 
+    def namespaces_made(self) -> None:
+        """The root stands alone in the namespaces that CRIU makes, if it makes any; may raise."""
+
     def host_pid(self, number: int) -> int:
         """The number on this host of the process that has ``number`` in the image."""
 
@@ -262,7 +265,9 @@ class _Restore:
         del pid
         if descriptor is not None:
             os.close(descriptor)
-        if stage == "post-restore":
+        if stage == "setup-namespaces":
+            self._site.namespaces_made()
+        elif stage == "post-restore":
             self._feed.fill(self._site.host_pid, lambda: self._deadline.check("the restore"))
             self._site.complete(self._images)
             self._gate.restored()

@@ -67,6 +67,9 @@ class _Beside:
         opts.rst_sibling = True
         opts.shell_job = True
 
+    def namespaces_made(self) -> None:
+        """Nothing to do: CRIU makes none."""
+
     def complete(self, images: str) -> None:
         """Nothing to do."""
 

@@ -1,25 +1,21 @@
-"""An image of a whole container, seen as the image of the job in it.
+"""An image of a container with its namespaces, seen as the image of the processes in it.
 
 A kubelet's archive holds the container as its runtime knows it: its first process, and namespaces
-of its own. Where that first process is ``hold`` (the pod was opted in), the job is the tree below
-it, and a placeholder has everything else already. So the same images, less the first process, less
-the namespaces, and with the tree's own namespaces called CRIU's own, are what the ``container``
-engine would have captured, and that engine restores them.
+of its own, all of which a placeholder has already. So the same images, less the namespaces, and
+with the tree's own namespaces called CRIU's own, are what the ``container`` engine would have
+captured, and that engine restores them. Where the first process is ``hold`` (the pod was opted
+in), the placeholder has that one as well, and the job is the tree below it.
 
-Promises: nothing stored is changed; an image that is not of this kind is given back as it is; one
-that holds more than a placeholder can take is refused with every reason, before anything is
-touched.
+Promises: nothing stored is changed; an image without namespaces is given back as it is; one that
+holds more than a placeholder can take is refused with every reason, before anything is touched.
 Does not: restore; volumes, which a kubelet does not archive, stay as they are in the new pod.
 """
 
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
-
-from google.protobuf.message import DecodeError
 
 from agent import errors
 from agent.engines.base import Engine, Gate, RestoredTree, RestoreOptions
@@ -27,9 +23,6 @@ from agent.engines.criu import images
 from agent.model.container import HOLD
 from agent.model.streams import AddressSpace, FileEntry, MemberSource, PageRun
 
-# criu/include/magic.h: the inventory has no common head, only its own.
-_INVENTORY = struct.Struct("<II")
-_INVENTORY_MAGIC = 0x58313116
 # What CRIU writes of the namespaces that it takes along.
 _OF_NAMESPACES = re.compile(
     r"(mountpoints|netns|utsns|userns|pidns|ipcns-(var|shm|msg|sem)|netdev|ifaddr|route6?|rule"
@@ -47,7 +40,7 @@ pb = images.messages
 
 
 def of(source: MemberSource) -> MemberSource:
-    """The job in ``source`` if that is a whole container below ``hold``, else ``source``.
+    """The job in ``source`` if that is a container with its namespaces, else ``source``.
 
     Raises:
         errors.Corrupt | errors.Missing: the image is damaged.
@@ -57,13 +50,15 @@ def of(source: MemberSource) -> MemberSource:
     processes = known.get("processes")
     if known.get("root") != 1 or not isinstance(processes, list) or not processes:
         return source
-    if processes[0].get("exe") != HOLD:
+    held = processes[0].get("exe") == HOLD
+    # The container engine's own has none: CRIU was in them.
+    if not held and not any(_OF_NAMESPACES.fullmatch(name) for name, _ in source.metadata()):
         return source
-    return Inner(source, known)
+    return Inner(source, known, held=held)
 
 
 class RestoresInner:
-    """The engine ``engine``, for images of whole containers too."""
+    """The engine ``engine``, for images with namespaces too."""
 
     def __init__(self, engine: Engine) -> None:
         self.name = engine.name
@@ -81,18 +76,17 @@ class RestoresInner:
 
 
 class Inner:
-    """The view; see ``model.streams.MemberSource``."""
+    """The view; see ``model.streams.MemberSource``. ``held``: without the first process."""
 
-    def __init__(self, source: MemberSource, known: dict[str, Any]) -> None:
+    def __init__(self, source: MemberSource, known: dict[str, Any], *, held: bool) -> None:
         self._source = source
-        self._root = _only_child(known)
-        self._dropped = self._of_the_first()
-        self._changed = {
-            "pstree.img": self._pstree(),
-            "inventory.img": self._inventory(),
-            "files.img": self._files(),
-        }
-        self._known = self._facts(known)
+        self._root = _only_child(known) if held else 1
+        self._dropped = self._of_the_first() if held else set()
+        self._changed = {"inventory.img": self._inventory(), "files.img": self._files()}
+        self._known = {key: value for key, value in known.items() if key != "archive_parts"}
+        if held:
+            self._changed["pstree.img"] = self._pstree()
+            self._known |= self._facts(known)
         reasons = list(self._reasons())
         if reasons:
             raise errors.RestoreConflict(
@@ -128,7 +122,8 @@ class Inner:
 
     def spaces(self) -> list[AddressSpace]:
         """Those of the job."""
-        return [space for space in self._source.spaces() if space != AddressSpace("process", 1)]
+        without = AddressSpace("process", 1) if self._root != 1 else None
+        return [space for space in self._source.spaces() if space != without]
 
     def runs(self, space: AddressSpace) -> list[PageRun]:
         """The runs of one of them."""
@@ -171,24 +166,14 @@ class Inner:
 
     def _inventory(self) -> bytes:
         """With the tree's namespaces as CRIU's own, so that it makes none."""
-        raw = self._source.metadata_file("inventory.img")
-        inventory = pb.inventory_entry()
-        try:
-            magic, length = _INVENTORY.unpack_from(raw)
-            inventory.ParseFromString(raw[_INVENTORY.size : _INVENTORY.size + length])
-        except (struct.error, DecodeError) as exc:
-            raise _damaged("inventory.img") from exc
-        whole = inventory.IsInitialized() and inventory.HasField("root_ids")
-        if magic != _INVENTORY_MAGIC or not whole:
-            raise _damaged("inventory.img")
+        inventory = images.load_inventory(self._source.metadata_file("inventory.img"))
         (ids, *_) = self._load("ids", f"ids-{self._root}.img", pb.task_kobj_ids_entry)
         for name in _NAMESPACES:
             if ids.HasField(name):
                 setattr(inventory.root_ids, name, getattr(ids, name))
             else:
                 inventory.root_ids.ClearField(name)
-        content = inventory.SerializeToString()
-        return _INVENTORY.pack(_INVENTORY_MAGIC, len(content)) + bytes(content)
+        return images.dump_inventory(inventory)
 
     def _files(self) -> bytes:
         """Without the mounts that files were found in: there is one view of mounts only."""
@@ -203,9 +188,7 @@ class Inner:
         processes = [dict(each) for each in known["processes"] if each["pid"] != 1]
         for each in processes:
             each["ppid"] = 0 if each["pid"] == self._root else each["ppid"]
-        whole = {key: value for key, value in known.items() if key != "archive_parts"}
         return {
-            **whole,
             "root": self._root,
             "processes": processes,
             "threads": [each for each in known["threads"] if each[0] != 1],

@@ -1,0 +1,144 @@
+"""Containers that were never opted in: their first process is the job's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from agent import errors
+from agent.engines.container import newproc
+from agent.engines.container.nested import NestedPlaceholder
+from agent.host import mounts, proc
+from tests.host.boxes import Box, Boxes, stem
+from tests.host.test_kubelet_restore import FEATURES, checkpoint, restore
+
+# Says how it sees itself when it is asked to, and ends with 7 when it is told to.
+JOB = """
+import json, os, signal, sys
+def say(*_):
+    status = dict(line.split(":\\t", 1) for line in open("/proc/self/status"))
+    seen = {"pid": os.getpid(), "proc": int(status["Pid"]), "first": open("/proc/1/comm").read()}
+    seen["numbers"] = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+    seen["host"] = os.uname().nodename
+    print(json.dumps(seen), flush=True)
+signal.signal(signal.SIGUSR1, say)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def started(boxes: Boxes) -> Box:
+    box = Box(boxes, "source", ["python3", "-c", JOB])
+    said(box, 1)
+    return box
+
+
+def said(box: Box, lines: int) -> list[str]:
+    """The first ``lines`` lines of the box's log."""
+    deadline = time.monotonic() + 20
+    while len(found := box.log.read_text().splitlines()) < lines:
+        assert time.monotonic() < deadline, found
+        assert box.popen.poll() is None, found
+        time.sleep(0.02)
+    return found
+
+
+def test_its_first_process_is_number_one_again_with_a_proc_that_says_so(boxes: Boxes) -> None:
+    image = checkpoint(started(boxes))
+    target = boxes.placeholder("target")
+    before = proc_mounts(target.pid)
+    restore(boxes, image, target)
+    os.kill(stem(target), signal.SIGUSR1)
+    seen = json.loads(said(target, 1)[0])
+    assert seen == {
+        "pid": 1,
+        "proc": 1,
+        "first": "python3\n",
+        "numbers": [1],
+        "host": "target",
+    }
+    # What the runtime hid is hidden, what was read-only is; the placeholder's own is as it was.
+    restored = proc_mounts(stem(target))
+    assert proc_mounts(target.pid) == before
+    assert sorted(restored) == sorted(before)
+    assert {path for path, (_, read_only) in restored.items() if read_only} == {
+        path for path, (_, read_only) in before.items() if read_only
+    }
+    for path, (kind, _) in before.items():
+        assert restored[path][0] == kind
+    with pytest.raises(OSError, match="Read-only"):
+        Path(f"/proc/{stem(target)}/root/proc/sys/kernel/domainname").write_text("x")
+
+
+def proc_mounts(pid: int) -> dict[str, tuple[str, bool]]:
+    """What is mounted at and below /proc."""
+    found = {m.point: (m.kind, m.read_only) for m in mounts.of(pid)}
+    return {point: what for point, what in found.items() if point.startswith("/proc")}
+
+
+def test_the_container_ends_with_its_status_after_its_own_sigterm(boxes: Boxes) -> None:
+    image = checkpoint(started(boxes))
+    target = boxes.placeholder("target")
+    restore(boxes, image, target)
+    assert "python3" in target.exec("sh", "-c", "cat /proc/[0-9]*/comm")
+    boxes.runc("kill", target.id, "TERM")
+    assert target.wait() == 7
+
+
+def test_a_deleted_container_takes_the_tree_along(boxes: Boxes) -> None:
+    image = checkpoint(boxes.ordinary("source", "children"))
+    target = boxes.placeholder("target")
+    restore(boxes, image, target)
+    everyone = [proc.identity(pid) for pid in target.pids()]
+    assert len(everyone) > 2
+    boxes.runc("kill", target.id, "KILL")
+    target.wait()
+    deadline = time.monotonic() + 10
+    while any(proc.alive(who) for who in everyone):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_failed_restore_leaves_nothing_and_another_follows(
+    boxes: Boxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = boxes.ordinary("source", *FEATURES)
+    image = checkpoint(source)
+    # Its packet filter has the empty tables of the runtime's own CRIU.
+    source.close()
+    boxes.all.remove(source)
+    target = boxes.placeholder("target")
+    complete = NestedPlaceholder.complete
+
+    def fails(self: NestedPlaceholder, images: str) -> None:
+        complete(self, images)
+        raise errors.RestoreFailed("planned")
+
+    monkeypatch.setattr(NestedPlaceholder, "complete", fails)
+    with pytest.raises(errors.RestoreFailed, match="planned"):
+        restore(boxes, image, target)
+    assert target.pids() == [target.pid]
+    monkeypatch.undo()
+    restore(boxes, image, target)
+    boxes.check(target)
+    boxes.assert_clean()
+
+
+def test_a_proc_that_cannot_be_made_fails_the_restore(
+    boxes: Boxes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    image = checkpoint(started(boxes))
+    target = boxes.placeholder("target")
+    broken = tmp_path / "newproc.py"
+    broken.write_text("import sys; sys.exit('no such luck')")
+    monkeypatch.setattr(newproc, "__file__", str(broken))
+    with pytest.raises(errors.RestoreFailed, match="no such luck"):
+        restore(boxes, image, target)
+    assert target.pids() == [target.pid]
