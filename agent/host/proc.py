@@ -344,6 +344,31 @@ def _open_file(pid: int, number: int) -> OpenFile:
     )
 
 
+def descriptors(pid: int) -> list[int]:
+    """The numbers of its descriptors, ascending."""
+    with _process(pid):
+        return sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+
+
+def descriptor_flags(pid: int, number: int) -> int:
+    """How a descriptor was opened; raises ``FileNotFoundError`` if it has been closed."""
+    for line in _read(f"/proc/{pid}/fdinfo/{number}").splitlines()[:3]:
+        key, _, value = line.partition(b":")
+        if key == b"flags":
+            return int(value, 8)
+    return 0
+
+
+def descriptor_link(pid: int, number: int) -> str:
+    """What /proc shows a descriptor to be; raises ``FileNotFoundError`` if it has been closed."""
+    return os.readlink(f"/proc/{pid}/fd/{number}")
+
+
+def pinned_bytes(pid: int) -> int:
+    """Memory that devices hold on to; 0 for a zombie."""
+    return int(_status_fields(pid).get("VmPin", "0").split()[0]) << 10
+
+
 def cwd(pid: int) -> str:
     """The current directory as the kernel shows it (``... (deleted)`` if it was removed); "" for
     a zombie.

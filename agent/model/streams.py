@@ -65,7 +65,8 @@ class FileEntry:
 
 
 class MemberSink(Protocol):
-    """Takes the content of one member while its processes stand still.
+    """Takes the content of one member. What ``pages``, ``settle``, ``metadata`` and ``file`` are
+    given is what it was while the processes stood still; a ``draft`` may be given before.
 
     Calls come from one thread at a time. A call returns when the bytes may be overwritten by the
     caller, and may block for back-pressure; memory used does not grow with the image but for
@@ -76,6 +77,17 @@ class MemberSink(Protocol):
     def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
         """Store the run; ``len(data) == run.pages * PAGE_BYTES``. Runs of one address space come
         in ascending order and do not overlap.
+        """
+
+    def draft(self, space: AddressSpace, runs: Sequence[PageRun], data: memoryview) -> None:
+        """Store the content of ``runs``, one after the other in ``data``, in case it is still that
+        at the cut: a later draft of the same page takes its place, and nothing of a draft belongs
+        to the image until it is settled. ``flags`` do not count.
+        """
+
+    def settle(self, space: AddressSpace, runs: Sequence[PageRun]) -> None:
+        """The address space has these runs, with the content of their last drafts; every page must
+        have one. Calls of this and of ``pages`` come in ascending order together.
         """
 
     def metadata(self, name: str, content: BinaryIO) -> None:

@@ -18,7 +18,7 @@ from agent import errors
 from agent.engines.base import CaptureOptions, CaptureReport, Disposition, Engine
 from agent.host import clock
 from agent.model import ids
-from agent.model.streams import AddressSpace, FileEntry, MemberSink, PageRun
+from agent.model.streams import PAGE_BYTES, AddressSpace, FileEntry, MemberSink, PageRun
 from agent.store.repository import EpochSummary, EpochWriter, Store
 
 
@@ -255,6 +255,14 @@ class _MeteredSink:
     def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
         self._meter.add(len(data))
         self._sink.pages(space, run, data)
+
+    def draft(self, space: AddressSpace, runs: Sequence[PageRun], data: memoryview) -> None:
+        self._meter.add(0)
+        self._sink.draft(space, runs, data)
+
+    def settle(self, space: AddressSpace, runs: Sequence[PageRun]) -> None:
+        self._meter.add(sum(run.pages for run in runs) * PAGE_BYTES)
+        self._sink.settle(space, runs)
 
     def metadata(self, name: str, content: BinaryIO) -> None:
         self._meter.add(0)

@@ -8,6 +8,7 @@ Does not: decide which pages are new (``pages``), nor commit anything.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -18,12 +19,15 @@ from agent.model.ids import EpochId, GroupName, MemberName
 from agent.model.streams import PAGE_BYTES, AddressSpace, FileEntry, PageRun
 from agent.store import fields, layout, manifest, pagetable
 from agent.store.digest import digest
+from agent.store.drafts import Drafts
 from agent.store.identity import Identity
 from agent.store.pages import EpochPages, Pages, Places, as_pages
 from agent.volumes.base import Volume
 
 # Pages looked at in one step: enough to make numpy's calls cheap, few enough to stay in cache.
 _STEP_PAGES = 512
+# Of settled runs only numbers are moved.
+_SETTLED_PAGES = 1 << 16
 # Shorter runs are collected first; longer ones are taken from the caller's buffer as they are.
 _DIRECT_PAGES = 64
 
@@ -45,6 +49,7 @@ class MemberWriter:
         self._epoch = epoch
         self.name = name
         self._spaces: dict[AddressSpace, _Builder] = {}
+        self._drafts: dict[AddressSpace, Drafts] = {}
         self._metadata: dict[str, tuple[int, _Builder]] = {}
         self._files: dict[str, tuple[FileEntry, _Builder | None]] = {}
         self._facts: dict[str, Any] | None = None
@@ -61,11 +66,11 @@ class MemberWriter:
     def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
         """Store a run of pages of an address space."""
         self._check_open()
-        first, odd = divmod(run.address, PAGE_BYTES)
         builder = self._spaces.setdefault(space, _Builder())
-        if odd or run.pages < 1 or len(data) != run.pages * PAGE_BYTES:
-            raise errors.InvalidInput("a run of pages has an odd address or a wrong length")
-        if first < self._end(builder) or first + run.pages > pagetable.MAX_PAGE:
+        first = _first_page(run)
+        if len(data) != run.pages * PAGE_BYTES:
+            raise errors.InvalidInput("a run of pages has a wrong length")
+        if first < self._end(builder):
             raise errors.InvalidInput("runs of pages do not ascend within the address space")
         if not 0 <= run.flags <= pagetable.MAX_FLAGS:
             raise errors.InvalidInput("flags of a run of pages do not fit into 32 bits")
@@ -82,6 +87,54 @@ class MemberWriter:
         self._staged[self._staged_pages : self._staged_pages + run.pages] = pages
         self._staged_pages += run.pages
         self._staged_runs.append((first, run.pages, run.flags))
+
+    def draft(self, space: AddressSpace, runs: Sequence[PageRun], data: memoryview) -> None:
+        """Store pages that may still change; see ``model.streams.MemberSink``."""
+        self._check_open()
+        numbers = [np.arange(run.pages) + _first_page(run) for run in runs]
+        if sum(map(len, numbers)) * PAGE_BYTES != len(data):
+            raise errors.InvalidInput("runs of pages have a wrong length")
+        if not numbers:
+            return
+        page, pages = np.concatenate(numbers), as_pages(data)
+        drafts = self._drafts.setdefault(space, Drafts())
+        for at in range(0, len(page), _STEP_PAGES):
+            part = pages[at : at + _STEP_PAGES]
+            drafts.put(page[at : at + _STEP_PAGES], self._rows(part))
+
+    def settle(self, space: AddressSpace, runs: Sequence[PageRun]) -> None:
+        """Take drafts for what they became; see ``model.streams.MemberSink``."""
+        self._check_open()
+        self._flush_staged()
+        builder = self._spaces.setdefault(space, _Builder())
+        drafts = self._drafts.get(space, Drafts())
+        pages: list[npt.NDArray[np.int64]] = []
+        flags: list[npt.NDArray[np.int64]] = []
+
+        def add() -> None:
+            page = np.concatenate(pages)
+            builder.add(page, np.concatenate(flags), drafts.rows(page))
+            pages.clear()
+            flags.clear()
+
+        end = builder.end
+        collected = 0
+        for run in runs:
+            first = _first_page(run)
+            if first < end or not 0 <= run.flags <= pagetable.MAX_FLAGS:
+                raise errors.InvalidInput(
+                    "settled runs do not ascend, or their flags are too large"
+                )
+            end = first + run.pages
+            for at in range(first, end, _SETTLED_PAGES):
+                pages.append(np.arange(at, min(at + _SETTLED_PAGES, end)))
+                flags.append(np.full(len(pages[-1]), run.flags))
+                collected += len(pages[-1])
+                if collected >= _SETTLED_PAGES:
+                    add()
+                    collected = 0
+        if pages:
+            add()
 
     def metadata(self, name: str, content: BinaryIO) -> None:
         """Store an image file of the engine."""
@@ -165,12 +218,16 @@ class MemberWriter:
         self._staged_for = None
 
     def _place(self, builder: _Builder, pages: Pages, runs: list[tuple[int, int, int]]) -> None:
-        tags = self._identity.tags(pages.reshape(-1).data)
-        rows, new = self._pages.place(pages, tags)
-        self._new_pages += new
+        rows = self._rows(pages)
         first, count, flags = np.array(runs, dtype=np.int64).T
         within = np.arange(len(pages)) - np.repeat(np.cumsum(count) - count, count)
         builder.add(np.repeat(first, count) + within, np.repeat(flags, count), rows)
+
+    def _rows(self, pages: Pages) -> npt.NDArray[np.int64]:
+        tags = self._identity.tags(pages.reshape(-1).data)
+        rows, new = self._pages.place(pages, tags)
+        self._new_pages += new
+        return rows
 
     def _manifest(self, made: list[manifest.PackRef]) -> manifest.MemberManifest:
         builders = list(self._spaces.values())
@@ -212,6 +269,13 @@ class MemberWriter:
             totals,
             self._facts or {},
         )
+
+
+def _first_page(run: PageRun) -> int:
+    first, odd = divmod(run.address, PAGE_BYTES)
+    if odd or first < 0 or run.pages < 1 or first + run.pages > pagetable.MAX_PAGE:
+        raise errors.InvalidInput("a run of pages has an odd address or an impossible length")
+    return first
 
 
 def _encode(builder: _Builder, places: Places, used: npt.NDArray[np.bool_]) -> bytes:

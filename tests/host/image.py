@@ -21,6 +21,8 @@ class MemoryImage:
 
     def __init__(self) -> None:
         self.runs_of: dict[AddressSpace, list[tuple[PageRun, bytes]]] = {}
+        self.drafts: dict[AddressSpace, dict[int, bytes]] = {}
+        self.drafted_bytes = 0
         self.images: dict[str, bytes] = {}
         self.file_entries: list[FileEntry] = []
         self.contents: dict[str, bytes] = {}
@@ -46,6 +48,25 @@ class MemoryImage:
                 last = runs[-1][0]
                 assert run.address >= last.address + last.pages * PAGE_BYTES
             runs.append((run, bytes(data)))
+
+    def draft(self, space: AddressSpace, runs: Sequence[PageRun], data: memoryview) -> None:
+        with self._alone():
+            drafts = self.drafts.setdefault(space, {})
+            at = 0
+            for run in runs:
+                assert run.address % PAGE_BYTES == 0
+                for page in range(run.address, run.address + run.pages * PAGE_BYTES, PAGE_BYTES):
+                    drafts[page] = bytes(data[at : at + PAGE_BYTES])
+                    at += PAGE_BYTES
+            assert at == len(data)
+            self.drafted_bytes += at
+
+    def settle(self, space: AddressSpace, runs: Sequence[PageRun]) -> None:
+        for run in runs:
+            end = run.address + run.pages * PAGE_BYTES
+            drafts = self.drafts[space]
+            data = b"".join(drafts[page] for page in range(run.address, end, PAGE_BYTES))
+            self.pages(space, run, memoryview(data))
 
     def metadata(self, name: str, content: BinaryIO) -> None:
         with self._alone():

@@ -1,0 +1,1 @@
+"""Which pages a running process wrote, behind one contract (base.py)."""

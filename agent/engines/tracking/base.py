@@ -1,0 +1,43 @@
+"""What a tracker promises: which pages must be read again.
+
+A copy of a running process's memory is made in rounds. Each round names the pages that the copy
+lacks or has in an older version; at the cut, when the process stands still, the tracker says which
+pages the copy is sure to have as they are. What cannot be known counts as written.
+
+Promises: a page that ``unchanged`` names was not written, nor replaced by another, since the
+last round that named it gave it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from agent.host.pagemap import Ranges
+
+
+class Tracker(Protocol):
+    """Follows one process. Not safe from several threads. Closing it leaves nothing in the process,
+    and neither does the death of its owner.
+
+    ``kind`` names how it tells, ``reason`` why not by a better way ("" if there is none).
+    """
+
+    kind: str
+    reason: str
+
+    def round(self) -> Iterator[Ranges]:
+        """The pages to read now, piece by piece, each to be read before the next is asked for: all
+        that exist in the first round, then those written since they were last given out.
+
+        Raises:
+            errors.NotFound: the process has ended.
+        """
+
+    def unchanged(self, areas: Ranges) -> Ranges:
+        """Of the process, which stands still, the pages in these mappings (a row each) that were
+        not written since they were given out. May name pages that do not exist.
+        """
+
+    def close(self) -> None:
+        """Let go of the process; safe to repeat."""

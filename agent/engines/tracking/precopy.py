@@ -1,0 +1,281 @@
+"""Copying a tree's memory into a sink while it runs, and the rest while it stands still.
+
+Rounds of drafts bring the sink close to what the processes hold; at the cut, only what the trackers
+are not sure of is read again, and everything that exists is settled.
+
+Promises: at the cut, every page of the mappings that ``cut`` names is settled with the content that
+it has then, whatever happened in the rounds: processes that came or executed another program are
+read whole. What is held beyond the sink is one buffer of ``_BUFFER_BYTES`` and ranges of pages.
+Does not: read other mappings; decide what becomes of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from agent import errors
+from agent.engines.tracking import areas
+from agent.engines.tracking.base import Tracker
+from agent.engines.tracking.protected import Protected
+from agent.engines.tracking.untracked import Untracked
+from agent.host import clock, injection, pagemap, proc
+from agent.host.foreign import ForeignMemory
+from agent.host.pagemap import Ranges
+from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSink, PageRun
+
+# As in the page server: few system calls a byte, and it stays in a core's cache.
+_BUFFER_BYTES = 2 << 20
+# A round that leaves so little is the last: it is read within a millisecond or two.
+_ENOUGH_BYTES = 4 << 20
+# Rounds that do not get on any more only cost the job time.
+_SHRINKS_TO = 0.8
+_MOST_ROUNDS = 6
+# Runs settled in one call.
+_SETTLED_RUNS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """What one round read, and how long it took."""
+
+    read_bytes: int
+    took_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """A process at the cut. ``areas`` are the mappings that are copied here, a row each."""
+
+    who: proc.Identity
+    space: AddressSpace
+    areas: Ranges
+
+
+class _Copy:
+    """The copy of one process."""
+
+    def __init__(self, who: proc.Identity, tracker: Tracker) -> None:
+        self.who = who
+        self.tracker = tracker
+        self.space = AddressSpace("process", areas.private_id(who.pid))
+        self.have = pagemap.none()
+
+    def round(self, sink: MemberSink, deadline: clock.Deadline) -> int:
+        """Read what the tracker asks for; say how many bytes."""
+        given, read = [pagemap.none()], [pagemap.none()]
+        had, self.have = self.have, pagemap.none()  # until it went well
+        with _memory(self.who) as memory:
+            for piece in self.tracker.round():
+                given.append(piece)
+                deadline.check("copying memory ahead")
+                read.append(_draft(sink, self.space, memory, piece))
+        self.have = pagemap.union(pagemap.without(had, pagemap.union(*given)), *read)
+        return sum(map(pagemap.size_bytes, read))
+
+
+class Precopy:
+    """The copies of a tree's processes, in ``sink``."""
+
+    def __init__(self, sink: MemberSink, deadline: clock.Deadline) -> None:
+        self._sink = sink
+        self._deadline = deadline
+        self._copies: dict[proc.Identity, _Copy] = {}
+        self._settled: dict[AddressSpace, Ranges] = {}
+        self.rounds: list[Round] = []
+        self.cut_bytes = 0
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many processes are tracked in which way."""
+        found: dict[str, int] = {}
+        for copy in self._copies.values():
+            found[copy.tracker.kind] = found.get(copy.tracker.kind, 0) + 1
+        return found
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why processes are not tracked."""
+        return sorted({copy.tracker.reason for copy in self._copies.values()} - {""})
+
+    def run(self, root: int) -> None:
+        """Copy the tree below ``root`` until little is left or it does not get less.
+
+        Raises:
+            errors.NotFound: the root has ended.
+            errors.VolumeError: from the sink.
+        """
+        left = None
+        for _ in range(_MOST_ROUNDS):
+            read_bytes = self.round(root)
+            if read_bytes <= _ENOUGH_BYTES:
+                break
+            if left is not None and read_bytes > _SHRINKS_TO * left:
+                break
+            left = read_bytes
+
+    def round(self, root: int) -> int:
+        """Copy once what the trackers ask for; say how many bytes. Raises as ``run``."""
+        began_s = clock.monotonic_s()
+        total = 0
+        for pid in proc.tree(root):
+            with contextlib.suppress(errors.NotFound):
+                copy = self._copy(proc.identity(pid))
+                total += copy.round(self._sink, self._deadline)
+        self.rounds.append(Round(total, clock.monotonic_s() - began_s))
+        return total
+
+    def cut(self, pids: Sequence[int]) -> list[Standing]:
+        """What is copied of processes that stand still, as their mappings are now."""
+        found = []
+        for pid in pids:
+            with contextlib.suppress(errors.NotFound):
+                who = proc.identity(pid)
+                found.append(
+                    Standing(
+                        who,
+                        AddressSpace("process", areas.private_id(pid)),
+                        areas.eligible(pid),
+                    )
+                )
+        return found
+
+    def finish(self, standing: Sequence[Standing], sink: MemberSink) -> None:
+        """Read what the copies lack into ``sink``, which may be another; they still stand still.
+
+        Raises:
+            errors.DumpFailed: memory that exists cannot be read.
+            errors.VolumeError: from the sink.
+        """
+        for each in standing:
+            existing = _existing(each)
+            copy = self._copies.get(each.who)
+            kept = pagemap.none()
+            if copy is not None and copy.space == each.space:
+                kept = pagemap.clip(copy.have, copy.tracker.unchanged(each.areas))
+            missing = pagemap.without(existing, kept)
+            with _memory(each.who) as memory:
+                done = _draft(sink, each.space, memory, missing, standing=True)
+            if pagemap.size_bytes(done) != pagemap.size_bytes(missing):
+                raise errors.DumpFailed(
+                    f"memory of process {each.who.pid} cannot be read", pid=each.who.pid
+                )
+            self.cut_bytes += pagemap.size_bytes(missing)
+            self._settled[each.space] = existing
+
+    def settle(
+        self, spaces: Sequence[AddressSpace], others: dict[AddressSpace, list[PageRun]], flags: int
+    ) -> int:
+        """Settle what was copied here, with ``flags``, together with ``others``, runs that somebody
+        else drafted, ascending; they go first. Say how many bytes were copied here.
+        """
+        total = 0
+        for space in spaces:
+            own = self._settled.get(space, pagemap.none())
+            theirs = others.get(space, [])
+            rows = [(run.address, run.address + run.pages * PAGE_BYTES) for run in theirs]
+            taken = np.array(rows, dtype=np.int64).reshape(-1, 2)
+            own = pagemap.without(own, taken)
+            total += pagemap.size_bytes(own)
+            runs = theirs + [
+                PageRun(start, (end - start) // PAGE_BYTES, flags) for start, end in own.tolist()
+            ]
+            runs.sort(key=lambda run: run.address)
+            for at in range(0, len(runs), _SETTLED_RUNS):
+                self._sink.settle(space, runs[at : at + _SETTLED_RUNS])
+        return total
+
+    def close(self) -> None:
+        """Let go of all processes."""
+        for copy in self._copies.values():
+            copy.tracker.close()
+
+    def _copy(self, who: proc.Identity) -> _Copy:
+        found = self._copies.get(who)
+        if found is None:
+            tracker: Tracker
+            try:
+                tracker = Protected(who)
+            except (injection.InjectionRefused, errors.EnvironmentUnfit) as exc:
+                tracker = Untracked(who.pid, exc.message)
+            found = self._copies[who] = _Copy(who, tracker)
+        return found
+
+
+def _existing(standing: Standing) -> Ranges:
+    pages = pagemap.Pagemap(standing.who.pid)
+    try:
+        parts = [pages.existing(start, end) for start, end in standing.areas.tolist()]
+    finally:
+        pages.close()
+    return np.concatenate([pagemap.none(), *parts])
+
+
+@contextlib.contextmanager
+def _memory(who: proc.Identity) -> Iterator[ForeignMemory]:
+    memory = ForeignMemory(who)
+    try:
+        yield memory
+    finally:
+        memory.close()
+
+
+def _draft(
+    sink: MemberSink,
+    space: AddressSpace,
+    memory: ForeignMemory,
+    ranges: Ranges,
+    *,
+    standing: bool = False,
+) -> Ranges:
+    """Draft these pages; return those that could be read."""
+    done = [pagemap.none()]
+    for batch in _batches(ranges):
+        size_bytes = sum(length for _, length in batch)
+        data = memoryview(bytearray(size_bytes))
+        counts = (memory.read_standing if standing else memory.read)(batch, data)
+        runs = []
+        whole = sum(counts) == size_bytes
+        for (address, length), count in zip(batch, counts, strict=True):
+            if count == length:
+                runs.append(PageRun(address, length // PAGE_BYTES, 0))
+        if not whole:
+            data = _closed_up(batch, counts, data)
+        if runs:
+            sink.draft(space, runs, data)
+            rows = [(run.address, run.address + run.pages * PAGE_BYTES) for run in runs]
+            done.append(np.array(rows, dtype=np.int64))
+    return np.concatenate(done)
+
+
+def _closed_up(
+    batch: Sequence[tuple[int, int]], counts: Sequence[int], data: memoryview
+) -> memoryview:
+    """The data of the pieces that were read whole, one after the other."""
+    kept, at = [], 0
+    for (_, length), count in zip(batch, counts, strict=True):
+        if count == length:
+            kept.append(data[at : at + length])
+        at += length
+    return memoryview(b"".join(kept))
+
+
+def _batches(ranges: Ranges) -> Iterator[list[tuple[int, int]]]:
+    """Pieces of ``address, bytes`` of at most a buffer together."""
+    batch: list[tuple[int, int]] = []
+    room = _BUFFER_BYTES
+    for start, end in ranges.tolist():
+        at = start
+        while at < end:
+            length = min(end - at, room)
+            batch.append((at, length))
+            at += length
+            room -= length
+            if not room:
+                yield batch
+                batch, room = [], _BUFFER_BYTES
+    if batch:
+        yield batch

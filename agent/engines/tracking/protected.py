@@ -1,0 +1,87 @@
+"""Tracking by asynchronous write protection, put in from outside (host/injection, host/pagemap).
+
+Nothing is preloaded in the job and nothing of it changes. Each round takes on the mappings that
+came since. What came to lie in a mapping before it was taken on counts as written: new and moved
+mappings, those of a program that was just executed, everything of a process that was just forked.
+
+Promises: what ``base.Tracker`` promises, for processes whose pages nobody but they themselves and
+system calls on their behalf write; ``areas.escapes`` is asked before and after each round.
+Does not: notice a direct I/O that began before a round looked at its page, ended after that page
+was read, and whose file was opened and closed between two looks at the process's descriptors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from agent.engines.tracking import areas
+from agent.host import injection, pagemap, proc
+from agent.host.pagemap import Pagemap, Ranges, WriteProtection
+
+# What is given out at once: little enough that hardly any of it is written again before it is read.
+_PIECE_BYTES = 64 << 20
+
+
+class Protected:
+    """Tracks ``who``.
+
+    Raises:
+        injection.InjectionRefused | errors.EnvironmentUnfit: it cannot be tracked.
+        errors.NotFound: it has ended.
+    """
+
+    kind = "write-protect"
+
+    def __init__(self, who: proc.Identity) -> None:
+        self.reason = areas.escapes(who.pid)
+        if self.reason:
+            raise injection.InjectionRefused(f"process {who.pid}: {self.reason}", pid=who.pid)
+        self._who = who
+        self._protection = WriteProtection(injection.userfaultfd(who))
+        self._refused: set[tuple[int, int]] = set()
+
+    def round(self) -> Iterator[Ranges]:
+        """Pages of mappings that were not followed, and pages written since."""
+        self._look_for_escapes()
+        # Opened anew: the process may execute other programs.
+        pages = Pagemap(self._who.pid)
+        try:
+            for start, end in areas.eligible(self._who.pid).tolist():
+                if (start, end) in self._refused:
+                    continue  # given out once; it stays unknown
+                untold = pages.unguarded(start, end)
+                if not self._protection.register(start, end):
+                    self._refused.add((start, end))
+                for at in range(start, end, _PIECE_BYTES):
+                    piece = np.array([[at, min(end, at + _PIECE_BYTES)]], dtype=np.int64)
+                    taken = pages.take(*piece[0].tolist())
+                    yield pagemap.union(taken, pagemap.clip(untold, piece))
+        finally:
+            pages.close()
+        self._look_for_escapes()
+
+    def unchanged(self, areas: Ranges) -> Ranges:
+        """Pages of followed mappings that are not noted as written."""
+        if self.reason:
+            return pagemap.none()
+        pages = Pagemap(self._who.pid)
+        found = [pagemap.none()]
+        try:
+            for start, end in areas.tolist():
+                # Only what this very descriptor protects: after an exec it protects nothing here.
+                if pages.guarded(start, end) and self._protection.register(start, end):
+                    area = np.array([[start, end]], dtype=np.int64)
+                    found.append(pagemap.without(area, pages.written(start, end)))
+        finally:
+            pages.close()
+        return np.concatenate(found)
+
+    def close(self) -> None:
+        """Drop all protection."""
+        self._protection.close()
+
+    def _look_for_escapes(self) -> None:
+        if not self.reason:
+            self.reason = areas.escapes(self._who.pid)

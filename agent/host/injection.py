@@ -1,0 +1,279 @@
+"""Making a userfaultfd of another process: one system call is run inside it, by ptrace.
+
+A userfaultfd belongs to the address space of whoever made it, so the target itself has to make it.
+Its main thread is stopped, made to call ``userfaultfd(2)`` by an instruction of its own vDSO, the
+descriptor is copied out, closed in there, and the thread goes on exactly where it was: registers
+and signal mask are put back, and the kernel restarts an interrupted system call by itself. That
+takes a quarter of a millisecond.
+
+Promises: whatever goes wrong, the target runs on as before, and holds no descriptor of ours. Who
+cannot be stopped safely is left alone: traced or stopped processes, 32-bit programs, a thread in a
+restartable sequence, one that does not stop in time.
+Does not: work on other machines than x86-64. If this program is killed by SIGKILL between two steps
+in that quarter of a millisecond, the target loses its registers: nothing can put them back then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import signal
+import struct
+import threading
+from collections.abc import Iterator
+
+from agent import errors
+from agent.host import clock, proc
+
+# linux/ptrace.h
+_SINGLESTEP, _GETREGS, _SETREGS, _DETACH, _CONT = 9, 12, 13, 17, 7
+_SEIZE, _INTERRUPT, _GETSIGMASK, _SETSIGMASK, _RSEQ = 0x4206, 0x4207, 0x420A, 0x420B, 0x420F
+_O_SUSPEND_SECCOMP = 1 << 21
+_EVENT_STOP = 128
+_WALL = 0x40000000
+# asm/unistd_64.h
+_NR_CLOSE, _NR_USERFAULTFD, _NR_PIDFD_GETFD = 3, 323, 438
+# linux/userfaultfd.h: no privilege is needed for faults of user mode only, and write protection
+# without anybody who is asked about faults (WP_ASYNC) covers the kernel's writes all the same.
+_USER_MODE_ONLY = 1
+_SYSCALL = b"\x0f\x05"
+_USER_CS = 0x33  # asm/segment.h: 64-bit code
+_NOT_INTERRUPTED = 2**64 - 1  # orig_rax: no system call is being interrupted
+
+_STOP_S = 1.0
+_POLL_S = 0.0002
+_TRIES = 5
+# A step may be put off by the signals that nobody can block.
+_STEPS = 5
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ptrace.restype = ctypes.c_long
+_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+_libc.syscall.restype = ctypes.c_long
+
+
+class _Registers(ctypes.Structure):
+    """``struct user_regs_struct`` of x86-64."""
+
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8"),
+            *("rax", "rcx", "rdx", "rsi", "rdi", "orig_rax", "rip", "cs", "eflags", "rsp", "ss"),
+            *("fs_base", "gs_base", "ds", "es", "fs", "gs"),
+        )
+    ]
+
+
+class _RseqConfiguration(ctypes.Structure):
+    """``struct ptrace_rseq_configuration``."""
+
+    _fields_ = [
+        ("pointer", ctypes.c_uint64),
+        ("size", ctypes.c_uint32),
+        ("signature", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    ]
+
+
+class InjectionRefused(errors.Refused):
+    """The process cannot be made to run a system call of ours; it runs on."""
+
+    code = "injection-refused"
+
+
+def userfaultfd(who: proc.Identity) -> int:
+    """A userfaultfd of the address space of ``who``; the caller closes it.
+
+    Raises:
+        InjectionRefused: it cannot be had; the process is as before.
+        errors.NotFound: the process has ended.
+    """
+    if platform.machine() != "x86_64":
+        raise InjectionRefused(f"not known how on {platform.machine()}")
+    outcome: list[int | BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(_userfaultfd(who))
+        except BaseException as exc:  # noqa: BLE001 - carried to the caller
+            outcome.append(exc)
+
+    # The kernel lets go of everything that a thread traces when the thread ends: whatever happens
+    # in here, nothing stays traced.
+    thread = threading.Thread(target=run, name="inject")
+    thread.start()
+    thread.join()
+    (found,) = outcome
+    if isinstance(found, OSError):
+        raise InjectionRefused(f"process {who.pid}: {found.strerror}", pid=who.pid) from found
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def _userfaultfd(who: proc.Identity) -> int:
+    instruction = _instruction(who.pid)
+    pidfd = os.pidfd_open(who.pid)
+    try:
+        if not proc.alive(who):
+            raise errors.NotFound(f"there is no process {who.pid} any more", pid=who.pid)
+        for _ in range(_TRIES):
+            with _stopped(who.pid) as thread:
+                if thread.in_restartable_sequence():
+                    continue  # it takes some nanoseconds: let it pass
+                return thread.userfaultfd(instruction, pidfd)
+        raise InjectionRefused(f"process {who.pid} is in restartable sequences", pid=who.pid)
+    finally:
+        os.close(pidfd)
+
+
+def _instruction(pid: int) -> int:
+    """The address of a ``syscall`` instruction in the vDSO."""
+    for mapping in proc.maps(pid):
+        if mapping.path == "[vdso]":
+            with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+                memory.seek(mapping.start)
+                at = memory.read(mapping.end - mapping.start).find(_SYSCALL)
+            if at >= 0:
+                return mapping.start + at
+    raise InjectionRefused(f"process {pid} has no vDSO with a system call in it", pid=pid)
+
+
+@contextlib.contextmanager
+def _stopped(pid: int) -> Iterator[_Thread]:
+    """Stop the main thread of ``pid``; it goes on when the context ends."""
+    if proc.stat(pid).state in "TtZX":
+        raise InjectionRefused(f"process {pid} does not run", pid=pid)
+    # Without its filter, which might kill it for a system call that it does not expect. Not allowed
+    # to a program that is filtered itself: then only who has no filter can be helped.
+    try:
+        _ptrace(_SEIZE, pid, 0, _O_SUSPEND_SECCOMP)
+    except OSError:
+        if proc.status(pid).seccomp:
+            raise
+        _ptrace(_SEIZE, pid)
+    _ptrace(_INTERRUPT, pid)
+    deadline = clock.Deadline.after(_STOP_S)
+    while not _stands(pid, deadline):
+        pass
+    thread = _Thread(pid)
+    try:
+        yield thread
+    finally:
+        _ptrace(_DETACH, pid, 0, thread.owed)
+
+
+def _stands(pid: int, deadline: clock.Deadline) -> bool:
+    """Wait for the next stop; whether it is the one that was asked for."""
+    seen: list[int] = []
+
+    def waited() -> bool:
+        found, status = os.waitpid(pid, _WALL | os.WNOHANG)
+        seen[:] = [status]
+        return bool(found)
+
+    if not clock.wait_until(waited, deadline, every_s=_POLL_S):
+        raise InjectionRefused(f"process {pid} did not stop in time", pid=pid)
+    (status,) = seen
+    if not os.WIFSTOPPED(status):
+        raise errors.NotFound(f"process {pid} has ended", pid=pid)
+    number = os.WSTOPSIG(status)
+    if status >> 16 != _EVENT_STOP:
+        # A signal is about to be delivered: it is, and our stop comes after it.
+        _ptrace(_CONT, pid, 0, number)
+        return False
+    if number != signal.SIGTRAP:
+        # A stop by job control began meanwhile; it stays stopped when we have let go.
+        _ptrace(_DETACH, pid)
+        raise InjectionRefused(f"process {pid} was stopped", pid=pid)
+    return True
+
+
+class _Thread:
+    """A stopped thread. ``owed`` is a signal that came meanwhile, 0 if none did."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.owed = 0
+        self._saved = _Registers()
+        _ptrace(_GETREGS, pid, 0, ctypes.addressof(self._saved))
+        if self._saved.cs != _USER_CS:
+            raise InjectionRefused(f"process {pid} runs 32-bit code", pid=pid)
+
+    def in_restartable_sequence(self) -> bool:
+        """Whether it stands inside an rseq critical section: it would not notice that it was
+        interrupted if it ran other code first.
+        """
+        found = _RseqConfiguration()
+        try:
+            _ptrace(_RSEQ, self._pid, ctypes.sizeof(found), ctypes.addressof(found))
+        except OSError:
+            return True
+        if not found.pointer:
+            return False
+        with open(f"/proc/{self._pid}/mem", "rb", buffering=0) as memory:
+            # linux/rseq.h: struct rseq has rseq_cs at 8; struct rseq_cs is version, flags,
+            # start_ip, post_commit_offset, abort_ip.
+            (section,) = struct.unpack("=Q", os.pread(memory.fileno(), 8, found.pointer + 8))
+            if not section:
+                return False
+            start, length = struct.unpack("=8xQQ", os.pread(memory.fileno(), 24, section))
+        return bool(0 <= self._saved.rip - start < length)
+
+    def userfaultfd(self, instruction: int, pidfd: int) -> int:
+        """Let it make one; our copy of it."""
+        mask = ctypes.c_uint64()
+        _ptrace(_GETSIGMASK, self._pid, 8, ctypes.addressof(mask))
+        blocked = ctypes.c_uint64(2**64 - 1)
+        # No handler of a signal may run between our steps.
+        _ptrace(_SETSIGMASK, self._pid, 8, ctypes.addressof(blocked))
+        try:
+            flags = os.O_CLOEXEC | os.O_NONBLOCK | _USER_MODE_ONLY
+            number = self._call(instruction, _NR_USERFAULTFD, flags)
+            try:
+                return _checked(_libc.syscall(_NR_PIDFD_GETFD, pidfd, number, 0))
+            finally:
+                self._call(instruction, _NR_CLOSE, number)
+        finally:
+            # rax and orig_rax say that a call was interrupted: the kernel restarts it.
+            _ptrace(_SETREGS, self._pid, 0, ctypes.addressof(self._saved))
+            _ptrace(_SETSIGMASK, self._pid, 8, ctypes.addressof(mask))
+
+    def _call(self, instruction: int, number: int, argument: int) -> int:
+        registers = _Registers.from_buffer_copy(self._saved)
+        registers.rip, registers.rax, registers.rdi = instruction, number, argument
+        registers.orig_rax = _NOT_INTERRUPTED
+        _ptrace(_SETREGS, self._pid, 0, ctypes.addressof(registers))
+        for _ in range(_STEPS):
+            _ptrace(_SINGLESTEP, self._pid)
+            _, status = os.waitpid(self._pid, _WALL)
+            if not os.WIFSTOPPED(status):
+                raise errors.NotFound(f"process {self._pid} has ended", pid=self._pid)
+            if status >> 16 == 0 and os.WSTOPSIG(status) != signal.SIGTRAP:
+                self.owed = os.WSTOPSIG(status)
+            _ptrace(_GETREGS, self._pid, 0, ctypes.addressof(registers))
+            if registers.rip == instruction + len(_SYSCALL):
+                break
+        else:
+            raise InjectionRefused(
+                f"process {self._pid} was kept from a system call", pid=self._pid
+            )
+        result: int = ctypes.c_int64(registers.rax).value
+        if -4096 < result < 0:
+            raise OSError(-result, os.strerror(-result))
+        return result
+
+
+def _ptrace(request: int, pid: int, address: int = 0, data: int = 0) -> None:
+    _checked(_libc.ptrace(request, pid, address, data))
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result

@@ -1,0 +1,175 @@
+"""Answering some of another program's system calls: seccomp user notification.
+
+The program is started through ``filtered.py``, which installs the filter; each call that the filter
+picks waits until it is answered here, or is told to go its ordinary way.
+
+Promises: a call whose answer fails goes its ordinary way; when this ends, the calls that come after
+fail with ENOSYS in the program, so that it cannot go on unsupervised.
+Does not: decide which calls, or what the answers are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import os
+import select
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+from agent import errors
+from agent.host import filtered
+
+# linux/seccomp.h
+_RECV, _SEND, _CONTINUE = 0xC0502100, 0xC0182101, 1
+_RET_ALLOW, _RET_USER_NOTIF = 0x7FFF0000, 0x7FC00000
+# linux/bpf_common.h: load a word of struct seccomp_data, jump if equal, return.
+_LOAD, _IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
+_NR_IOCTL = {"x86_64": 16, "aarch64": 29}
+_AT_NR, _AT_SECOND_ARGUMENT = 0, 24
+_STARTED_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A system call that waits: whose, by its number on this host, and its arguments."""
+
+    pid: int
+    arguments: tuple[int, ...]
+
+    def read(self, address: int, size_bytes: int) -> bytes:
+        """The caller's memory."""
+        with _memory(self.pid, os.O_RDONLY) as fd:
+            return os.pread(fd, size_bytes, address)
+
+    def write(self, address: int, data: bytes) -> None:
+        """Change the caller's memory."""
+        with _memory(self.pid, os.O_WRONLY) as fd:
+            os.pwrite(fd, data, address)
+
+    def link(self, number: int) -> str:
+        """What a descriptor of the caller is."""
+        return os.readlink(f"/proc/{self.pid}/fd/{number}")
+
+
+# What the call returns, or None to let it go its way.
+Answer = Callable[[Call], int | None]
+
+
+def ioctls(request: int) -> bytes:
+    """A filter that picks the ioctls with this request number."""
+    steps = [
+        (_LOAD, 0, 0, _AT_NR),
+        (_IF_EQUAL, 0, 3, _NR_IOCTL[os.uname().machine]),
+        (_LOAD, 0, 0, _AT_SECOND_ARGUMENT),
+        (_IF_EQUAL, 0, 1, request),
+        (_RETURN, 0, 0, _RET_USER_NOTIF),
+        (_RETURN, 0, 0, _RET_ALLOW),
+    ]
+    return b"".join(struct.pack("=HBBI", *step) for step in steps)
+
+
+class Supervisor:
+    """Supervises one program by ``picks``, a filter; ``answer`` is called in a thread."""
+
+    def __init__(self, picks: bytes, answer: Answer) -> None:
+        self._picks = picks
+        self._answer = answer
+        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._ours.settimeout(_STARTED_S)
+        self._wake, self._woken = os.pipe2(os.O_CLOEXEC)
+        self._thread = threading.Thread(target=self._serve, name="supervise", daemon=True)
+        self.answered = 0
+        self.passed = 0
+
+    @property
+    def descriptor(self) -> int:
+        """What the program to be started must inherit."""
+        return self._theirs.fileno()
+
+    def under(self, machine_python: str = sys.executable) -> list[str]:
+        """What to put before the program and its arguments; the program by its path."""
+        return [machine_python, "-I", "-S", filtered.__file__, str(self.descriptor)]
+
+    def start(self) -> None:
+        """Be ready for the program; to be called before it is started."""
+        self._ours.send(self._picks)
+        self._thread.start()
+
+    def release(self) -> None:
+        """The program is started: close this process's copy of its end."""
+        self._theirs.close()
+
+    def close(self) -> None:
+        """End; safe to repeat."""
+        self._theirs.close()
+        if self._woken >= 0:
+            os.close(self._woken)
+            self._woken = -1
+            if self._thread.is_alive():
+                self._thread.join()
+            os.close(self._wake)
+        self._ours.close()
+
+    def _serve(self) -> None:
+        try:
+            _, descriptors, _, _ = socket.recv_fds(self._ours, 1, 1)
+        except OSError:
+            return  # it did not start: whoever talks to it notices
+        for listener in descriptors:
+            try:
+                self._listen(listener)
+            finally:
+                os.close(listener)
+
+    def _listen(self, listener: int) -> None:
+        poll = select.poll()
+        poll.register(listener, select.POLLIN)
+        poll.register(self._wake, 0)  # hang-up: close was called
+        while True:
+            ready = dict(poll.poll())
+            if self._wake in ready or ready.get(listener, 0) & select.POLLHUP:
+                return
+            # struct seccomp_notif: id, pid, flags, and struct seccomp_data: nr, arch,
+            # instruction_pointer, args[6].
+            notification = bytearray(80)
+            try:
+                fcntl.ioctl(listener, _RECV, notification)
+            except OSError:
+                continue  # the caller was interrupted or has died
+            number, pid, _, _, _, _, *arguments = struct.unpack("=QIIiIQ6Q", notification)
+            value = self._decide(Call(pid, tuple(arguments)))
+            flags = _CONTINUE if value is None else 0
+            # struct seccomp_notif_resp: id, val, error, flags.
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(
+                    listener, _SEND, bytearray(struct.pack("=QqiI", number, value or 0, 0, flags))
+                )
+
+    def _decide(self, call: Call) -> int | None:
+        value = None
+        try:
+            value = self._answer(call)
+        except (OSError, errors.CkptError, struct.error) as exc:
+            log.debug("a supervised call goes its ordinary way", extra={"reason": str(exc)})
+        if value is None:
+            self.passed += 1
+        else:
+            self.answered += 1
+        return value
+
+
+@contextlib.contextmanager
+def _memory(pid: int, flags: int) -> Iterator[int]:
+    fd = os.open(f"/proc/{pid}/mem", flags | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
