@@ -21,6 +21,7 @@ import platformdirs
 import yaml
 
 from agent import errors
+from agent.model import storage
 
 OUTPUTS = ("table", "wide", "json", "yaml", "name")
 ENV_PREFIX = "CKPT_AGENT_"
@@ -102,6 +103,10 @@ def _text(value: object) -> str:
     return str(value)
 
 
+def _stores(value: object, base: str) -> dict[str, str]:
+    return storage.read(_text(value))
+
+
 def _word(value: object, base: str) -> str:
     return _text(value)
 
@@ -154,6 +159,11 @@ class Settings:
     store: StoreUrl = _DEFAULT_STORE
     """The store's place, a path or URL. The default is where the Filesystem Hierarchy Standard
     puts a program's state; a job that may move to another node wants a shared directory."""
+
+    stores: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """``node``: more places for images beside ``store``, absolute paths by name. Pods and
+    namespaces choose among them; ``store`` is the one called ``default``, for those that say
+    nothing, unless this names another ``default``."""
 
     criu: str | None = None
     """The CRIU program. None: beside this Python, then in PATH, since set-up puts a new enough
@@ -297,6 +307,7 @@ class _Key:
 
 _KEYS = {
     "store": _Key("store", store_url, "--store"),
+    "stores": _Key("stores", _stores, "--stores"),
     "criu": _Key("criu", _path, "--criu"),
     "work_dir": _Key("work_dir", _path, "--work-dir"),
     "criu_bundle": _Key("criu_bundle", _path, "--criu-bundle"),

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from agent import errors
 from agent.engines.base import CaptureOptions, Engine, RestoreOptions
-from agent.host import memory, proc
-from agent.model import checkup, ids
+from agent.host import archivefile, memory, proc
+from agent.model import checkup, ids, storage
 from agent.model import plan as model_plan
+from agent.model.archives import Written
 from agent.node import archives as node_archives
 from agent.node import doctor as node_doctor
 from agent.node import dump as node_dump
@@ -31,6 +32,7 @@ from agent.volumes.base import Volume
 from agent.volumes.directory import DirectoryVolume
 
 if TYPE_CHECKING:
+    from agent.cluster.archives import File as ArchiveFile
     from agent.cluster.session import Session
     from agent.engines.container.engine import ContainerEngine
     from agent.model.container import Container
@@ -118,13 +120,26 @@ def restore(
     )
 
 
-def export(settings: Settings, image: str, member: str | None, path: str) -> node_archives.Written:
-    """Write a member of ``image`` as a checkpoint archive. Raises what ``node.archives.export``
-    does.
+def export(
+    settings: Settings,
+    image: str,
+    member: str | None,
+    wanted: archivefile.Wanted,
+    progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+) -> Written:
+    """Write a member of ``image`` to a file as a checkpoint archive; ``progress`` gets bytes done
+    and about how many in all. Raises what ``node.archives.Export`` does, and
+    ``errors.InvalidInput`` if no such file can be written there.
     """
-    with _needing_pycriu():
-        from agent.engines.kubelet import export as kubelet_export
-    return node_archives.export(store(settings), image, member, path, kubelet_export.write)
+    chosen = node_archives.Export(store(settings), image, member, _formats().archived)
+    done_bytes = 0
+    with archivefile.writing(wanted) as file:
+        file.begin(chosen.about)
+        for piece in chosen.pieces():
+            file.add(piece)
+            done_bytes += len(piece)
+            progress(done_bytes, max(done_bytes, chosen.about.expected_bytes))
+        return file.finish(chosen.exported)
 
 
 def take_in(settings: Settings, path: str, group: str | None) -> EpochSummary:
@@ -137,6 +152,26 @@ def take_in(settings: Settings, path: str, group: str | None) -> EpochSummary:
         return node_archives.take_in(store(settings, create=True), archive, group)
 
 
+def archive_file(path: str) -> contextlib.AbstractContextManager[ArchiveFile]:
+    """A file that is a checkpoint archive as far as its headers tell.
+
+    Raises:
+        errors.NotFound: there is no such file.
+        errors.Corrupt: it is no archive, or one that nobody should read on.
+    """
+    from agent.engines.kubelet import archive
+
+    return archive.opened(path)
+
+
+def _formats() -> node_archives.Formats:
+    """What knows checkpoint archives."""
+    with _needing_pycriu():
+        from agent.engines.kubelet import export as kubelet_export
+        from agent.engines.kubelet import intake
+    return node_archives.Formats(archived=kubelet_export.Outgoing, opened=intake.of)
+
+
 def plan(settings: Settings, pids: Sequence[int]) -> model_plan.Plan:
     """What a dump of the trees below ``pids`` would take. Raises what ``node.plan`` does."""
     return node_plan.plan_dump(pids, ghost_limit_bytes=settings.ghost_limit_bytes)
@@ -146,9 +181,11 @@ def doctor(settings: Settings) -> tuple[checkup.Check, ...]:
     """Whether this host can dump and restore, line by line."""
     return node_doctor.examine(
         criu=lambda: _criu(settings),
-        volume=lambda: volume(settings),
-        store=lambda: store(settings),
-        store_url=str(settings.store),
+        places=[
+            node_doctor.Place(
+                str(settings.store), lambda: volume(settings).space(), lambda: store(settings)
+            )
+        ],
         work_dir=settings.work_dir,
         leftovers=lambda: _leftovers(settings),
     )
@@ -193,9 +230,10 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from agent.cri.runtime import Runtime
     from agent.host.probes import Probes
-    from agent.kube import access, connection, events
+    from agent.kube import access, connection, events, namespaces
     from agent.kube.pods import PodWatch
-    from agent.node import interrupted, podwork, readiness, serve, service, stores
+    from agent.node import interrupted, podwork, readiness, serve, service, storages, stores
+    from agent.node import transfers as node_transfers
     from agent.node.operations import Operations
     from agent.node.pods import Pods
     from agent.rpc import certificates, server
@@ -206,15 +244,20 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
         raise errors.InvalidInput(
             "which node this is was not said", hint="set node_name (CKPT_AGENT_NODE_NAME)"
         )
+    places = storage.configured(settings.store.path, settings.stores)
     with contextlib.ExitStack() as stack:
         api = stack.enter_context(
             contextlib.closing(connection.connect(settings.kubeconfig, settings.context))
         )
         runtime = stack.enter_context(contextlib.closing(Runtime(settings.runtime_socket)))
         watch = PodWatch(api, name)
-        known = stores.NamespaceStores(
-            settings.store.path, lambda path, create: DirectoryVolume(path, create=create)
-        )
+        by_name = {
+            name: stores.NamespaceStores(
+                path, lambda path, create: DirectoryVolume(path, create=create)
+            )
+            for name, path in places.items()
+        }
+        known = storages.Storages(by_name, lambda name: namespaces.read_annotations(api, name))
         pods = Pods(watch, runtime, _hold_state, name)
         operations = Operations(settings.parallel)
         trail = interrupted.Trail(_TRAIL)
@@ -226,17 +269,23 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
             settings=settings,
             node=name,
             pods=pods,
-            work=podwork.PodWork(pods, engines, known.open, operations, trail, teller),
+            work=podwork.PodWork(pods, engines, known, operations, trail, teller),
             operations=operations,
-            stores=known.open,
+            storages=known,
+            transfers=node_transfers.Transfers(
+                _formats(), settings.work_dir, settings.parallel, operations
+            ),
             plan=engines.plan,
             examine=lambda: (
                 *node_doctor.examine_cluster(runtime.ready, watch),
                 *node_doctor.examine(
                     criu=lambda: _criu(settings),
-                    volume=known.root,
-                    store=known.any,
-                    store_url=str(settings.store),
+                    places=[
+                        node_doctor.Place(
+                            each.root, each.space, None, "" if name == storage.DEFAULT else name
+                        )
+                        for name, each in by_name.items()
+                    ],
                     work_dir=settings.work_dir,
                     leftovers=lambda: _leftovers(settings),
                 ),
@@ -252,7 +301,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
         )
         checks: dict[str, Callable[[], object]] = {
             "CRIU": functools.cache(lambda: _criu(settings)),
-            "the store's volume": lambda: known.root().space(),
+            "the store's volume": known.check,
             "the container runtime": runtime.ready,
             "the API server": watch.check_synced,
             "client authorities": authorities.refresh,

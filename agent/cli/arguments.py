@@ -17,6 +17,8 @@ from agent import errors, settings, wiring
 from agent.cli.invocation import Invocation
 from agent.model import ids
 
+OF_A_CLUSTER = "is for a cluster (-n, --context, --kubeconfig), not for a store of this host"
+
 
 def pid(value: str) -> int:
     """A process number; anything but a whole number from 1 is wrong usage."""
@@ -100,6 +102,16 @@ def containers(verb: Callable[..., Any]) -> Callable[..., Any]:
         multiple=True,
         metavar="NAME",
         help="In a cluster: only this container of the pod; may be repeated.",
+    )(verb)
+
+
+def storage(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The option that names where images lie."""
+    return click.option(
+        "--storage",
+        metavar="NAME",
+        default="",
+        help="In a cluster: only images in this one of its storages [default: all].",
     )(verb)
 
 

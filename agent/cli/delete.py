@@ -17,8 +17,9 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
     example="ckpt-agent delete training@20260131-235959-0a1b2c",
 )
 @click.argument("image", shell_complete=arguments.complete_image)
+@arguments.storage
 @pass_invocation
-def verb(invocation: Invocation, image: str) -> None:
+def verb(invocation: Invocation, image: str, storage: str) -> None:
     """Remove IMAGE and the space that only it used; other images are not affected.
 
     IMAGE must name its epoch: a group alone would remove whatever is newest at that moment.
@@ -29,8 +30,9 @@ def verb(invocation: Invocation, image: str) -> None:
     if invocation.in_cluster(settings):
         from agent.cli import incluster
 
-        incluster.delete(invocation, settings, image)
+        incluster.delete(invocation, settings, image, storage)
         return
+    arguments.refuse({"--storage": storage}, arguments.OF_A_CLUSTER)
     store = wiring.store(settings)
     report = store.delete(*store.resolve(image))
     for reason in report.blocked:

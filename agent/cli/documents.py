@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from agent import errors
 from agent.cli.output import Document
 from agent.model import checkup, ids, plan
+from agent.model.archives import Written
 from agent.model.streams import FileEntry
-from agent.node.archives import Written
 from agent.node.dump import DumpOutcome
 from agent.node.restore import RestoreOutcome
 from agent.store.repository import EpochSummary, PruneReport, VerifyReport
@@ -54,7 +54,9 @@ def image_name(summary: EpochSummary | Image) -> str:
 
 
 def image(summary: EpochSummary | Image) -> Document:
-    """One image as a listing shows it."""
+    """One image as a listing shows it; in a cluster with the storage that it lies in."""
+    storage = getattr(summary, "storage", "")
+    more = {"storage": storage} if storage else {}
     return document(
         "Image",
         image_name(summary),
@@ -68,12 +70,20 @@ def image(summary: EpochSummary | Image) -> Document:
         pages=summary.pages,
         zeroPages=summary.zero_pages,
         damage=summary.damage,
+        **more,
     )
 
 
-def image_list(store: str, summaries: Iterable[EpochSummary | Image]) -> Document:
-    """Images of a store, or of a namespace in a cluster."""
-    return document("ImageList", store, items=[image(summary) for summary in summaries])
+def image_list(
+    store: str,
+    summaries: Iterable[EpochSummary | Image],
+    unread: Mapping[str, str] | None = None,
+) -> Document:
+    """Images of a store, or of a namespace in a cluster; there ``unread`` are the storages that
+    could not be looked at, and why.
+    """
+    more = {} if unread is None else {"unread": unread_storages(unread)}
+    return document("ImageList", store, items=[image(summary) for summary in summaries], **more)
 
 
 def image_detail(
@@ -226,19 +236,22 @@ def verify_report(name: str, reports: Iterable[tuple[str, VerifyReport]]) -> Doc
 
 
 def export_report(written: Written) -> Document:
-    """An archive that was written."""
+    """An archive that was written; ``reference`` is what it is called as an image, if it is one."""
     return document(
         "ExportReport",
         written.image,
         member=written.member,
         path=written.path,
-        sizeBytes=written.exported.size_bytes,
-        leftOut=list(written.exported.left_out),
+        sizeBytes=written.size_bytes,
+        leftOut=list(written.left_out),
+        reference=written.reference,
     )
 
 
-def import_report(summary: EpochSummary) -> Document:
-    """An archive that became an image."""
+def import_report(summary: EpochSummary | Image) -> Document:
+    """An archive that became an image; in a cluster with the storage that it lies in."""
+    storage = getattr(summary, "storage", "")
+    more = {"storage": storage} if storage else {}
     return document(
         "ImportReport",
         image_name(summary),
@@ -246,6 +259,7 @@ def import_report(summary: EpochSummary) -> Document:
         rawBytes=summary.raw_bytes,
         newBytes=summary.new_bytes,
         storedBytes=summary.stored_bytes,
+        **more,
     )
 
 
@@ -262,6 +276,41 @@ def prune_report(store: str, report: PruneReport, *, dry_run: bool) -> Document:
         kept=[ids.image_name(*each) for each in report.kept],
         items=[{"name": ids.image_name(*each), "action": action} for each in report.removed],
     )
+
+
+def prune_reports(
+    namespace: str,
+    reports: Mapping[str, PruneReport],
+    unread: Mapping[str, str],
+    *,
+    dry_run: bool,
+) -> Document:
+    """What was removed of a namespace, or would be, in each storage by its name; ``unread`` are
+    those where nothing could be, and why.
+    """
+    made = document(
+        "PruneReport",
+        namespace,
+        dryRun=dry_run,
+        freedBytes=0,
+        leftovers=0,
+        blocked=[],
+        kept=[],
+        items=[],
+        unread=unread_storages(unread),
+    )
+    for name, report in reports.items():
+        found = prune_report(name, report, dry_run=dry_run)
+        for field in ("freedBytes", "leftovers", "kept"):
+            made[field] += found[field]
+        made["blocked"] += [f"storage {name}: {reason}" for reason in found["blocked"]]
+        made["items"] += [item | {"storage": name} for item in found["items"]]
+    return made
+
+
+def unread_storages(unread: Mapping[str, str]) -> list[Document]:
+    """The storages that could not be looked at, and why."""
+    return [{"storage": name, "problem": problem} for name, problem in unread.items()]
 
 
 def doctor_report(host: str, checks: Iterable[checkup.Check]) -> Document:

@@ -14,11 +14,15 @@ from collections.abc import Iterator, Sequence
 from agent import errors, wiring
 from agent.cli import documents, exits, interrupts, output, poddocuments, progress
 from agent.cli.invocation import Invocation
+from agent.cluster import archives as cluster_archives
 from agent.cluster import doctor as cluster_doctor
 from agent.cluster import move as cluster_move
 from agent.cluster import pods
 from agent.cluster.session import Session
+from agent.host import archivefile
 from agent.model import ids, move
+from agent.model.archives import Written
+from agent.rpc import client
 from agent.settings import Settings
 
 _STEPS = {
@@ -41,60 +45,121 @@ def _session(settings: Settings) -> Iterator[Session]:
         yield made
 
 
-def list_images(invocation: Invocation, settings: Settings, group: str | None) -> None:
+def list_images(invocation: Invocation, settings: Settings, group: str | None, storage: str) -> int:
     """``list`` of a namespace."""
     wanted = ids.group_name(group) if group else ""
     with _session(settings) as session:
-        found = session.any_agent(lambda agent: agent.images(session.namespace, wanted))
-        if not found:
+        found = session.any_agent(lambda agent: agent.listing(session.namespace, wanted, storage))
+        document = documents.image_list(session.namespace, found.images, found.unread)
+        if not found.images:
             invocation.say(f"no images in namespace {session.namespace}")
-        invocation.emit(documents.image_list(session.namespace, found))
+        invocation.emit(document)
+        return _read_all(invocation, document)
 
 
-def show(invocation: Invocation, settings: Settings, image: str) -> None:
+def _read_all(invocation: Invocation, document: output.Document) -> int:
+    """Tell which storages could not be looked at; the status for what that leaves."""
+    unread = document.get("unread") or ()
+    for each in unread:
+        invocation.say(f"storage {each['storage']} cannot be looked at: {each['problem']}")
+    return exits.VOLUME if unread else exits.DONE
+
+
+def show(invocation: Invocation, settings: Settings, image: str, storage: str) -> None:
     """``show`` of an image."""
     with _session(settings) as session:
-        found = session.any_agent(lambda agent: agent.image(session.namespace, image))
+        found = session.any_agent(lambda agent: agent.image(session.namespace, image, storage))
         invocation.emit(poddocuments.as_sent(found.document, session.namespace))
 
 
-def verify(invocation: Invocation, settings: Settings, image: str | None) -> int:
+def verify(invocation: Invocation, settings: Settings, image: str | None, storage: str) -> int:
     """``verify`` of an image, or of all of the namespace."""
     with _session(settings) as session:
+        namespace = session.namespace
         if image is None:
-            found = session.any_agent(lambda agent: agent.images(session.namespace))
+            found = session.any_agent(lambda agent: agent.listing(namespace, "", storage))
         else:
-            found = [session.any_agent(lambda agent: agent.image(session.namespace, image)).image]
-        reports = []
-        for each in found:
-            name = documents.image_name(each)
-            with progress.for_reading(invocation.quiet, name) as bar:
-                reports.append(
-                    (
-                        name,
-                        session.any_agent(
-                            lambda agent, name=name, bar=bar: agent.verify(  # type: ignore[misc]
-                                session.namespace, name, bar
-                            )
-                        ),
-                    )
-                )
+            detail = session.any_agent(lambda agent: agent.image(namespace, image, storage))
+            found = client.Listing([detail.image], {})
+        reports = [(each, _verified(invocation, session, each)) for each in found.images]
         if not reports:
-            invocation.say(f"no images in namespace {session.namespace}")
-        name = reports[0][0] if image else session.namespace
-        document = poddocuments.verify_report(name, reports)
+            invocation.say(f"no images in namespace {namespace}")
+        name = documents.image_name(reports[0][0]) if image else namespace
+        document = poddocuments.verify_report(name, reports, found.unread)
         invocation.emit(document)
-        return exits.DONE if document["good"] else exits.DATA
+        read = _read_all(invocation, document)
+        return read if document["good"] else exits.DATA
 
 
-def delete(invocation: Invocation, settings: Settings, image: str) -> None:
+def _verified(
+    invocation: Invocation, session: Session, image: client.Image
+) -> client.VerifyOutcome:
+    name = documents.image_name(image)
+    with progress.for_reading(invocation.quiet, name) as bar:
+        return session.any_agent(
+            lambda agent: agent.verify(session.namespace, name, bar, storage=image.storage)
+        )
+
+
+def export(
+    invocation: Invocation,
+    settings: Settings,
+    image: str,
+    member: str | None,
+    wanted: archivefile.Wanted,
+    storage: str,
+) -> Written:
+    """``export`` of an image."""
+    with (
+        _session(settings) as session,
+        _given_up(invocation, "stopping; no file is left") as cancel,
+        progress.for_reading(invocation.quiet, image) as bar,
+    ):
+        return cluster_archives.export(
+            session, image, member, wanted, storage=storage, cancel=cancel, progress=bar
+        )
+
+
+def take_in(
+    invocation: Invocation, settings: Settings, path: str, group: str | None, storage: str
+) -> None:
+    """``import`` of an archive."""
+    with (
+        wiring.archive_file(path) as archive,
+        _session(settings) as session,
+        _given_up(invocation, "stopping; nothing is stored") as cancel,
+        progress.for_reading(invocation.quiet, "sending") as bar,
+    ):
+        found = cluster_archives.take_in(
+            session, archive, group, storage=storage, cancel=cancel, progress=bar
+        )
+        document = documents.import_report(found)
+    invocation.emit(document)
+
+
+@contextlib.contextmanager
+def _given_up(invocation: Invocation, message: str) -> Iterator[threading.Event]:
+    """What is set when somebody asks to stop."""
+    cancel = threading.Event()
+
+    def stop_asked(number: int) -> None:
+        cancel.set()
+        invocation.say(message)
+
+    with interrupts.caught(stop_asked):
+        yield cancel
+
+
+def delete(invocation: Invocation, settings: Settings, image: str, storage: str) -> None:
     """``delete`` of an image."""
     with _session(settings) as session:
-        found = session.any_agent(lambda agent: agent.delete(session.namespace, image))
+        found = session.any_agent(lambda agent: agent.delete(session.namespace, image, storage))
         _pruned(invocation, poddocuments.as_sent(found, session.namespace))
 
 
-def prune(invocation: Invocation, settings: Settings, group: str | None, dry_run: bool) -> None:
+def prune(
+    invocation: Invocation, settings: Settings, group: str | None, storage: str, *, dry_run: bool
+) -> int:
     """``prune`` of a namespace."""
     wanted = ids.group_name(group) if group else ""
     with _session(settings) as session:
@@ -105,9 +170,12 @@ def prune(invocation: Invocation, settings: Settings, group: str | None, dry_run
                 keep_last=settings.keep_last,
                 keep_within_s=settings.keep_within_s,
                 dry_run=dry_run,
+                storage=storage,
             )
         )
-        _pruned(invocation, poddocuments.as_sent(found, session.namespace))
+        document = poddocuments.as_sent(found, session.namespace)
+        _pruned(invocation, document)
+        return _read_all(invocation, document)
 
 
 def _pruned(invocation: Invocation, document: output.Document) -> None:
@@ -178,7 +246,7 @@ def _said_dumped(invocation: Invocation, document: output.Document) -> None:
         f" for {output.human_s(document['stopSeconds'])}, durable after"
         f" {output.human_s(document['durableSeconds'])}; new"
         f" {output.human_bytes(document['newBytes'])}, stored"
-        f" {output.human_bytes(document['storedBytes'])}"
+        f" {output.human_bytes(document['storedBytes'])} in storage {document['storage']}"
     )
 
 
@@ -187,6 +255,7 @@ def restore(
     settings: Settings,
     image: str,
     *,
+    storage: str,
     node: str | None,
     pod: str | None,
     replace: bool,
@@ -196,10 +265,12 @@ def restore(
     with _session(settings) as session, _watched(invocation) as watch:
         if node is not None:
             done = cluster_move.restore_on(
-                session, image, node, replace=replace, again=again, watch=watch
+                session, image, node, storage=storage, replace=replace, again=again, watch=watch
             )
         elif pod is not None:
-            done = cluster_move.restore_into(session, image, pod, again=again, watch=watch)
+            done = cluster_move.restore_into(
+                session, image, pod, storage=storage, again=again, watch=watch
+            )
         else:
             raise errors.InvalidInput(
                 "say where in the cluster the image is to be restored",

@@ -97,6 +97,8 @@ _IMAGE_WIDE = (
     Column("CREATED", _text("createdAt")),
     Column("DAMAGE", _text("damage")),
 )
+# In a cluster.
+_STORAGE = Column("STORAGE", _text("storage"))
 _RESTORED = (
     Column("MEMBER", _text("name")),
     Column("PID", _text("pid"), right=True),
@@ -214,11 +216,15 @@ def _pairs(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _image_list(document: Document, wide: bool, now_s: float) -> list[str]:
-    return table(_IMAGE_WIDE if wide else _IMAGE, document["items"], now_s)
+    columns = _IMAGE_WIDE if wide else _IMAGE
+    if any("storage" in item for item in document["items"]):
+        columns = (*columns, _STORAGE)
+    return table(columns, document["items"], now_s)
 
 
 def _image(document: Document, wide: bool, now_s: float) -> list[str]:
     change = ""
+    where = f" in storage {document['storage']}" if document.get("storage") else ""
     if document.get("previous"):
         change = f" (against {document['previous']})"
     lines = _pairs(
@@ -227,7 +233,7 @@ def _image(document: Document, wide: bool, now_s: float) -> list[str]:
             ("Created", f"{document['createdAt']} ({age(document['createdAt'], now_s)} ago)"),
             ("Memory", human_bytes(document["rawBytes"])),
             ("New", human_bytes(document["newBytes"]) + change),
-            ("Stored", human_bytes(document["storedBytes"])),
+            ("Stored", human_bytes(document["storedBytes"]) + where),
             ("Pages", f"{document['pages']}, of these zero: {document['zeroPages']}"),
             ("Damage", document["damage"] or "none known"),
         )

@@ -31,6 +31,7 @@ def dump_report(namespace: str, pod: str, outcome: client.DumpOutcome) -> Docume
         stopped=outcome.stopped,
         stopSeconds=_seconds(outcome.stop_s),
         durableSeconds=_seconds(outcome.durable_s),
+        storage=image.storage,
         processes=sum(member.processes for member in outcome.members),
         rawBytes=image.raw_bytes,
         newBytes=image.new_bytes,
@@ -59,6 +60,7 @@ def restore_report(namespace: str, restored: Restored) -> Document:
         pod=restored.pod,
         podUid=restored.uid,
         node=restored.node,
+        storage=outcome.image.storage,
         isolated=False,
         waitedSeconds=_seconds(outcome.waited_s),
         verifiedSeconds=_seconds(outcome.verified_s),
@@ -77,6 +79,7 @@ def move_report(namespace: str, pod: str, moved: Moved) -> Document:
         podUid=moved.uid,
         source=moved.source,
         target=moved.target,
+        storage=moved.dump.image.storage,
         awaySeconds=_seconds(moved.away_s),
         stopSeconds=_seconds(moved.dump.stop_s),
         durableSeconds=_seconds(moved.dump.durable_s),
@@ -88,19 +91,31 @@ def move_report(namespace: str, pod: str, moved: Moved) -> Document:
     )
 
 
-def verify_report(name: str, reports: Iterable[tuple[str, client.VerifyOutcome]]) -> Document:
-    """What reading images whole found."""
+def verify_report(
+    name: str,
+    reports: Iterable[tuple[client.Image, client.VerifyOutcome]],
+    unread: Mapping[str, str],
+) -> Document:
+    """What reading images whole found; ``unread`` are the storages that could not be looked at, and
+    why.
+    """
     items = [
         {
-            "name": image_name,
+            "name": documents.image_name(image),
+            "storage": image.storage,
             "good": found.good,
             "readBytes": found.read_bytes,
             "damaged": [{"part": part, "problem": problem} for part, problem in found.damaged],
         }
-        for image_name, found in reports
+        for image, found in reports
     ]
-    good = all(item["good"] for item in items)
-    return documents.document("VerifyReport", name, good=good, items=items)
+    return documents.document(
+        "VerifyReport",
+        name,
+        good=all(item["good"] for item in items),
+        items=items,
+        unread=documents.unread_storages(unread),
+    )
 
 
 def as_sent(found: Mapping[str, Any], namespace: str) -> Document:

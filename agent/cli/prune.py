@@ -25,6 +25,7 @@ from agent.store.retention import Retention
 )
 @click.option("--group", help="Prune only this group.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@arguments.storage
 @pass_invocation
 def verb(
     invocation: Invocation,
@@ -32,11 +33,13 @@ def verb(
     keep_within: float | None,
     group: str | None,
     dry_run: bool,
-) -> None:
+    storage: str,
+) -> int:
     """Remove the images that no rule keeps, and the space that only they used.
 
     An image stays if either rule keeps it. Without a rule, here or in the configuration, nothing
-    is removed. Dumps may run at the same time.
+    is removed. Dumps may run at the same time. In a cluster with several storages the images of
+    each are counted by themselves.
     """
     settings = invocation.settings(keep_last=keep_last, keep_within=keep_within)
     if settings.keep_last is None and settings.keep_within_s is None:
@@ -44,8 +47,8 @@ def verb(
     if invocation.in_cluster(settings):
         from agent.cli import incluster
 
-        incluster.prune(invocation, settings, group, dry_run)
-        return
+        return incluster.prune(invocation, settings, group, storage, dry_run=dry_run)
+    arguments.refuse({"--storage": storage}, arguments.OF_A_CLUSTER)
     report = wiring.store(settings).prune(
         Retention(keep_last=settings.keep_last, keep_within_s=settings.keep_within_s),
         group=ids.group_name(group) if group else None,
@@ -60,3 +63,4 @@ def verb(
         f" images kept: {len(report.kept)}"
     )
     invocation.emit(document)
+    return exits.DONE

@@ -42,6 +42,7 @@ _OUTPUT_MODE = 0o600
 @click.option("--pod", help="In a cluster: restore into this pod, which waits for the image.")
 @click.option("--replace", is_flag=True, help="With --node: delete a pod of that name first.")
 @click.option("--again", is_flag=True, help="In a cluster: even if the image was restored before.")
+@arguments.storage
 @click.option("--isolate", is_flag=True, help="Use fresh pid and mount namespaces.")
 @click.option(
     "--wait",
@@ -77,6 +78,7 @@ def verb(
     pod: str | None,
     replace: bool,
     again: bool,
+    storage: str,
     isolate: bool,
     wait: bool,
     files: str,
@@ -91,7 +93,13 @@ def verb(
     The image is read and verified whole before any process starts. Everything in the way is
     named at once, and nothing is changed then. In a cluster say where: --node or --pod.
     """
-    of_a_cluster = {"--node": node, "--pod": pod, "--replace": replace, "--again": again}
+    of_a_cluster = {
+        "--node": node,
+        "--pod": pod,
+        "--replace": replace,
+        "--again": again,
+        "--storage": storage,
+    }
     of_a_host = {
         "--isolate": isolate,
         "--wait": wait,
@@ -111,7 +119,14 @@ def verb(
         from agent.cli import incluster
 
         incluster.restore(
-            invocation, settings, image, node=node, pod=pod, replace=replace, again=again
+            invocation,
+            settings,
+            image,
+            storage=storage,
+            node=node,
+            pod=pod,
+            replace=replace,
+            again=again,
         )
         return exits.DONE
     with contextlib.ExitStack() as stack:

@@ -17,8 +17,9 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
     example="ckpt-agent show training@20260131-235959-0a1b2c -o json",
 )
 @click.argument("image", shell_complete=arguments.complete_image)
+@arguments.storage
 @pass_invocation
-def verb(invocation: Invocation, image: str) -> None:
+def verb(invocation: Invocation, image: str, storage: str) -> None:
     """Show IMAGE (a name, or a group for its newest): processes, memory by kind, files, sockets,
     and how much of it is new against the image before it.
     """
@@ -26,8 +27,9 @@ def verb(invocation: Invocation, image: str) -> None:
     if invocation.in_cluster(settings):
         from agent.cli import incluster
 
-        incluster.show(invocation, settings, image)
+        incluster.show(invocation, settings, image, storage)
         return
+    arguments.refuse({"--storage": storage}, arguments.OF_A_CLUSTER)
     store = wiring.store(settings)
     group, epoch = store.resolve(image)
     earlier = [each for each in store.epochs(group) if each.epoch < epoch]

@@ -19,8 +19,9 @@ from agent.model import ids
 )
 @click.argument("image", required=False, shell_complete=arguments.complete_image)
 @click.option("--all", "everything", is_flag=True, help="Verify every image of the store.")
+@arguments.storage
 @pass_invocation
-def verb(invocation: Invocation, image: str | None, everything: bool) -> int:
+def verb(invocation: Invocation, image: str | None, everything: bool, storage: str) -> int:
     """Read IMAGE, or all images, as a restore would, and name every damaged part."""
     if (image is None) != everything:
         raise click.UsageError("give either an IMAGE or --all")
@@ -28,7 +29,8 @@ def verb(invocation: Invocation, image: str | None, everything: bool) -> int:
     if invocation.in_cluster(settings):
         from agent.cli import incluster
 
-        return incluster.verify(invocation, settings, image)
+        return incluster.verify(invocation, settings, image, storage)
+    arguments.refuse({"--storage": storage}, arguments.OF_A_CLUSTER)
     store = wiring.store(settings)
     if image is None:
         wanted = [(each.group, each.epoch) for each in store.epochs()]

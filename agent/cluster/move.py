@@ -118,7 +118,9 @@ def migrate(
         uid = str(found["metadata"]["uid"])
         _retried(lambda: objects.delete_pod(session.api, session.namespace, name, uid, _GRACE_S))
         objects.await_gone(session.api, session.namespace, name, uid, _GRACE_S, watch.check)
-    restored = _bring_up(session, template, plan, image, steps, watch, again=False)
+    restored = _bring_up(
+        session, template, plan, image, steps, watch, storage=dumped.image.storage, again=False
+    )
     return Moved(
         dump=dumped,
         restore=restored.outcome,
@@ -162,12 +164,13 @@ def restore_on(
     image: str,
     node: str,
     *,
+    storage: str = "",
     replace: bool = False,
     again: bool = False,
     watch: Watch | None = None,
 ) -> Restored:
     """Start the pod that ``image`` was taken of on ``node``, as it was. ``replace`` deletes a pod
-    of its name first.
+    of its name first; ``storage`` is where the image lies, "" wherever it does.
 
     Raises:
         errors.Refused | errors.Unreachable: before anything was touched.
@@ -175,7 +178,8 @@ def restore_on(
     """
     watch = watch or Watch()
     _check_rights(session, dump=False)
-    detail = session.any_agent(lambda agent: agent.image(session.namespace, image))
+    detail = session.any_agent(lambda agent: agent.image(session.namespace, image, storage))
+    storage = detail.image.storage
     name = _name(detail.image)
     if detail.image.damage:
         raise errors.Corrupt(f"image {name} is damaged: {detail.image.damage}")
@@ -210,11 +214,17 @@ def restore_on(
             grace_s = int(old["spec"].get("terminationGracePeriodSeconds") or 0)
             objects.delete_pod(session.api, session.namespace, pod, uid, None)
             objects.await_gone(session.api, session.namespace, pod, uid, grace_s, watch.check)
-    return _bring_up(session, template, plan, name, steps, watch, again=again)
+    return _bring_up(session, template, plan, name, steps, watch, storage=storage, again=again)
 
 
 def restore_into(
-    session: Session, image: str, pod: str, *, again: bool = False, watch: Watch | None = None
+    session: Session,
+    image: str,
+    pod: str,
+    *,
+    storage: str = "",
+    again: bool = False,
+    watch: Watch | None = None,
 ) -> Restored:
     """Restore ``image`` into a pod that waits for it.
 
@@ -227,7 +237,7 @@ def restore_into(
     uid = str(found["metadata"]["uid"])
     node = objects.await_scheduled(session.api, session.namespace, pod, uid, deadline, watch.check)
     watch.step(move.Step.RESTORE)
-    outcome = _restore(session, image, pod, uid, node, again=again, watch=watch)
+    outcome = _restore(session, image, storage, pod, uid, node, again=again, watch=watch)
     return Restored(outcome, pod, uid, node)
 
 
@@ -316,6 +326,7 @@ def _bring_up(
     steps: _Steps,
     watch: Watch,
     *,
+    storage: str,
     again: bool,
 ) -> Restored:
     api, namespace = session.api, session.namespace
@@ -328,7 +339,9 @@ def _bring_up(
             node = objects.await_scheduled(api, namespace, plan.pod, uid, deadline, watch.check)
         with steps.timed(move.Step.RESTORE):
             outcome = _retried(
-                lambda: _restore(session, image, plan.pod, uid, node, again=again, watch=watch)
+                lambda: _restore(
+                    session, image, storage, plan.pod, uid, node, again=again, watch=watch
+                )
             )
     return Restored(outcome, plan.pod, uid, node)
 
@@ -346,13 +359,22 @@ def _created(session: Session, body: Json) -> str:
 
 
 def _restore(
-    session: Session, image: str, pod: str, uid: str, node: str, *, again: bool, watch: Watch
+    session: Session,
+    image: str,
+    storage: str,
+    pod: str,
+    uid: str,
+    node: str,
+    *,
+    again: bool,
+    watch: Watch,
 ) -> client.RestoreOutcome:
     return session.agent_of(node).restore(
         session.namespace,
         image,
         pod,
         pod_uid=uid,
+        storage=storage,
         again=again,
         deadline_s=session.settings.restore_deadline_s,
         cancel=watch.cancel,

@@ -57,16 +57,18 @@ class Folder:
 
 @dataclasses.dataclass(frozen=True)
 class StoreState:
-    """The store: ``problem`` is None if it opens; ``exists`` is False before the first dump.
-    ``free_bytes`` is None where it cannot be told.
+    """A store: ``problem`` is None if it opens; ``exists`` is False before the first dump.
+    ``free_bytes`` is None where it cannot be told, ``images`` where each namespace has a store of
+    its own. ``name`` is "" for the one that is used where nothing is said.
     """
 
     url: str
     exists: bool
-    images: int
+    images: int | None
     damaged: int
     free_bytes: int | None
     problem: errors.CkptError | None
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Host:
     criu: Criu | errors.CkptError
     root: bool
     work_dir: Folder
-    store: StoreState
+    stores: tuple[StoreState, ...]
     leftovers: tuple[str, ...]
 
 
@@ -294,19 +296,29 @@ def _places(host: Host) -> Iterator[Check]:
             "CRIU's files of a large tree may not fit: the dump would fail, the job go on",
             "free space, or name another directory with --work-dir",
         )
-    store = host.store
+    for store in host.stores:
+        yield from _store(store)
+
+
+def _store(store: StoreState) -> Iterator[Check]:
+    of = f" {store.name}" if store.name else ""
     if store.problem is not None:
         yield Check(
-            "store",
-            "missing",
+            f"store{of}",
+            "degraded" if store.name else "missing",
             f"{store.url}: {store.problem.message}",
-            "nothing can be dumped or restored",
+            "pods whose images go there cannot be dumped, and its images cannot be restored"
+            if store.name
+            else "nothing can be dumped or restored",
             store.problem.hint or "name another store with --store",
         )
         return
-    images = f"{store.images} images" if store.exists else "not there yet, the first dump makes it"
+    if not store.exists:
+        images = "not there yet, the first dump makes it"
+    else:
+        images = "one store a namespace" if store.images is None else f"{store.images} images"
     yield _check(
-        "store",
+        f"store{of}",
         store.damaged == 0,
         f"{store.url}, {images}" + (f", {store.damaged} damaged" if store.damaged else ""),
         "degraded",
@@ -315,7 +327,7 @@ def _places(host: Host) -> Iterator[Check]:
     )
     if store.free_bytes is not None:
         yield _check(
-            "store-space",
+            f"store-space{of}",
             store.free_bytes >= _STORE_BYTES,
             f"{store.free_bytes >> 20} MiB free",
             "degraded",

@@ -30,6 +30,10 @@ ENTRYPOINT = f"{GROUP}/entrypoint"
 """What an image runs, for containers that leave ``command`` to it: a JSON object from container
 name to list of words (the image's ENTRYPOINT, and its CMD where the container has no ``args``)."""
 
+STORAGE = f"{GROUP}/storage"
+"""On a pod or a namespace: which of the agents' storages its images go to, by name
+(``storage.py``)."""
+
 NOT_HELD = f"{GROUP}/not-held"
 """Written by the webhook: which containers start as ordinary ones, and why."""
 

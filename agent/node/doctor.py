@@ -7,6 +7,7 @@ Does not: judge (model/checkup.py does), or mend.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -15,18 +16,28 @@ from agent import errors
 from agent.host import kernel
 from agent.model import checkup
 from agent.store.repository import Store
-from agent.volumes.base import Volume
+from agent.volumes.base import Space
 
 # The API server sends at least a bookmark a minute.
 _STALE_S = 150.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A place for images. ``store`` is None where each namespace has one of its own; ``name`` is
+    "" for the one that is used where nothing is said.
+    """
+
+    url: str
+    space: Callable[[], Space]
+    store: Callable[[], Store] | None
+    name: str = ""
+
+
 def examine(
     *,
     criu: Callable[[], checkup.Criu],
-    volume: Callable[[], Volume],
-    store: Callable[[], Store],
-    store_url: str,
+    places: Sequence[Place],
     work_dir: str,
     leftovers: Callable[[], Sequence[str]],
 ) -> tuple[checkup.Check, ...]:
@@ -44,7 +55,7 @@ def examine(
             criu=found,
             root=os.geteuid() == 0,
             work_dir=_folder(work_dir),
-            store=_store(volume, store, store_url),
+            stores=tuple(_store(place) for place in places),
             leftovers=_leftovers(leftovers),
         )
     )
@@ -111,23 +122,24 @@ def _folder(path: str) -> checkup.Folder:
     return checkup.Folder(path, problem, space.f_bavail * space.f_frsize)
 
 
-def _store(
-    volume: Callable[[], Volume], store: Callable[[], Store], url: str
-) -> checkup.StoreState:
-    exists, images, damaged, free_bytes = True, 0, 0, None
+def _store(place: Place) -> checkup.StoreState:
+    exists, images, damaged, free_bytes = True, None, 0, None
     problem: errors.CkptError | None = None
     try:
-        free_bytes = volume().space().free_bytes
-        epochs = store().epochs()
-        images = len(epochs)
-        damaged = sum(epoch.damage is not None for epoch in epochs)
+        free_bytes = place.space().free_bytes
+        if place.store is not None:
+            epochs = place.store().epochs()
+            images = len(epochs)
+            damaged = sum(epoch.damage is not None for epoch in epochs)
     except errors.NotFound:
         exists = False
     except errors.CkptError as exc:
         # A directory that is not there yet is made by the first dump; all else is in its way.
-        exists = not isinstance(exc.__cause__, FileNotFoundError)
+        exists = place.store is None or not isinstance(exc.__cause__, FileNotFoundError)
         problem = exc if exists else None
-    return checkup.StoreState(url, exists, images, damaged, free_bytes, problem)
+    return checkup.StoreState(
+        place.url, exists, images, damaged, free_bytes, problem, name=place.name
+    )
 
 
 def _leftovers(look: Callable[[], Sequence[str]]) -> tuple[str, ...]:

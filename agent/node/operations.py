@@ -17,8 +17,14 @@ from agent import errors
 from agent.host import clock, memory
 from agent.node.dump import Cancel
 
-Kind = Literal["dump", "restore", "verify"]
-_NOUNS = {"dump": "dumped", "restore": "restored", "verify": "verified"}
+Kind = Literal["dump", "restore", "verify", "export", "import"]
+_NOUNS = {
+    "dump": "dumped",
+    "restore": "restored",
+    "verify": "verified",
+    "export": "exported",
+    "import": "imported",
+}
 
 
 @dataclasses.dataclass(frozen=True)

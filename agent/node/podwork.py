@@ -22,12 +22,12 @@ from agent.model import ids
 from agent.model.container import Container
 from agent.model.pods import Pod
 from agent.model.streams import MemberSource
-from agent.node import claims, interrupted
+from agent.node import archives, claims, interrupted
 from agent.node import dump as node_dump
 from agent.node import restore as node_restore
 from agent.node.operations import Operations
 from agent.node.pods import Pods
-from agent.store.repository import Store
+from agent.node.storages import Storages
 
 _log = logging.getLogger(__name__)
 
@@ -71,11 +71,12 @@ class DumpOrder:
 
 @dataclasses.dataclass(frozen=True)
 class PodDump:
-    """A committed dump and the pod it is of."""
+    """A committed dump, the pod it is of, and the storage that it lies in."""
 
     outcome: node_dump.DumpOutcome
     pod: Pod
     engine: str
+    storage: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,7 @@ class RestoreOrder:
 
     namespace: ids.Namespace
     image: str
+    storage: str
     pod: str
     pod_uid: str
     again: bool
@@ -96,6 +98,7 @@ class PodRestore:
 
     outcome: node_restore.RestoreOutcome
     pod: Pod
+    storage: str
     waited_s: float
     running_s: float
 
@@ -107,15 +110,14 @@ class PodWork:
         self,
         pods: Pods,
         engines: Engines,
-        stores: Callable[[ids.Namespace, bool], Store],
+        storages: Storages,
         operations: Operations,
         trail: interrupted.Trail,
         teller: Teller,
     ) -> None:
-        """``stores`` opens a namespace's store, and makes it if told to."""
         self._pods = pods
         self._engines = engines
-        self._stores = stores
+        self._storages = storages
         self._operations = operations
         self._trail = trail
         self._teller = teller
@@ -126,8 +128,8 @@ class PodWork:
         cancel: node_dump.Cancel,
         progress: Callable[[node_dump.Progress], None],
     ) -> PodDump:
-        """Dump a pod; raises as ``node.dump.dump``, and what finding the pod and letting the
-        operation in raises.
+        """Dump a pod; raises as ``node.dump.dump``, and what finding the pod, letting the
+        operation in and choosing the storage raises.
         """
         pod = self._pods.find(order.namespace, order.pod, order.pod_uid)
         containers = self._pods.running(pod, order.containers)
@@ -136,9 +138,10 @@ class PodWork:
             self._told(pod, "dump"),
             self._trail.noted("dump", pod),
         ):
+            storage = self._storages.for_pod(pod)
             engine = self._engines.for_dump(order.engine, pod, containers)
             outcome = node_dump.dump(
-                self._stores(order.namespace, True),
+                self._storages.make(order.namespace, storage),
                 engine,
                 ids.group_name(pod.name),
                 [node_dump.Member(ids.member_name(each.name), each.pid) for each in containers],
@@ -155,7 +158,7 @@ class PodWork:
                 f"Image {image} of {', '.join(each.name for each in containers)}, stopped for"
                 f" {outcome.stop_s:.3f} s, durable after {outcome.durable_s:.1f} s",
             )
-            return PodDump(outcome, pod, engine.name)
+            return PodDump(outcome, pod, engine.name, storage)
 
     def restore(
         self,
@@ -168,10 +171,11 @@ class PodWork:
         """
         began_s = clock.monotonic_s()
         deadline = clock.Deadline.after(order.options.deadline_s)
-        store = self._stores(order.namespace, False)
-        group, epoch = store.resolve(order.image)
-        members = store.read(group, epoch).members
-        image = ids.image_name(group, epoch)
+        found = self._storages.find(order.namespace, order.image, order.storage)
+        store, image = found.store, found.image
+        reader = store.read(found.group, found.epoch)
+        _check_ours(reader.facts, image)
+        members = reader.members
         progress("waiting")
         pod, containers = self._pods.holding(
             order.namespace, order.pod, order.pod_uid, members, deadline, cancel.check
@@ -195,7 +199,7 @@ class PodWork:
             self._teller.tell(
                 pod, "RestoreCompleted", f"Image {image}, running after {running_s:.1f} s"
             )
-            return PodRestore(outcome, pod, waited_s, running_s)
+            return PodRestore(outcome, pod, found.storage, waited_s, running_s)
 
     def _step(
         self,
@@ -228,6 +232,20 @@ def _keys(pod: Pod, containers: Sequence[Container]) -> list[tuple[str, str]]:
 def _facts(pod: Pod) -> dict[str, Any]:
     template = json.loads(pod.template_json)
     return dict(zip(POD_FACTS, (pod.namespace, pod.uid, pod.node, template), strict=True))
+
+
+def _check_ours(facts: Mapping[str, Any], image: str) -> None:
+    """Refuse an image that came from outside: CRIU gives processes what their images say, with the
+    agent's own rights, and whoever may import is not trusted with those.
+    """
+    if facts.get("engine") == archives.IMPORTED:
+        raise errors.RestoreConflict(
+            f"image {image} was imported: what wrote it is not known, and its processes would get"
+            " whatever privileges it says",
+            hint="dump the pod in this cluster, or let a container runtime restore the image"
+            " (ckpt-agent export --format oci)",
+            reasons=["the image was imported"],
+        )
 
 
 def template_json(facts: Mapping[str, Any]) -> str:

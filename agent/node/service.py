@@ -16,13 +16,16 @@ from agent.engines.base import CaptureOptions, RestoreOptions
 from agent.host import clock
 from agent.model import checkup, ids
 from agent.model.container import Container
-from agent.model.plan import Plan
+from agent.model.plan import Finding, Plan
+from agent.model.pods import Pod
 from agent.model.streams import FileEntry
 from agent.node import claims, podwork
 from agent.node import dump as node_dump
 from agent.node.operations import Operations
 from agent.node.pods import Pods
 from agent.node.relay import Relay, Sparingly
+from agent.node.storages import Found, Storages
+from agent.node.transfers import Transfers
 from agent.rpc import convert
 from agent.rpc.calls import Call
 from agent.rpc.v1 import node_pb2 as api
@@ -52,8 +55,15 @@ class Documents(Protocol):
     ) -> Document:
         """One image with its members' facts."""
 
-    def prune_report(self, store: str, report: PruneReport, *, dry_run: bool) -> Document:
-        """What was removed."""
+    def prune_reports(
+        self,
+        namespace: str,
+        reports: Mapping[str, PruneReport],
+        unread: Mapping[str, str],
+        *,
+        dry_run: bool,
+    ) -> Document:
+        """What was removed, by storage, and where nothing could be, and why."""
 
     def plan_report(self, found: Plan) -> Document:
         """What a dump would take."""
@@ -61,8 +71,8 @@ class Documents(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What the service is made of. ``stores`` opens a namespace's store, and makes it if told
-    to; ``plan`` looks at containers; ``examine`` is the node's check-up.
+    """What the service is made of. ``plan`` looks at containers; ``examine`` is the node's
+    check-up.
     """
 
     settings: Settings
@@ -70,7 +80,8 @@ class Parts:
     pods: Pods
     work: podwork.PodWork
     operations: Operations
-    stores: Callable[[ids.Namespace, bool], Store]
+    storages: Storages
+    transfers: Transfers
     plan: Callable[[Sequence[Container]], Plan]
     examine: Callable[[], Sequence[checkup.Check]]
     documents: Documents
@@ -122,6 +133,7 @@ class NodeService:
         order = podwork.RestoreOrder(
             namespace=ids.namespace_name(request.namespace),
             image=request.image,
+            storage=request.storage,
             pod=request.pod,
             pod_uid=request.pod_uid,
             again=request.again,
@@ -140,7 +152,7 @@ class NodeService:
                 lambda phase: tell(api.RestoreEvent(progress=api.RestoreProgress(phase=phase))),
             )
             outcome = api.RestoreOutcome(
-                image=_image(done.outcome.epoch),
+                image=_image(done.outcome.epoch, done.storage),
                 waited_s=done.waited_s,
                 verified_s=done.outcome.verified_s,
                 running_s=done.running_s,
@@ -153,34 +165,46 @@ class NodeService:
         """Predict a dump."""
         pod = self._parts.pods.find(request.namespace, request.pod)
         found = self._parts.plan(self._parts.pods.running(pod, tuple(request.containers)))
-        plan = self._parts.documents.plan_report(found)
+        blockers = (*found.blockers, *self._unplaced(pod))
+        plan = self._parts.documents.plan_report(dataclasses.replace(found, blockers=blockers))
         return api.PlanDumpResponse(plan=convert.to_struct(plan))
+
+    def _unplaced(self, pod: Pod) -> Iterator[Finding]:
+        """What keeps a dump of ``pod`` from its storage."""
+        try:
+            self._parts.storages.for_pod(pod)
+        except errors.CkptError as exc:
+            yield Finding("storage", f"pod {pod}", exc.message, exc.hint)
 
     def list_images(self, request: api.ListImagesRequest, call: Call) -> api.ListImagesResponse:
         """The images of a namespace."""
         namespace = ids.namespace_name(request.namespace)
         group = ids.group_name(request.group) if request.group else None
-        try:
-            store = self._parts.stores(namespace, False)
-        except errors.NotFound:
-            return api.ListImagesResponse()
-        found = sorted(store.epochs(group), key=_order)
+        by_storage, unread = self._parts.storages.each(
+            namespace, request.storage, lambda store: store.epochs(group)
+        )
+        found = sorted(
+            ((each, name) for name, epochs in by_storage.items() for each in epochs), key=_order
+        )
         if request.page_token:
             after = tuple(request.page_token.split("@"))
             found = [each for each in found if _order(each) > after]
         size = request.page_size if request.page_size > 0 else _PAGE
         page, rest = found[:size], found[size:]
         return api.ListImagesResponse(
-            images=[_image(each) for each in page],
+            images=[_image(*each) for each in page],
             next_page_token="@".join(_order(page[-1])) if rest else "",
+            unread=[
+                api.UnreadStorage(storage=name, problem=problem) for name, problem in unread.items()
+            ],
         )
 
     def get_image(self, request: api.GetImageRequest, call: Call) -> api.GetImageResponse:
         """One image in detail."""
-        store = self._parts.stores(ids.namespace_name(request.namespace), False)
-        group, epoch = store.resolve(request.image)
-        earlier = [each for each in store.epochs(group) if each.epoch < epoch]
-        reader = store.read(group, epoch)
+        found = self._find(request)
+        store = found.store
+        earlier = [each for each in store.epochs(found.group) if each.epoch < found.epoch]
+        reader = store.read(found.group, found.epoch)
         sources = [(name, reader.member(name)) for name in reader.members]
         detail = self._parts.documents.image_detail(
             reader.summary,
@@ -188,23 +212,21 @@ class NodeService:
             [(name, source.facts(), list(source.files())) for name, source in sources],
         )
         facts = reader.summary.facts
+        detail["storage"] = found.storage
         return api.GetImageResponse(
-            image=_image(reader.summary),
+            image=_image(reader.summary, found.storage),
             detail=convert.to_struct(detail),
             pod_template_json=podwork.template_json(facts),
             pod_uid=_word(facts, "pod_uid"),
             node=_word(facts, "node"),
-            restored_into=claims.holder(store.volume, ids.image_name(group, epoch)),
+            restored_into=claims.holder(store.volume, found.image),
         )
 
     def verify_image(
         self, request: api.VerifyImageRequest, call: Call
     ) -> Iterator[api.VerifyEvent]:
         """Read an image whole."""
-        namespace = ids.namespace_name(request.namespace)
-        store = self._parts.stores(namespace, False)
-        group, epoch = store.resolve(request.image)
-        image = ids.image_name(group, epoch)
+        found = self._find(request)
         cancel = node_dump.Cancel("the image was not read to its end")
         call.on_gone(cancel.set)
 
@@ -216,9 +238,9 @@ class NodeService:
                 if sparingly.due("verify"):
                     tell(api.VerifyEvent(done_bytes=done_bytes, total_bytes=total_bytes))
 
-            what = f"image {namespace}/{image}"
+            what = f"image {request.namespace}/{found.image}"
             with self._parts.operations.begin("verify", what, [what], cancel):
-                report = store.verify(group, epoch, progress)
+                report = found.store.verify(found.group, found.epoch, progress)
             damaged = [api.Damage(part=one.part, problem=one.problem) for one in report.damaged]
             outcome = api.VerifyOutcome(
                 good=report.good, read_bytes=report.read_bytes, damaged=damaged
@@ -229,15 +251,14 @@ class NodeService:
 
     def delete_image(self, request: api.DeleteImageRequest, call: Call) -> api.PruneResponse:
         """Remove one image."""
-        namespace = ids.namespace_name(request.namespace)
-        store = self._parts.stores(namespace, False)
-        group, epoch = store.resolve(request.image)
-        if request.image != ids.image_name(group, epoch):
+        found = self._find(request)
+        if request.image != found.image:
             raise errors.InvalidInput(
                 f"{request.image!r} is not the full name of an image",
-                hint=f"for instance {ids.image_name(group, epoch)}",
+                hint=f"for instance {found.image}",
             )
-        return self._removed(namespace, store, store.delete(group, epoch), dry_run=False)
+        report = _forgotten(found.store, found.store.delete(found.group, found.epoch))
+        return self._removed(request.namespace, {found.storage: report}, {}, dry_run=False)
 
     def prune_images(self, request: api.PruneImagesRequest, call: Call) -> api.PruneResponse:
         """Remove images by rule."""
@@ -246,17 +267,38 @@ class NodeService:
             raise errors.InvalidInput(
                 "the request does not say what to keep", hint="set keep_last, keep_within_s or both"
             )
-        store = self._parts.stores(namespace, False)
-        report = store.prune(
-            Retention(
-                keep_last=request.keep_last if request.keep_last > 0 else None,
-                keep_within_s=request.keep_within_s if request.keep_within_s > 0 else None,
-            ),
-            group=ids.group_name(request.group) if request.group else None,
-            now_s=clock.wall_s(),
-            dry_run=request.dry_run,
+        keep = Retention(
+            keep_last=request.keep_last if request.keep_last > 0 else None,
+            keep_within_s=request.keep_within_s if request.keep_within_s > 0 else None,
         )
-        return self._removed(namespace, store, report, dry_run=request.dry_run)
+        group = ids.group_name(request.group) if request.group else None
+
+        def prune(store: Store) -> PruneReport:
+            report = store.prune(keep, group=group, now_s=clock.wall_s(), dry_run=request.dry_run)
+            return report if request.dry_run else _forgotten(store, report)
+
+        reports, unread = self._parts.storages.each(namespace, request.storage, prune)
+        if not reports and not unread:
+            raise errors.NotFound(
+                f"namespace {namespace} has no images", hint="the first dump makes its store"
+            )
+        return self._removed(namespace, reports, unread, dry_run=request.dry_run)
+
+    def export_image(
+        self, request: api.ExportImageRequest, call: Call
+    ) -> Iterator[api.ExportImageEvent]:
+        """One container of an image as a checkpoint archive."""
+        return self._parts.transfers.export(self._find(request), request.member, call)
+
+    def import_image(
+        self,
+        request: api.ImportImageRequest,
+        more: Iterator[api.ImportImageRequest],
+        call: Call,
+    ) -> api.ImportImageResponse:
+        """Store a checkpoint archive as an image."""
+        summary, storage = self._parts.transfers.take_in(request, more, self._parts.storages, call)
+        return api.ImportImageResponse(image=_image(summary, storage))
 
     def examine(self, request: api.ExamineRequest, call: Call) -> api.ExamineResponse:
         """The node's check-up."""
@@ -274,18 +316,37 @@ class NodeService:
             ],
         )
 
+    def _find(
+        self,
+        request: api.GetImageRequest
+        | api.VerifyImageRequest
+        | api.DeleteImageRequest
+        | api.ExportImageRequest,
+    ) -> Found:
+        namespace = ids.namespace_name(request.namespace)
+        return self._parts.storages.find(namespace, request.image, request.storage)
+
     def _removed(
-        self, namespace: ids.Namespace, store: Store, report: PruneReport, *, dry_run: bool
+        self,
+        namespace: str,
+        reports: Mapping[str, PruneReport],
+        unread: Mapping[str, str],
+        *,
+        dry_run: bool,
     ) -> api.PruneResponse:
-        if not dry_run:
-            for group, epoch in report.removed:
-                claims.forget(store.volume, group, epoch)
-        document = self._parts.documents.prune_report(namespace, report, dry_run=dry_run)
+        document = self._parts.documents.prune_reports(namespace, reports, unread, dry_run=dry_run)
         return api.PruneResponse(report=convert.to_struct(document))
 
 
-def _order(summary: EpochSummary) -> tuple[str, ...]:
-    return summary.group, summary.epoch
+def _forgotten(store: Store, report: PruneReport) -> PruneReport:
+    for group, epoch in report.removed:
+        claims.forget(store.volume, group, epoch)
+    return report
+
+
+def _order(listed: tuple[EpochSummary, str]) -> tuple[str, ...]:
+    summary, storage = listed
+    return summary.group, summary.epoch, storage
 
 
 def _word(facts: Mapping[str, Any], key: str) -> str:
@@ -293,7 +354,7 @@ def _word(facts: Mapping[str, Any], key: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _image(summary: EpochSummary) -> api.Image:
+def _image(summary: EpochSummary, storage: str) -> api.Image:
     return api.Image(
         name=ids.image_name(summary.group, summary.epoch),
         group=summary.group,
@@ -306,13 +367,14 @@ def _image(summary: EpochSummary) -> api.Image:
         pages=summary.pages,
         zero_pages=summary.zero_pages,
         damage=summary.damage or "",
+        storage=storage,
     )
 
 
 def _dumped(done: podwork.PodDump) -> api.DumpOutcome:
     outcome = done.outcome
     return api.DumpOutcome(
-        image=_image(outcome.epoch),
+        image=_image(outcome.epoch, done.storage),
         stop_s=outcome.stop_s,
         durable_s=outcome.durable_s,
         engine=_ENGINE_NUMBERS.get(done.engine, api.ENGINE_UNSPECIFIED),

@@ -13,21 +13,24 @@ import dataclasses
 import json
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import grpc
 
 from agent import errors
+from agent.model.archives import Exported, Exporting
 from agent.rpc import convert, status
 from agent.rpc.v1 import node_pb2, node_pb2_grpc
 
 # One look at the store: a listing of thousands of images on slow storage still fits.
 _CALL_S = 120.0
-# Reading every byte of an image: a terabyte at 100 MB/s.
+# Reading or sending every byte of an image: a terabyte at 100 MB/s.
 _VERIFY_S = 3 * 3600.0
 # The agent gives up by itself at its own deadline and says why; ours is only for one that hangs.
 _MARGIN_S = 60.0
 _LOOK_S = 0.05
+# Half of what an agent takes in one message.
+_UPLOAD_BYTES = 128 << 10
 # 500 images with damage texts fit many times; gRPC's own limit of 4 MiB does not hold a plan of
 # thousands of processes.
 _MESSAGE_BYTES = 64 << 20
@@ -54,7 +57,7 @@ class Credentials:
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """One image as a listing shows it; sizes in bytes."""
+    """One image as a listing shows it; sizes in bytes. ``storage`` is where it lies, by name."""
 
     group: str
     epoch: str
@@ -66,6 +69,15 @@ class Image:
     pages: int
     zero_pages: int
     damage: str | None
+    storage: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """Images, and the storages that could not be looked at, with why: some may lie there too."""
+
+    images: list[Image]
+    unread: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,18 +243,22 @@ class Agent:
         pod: str,
         *,
         pod_uid: str,
+        storage: str = "",
         again: bool = False,
         deadline_s: float,
         cancel: threading.Event | None = None,
         progress: Callable[[str], None] = lambda phase: None,
     ) -> RestoreOutcome:
-        """Bring an image back into a placeholder; ``cancel`` gives it up and the pod waits on."""
+        """Bring an image back into a placeholder; ``cancel`` gives it up and the pod waits on.
+        ``storage`` is where it lies, "" wherever it does; so for the other calls on images.
+        """
         request = node_pb2.RestoreRequest(
             namespace=namespace,
             image=image,
             pod=pod,
             pod_uid=pod_uid,
             again=again,
+            storage=storage,
             deadline_s=deadline_s,
         )
         outcome = None
@@ -265,20 +281,27 @@ class Agent:
         return convert.from_struct(self._once(self._stub.PlanDump, request).plan)
 
     def images(self, namespace: str, group: str = "") -> list[Image]:
-        """The images of a namespace, oldest first."""
-        found: list[Image] = []
+        """The images of a namespace in the storages that can be read, by group, oldest first."""
+        return self.listing(namespace, group).images
+
+    def listing(self, namespace: str, group: str = "", storage: str = "") -> Listing:
+        """As ``images``, of all storages or one, with those that cannot be read."""
+        found = Listing([], {})
         token = ""
         while True:
-            request = node_pb2.ListImagesRequest(namespace=namespace, group=group, page_token=token)
+            request = node_pb2.ListImagesRequest(
+                namespace=namespace, group=group, page_token=token, storage=storage
+            )
             answer = self._once(self._stub.ListImages, request)
-            found += [_image(each) for each in answer.images]
+            found.images.extend(_image(each) for each in answer.images)
+            found.unread.update({each.storage: each.problem for each in answer.unread})
             token = answer.next_page_token
             if not token:
                 return found
 
-    def image(self, namespace: str, image: str) -> ImageDetail:
+    def image(self, namespace: str, image: str, storage: str = "") -> ImageDetail:
         """One image, by name or by its group for the newest."""
-        request = node_pb2.GetImageRequest(namespace=namespace, image=image)
+        request = node_pb2.GetImageRequest(namespace=namespace, image=image, storage=storage)
         answer = self._once(self._stub.GetImage, request)
         return ImageDetail(
             image=_image(answer.image),
@@ -294,9 +317,11 @@ class Agent:
         namespace: str,
         image: str,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        storage: str = "",
     ) -> VerifyOutcome:
         """Read an image whole; ``progress`` gets bytes done and in all."""
-        request = node_pb2.VerifyImageRequest(namespace=namespace, image=image)
+        request = node_pb2.VerifyImageRequest(namespace=namespace, image=image, storage=storage)
         outcome = None
         call = self._stub.VerifyImage(request, timeout=_VERIFY_S, metadata=self._metadata())
         for event in self._events(call, None):
@@ -308,9 +333,104 @@ class Agent:
         damaged = tuple((each.part, each.problem) for each in found.damaged)
         return VerifyOutcome(found.good, found.read_bytes, damaged)
 
-    def delete(self, namespace: str, image: str) -> dict[str, Any]:
+    def export(
+        self,
+        namespace: str,
+        image: str,
+        member: str = "",
+        *,
+        storage: str = "",
+        begun: Callable[[Exporting], None],
+        content: Callable[[bytes], None],
+        cancel: threading.Event | None = None,
+    ) -> Exported:
+        """Give the archive of a member to ``content``, piece by piece, after ``begun`` was told
+        what comes; ``cancel`` gives it up. What ``content`` has of one that fails is worthless.
+        """
+        request = node_pb2.ExportImageRequest(
+            namespace=namespace, image=image, member=member, storage=storage
+        )
+        outcome, came_bytes = None, 0
+        call = self._stub.ExportImage(request, timeout=_VERIFY_S, metadata=self._metadata())
+        for event in self._events(call, cancel):
+            kind = event.WhichOneof("event")
+            if kind == "begun":
+                said = event.begun
+                begun(Exporting(said.image, said.member, said.machine, said.expected_bytes))
+            elif kind == "content":
+                came_bytes += len(event.content)
+                content(event.content)
+            else:
+                outcome = event.outcome
+        found = self._ended(outcome, "export")
+        if found.size_bytes != came_bytes:
+            raise errors.AgentDefect(
+                f"{self.peer} sent {came_bytes} bytes of an archive of {found.size_bytes}"
+            )
+        return Exported(found.size_bytes, tuple(found.left_out))
+
+    def take_in(
+        self,
+        namespace: str,
+        archive: BinaryIO,
+        size_bytes: int,
+        *,
+        group: str = "",
+        storage: str = "",
+        cancel: threading.Event | None = None,
+        progress: Callable[[int], None] = lambda sent_bytes: None,
+    ) -> Image:
+        """Store an archive of that length as an image; ``progress`` gets the bytes that were sent,
+        ``cancel`` gives it up, and nothing is stored.
+
+        Raises also:
+            errors.Failed: the connection broke when it may just have been stored.
+        """
+        # gRPC takes the messages in a thread of its own, which must not read on when we are gone.
+        reading, ended = threading.Lock(), threading.Event()
+
+        def messages() -> Iterator[node_pb2.ImportImageRequest]:
+            yield node_pb2.ImportImageRequest(
+                namespace=namespace, group=group, size_bytes=size_bytes, storage=storage
+            )
+            sent_bytes = 0
+            while sent_bytes < size_bytes:
+                with reading:
+                    wanted_bytes = min(_UPLOAD_BYTES, size_bytes - sent_bytes)
+                    piece = b"" if ended.is_set() else archive.read(wanted_bytes)
+                if not piece:
+                    return  # the agent counts, and says that it became shorter
+                yield node_pb2.ImportImageRequest(content=piece)
+                sent_bytes += len(piece)
+                progress(sent_bytes)
+
+        call = self._stub.ImportImage.future(
+            messages(), timeout=_VERIFY_S, metadata=self._metadata()
+        )
+        try:
+            with self._cancelled_by(call, cancel):
+                return _image(call.result().image)
+        except grpc.FutureCancelledError as exc:
+            raise errors.Interrupted(
+                f"the import by {self.peer} was given up", hint="nothing was stored"
+            ) from exc
+        except grpc.RpcError as exc:
+            asked = cancel is not None and cancel.is_set()
+            found = self._error(exc, begun=archive.tell() == size_bytes, asked=asked)
+            if isinstance(found, errors.Unreachable) and found.facts.get("begun"):
+                raise errors.Failed(
+                    f"{found.message}; the archive may have been stored",
+                    hint="ckpt-agent list shows whether it was",
+                ) from exc
+            raise found from exc
+        finally:
+            with reading:
+                ended.set()
+            call.cancel()
+
+    def delete(self, namespace: str, image: str, storage: str = "") -> dict[str, Any]:
         """Remove an image, by its full name; the document of what was removed."""
-        request = node_pb2.DeleteImageRequest(namespace=namespace, image=image)
+        request = node_pb2.DeleteImageRequest(namespace=namespace, image=image, storage=storage)
         return convert.from_struct(self._once(self._stub.DeleteImage, request).report)
 
     def prune(
@@ -321,6 +441,7 @@ class Agent:
         keep_last: int | None,
         keep_within_s: float | None,
         dry_run: bool,
+        storage: str = "",
     ) -> dict[str, Any]:
         """Remove what no rule keeps; the document of what was removed."""
         request = node_pb2.PruneImagesRequest(
@@ -329,6 +450,7 @@ class Agent:
             keep_last=keep_last or 0,
             keep_within_s=keep_within_s or 0.0,
             dry_run=dry_run,
+            storage=storage,
         )
         return convert.from_struct(self._once(self._stub.PruneImages, request).report)
 
@@ -352,6 +474,21 @@ class Agent:
 
     def _events(self, call: Any, cancel: threading.Event | None) -> Iterator[Any]:
         """The events of a stream; cancelled when ``cancel`` is set, or when left early."""
+        begun = False
+        try:
+            with self._cancelled_by(call, cancel):
+                for event in call:
+                    begun = True
+                    yield event
+        except grpc.RpcError as exc:
+            asked = cancel is not None and cancel.is_set()
+            raise self._error(exc, begun=begun, asked=asked) from exc
+        finally:
+            call.cancel()
+
+    @contextlib.contextmanager
+    def _cancelled_by(self, call: Any, cancel: threading.Event | None) -> Iterator[None]:
+        """Within the context, the call is cancelled when ``cancel`` is set."""
         ended = threading.Event()
 
         def watch(cancel: threading.Event) -> None:
@@ -363,17 +500,10 @@ class Agent:
         watcher = threading.Thread(target=watch, args=(cancel,)) if cancel else None
         if watcher:
             watcher.start()
-        begun = False
         try:
-            for event in call:
-                begun = True
-                yield event
-        except grpc.RpcError as exc:
-            asked = cancel is not None and cancel.is_set()
-            raise self._error(exc, begun=begun, asked=asked) from exc
+            yield
         finally:
             ended.set()
-            call.cancel()
             if watcher:
                 watcher.join()
 
@@ -441,4 +571,5 @@ def _image(found: node_pb2.Image) -> Image:
         pages=found.pages,
         zero_pages=found.zero_pages,
         damage=found.damage or None,
+        storage=found.storage,
     )

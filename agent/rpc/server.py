@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -36,11 +37,13 @@ _NODE = node_pb2.DESCRIPTOR.services_by_name["Node"]
 # themselves, so this only has to leave room for health checks and listings.
 _THREADS = 24
 _CALLS = 64
-# Requests are names and a few numbers.
+# Requests are names and a few numbers, or pieces of an archive.
 _REQUEST_BYTES = 256 << 10
 # A caller that vanished without a word is noticed after this long, and its dump given up.
 _PING_S = 20
 _PONG_S = 20
+# A caller sends the first message right after its call.
+_FIRST_S = 20.0
 # The longest name of an object in Kubernetes; a request may hold anything.
 _NOTED_CHARS = 253
 
@@ -79,6 +82,8 @@ class Ports:
 class Server:
     """Serves ``service``: for each method of the API one of the same name in lower case with
     underscores, which takes the request and a ``Call`` and returns the answer or yields events.
+    Where the caller sends several messages, it takes the first, an iterator of the others and a
+    ``Call``.
     """
 
     def __init__(
@@ -151,23 +156,56 @@ def _handlers(service: object, guard: Guard, node: str) -> grpc.GenericRpcHandle
 
 
 def _handler(
-    method: MethodDescriptor, serve: Callable[[Any, Call], Any], door: _Door
+    method: MethodDescriptor, serve: Callable[..., Any], door: _Door
 ) -> grpc.RpcMethodHandler[Any, Any]:
     def unary(request: Any, context: grpc.ServicerContext) -> Any:
-        with _Answer(method.name, request, context) as answer:
+        with _Answer(method.name, context) as answer:
             return serve(request, door.admit(answer, request, context))
 
     def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        with _Answer(method.name, request, context) as answer:
+        with _Answer(method.name, context) as answer:
             yield from serve(request, door.admit(answer, request, context))
+
+    def upload(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        with _Answer(method.name, context) as answer:
+            # Nobody unknown may let us wait for what comes.
+            caller = door.identify(answer, context)
+            messages = _received(requests)
+            first = _first(messages, context)
+            return serve(first, messages, door.allow(answer, caller, first, context))
 
     read = message_factory.GetMessageClass(method.input_type).FromString
     write: Callable[[Any], bytes] = message_factory.GetMessageClass(
         method.output_type
     ).SerializeToString
+    if method.client_streaming:
+        return grpc.stream_unary_rpc_method_handler(upload, read, write)
     if method.server_streaming:
         return grpc.unary_stream_rpc_method_handler(stream, read, write)
     return grpc.unary_unary_rpc_method_handler(unary, read, write)
+
+
+def _received(requests: Iterator[Any]) -> Iterator[Any]:
+    """The messages of a call, as long as it lasts."""
+    try:
+        yield from requests
+    except grpc.RpcError as exc:
+        raise errors.Interrupted(
+            "the call ended before all of its messages had come", hint="call again"
+        ) from exc
+
+
+def _first(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
+    """The first of them, which says what the call is about and soon comes."""
+    timer = threading.Timer(_FIRST_S, context.cancel)
+    timer.daemon = True
+    timer.start()
+    try:
+        for message in messages:
+            return message
+    finally:
+        timer.cancel()
+    raise errors.InvalidInput("the call has no message", hint="say what it is about")
 
 
 class _Door:
@@ -178,12 +216,21 @@ class _Door:
         self._node = node
 
     def admit(self, answer: _Answer, request: Any, context: grpc.ServicerContext) -> Call:
+        answer.request = request
+        return self.allow(answer, self.identify(answer, context), request, context)
+
+    def identify(self, answer: _Answer, context: grpc.ServicerContext) -> Caller:
         caller = peers.certificate(context)
         if caller is None:
             caller = self._guard.authenticate(peers.token(context))
         answer.user = caller.user
-        right = rights.needed(answer.method, request, self._node)
-        self._guard.authorize(caller, right)
+        return caller
+
+    def allow(
+        self, answer: _Answer, caller: Caller, request: Any, context: grpc.ServicerContext
+    ) -> Call:
+        answer.request = request
+        self._guard.authorize(caller, rights.needed(answer.method, request, self._node))
         return Call(caller, context)
 
 
@@ -192,10 +239,10 @@ class _Answer:
     status that stands for it.
     """
 
-    def __init__(self, method: str, request: Any, context: grpc.ServicerContext) -> None:
+    def __init__(self, method: str, context: grpc.ServicerContext) -> None:
         self.method = method
         self.user = ""
-        self._request = request
+        self.request: Any = None
         self._context = context
         self._began_s = clock.monotonic_s()
 
@@ -233,7 +280,7 @@ class _Answer:
             "seconds": round(clock.monotonic_s() - self._began_s, 3),
         }
         for field in ("namespace", "pod", "image"):
-            if value := getattr(self._request, field, ""):
+            if value := getattr(self.request, field, ""):
                 facts[field] = str(value)[:_NOTED_CHARS]
         if exc is not None:
             facts["error"] = exc.message

@@ -97,12 +97,8 @@ class Store:
             errors.NotFound: nothing, or several.
             errors.InvalidInput: it is no name of an image.
         """
-        name, at, start = image.partition("@")
-        group = ids.group_name(name)
-        epochs = catalog.epochs(self.volume, group)
-        if at and not start:
-            raise errors.InvalidInput(f"image {image!r} lacks its epoch after '@'")
-        matching = [epoch for epoch in epochs if epoch.startswith(start)]
+        group, matching = self.matching(image)
+        at = "@" in image
         if not matching:
             raise errors.NotFound(
                 f"there is no image {image} at {self.volume.url}", hint="list shows what there is"
@@ -113,6 +109,20 @@ class Store:
                 hint=f"for instance {ids.image_name(group, matching[-1])}",
             )
         return group, matching[-1]
+
+    def matching(self, image: str) -> tuple[GroupName, list[EpochId]]:
+        """Return the group that ``image`` names and which of its epochs may be meant, oldest
+        first; none is no error.
+
+        Raises:
+            errors.InvalidInput: it is no name of an image.
+        """
+        name, at, start = image.partition("@")
+        group = ids.group_name(name)
+        if at and not start:
+            raise errors.InvalidInput(f"image {image!r} lacks its epoch after '@'")
+        epochs = catalog.epochs(self.volume, group)
+        return group, [epoch for epoch in epochs if epoch.startswith(start)]
 
     def read(self, group: GroupName, epoch: EpochId) -> EpochReader:
         """Open a committed epoch; raises ``errors.NotFound`` and ``errors.DataError``."""

@@ -89,6 +89,7 @@ def test_the_image_has_nothing_to_build_with(cluster: Cluster, agent: str) -> No
     ("verb", "resource"),
     [
         ("list", "pods"),
+        ("get", "namespaces"),
         ("create", "nodes/checkpoint"),
         ("create", "tokenreviews.authentication.k8s.io"),
         ("create", "subjectaccessreviews.authorization.k8s.io"),
@@ -102,6 +103,9 @@ def test_the_agent_may(cluster: Cluster, agents: None, verb: str, resource: str)
 @pytest.mark.parametrize(
     ("verb", "resource"),
     [
+        ("list", "namespaces"),
+        ("watch", "namespaces"),
+        ("patch", "namespaces"),
         ("get", "secrets"),
         ("list", "secrets"),
         ("create", "nodes/proxy"),
@@ -127,6 +131,7 @@ def test_the_agent_may_not(cluster: Cluster, agents: None, verb: str, resource: 
         ("edit", {"create", "get", "list", "delete"}),
         ("admin", {"create", "get", "list", "delete"}),
         ("ckpt-agent-restorer", {"restore"}),
+        ("ckpt-agent-exporter", {"export"}),
     ],
 )
 def test_what_a_role_of_a_namespace_gives_on_its_images(
@@ -137,7 +142,7 @@ def test_what_a_role_of_a_namespace_gives_on_its_images(
         *("create", "rolebinding", "it", "-n", namespace),
         *(f"--clusterrole={role}", f"--user={user}"),
     )
-    verbs = ("create", "get", "list", "delete", "restore")
+    verbs = ("create", "get", "list", "delete", "restore", "export")
     resource = "images.ckpt-agent.dev"
 
     def given(where: str) -> set[str]:

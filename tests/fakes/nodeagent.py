@@ -32,6 +32,8 @@ class Cluster:
     tokens: set[str] = dataclasses.field(default_factory=set)
     images: list[node_pb2.Image] = dataclasses.field(default_factory=list)
     details: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    # The archives of images, by name.
+    archives: dict[str, bytes] = dataclasses.field(default_factory=dict)
     template: dict[str, Any] | None = None
     # By method: an error to end with, or a call to make instead of an answer.
     fails: dict[str, errors.CkptError | Callable[[], None]] = dataclasses.field(
@@ -42,10 +44,12 @@ class Cluster:
     given_up: threading.Event = dataclasses.field(default_factory=threading.Event)
     blockers: list[dict[str, str]] = dataclasses.field(default_factory=list)
     page: int = 500
+    # Storages that cannot be read, and why.
+    unread: dict[str, str] = dataclasses.field(default_factory=dict)
     # Ends the agent that runs, without a word to who it works for.
     ends: Callable[[], object] = lambda: None
 
-    def add_image(self, group: str, number: int) -> str:
+    def add_image(self, group: str, number: int, storage: str = "default") -> str:
         """Add an image and return its name."""
         epoch = f"20260131-2359{number:02d}-0a1b2c"
         name = f"{group}@{epoch}"
@@ -59,6 +63,7 @@ class Cluster:
             stored_bytes=1 << 18,
             pages=256,
             zero_pages=3,
+            storage=storage,
         )
         image.created_at.FromSeconds(1_790_000_000 + number)
         self.images.append(image)
@@ -87,8 +92,12 @@ class _Servicer(node_pb2_grpc.NodeServicer):
         context.set_trailing_metadata(status.metadata(exc))
         context.abort(status.code(exc), status.details(exc))
 
-    def _named(self, name: str, context: grpc.ServicerContext) -> node_pb2.Image:
-        found = [each for each in self._cluster.images if name in (each.name, each.group)]
+    def _named(self, name: str, context: grpc.ServicerContext, storage: str = "") -> node_pb2.Image:
+        found = [
+            each
+            for each in self._cluster.images
+            if name in (each.name, each.group) and storage in ("", each.storage)
+        ]
         if not found:
             self._abort(context, errors.NotFound(f"there is no image {name}"))
         return found[-1]
@@ -163,16 +172,25 @@ class _Servicer(node_pb2_grpc.NodeServicer):
 
     def ListImages(self, request: Any, context: Any) -> node_pb2.ListImagesResponse:
         self._begin("ListImages", request, context)
-        found = [each for each in self._cluster.images if request.group in ("", each.group)]
+        found = [
+            each
+            for each in self._cluster.images
+            if request.group in ("", each.group) and request.storage in ("", each.storage)
+        ]
         first = int(request.page_token or 0)
         last = first + self._cluster.page
         return node_pb2.ListImagesResponse(
-            images=found[first:last], next_page_token=str(last) if last < len(found) else ""
+            images=found[first:last],
+            next_page_token=str(last) if last < len(found) else "",
+            unread=[
+                node_pb2.UnreadStorage(storage=name, problem=problem)
+                for name, problem in self._cluster.unread.items()
+            ],
         )
 
     def GetImage(self, request: Any, context: Any) -> node_pb2.GetImageResponse:
         self._begin("GetImage", request, context)
-        found = self._named(request.image, context)
+        found = self._named(request.image, context, request.storage)
         more = self._cluster.details.get(found.name, {})
         document = {
             "apiVersion": "ckpt-agent.dev/v1",
@@ -188,6 +206,7 @@ class _Servicer(node_pb2_grpc.NodeServicer):
             "pages": found.pages,
             "zeroPages": found.zero_pages,
             "damage": None,
+            "storage": found.storage,
             "previous": None,
             "detail": [],
         }
@@ -195,7 +214,7 @@ class _Servicer(node_pb2_grpc.NodeServicer):
 
     def VerifyImage(self, request: Any, context: Any) -> Iterator[node_pb2.VerifyEvent]:
         self._begin("VerifyImage", request, context)
-        self._named(request.image, context)
+        self._named(request.image, context, request.storage)
         yield node_pb2.VerifyEvent(done_bytes=1, total_bytes=2)
         damaged = [node_pb2.Damage(part="packs/1", problem="does not match its digest")]
         broken = "VerifyImage.damaged" in self._cluster.fails
@@ -205,9 +224,42 @@ class _Servicer(node_pb2_grpc.NodeServicer):
             )
         )
 
+    def ExportImage(self, request: Any, context: Any) -> Iterator[node_pb2.ExportImageEvent]:
+        self._begin("ExportImage", request, context)
+        found = self._named(request.image, context)
+        content = self._cluster.archives.get(found.name, b"archive " * 100)
+        yield node_pb2.ExportImageEvent(
+            begun=node_pb2.ExportBegun(
+                image=found.name, member="c", machine="x86_64", expected_bytes=len(content)
+            )
+        )
+        half = len(content) // 2
+        yield node_pb2.ExportImageEvent(content=content[:half])
+        failure = self._cluster.fails.get("ExportImage.late")
+        if isinstance(failure, errors.CkptError):
+            self._abort(context, failure)
+        elif failure:
+            failure()
+        yield node_pb2.ExportImageEvent(content=content[half:])
+        outcome = node_pb2.ExportOutcome(size_bytes=len(content), left_out=["/volume-0.tar"])
+        yield node_pb2.ExportImageEvent(outcome=outcome)
+
+    def ImportImage(self, requests: Any, context: Any) -> node_pb2.ImportImageResponse:
+        first = next(requests)
+        self._begin("ImportImage", first, context)
+        content = b"".join(each.content for each in requests)
+        failure = self._cluster.fails.get("ImportImage.late")
+        if isinstance(failure, errors.CkptError):
+            self._abort(context, failure)
+        elif failure:
+            failure()
+        name = self._cluster.add_image(first.group or "pod-1", len(self._cluster.images))
+        self._cluster.archives[name] = content
+        return node_pb2.ImportImageResponse(image=self._cluster.images[-1])
+
     def DeleteImage(self, request: Any, context: Any) -> node_pb2.PruneResponse:
         self._begin("DeleteImage", request, context)
-        found = self._named(request.image, context)
+        found = self._named(request.image, context, request.storage)
         self._cluster.images.remove(found)
         return node_pb2.PruneResponse(report=convert.to_struct(_pruned([found.name], False)))
 

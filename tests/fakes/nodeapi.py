@@ -38,6 +38,8 @@ class NodeApi:
         self.rights: dict[str, set[tuple[str, str, str]]] = {}
         self.reviews: list[Json] = []
         self.events: list[Json] = []
+        # Annotations by namespace; None: reading it is refused.
+        self.namespaces: dict[str, dict[str, str] | None] = {}
         self.client_ca = b""
         self.url = ""
         self.down = False
@@ -199,6 +201,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     api.events.append(body)
                     api.changed.notify_all()
                 return 201, body
+            case ("GET", "api", "v1", "namespaces", namespace):
+                annotations = api.namespaces.get(namespace, {})
+                if annotations is None:
+                    return 403, {"message": f'namespaces "{namespace}" is forbidden'}
+                return 200, {"metadata": {"name": namespace, "annotations": annotations}}
             case ("GET", *_, "configmaps", "extension-apiserver-authentication"):
                 return 200, {"data": {"client-ca-file": api.client_ca.decode()}}
         return 404, {"message": "the server could not find the requested resource"}

@@ -14,12 +14,23 @@ from typing import Any
 from agent.cli import documents
 from agent.cri.runtime import Runtime
 from agent.engines.base import Engine
-from agent.kube import access, connection, events
+from agent.engines.kubelet import export, intake
+from agent.kube import access, connection, events, namespaces
 from agent.kube.pods import PodWatch
+from agent.model import storage
 from agent.model.container import Container
 from agent.model.plan import Plan
 from agent.model.pods import Pod
-from agent.node import interrupted, plan, podwork, service, stores
+from agent.node import (
+    archives,
+    interrupted,
+    plan,
+    podwork,
+    service,
+    storages,
+    stores,
+    transfers,
+)
 from agent.node.operations import Operations
 from agent.node.pods import Pods, State
 from agent.rpc import client
@@ -32,7 +43,7 @@ from tests.fakes.authority import Authority
 
 NODE = "n1"
 SERVER_NAME = "ckpt-agent-node.ckpt-agent.svc"
-VERBS = ("create", "restore", "list", "get", "delete")
+VERBS = ("create", "restore", "list", "get", "export", "delete")
 
 
 def wait_for(predicate: Callable[[], object], seconds: float = 20) -> None:
@@ -120,8 +131,14 @@ def running(
     certify(tls, authority)
     root = folder / "stores"
     root.mkdir()
+    fast = folder / "fast"
+    fast.mkdir()
     settings = Settings(
-        store=StoreUrl("file", str(root)), node_name=NODE, tls_dir=str(tls), parallel=parallel
+        store=StoreUrl("file", str(root)),
+        stores={"fast": str(fast)},
+        node_name=NODE,
+        tls_dir=str(tls),
+        parallel=parallel,
     )
     states: dict[int, State] = {}
     with contextlib.ExitStack() as stack:
@@ -131,8 +148,15 @@ def running(
         cluster = stack.enter_context(contextlib.closing(connection.connect(config)))
         runtime = stack.enter_context(contextlib.closing(Runtime(runtime_state.path)))
         watch = PodWatch(cluster, NODE)
-        known = stores.NamespaceStores(
-            str(root), lambda path, create: DirectoryVolume(path, create=create)
+        places = storage.configured(settings.store.path, settings.stores)
+        known = storages.Storages(
+            {
+                name: stores.NamespaceStores(
+                    path, lambda path, create: DirectoryVolume(path, create=create)
+                )
+                for name, path in places.items()
+            },
+            lambda name: namespaces.read_annotations(cluster, name),
         )
         pods = Pods(watch, runtime, lambda pid: states.get(pid, "other"), NODE)
         operations = Operations(parallel)
@@ -144,9 +168,15 @@ def running(
             settings=settings,
             node=NODE,
             pods=pods,
-            work=podwork.PodWork(pods, engines, known.open, operations, trail, teller),
+            work=podwork.PodWork(pods, engines, known, operations, trail, teller),
             operations=operations,
-            stores=known.open,
+            storages=known,
+            transfers=transfers.Transfers(
+                archives.Formats(export.Outgoing, intake.of),
+                str(folder / "work"),
+                parallel,
+                operations,
+            ),
             plan=engines.plan,
             examine=lambda: (),
             documents=documents,

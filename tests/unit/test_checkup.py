@@ -32,7 +32,7 @@ _HOST = Host(
     criu=Criu("/usr/sbin/criu", "4.2.1", lazy_pages=True),
     root=True,
     work_dir=Folder("/work", "", 10 << 30),
-    store=StoreState("/store", True, 3, 0, 100 << 30, None),
+    stores=(StoreState("/store", True, 3, 0, 100 << 30, None),),
     leftovers=(),
 )
 
@@ -46,7 +46,7 @@ def with_kernel(**changes: Any) -> Host:
 
 
 def with_store(**changes: Any) -> Host:
-    return dataclasses.replace(_HOST, store=dataclasses.replace(_HOST.store, **changes))
+    return dataclasses.replace(_HOST, stores=(dataclasses.replace(_HOST.stores[0], **changes),))
 
 
 def test_a_good_host_is_ok_throughout() -> None:
@@ -78,6 +78,8 @@ _MISSING_CRIU = errors.CriuMissing("CRIU is not installed", hint="install it")
         (dataclasses.replace(_HOST, work_dir=Folder("/w", "full", 0)), "work-dir", "missing"),
         (dataclasses.replace(_HOST, work_dir=Folder("/w", "", 1)), "work-dir", "degraded"),
         (with_store(problem=_GONE), "store", "missing"),
+        (with_store(problem=_GONE, name="fast"), "store fast", "degraded"),
+        (with_store(free_bytes=1, name="fast"), "store-space fast", "degraded"),
         (with_store(damaged=1), "store", "degraded"),
         (with_store(free_bytes=5), "store-space", "degraded"),
         (dataclasses.replace(_HOST, leftovers=("dump-1-2-0",)), "leftovers", "degraded"),

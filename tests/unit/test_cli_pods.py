@@ -196,6 +196,49 @@ def test_delete_and_prune_name_the_namespace_not_a_path_of_the_node(run: Any, wo
     assert run("prune", "-n", "default").status == exits.USAGE
 
 
+def test_images_are_told_with_their_storage_and_can_be_limited_to_one(
+    run: Any, world: World
+) -> None:
+    here = world.agents.add_image("job", 1)
+    there = world.agents.add_image("job", 2, "fast")
+    listed = run("list", "-n", "default")
+    assert [line.split()[-1] for line in listed.out.splitlines()] == ["STORAGE", "default", "fast"]
+    only = run("list", "-n", "default", "--storage", "fast", "-o", "json").document()
+    assert [(each["name"], each["storage"]) for each in only["items"]] == [(there, "fast")]
+    assert "in storage fast" in run("show", "job", "-n", "default").out
+    assert run("verify", here, "-n", "default", "--storage", "fast").status == exits.REFUSED
+    verified = run("verify", "--all", "-n", "default", "-o", "json").document()
+    assert [each["storage"] for each in verified["items"]] == ["default", "fast"]
+    run("prune", "-n", "default", "--keep-last", "1", "--storage", "fast")
+    assert [request.storage for _, request in world.called("PruneImages")] == ["fast"]
+    run("restore", here, "--pod", "job", "--storage", "default")
+    assert [request.storage for _, request in world.called("Restore")] == ["default"]
+    dumped = run("dump", "pod/job", "-o", "json")
+    assert dumped.document()["storage"] == "default"
+    assert "in storage default" in dumped.err
+    for verb in (("list",), ("show", "x"), ("delete", here), ("prune", "--keep-last", "1")):
+        ran = run(*verb, "--storage", "fast")
+        assert ran.status == exits.USAGE
+        assert "is for a cluster" in ran.err
+
+
+def test_a_storage_that_cannot_be_read_is_named_beside_what_there_is(
+    run: Any, world: World
+) -> None:
+    name = world.agents.add_image("job", 1)
+    world.agents.unread["fast"] = "the volume does not answer"
+    for verb in (("list",), ("verify", "--all")):
+        ran = run(*verb, "-n", "default", "-o", "json")
+        assert ran.status == exits.VOLUME
+        assert [each["name"] for each in ran.document()["items"]] == [name]
+        assert ran.document()["unread"] == [
+            {"storage": "fast", "problem": "the volume does not answer"}
+        ]
+        assert "storage fast cannot be looked at: the volume does not answer" in ran.err
+    # What a move needs to know is asked for all the same.
+    assert run("migrate", "pod/job", "--to", "n2").status == 0
+
+
 def test_doctor_shows_the_cluster_the_callers_rights_and_every_node(run: Any, world: World) -> None:
     world.api.add_node("n3")
     world.api.denied.add(("delete", "pods"))

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from agent import settings
-from agent.model import access, optin
+from agent.model import access, optin, storage
 from tests.cluster.cluster import cache_directory
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +108,7 @@ def test_the_agents_rights_are_these_and_no_others() -> None:
     } == {
         ("", "pods", "list"),
         ("", "pods", "watch"),
+        ("", "namespaces", "get"),
         ("", "nodes/checkpoint", "create"),
         ("events.k8s.io", "events", "create"),
         ("authentication.k8s.io", "tokenreviews", "create"),
@@ -157,6 +158,7 @@ def test_restore_is_nobodys_by_default_and_a_right_of_its_own() -> None:
     assert givers == {
         "ckpt-agent-user": (["create", "delete", "get", "list"], [edit, admin]),
         "ckpt-agent-restorer": (["restore"], []),
+        "ckpt-agent-exporter": (["export"], []),
         "ckpt-agent-operator": (["get"], []),
     }
 
@@ -283,7 +285,10 @@ def test_services_and_accounts_are_there() -> None:
 
 def test_the_policy_knows_the_keys_that_the_program_knows() -> None:
     policy = yaml.safe_dump(one(base(), "ValidatingAdmissionPolicy", "ckpt-agent-keys"))
-    known = {optin.RESTORE, optin.CONTAINERS, optin.ENTRYPOINT, optin.NOT_HELD, optin.LABEL}
+    known = {
+        *(optin.RESTORE, optin.CONTAINERS, optin.ENTRYPOINT, optin.STORAGE),
+        *(optin.NOT_HELD, optin.LABEL),
+    }
     mentioned = set(re.findall(r"ckpt-agent\.dev/[a-z-]+", policy))
     assert mentioned == known
     reserved = yaml.safe_dump(one(base(), "ValidatingAdmissionPolicy", "ckpt-agent-restore"))
@@ -308,7 +313,7 @@ def test_the_image_carries_what_pods_and_agents_look_for() -> None:
     assert "USER" not in final
 
 
-# --- overlays ---
+# --- overlays and components ---
 
 
 def test_the_base_renders_as_it_is_written() -> None:
@@ -346,6 +351,42 @@ def test_privileged_is_the_one_overlay_that_is() -> None:
         security = node(rendered(f"overlays/{overlay}"))["securityContext"]
         assert security.get("privileged", False) is (overlay == "privileged")
         assert security["readOnlyRootFilesystem"] is True
+
+
+def test_a_second_store_is_a_claim_a_mount_and_a_setting(tmp_path: Path) -> None:
+    copy_of = tmp_path / "deploy"
+    shutil.copytree(ROOT / "deploy", copy_of)
+    overlay = copy_of / "overlays/both"
+    overlay.mkdir()
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": ["../dev"],
+        "components": ["../../components/second-store"],
+    }
+    (overlay / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    done = subprocess.run(
+        [kubectl(), "kustomize", str(overlay)], capture_output=True, check=True, text=True
+    )
+    objects = [found for found in yaml.safe_load_all(done.stdout) if found]
+    (variable,) = [e for e in node(objects)["env"] if e["name"] == "CKPT_AGENT_STORES"]
+    said = settings.merge({}, {variable["name"]: variable["value"]}, None, cwd="/")
+    places = storage.configured(said.store.path, said.stores)
+    assert set(places) == {"default", "fast"}
+    mounts = {mount["mountPath"]: mount for mount in node(objects)["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod(daemonset(objects))["volumes"]}
+    claims = [
+        volumes[mounts[path]["name"]]["persistentVolumeClaim"]["claimName"]
+        for path in places.values()
+    ]
+    assert len(set(claims)) == 2
+    for claim in claims:
+        found = one(objects, "PersistentVolumeClaim", claim)
+        assert found["spec"]["accessModes"] == ["ReadWriteMany"]
+    # Nothing else has changed.
+    before = rendered("overlays/dev")
+    assert len(node(objects)["env"]) == len(node(before)["env"]) + 1
+    assert len(objects) == len(before) + 1
 
 
 def test_cri_o_nodes_need_nothing_of_containerd() -> None:

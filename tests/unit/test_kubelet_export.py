@@ -27,10 +27,7 @@ def take(content: bytes, folder: Path) -> MemoryImage:
 
 
 def exported(image: MemoryImage) -> bytes:
-    out = io.BytesIO()
-    found = export.write(MemorySource(image), ABOUT, out)
-    assert found.size_bytes == len(out.getvalue())
-    return out.getvalue()
+    return b"".join(export.Outgoing(MemorySource(image), ABOUT).pieces())
 
 
 def content(raw: bytes) -> dict[str, bytes]:
@@ -86,10 +83,10 @@ def test_an_image_of_another_engine_gets_what_its_facts_tell() -> None:
             "container": {"name": "c", "image_digest": "sha256:" + "ab" * 32, "mounts": ["/proc"]},
         }
     )
-    out = io.BytesIO()
-    found = export.write(MemorySource(image), ABOUT, out)
+    found = export.Outgoing(MemorySource(image), ABOUT)
     assert found.left_out == ("/volume-0.tar",)
-    after = content(out.getvalue())
+    assert found.expected_bytes == 2 * PAGE_BYTES
+    after = content(b"".join(found.pieces()))
     assert after["checkpoint/pages-1.img"] == bytes(2 * PAGE_BYTES)
     assert after["checkpoint/pages-2.img"] == b""
     assert "checkpoint/pagemap-9.img" in after

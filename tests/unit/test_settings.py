@@ -45,6 +45,7 @@ def test_a_flag_that_was_not_given_and_an_empty_variable_leave_the_file_alone() 
 def test_every_setting_can_come_from_flag_environment_and_file() -> None:
     values: dict[str, tuple[str, Any]] = {
         "store": ("/s", StoreUrl("file", "/s")),
+        "stores": ("fast=/f,slow=/g/", {"fast": "/f", "slow": "/g"}),
         "criu": ("/c", "/c"),
         "work_dir": ("/w", "/w"),
         "criu_bundle": ("/b", "/b"),

@@ -67,8 +67,7 @@ class Archive:
         self.size_bytes = info.st_size
         self.images: dict[str, Member] = {}
         self.parts: dict[str, Member] = {}
-        whole = Member("the archive", "file", 0, info.st_size)
-        for member in tarindex.members(self.stream(whole), limits):
+        for member in tarindex.members(self.content(), limits):
             self._add(member)
         for name in (SPEC, CONFIG):
             if name not in self.parts:
@@ -98,6 +97,10 @@ class Archive:
         """The parts that are kept as they are, in order of names."""
         other = (*_OUTPUT, LOG, ROOTFS_DIFF, DELETED)
         return sorted(name for name in self.parts if name not in other)
+
+    def content(self) -> BinaryIO:
+        """The file itself, as ``stream``."""
+        return self.stream(Member("the archive", "file", 0, self.size_bytes))
 
     def stream(self, member: Member) -> BinaryIO:
         """The content of a member, buffered; raises ``errors.Corrupt`` while it is read if the

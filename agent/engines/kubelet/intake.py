@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from agent.engines.kubelet import archive, imagefacts, ingest, reports
 from agent.model.archives import Whose
@@ -35,8 +35,8 @@ class Intake:
         moment = config.get("checkpointedTime")
         return Whose(known["namespace"], known["pod"], name, _seconds(moment))
 
-    def take_in(self, sink: MemberSink) -> None:
-        """Give all of it to ``sink``.
+    def take_in(self, sink: MemberSink, check: Callable[[], None] = lambda: None) -> None:
+        """Give all of it to ``sink``; ``check`` is called often and gives up by raising.
 
         Raises:
             errors.Corrupt: it cannot be used.
@@ -44,7 +44,7 @@ class Intake:
         """
         reports.statistics(self._source)
         known = {"engine": "import", "cpu_flags": [], "boot_id": "", **reports.of_log(self._source)}
-        ingest.ingest(self._source, sink, known)
+        ingest.ingest(self._source, sink, known, check)
 
 
 @contextlib.contextmanager
@@ -52,6 +52,13 @@ def opened(path: str) -> Iterator[Intake]:
     """The archive at ``path``; raises as ``archive.opened``."""
     with archive.opened(path) as source:
         yield Intake(source)
+
+
+def of(fd: int) -> Intake:
+    """The archive on an open descriptor, which stays the caller's; raises ``errors.Corrupt`` if it
+    is none.
+    """
+    return Intake(archive.Archive(fd))
 
 
 def _seconds(moment: object) -> float:

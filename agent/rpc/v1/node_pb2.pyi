@@ -302,6 +302,68 @@ class PruneResponse(_message.Message):
     report: _struct_pb2.Struct
     def __init__(self, report: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
 
+class ExportImageRequest(_message.Message):
+    __slots__ = ("namespace", "image", "member", "storage")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    image: str
+    member: str
+    storage: str
+    def __init__(self, namespace: _Optional[str] = ..., image: _Optional[str] = ..., member: _Optional[str] = ..., storage: _Optional[str] = ...) -> None: ...
+
+class ExportImageEvent(_message.Message):
+    __slots__ = ("begun", "content", "outcome")
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    begun: ExportBegun
+    content: bytes
+    outcome: ExportOutcome
+    def __init__(self, begun: _Optional[_Union[ExportBegun, _Mapping]] = ..., content: _Optional[bytes] = ..., outcome: _Optional[_Union[ExportOutcome, _Mapping]] = ...) -> None: ...
+
+class ExportBegun(_message.Message):
+    __slots__ = ("image", "member", "machine", "expected_bytes")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    MACHINE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    image: str
+    member: str
+    machine: str
+    expected_bytes: int
+    def __init__(self, image: _Optional[str] = ..., member: _Optional[str] = ..., machine: _Optional[str] = ..., expected_bytes: _Optional[int] = ...) -> None: ...
+
+class ExportOutcome(_message.Message):
+    __slots__ = ("size_bytes", "left_out")
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    size_bytes: int
+    left_out: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, size_bytes: _Optional[int] = ..., left_out: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ImportImageRequest(_message.Message):
+    __slots__ = ("namespace", "group", "size_bytes", "storage", "content")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    group: str
+    size_bytes: int
+    storage: str
+    content: bytes
+    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., size_bytes: _Optional[int] = ..., storage: _Optional[str] = ..., content: _Optional[bytes] = ...) -> None: ...
+
+class ImportImageResponse(_message.Message):
+    __slots__ = ("image",)
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    image: Image
+    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ...) -> None: ...
+
 class ExamineRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -74,6 +74,16 @@ class NodeStub:
                 request_serializer=agent_dot_rpc_dot_v1_dot_node__pb2.PruneImagesRequest.SerializeToString,
                 response_deserializer=agent_dot_rpc_dot_v1_dot_node__pb2.PruneResponse.FromString,
                 _registered_method=True)
+        self.ExportImage = channel.unary_stream(
+                '/agent.rpc.v1.Node/ExportImage',
+                request_serializer=agent_dot_rpc_dot_v1_dot_node__pb2.ExportImageRequest.SerializeToString,
+                response_deserializer=agent_dot_rpc_dot_v1_dot_node__pb2.ExportImageEvent.FromString,
+                _registered_method=True)
+        self.ImportImage = channel.stream_unary(
+                '/agent.rpc.v1.Node/ImportImage',
+                request_serializer=agent_dot_rpc_dot_v1_dot_node__pb2.ImportImageRequest.SerializeToString,
+                response_deserializer=agent_dot_rpc_dot_v1_dot_node__pb2.ImportImageResponse.FromString,
+                _registered_method=True)
         self.Examine = channel.unary_unary(
                 '/agent.rpc.v1.Node/Examine',
                 request_serializer=agent_dot_rpc_dot_v1_dot_node__pb2.ExamineRequest.SerializeToString,
@@ -143,6 +153,22 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportImage(self, request, context):
+        """One container of an image as a checkpoint archive, as a kubelet writes it: a beginning, the
+        archive piece by piece, an outcome. An archive without an outcome is not whole.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportImage(self, request_iterator, context):
+        """Stores a checkpoint archive as an image. The first message says what comes and has no content,
+        the others have content only. One that is damaged or hostile is refused, and nothing stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Examine(self, request, context):
         """Whether this node can checkpoint and restore, line by line. Needs "get" on "nodes" of the API
         group "ckpt-agent.dev".
@@ -193,6 +219,16 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.PruneImages,
                     request_deserializer=agent_dot_rpc_dot_v1_dot_node__pb2.PruneImagesRequest.FromString,
                     response_serializer=agent_dot_rpc_dot_v1_dot_node__pb2.PruneResponse.SerializeToString,
+            ),
+            'ExportImage': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportImage,
+                    request_deserializer=agent_dot_rpc_dot_v1_dot_node__pb2.ExportImageRequest.FromString,
+                    response_serializer=agent_dot_rpc_dot_v1_dot_node__pb2.ExportImageEvent.SerializeToString,
+            ),
+            'ImportImage': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportImage,
+                    request_deserializer=agent_dot_rpc_dot_v1_dot_node__pb2.ImportImageRequest.FromString,
+                    response_serializer=agent_dot_rpc_dot_v1_dot_node__pb2.ImportImageResponse.SerializeToString,
             ),
             'Examine': grpc.unary_unary_rpc_method_handler(
                     servicer.Examine,
@@ -416,6 +452,60 @@ class Node:
             '/agent.rpc.v1.Node/PruneImages',
             agent_dot_rpc_dot_v1_dot_node__pb2.PruneImagesRequest.SerializeToString,
             agent_dot_rpc_dot_v1_dot_node__pb2.PruneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/agent.rpc.v1.Node/ExportImage',
+            agent_dot_rpc_dot_v1_dot_node__pb2.ExportImageRequest.SerializeToString,
+            agent_dot_rpc_dot_v1_dot_node__pb2.ExportImageEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportImage(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/agent.rpc.v1.Node/ImportImage',
+            agent_dot_rpc_dot_v1_dot_node__pb2.ImportImageRequest.SerializeToString,
+            agent_dot_rpc_dot_v1_dot_node__pb2.ImportImageResponse.FromString,
             options,
             channel_credentials,
             insecure,
