@@ -108,8 +108,8 @@ def logged(cluster: Cluster, namespace: str, name: str = "job") -> list[str]:
 class Follower:
     """Everything that a pod logs until it ends, as ``kubectl logs -f`` shows it."""
 
-    def __init__(self, cluster: Cluster, namespace: str, name: str) -> None:
-        words = ("logs", "-f", "-n", namespace, name, "-c", "main")
+    def __init__(self, cluster: Cluster, namespace: str, name: str, container: str) -> None:
+        words = ("logs", "-f", "-n", namespace, name, "-c", container)
         program = [str(cluster.bin / "kubectl"), "--kubeconfig", str(cluster.kubeconfig), *words]
         self._process = subprocess.Popen(
             cluster.in_control_plane(program), stdout=subprocess.PIPE, text=True
@@ -127,8 +127,10 @@ class Follower:
 
 
 @contextlib.contextmanager
-def followed(cluster: Cluster, namespace: str, name: str) -> Iterator[Follower]:
-    made = Follower(cluster, namespace, name)
+def followed(
+    cluster: Cluster, namespace: str, name: str, container: str = "main"
+) -> Iterator[Follower]:
+    made = Follower(cluster, namespace, name, container)
     try:
         yield made
     finally:

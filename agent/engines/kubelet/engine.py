@@ -12,6 +12,7 @@ Does not: restore; images have the layout of the ``container`` engine, which doe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -79,6 +80,7 @@ class KubeletEngine:
         if container is None:
             raise errors.NotFound(f"process {pid} is no container's first", pid=pid)
         _check_options(options)
+        _check_clock(container)
         deadline = clock.Deadline.after(options.deadline_s)
         target = client.Target(self._namespace, self._pod, container.name)
         began_s = clock.monotonic_s()
@@ -180,6 +182,21 @@ def _check_options(options: CaptureOptions) -> None:
             "the kubelet's archive holds no files besides the container's own root file system",
             hint="use the container engine",
         )
+
+
+def _check_clock(container: Container) -> None:
+    own = proc.namespaces(container.pid)["time"]
+    for pid in proc.tree(container.pid):
+        with contextlib.suppress(errors.NotFound):
+            if proc.namespaces(pid)["time"] != own:
+                # CRIU, asked for a whole container, takes no time namespace but the first one's.
+                raise errors.TargetUnsuitable(
+                    f"container {container.name} was restored, and its monotonic clock goes on as "
+                    "before by a time namespace below its first process: a kubelet cannot "
+                    "checkpoint that",
+                    hint="use the container engine",
+                    pid=pid,
+                )
 
 
 def _take_in(
