@@ -1,0 +1,124 @@
+"""The words of the protocol that cuts a group: what a coordinator asks of members, in what order.
+
+An epoch of a group follows a *course*: steps that every member does before the commit, and steps
+that follow it. All members finish a step before any is told the next. The commit is a decision in
+the store that is made once: the epoch's name is taken either by its manifest (committed) or by a
+blob that says it never will be (abandoned). Whoever must know the outcome of an epoch whose
+coordinator is silent takes the name for "abandoned" himself, and learns from a failure that it is
+committed. So nobody ever waits for a dead coordinator, and no two can disagree.
+
+Promises: pure data; both halves (``coordinator.machine``, ``node.participant``) are built on it.
+Does not: know how messages travel, or how long anything may take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+
+class Step(enum.Enum):
+    """What a member is told to do. Told again, it answers again."""
+
+    PREPARE = "prepare"
+    """Look at everything that could stand in the way; reserve; copy ahead. The job runs."""
+
+    QUIESCE = "quiesce"
+    """Run the pre hooks. The job runs."""
+
+    FREEZE = "freeze"
+    """Stop the processes; nothing is read yet."""
+
+    HOLD = "hold"
+    """Let what is on the wire arrive, then let nothing through to or from others."""
+
+    CAPTURE = "capture"
+    """Read the processes while they stand still."""
+
+    RELEASE = "release"
+    """Let traffic through again."""
+
+    RESUME = "resume"
+    """Let the processes run, then run the post hooks."""
+
+    PERSIST = "persist"
+    """Have everything of the member durable, its manifest included."""
+
+    END = "end"
+    """End the processes; told only when the epoch is committed, and checked once more."""
+
+    FINISH = "finish"
+    """The epoch is committed: nothing of it needs protection any more."""
+
+    ABORT = "abort"
+    """Let the processes go on as if nothing had been, and drop what was stored."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """The steps of an epoch: all of ``before`` the commit, ``after`` it."""
+
+    name: str
+    before: tuple[Step, ...]
+    after: tuple[Step, ...]
+
+    def position(self, step: Step) -> int:
+        """Where a step stands in the course, from 0; ABORT, which may come anywhere, has none.
+
+        Raises:
+            ValueError: the course does not have it.
+        """
+        return (*self.before, *self.after).index(step)
+
+    def __contains__(self, step: Step) -> bool:
+        return step in self.before or step in self.after
+
+
+LEAVE_RUNNING = Course(
+    "leave-running",
+    before=(
+        *(Step.PREPARE, Step.QUIESCE, Step.FREEZE, Step.HOLD),
+        *(Step.CAPTURE, Step.RELEASE, Step.RESUME, Step.PERSIST),
+    ),
+    after=(Step.FINISH,),
+)
+"""A checkpoint: the job stands still from FREEZE to RESUME and persists while it runs."""
+
+EVACUATE = Course(
+    "evacuate",
+    before=(
+        *(Step.PREPARE, Step.QUIESCE, Step.FREEZE, Step.HOLD),
+        *(Step.CAPTURE, Step.PERSIST),
+    ),
+    after=(Step.END, Step.FINISH),
+)
+"""A move: the job stands still from FREEZE on and is ended once its image is committed."""
+
+COURSES = {course.name: course for course in (LEAVE_RUNNING, EVACUATE)}
+
+
+class Decision(enum.Enum):
+    """What became of an epoch; made once, in the store."""
+
+    COMMITTED = "committed"
+    ABANDONED = "abandoned"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Told:
+    """A coordinator's message to a member. Coordinators are ordered by ``token``; a member obeys
+    none that is older than one it has heard.
+    """
+
+    step: Step
+    token: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """A member's message to a coordinator: ``step`` is done, or ``problem`` says why it is not and
+    never will be. ``step`` is the one that was asked about.
+    """
+
+    step: Step
+    problem: str = ""
