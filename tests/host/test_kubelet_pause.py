@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from agent.engines.kubelet import pause
+from agent import errors
+from agent.engines.kubelet import pause, resume
 from agent.host import cgroups
+from agent.model.container import Container
 from tests.conftest import NOT_TO_BE_HAD
 
 
@@ -95,3 +100,100 @@ def test_a_container_that_ends_meanwhile_is_no_error(group: Group) -> None:
     with pause.watched(group.process.pid) as gone:
         pass
     assert gone.stop_s is None
+
+
+SHIM = """
+import os, socket, struct, sys
+path, group = sys.argv[1:]
+child = os.fork()
+if child == 0:
+    os.execvp("sleep", ["sleep", "60"])
+open(group + "/cgroup.procs", "w").write(str(child))
+server = socket.socket(socket.AF_UNIX)
+server.bind(path)
+server.listen()
+print(child, flush=True)
+while True:
+    client, _ = server.accept()
+    with client:
+        size, stream, kind, flags = struct.unpack(">IIBB", client.recv(10))
+        message = client.recv(size)
+        print(stream, kind, message, flush=True)
+        if b"v3" in message:
+            name, text = ("freezer.state", "THAWED") if os.path.exists(
+                group + "/freezer.state") else ("cgroup.freeze", "0")
+            open(f"{group}/{name}", "w").write(text)
+        client.sendall(struct.pack(">IIBB", 0, stream, 2, 0))
+"""
+
+
+class Paused:
+    """A shim with one container of this id, whose group can be frozen."""
+
+    id = "c" * 64
+
+    def __init__(self, group: Group, folder: Path) -> None:
+        self.folder = folder / "containerd/s"
+        self.folder.mkdir(parents=True)
+        path = str(self.folder / ("a" * 64))
+        assert len(path) < 108
+        self.popen = subprocess.Popen(
+            [sys.executable, "-c", SHIM, path, str(group.path)], stdout=subprocess.PIPE, text=True
+        )
+        assert self.popen.stdout
+        self.out = self.popen.stdout
+        pid = int(self.out.readline())
+        self.container = Container(id=self.id, name="c", pid=pid, rootfs="")
+
+    def end(self) -> list[str]:
+        os.kill(self.container.pid, signal.SIGKILL)
+        self.popen.kill()
+        self.popen.wait()
+        return [] if self.out.closed else self.popen.communicate()[0].splitlines()
+
+
+@pytest.fixture
+def paused(group: Group) -> Iterator[Paused]:
+    # pytest's own folders have names that are too long for a socket's.
+    with tempfile.TemporaryDirectory(prefix="shim-") as folder:
+        made = Paused(group, Path(folder))
+        yield made
+        made.end()
+
+
+def fail(group: Group) -> None:
+    """A runtime that ends in the middle of a checkpoint."""
+    group.freeze(True)
+    assert pause.Freezer(group.process.pid).frozen()
+    raise errors.DumpFailed("the runtime has gone")
+
+
+def test_a_container_that_a_failed_checkpoint_left_paused_goes_on(
+    group: Group, paused: Paused
+) -> None:
+    with pytest.raises(errors.DumpFailed), resume.guarded(paused.container):
+        fail(group)
+    assert not pause.Freezer(paused.container.pid).frozen()
+    # Its shim was asked as containerd asks: task API, method, the container's id.
+    said = [
+        b"\x0a\x17containerd.task.v%d.Task\x12\x06Resume\x1aB\x0a@%s" % (version, b"c" * 64)
+        for version in (3, 2)
+    ]
+    assert paused.end() == [f"1 1 {each!r}" for each in said]
+
+
+def test_without_a_shim_the_freezer_itself_is_opened(group: Group) -> None:
+    container = Container(id="c", name="c", pid=group.process.pid, rootfs="")
+    with pytest.raises(errors.DumpFailed), resume.guarded(container):
+        fail(group)
+    assert not pause.Freezer(container.pid).frozen()
+
+
+def test_what_stood_still_before_stays_so_and_a_success_changes_nothing(group: Group) -> None:
+    container = Container(id="c", name="c", pid=group.process.pid, rootfs="")
+    with resume.guarded(container):
+        group.freeze(True)
+    assert pause.Freezer(container.pid).frozen()
+    with pytest.raises(errors.DumpFailed), resume.guarded(container):
+        fail(group)
+    assert pause.Freezer(container.pid).frozen()

@@ -31,7 +31,7 @@ from agent.engines.base import (
 )
 from agent.engines.criu import log as criu_log
 from agent.engines.criu.facts import cpu_flags
-from agent.engines.kubelet import client, ingest, leftovers, pause, reports
+from agent.engines.kubelet import client, ingest, leftovers, pause, reports, resume
 from agent.engines.kubelet.archive import Archive
 from agent.engines.kubelet.tarindex import corrupt
 from agent.host import clock, proc
@@ -87,7 +87,8 @@ class KubeletEngine:
         with leftovers.opened(self._directory) as checkpoints:
             checkpoints.clean()
             with checkpoints.call(target, options.deadline_s) as call, pause.watched(pid) as watch:
-                items = _checkpoint(self._kubelet, target, container, deadline)
+                with resume.guarded(container):
+                    items = _checkpoint(self._kubelet, target, container, deadline)
                 called_s = clock.monotonic_s() - began_s
                 fd = checkpoints.take(call, items[0])
         try:
@@ -222,6 +223,8 @@ class _OneContainer:
         self._sink = sink
         self.known: dict[str, Any] = {}
         self.pages = sink.pages
+        self.draft = sink.draft
+        self.settle = sink.settle
         self.metadata = sink.metadata
         self.file = sink.file
 

@@ -3,7 +3,8 @@
 CRIU's own figure leaves out that the runtime holds the container until it has packed everything.
 The freezer of the container's control group shows it from outside.
 
-Promises: looks only; a container whose freezer cannot be seen has no figure, not a wrong one.
+Promises: a ``Watch`` looks only; a container whose freezer cannot be seen has no figure, and none
+that is wrong.
 Does not: notice a stop that is shorter than ``_LOOK_S``.
 """
 
@@ -21,6 +22,38 @@ from agent.host import cgroups, clock
 _LOOK_S = 0.02
 # The file of version 1, of version 2, and how each says "frozen".
 _FILES = (("freezer.state", ("FROZEN", "FREEZING")), ("cgroup.events", ("frozen 1",)))
+# What to write where, so that it goes on.
+_THAW = {"freezer.state": ("freezer.state", "THAWED"), "cgroup.events": ("cgroup.freeze", "0")}
+
+
+class Freezer:
+    """The freezer of the container of process ``pid``; one that cannot be seen is never frozen."""
+
+    def __init__(self, pid: int) -> None:
+        self._group, self._name, self._signs = _freezer(pid)
+
+    @property
+    def seen(self) -> bool:
+        """Whether it can be seen."""
+        return bool(self._group)
+
+    def frozen(self) -> bool:
+        """Whether the container stands still, or is about to."""
+        try:
+            with open(os.path.join(self._group, self._name), encoding="ascii") as file:
+                lines = file.read().splitlines()
+        except OSError:
+            return False  # the container has ended
+        return any(sign in lines for sign in self._signs)
+
+    def thaw(self) -> None:
+        """Let it go on; one that has ended is fine."""
+        name, text = _THAW[self._name]
+        with (
+            contextlib.suppress(OSError),
+            open(os.path.join(self._group, name), "w", encoding="ascii") as file,
+        ):
+            file.write(text)
 
 
 class Watch:
@@ -29,7 +62,7 @@ class Watch:
     """
 
     def __init__(self, pid: int) -> None:
-        self._file, self._signs = _freezer(pid)
+        self._freezer = Freezer(pid)
         self._end = threading.Event()
         self._first_s: float | None = None
         self._last_s = 0.0
@@ -42,29 +75,21 @@ class Watch:
 
     def start(self) -> None:
         """Begin to look."""
-        if self._file:
+        if self._freezer.seen:
             self._thread.start()
 
     def stop(self) -> None:
         """End it."""
         self._end.set()
-        if self._file:
+        if self._freezer.seen:
             self._thread.join()
 
     def _watch(self) -> None:
         while not self._end.wait(_LOOK_S):
             now_s = clock.monotonic_s()
-            if self._frozen():
+            if self._freezer.frozen():
                 self._first_s = self._first_s or now_s
                 self._last_s = now_s
-
-    def _frozen(self) -> bool:
-        try:
-            with open(self._file, encoding="ascii") as file:
-                lines = file.read().splitlines()
-        except OSError:
-            return False  # the container has ended
-        return any(sign in lines for sign in self._signs)
 
 
 @contextlib.contextmanager
@@ -78,13 +103,14 @@ def watched(pid: int) -> Iterator[Watch]:
         watch.stop()
 
 
-def _freezer(pid: int) -> tuple[str, tuple[str, ...]]:
-    """The file that tells, and what it then says; "" if there is none to be seen."""
+def _freezer(pid: int) -> tuple[str, str, tuple[str, ...]]:
+    """The group, the file in it that tells, and what it then says; "" if there is none to be
+    seen.
+    """
     with contextlib.suppress(errors.NotFound, errors.EnvironmentUnfit):
         groups = cgroups.directories(pid)
         for name, signs in _FILES:
             for group in groups:
-                path = os.path.join(group, name)
-                if os.path.exists(path):
-                    return path, signs
-    return "", ()
+                if os.path.exists(os.path.join(group, name)):
+                    return group, name, signs
+    return "", "", ()
