@@ -183,7 +183,7 @@ _HEARD = {course.name: _reachable(course) for course in COURSES.values()}
 
 
 def _carry_out(
-    world: World, which: int, made: Participant, effects: list[participant.Effect], **known: bool
+    world: World, which: int, made: Participant, effects: list[participant.Effect], **known: Any
 ) -> World:
     member = dataclasses.replace(world.members[which], machine=_fields(made), **known)
     torn = world.torn
