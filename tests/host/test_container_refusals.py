@@ -54,11 +54,6 @@ def refused(boxes: Boxes, box: Box, match: str, kind: type[errors.Refused]) -> e
     return refusal.value
 
 
-def test_a_container_that_was_not_opted_in(boxes: Boxes) -> None:
-    box = Box(boxes, "plain", ["sleep", "1000"])
-    refused(boxes, box, "first process is sleep, not hold", errors.TargetUnsuitable)
-
-
 def test_a_placeholder_cannot_be_dumped(boxes: Boxes) -> None:
     box = boxes.placeholder("target")
     refused(boxes, box, "placeholder that waits", errors.TargetUnsuitable)
@@ -186,16 +181,26 @@ def test_every_reason_is_listed_at_once_and_nothing_was_touched(boxes: Boxes) ->
 EMPTY_DISK = Path("volumes/kubernetes.io~empty-dir/disk")
 
 
-def squat(boxes: Boxes, box: Box, number: int) -> subprocess.Popen[bytes]:
+def squat(boxes: Boxes, box: Box, number: int, seconds: str = "1000") -> subprocess.Popen[bytes]:
     """An exec that has this number inside."""
     inside.raise_counter(proc.identity(box.pid), number - 1)
-    popen = boxes.popen_exec(box, "sleep", "1000")
+    popen = boxes.popen_exec(box, "sleep", seconds)
     wait_for(lambda: taken(box, number), "the exec got another number")
     return popen
 
 
 def taken(box: Box, number: int) -> bool:
     return any(proc.status(pid).ns_pids[-1] == number for pid in box.pids())
+
+
+def test_a_probe_that_has_a_number_of_the_tree_is_waited_for(boxes: Boxes) -> None:
+    image = boxes.dump(boxes.tree("source", "memory", "children"))
+    assert image.known is not None
+    target = boxes.placeholder("target")
+    probe = squat(boxes, target, max(pid for pid, _ in image.known["threads"]), "1.5")
+    boxes.restore(image, target)
+    assert probe.wait(10) == 0
+    boxes.check(target)
 
 
 def test_a_container_that_runs_already(boxes: Boxes) -> None:

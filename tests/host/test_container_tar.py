@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import stat
 import subprocess
 import tarfile
@@ -193,6 +194,33 @@ def test_a_directory_that_is_opaque_loses_what_it_had(place: Place) -> None:
     archive.add("folder/new", content=b"new")
     place.apply(archive.raw)
     assert [each.name for each in (place.root / "folder").iterdir()] == ["new"]
+    place.assert_untouched()
+
+
+def test_clearing_leaves_directories_of_the_archive_sockets_and_mounts(place: Place) -> None:
+    for folder in ("kept/gone/deep", "other/busy", "mounted"):
+        (place.root / folder).mkdir(parents=True)
+    before = (place.root / "kept").stat().st_ino
+    for name in ("kept/file", "kept/gone/deep/file", "other/file", "mounted/file", "config"):
+        (place.root / name).write_text("of an init container")
+    (place.root / "kept/way").symlink_to(place.outside)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place.root / "other/busy/socket"))
+    archive = Hostile()
+    archive.add("kept", tarfile.DIRTYPE, mode=0o755)
+    archive.add("kept/new", content=b"new")
+    fd = os.open(place.root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        raw, mounts = archive.raw, ["/mounted", "/config"]
+        unpack.clear("/a.tar", pieces(raw), counted(raw), fd, soon(), mounts=mounts)
+    finally:
+        os.close(fd)
+    left = {str(each.relative_to(place.root)) for each in place.root.rglob("*")}
+    assert left == {
+        *("kept", "other", "other/busy", "other/busy/socket"),
+        *("mounted", "mounted/file", "config"),
+    }
+    assert (place.root / "kept").stat().st_ino == before
     place.assert_untouched()
 
 

@@ -21,6 +21,7 @@ from agent.host import proc
 from agent.model import ids
 from agent.node import dump as node_dump
 from agent.node import restore as node_restore
+from agent.store.reader import EpochReader
 from agent.store.repository import Store
 from agent.volumes.directory import DirectoryVolume
 from tests.host.conftest import TARGETS, Host, Target
@@ -273,6 +274,34 @@ def test_a_damaged_image_is_refused_before_any_process_starts_and_an_older_one_i
     tree = job.restore(str(caught.value.facts["older_good"])).trees[0][1]
     target.check(tree.pid)
     job.host.assert_clean()
+
+
+def test_the_reasons_of_all_members_are_told_before_the_image_is_read(
+    job: Job, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = [host.start("memory"), host.start("children")]
+    job.dump(*(target.pid for target in targets))
+    monkeypatch.setattr(EpochReader, "member", _unread(EpochReader.member))
+    with pytest.raises(errors.RestoreConflict) as caught:
+        job.restore()
+    reasons = reasons_of(caught.value)
+    for number, target in enumerate(targets):
+        pid = f"pid {target.pid} is in use"
+        assert [each for each in reasons if each.startswith(f"tree-{number}: {pid}")]
+        target.check()
+    assert isinstance(caught.value.facts["refused_after_s"], float)
+    job.host.assert_clean()
+
+
+def _unread(member: Any) -> Any:
+    """The store's member, which fails whoever reads more of it than its facts."""
+
+    def opened(self: Any, name: Any) -> Any:
+        source = member(self, name)
+        source.check = lambda: pytest.fail("the image was read")
+        return source
+
+    return opened
 
 
 def test_the_same_image_cannot_be_restored_twice_in_place(job: Job) -> None:

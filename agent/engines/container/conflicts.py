@@ -1,7 +1,7 @@
 """What of a placeholder does not fit an image: everything at once, before anything is touched.
 
 Promises: every reason is a sentence that names the thing and, where there is one, the way out.
-Does not: change anything.
+Does not: change anything but the counter of pids in a placeholder.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from agent.engines.container import (
     target,
 )
 from agent.engines.criu import facts as criu_facts
-from agent.host import cgroups, proc
+from agent.engines.criu import supervisor
+from agent.host import cgroups, clock, proc
 from agent.model.container import LAYOUT, Container
 
 # CRIU itself and page tables, while the tree comes up within the container's limit.
 _SPARE_BYTES = 16 << 20
+# A probe has a second by default; on a loaded node its start and end take as long again.
+_EXEC_S = 5.0
 
 
 def numbers(known: dict[str, Any]) -> set[int]:
@@ -71,7 +74,7 @@ def find(known: dict[str, Any], memory_bytes: int, container: Container) -> list
     """
     try:
         _complete(known)
-        return [
+        reasons = [
             *_state(container),
             *_image(known, container),
             *_machine(known),
@@ -82,6 +85,9 @@ def find(known: dict[str, Any], memory_bytes: int, container: Container) -> list
             *_stdio(known, container),
             *_addresses(known, container),
         ]
+        if not reasons:
+            _let_execs_end(known, container)
+        return [*reasons, *_numbers(known, container)]
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise incomplete() from exc
 
@@ -189,10 +195,33 @@ def _memory(known: dict[str, Any], memory_bytes: int, container: Container) -> I
 def _numbers(known: dict[str, Any], container: Container) -> Iterator[str]:
     if whole(known):
         return  # they are taken in a namespace of its own
-    init = proc.identity(container.pid)
-    taken = inside.host_pids(init, numbers(known))
-    for number, pid in sorted(taken.items()):
+    for number, pid in sorted(_taken(known, container).items()):
         yield f"pid {number} inside of the container is in use by {target.described([pid])}"
+
+
+def _taken(known: dict[str, Any], container: Container) -> dict[int, int]:
+    return inside.host_pids(proc.identity(container.pid), numbers(known))
+
+
+def _let_execs_end(known: dict[str, Any], container: Container) -> None:
+    """Keep the numbers free: probes come and go in a placeholder as in any container. Those to come
+    get higher numbers, and those that are there have a moment to end.
+    """
+    if whole(known) or not holding.waits(container.pid):
+        return
+    init = proc.identity(container.pid)
+    inside.raise_counter(init, supervisor.last_pid(numbers(known), proc.last_pid_max()))
+    clock.wait_until(
+        lambda: not any(map(_is_exec, _taken(known, container).values())),
+        clock.Deadline.after(_EXEC_S),
+    )
+
+
+def _is_exec(pid: int) -> bool:
+    try:
+        return target.executed(pid)
+    except errors.NotFound:
+        return False
 
 
 def _addresses(known: dict[str, Any], container: Container) -> Iterator[str]:

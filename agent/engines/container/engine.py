@@ -20,12 +20,12 @@ from agent.engines.base import (
     RestoredTree,
     RestoreOptions,
 )
-from agent.engines.container import conflicts, files, inside, target
+from agent.engines.container import conflicts, files, target
 from agent.engines.container.bundle import BUNDLE_DIR, Bundle
 from agent.engines.container.nested import NestedPlaceholder
 from agent.engines.container.placeholder import Placeholder
 from agent.engines.container.tree import ContainerTree
-from agent.engines.criu import dump, feed, journal, preflight, recovery, restore, supervisor
+from agent.engines.criu import dump, feed, journal, preflight, recovery, restore
 from agent.host import clock, proc
 from agent.model.container import Container
 from agent.model.streams import MemberSink, MemberSource
@@ -111,7 +111,7 @@ class ContainerEngine:
         self._places.prepare()
         recovery.recover(self._places)
         known = source.facts()
-        numbers = conflicts.numbers(known)
+        conflicts.numbers(known)
         container = self._placeholder(known)
         init = proc.identity(container.pid)
         with self._places.locked([init]):
@@ -123,8 +123,6 @@ class ContainerEngine:
             with self._filling:
                 files.put_back(container, init, source, known, deadline, self._filled)
             gate.filled()
-            last = supervisor.last_pid(numbers, proc.last_pid_max())
-            inside.raise_counter(init, last)
             kind = NestedPlaceholder if conflicts.whole(known) else Placeholder
             site = kind(bundle, container, init, known, deadline)
             return restore.run(self._places, site, [], source, known, options, gate, deadline)

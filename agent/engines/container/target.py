@@ -141,7 +141,7 @@ def strays(init: proc.Identity, tree: Iterable[int], groups: Sequence[str]) -> l
     for pid in _members(groups):
         if pid not in known:
             with contextlib.suppress(errors.NotFound):
-                if not _executed(pid):
+                if not executed(pid):
                     found.append(pid)
     return found
 
@@ -154,7 +154,7 @@ def _members(groups: Sequence[str]) -> list[int]:
     )
 
 
-def _executed(pid: int) -> bool:
+def executed(pid: int) -> bool:
     """Whether the process was started into the container from outside, or by one that was."""
     while proc.stat(pid).state not in "ZX":
         own = proc.namespaces(pid)["pid"]

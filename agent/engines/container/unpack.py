@@ -180,7 +180,7 @@ def clear(
             path = waiting.pop()
             if path and path not in kept:
                 others.append(path)
-            waiting += [each for each in _cleared(root, path) if each not in mounted]
+            waiting += _cleared(root, path, mounted)
         # Each after all that it holds; one that holds a socket or a mount stays.
         for path in reversed(others):
             parent, _, last = path.rpartition("/")
@@ -199,17 +199,18 @@ def clear(
         ) from exc
 
 
-def _cleared(root: int, path: str) -> list[str]:
+def _cleared(root: int, path: str, mounted: set[str]) -> list[str]:
     """The directories in the directory ``path``, of which all else but sockets was removed."""
     fd = _beneath(root, path)
     folders = []
     try:
         for last in os.listdir(f"/proc/self/fd/{fd}"):
+            below = f"{path}/{last}" if path else last
             info = _lstat(fd, last)
-            if info is None or stat.S_ISSOCK(info.st_mode):
+            if info is None or stat.S_ISSOCK(info.st_mode) or below in mounted:
                 continue
             if stat.S_ISDIR(info.st_mode):
-                folders.append(f"{path}/{last}" if path else last)
+                folders.append(below)
             else:
                 os.unlink(last, dir_fd=fd)
     finally:
