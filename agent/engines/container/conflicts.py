@@ -81,7 +81,6 @@ def find(known: dict[str, Any], memory_bytes: int, container: Container) -> list
             *_rights(known),
             *_mounts(known, container),
             *_memory(known, memory_bytes, container),
-            *_numbers(known, container),
             *_stdio(known, container),
             *_addresses(known, container),
         ]
