@@ -2,7 +2,8 @@
 
 Promises: the agent's certificate is checked against the given authority and name before anything
 is sent; an error of the agent arrives as the class of ``agent.errors`` that it was; every call has
-a deadline; a call that is cancelled tells the agent, which then gives the operation up.
+a deadline, and an agent that fell silent is given up within a minute; a call that is cancelled
+tells the agent, which then gives the operation up.
 Does not: find agents or credentials, retry, or know Kubernetes.
 """
 
@@ -29,6 +30,10 @@ _VERIFY_S = 3 * 3600.0
 # The agent gives up by itself at its own deadline and says why; ours is only for one that hangs.
 _MARGIN_S = 60.0
 _LOOK_S = 0.05
+# A node that fell off the network sends nothing, not even an end: it is asked for a sign of life,
+# as the agent asks its callers.
+_PING_S = 20
+_PONG_S = 20
 # Half of what an agent takes in one message.
 _UPLOAD_BYTES = 128 << 10
 # 500 images with damage texts fit many times; gRPC's own limit of 4 MiB does not hold a plan of
@@ -169,6 +174,10 @@ def connect(
             ("grpc.max_receive_message_length", _MESSAGE_BYTES),
             # A person waits: the first failure is told, not tried again for minutes.
             ("grpc.enable_retries", 0),
+            ("grpc.keepalive_time_ms", _PING_S * 1000),
+            ("grpc.keepalive_timeout_ms", _PONG_S * 1000),
+            # A dump may be silent for long while it waits for a volume.
+            ("grpc.http2.max_pings_without_data", 0),
         ),
     )
     with contextlib.closing(channel):
