@@ -40,6 +40,7 @@ _MAGIC = {
     "remap-fpath": 0x59133954,
     "core": 0x55053847,
     "fs": 0x51403912,
+    "tcp-stream": 0x51465506,
 }
 _COUNT_LIMIT = (1 << 32) - 1
 # One record holds a file's or a mapping's description; the limit only bounds damage.
@@ -56,17 +57,29 @@ def load(kind: str, name: str, raw: bytes, make: Callable[[], _M]) -> list[_M]:
     Raises:
         errors.Corrupt: it is not such an image.
     """
-    found = []
+    return [_parsed(record, name, make) for record in _records(kind, name, raw)]
+
+
+def first(kind: str, name: str, raw: bytes, make: Callable[[], _M]) -> _M:
+    """The first record of an image of ``kind``, whatever follows it.
+
+    Raises:
+        errors.Corrupt: it is not such an image, or has no record.
+    """
     for record in _records(kind, name, raw):
-        message = make()
-        try:
-            message.ParseFromString(record)
-        except DecodeError as exc:
-            raise _corrupt(name) from exc
-        if not message.IsInitialized():
-            raise _corrupt(name)
-        found.append(message)
-    return found
+        return _parsed(record, name, make)
+    raise _corrupt(name)
+
+
+def _parsed(record: bytes, name: str, make: Callable[[], _M]) -> _M:
+    message = make()
+    try:
+        message.ParseFromString(record)
+    except DecodeError as exc:
+        raise _corrupt(name) from exc
+    if not message.IsInitialized():
+        raise _corrupt(name)
+    return message
 
 
 def load_inventory(raw: bytes) -> Any:
