@@ -362,7 +362,9 @@ class _PodEngines:
             yield self
 
     def for_dump(self, wanted: str, pod: Pod, containers: Sequence[Container]) -> Engine:
-        """The engine that is wanted, else the container engine where every container has hold."""
+        """The engine that is wanted, else the container engine where it can, as it always must for
+        a pod that was opted in.
+        """
         if wanted == "kubelet" or (not wanted and self._prefers_kubelet(containers)):
             return self._kubelet(pod, containers)
         return self._containers(containers)
@@ -395,8 +397,11 @@ class _PodEngines:
         return lines
 
     def _prefers_kubelet(self, containers: Sequence[Container]) -> bool:
-        held = all(_hold_state(each.pid) != "other" for each in containers)
-        return not held and self._settings.kubelet_address is not None
+        ordinary = [each for each in containers if _hold_state(each.pid) == "other"]
+        if self._settings.kubelet_address is None:
+            return False
+        engine = self._containers(containers)
+        return any(engine.examine(each) for each in ordinary)
 
     def _containers(self, containers: Sequence[Container]) -> ContainerEngine:
         with _needing_pycriu():

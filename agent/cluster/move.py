@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from agent import errors
@@ -118,9 +118,7 @@ def migrate(
         uid = str(found["metadata"]["uid"])
         _retried(lambda: objects.delete_pod(session.api, session.namespace, name, uid, _GRACE_S))
         objects.await_gone(session.api, session.namespace, name, uid, _GRACE_S, watch.check)
-    restored = _bring_up(
-        session, template, plan, image, steps, watch, storage=dumped.image.storage, again=False
-    )
+    restored = _bring_up(session, template, plan, dumped.image, steps, watch, again=False)
     return Moved(
         dump=dumped,
         restore=restored.outcome,
@@ -179,7 +177,6 @@ def restore_on(
     watch = watch or Watch()
     _check_rights(session, dump=False)
     detail = session.any_agent(lambda agent: agent.image(session.namespace, image, storage))
-    storage = detail.image.storage
     name = _name(detail.image)
     if detail.image.damage:
         raise errors.Corrupt(f"image {name} is damaged: {detail.image.damage}")
@@ -204,7 +201,7 @@ def restore_on(
             reasons=[],
         )
     _check_node(session, template, node)
-    _try(session, template, node, pod)
+    _try(session, template, detail.image.members, node, pod)
     session.agent_of(node).images(session.namespace, pod)
     plan = move.Move(session.namespace, pod, "", node)
     steps = _Steps(watch)
@@ -214,7 +211,7 @@ def restore_on(
             grace_s = int(old["spec"].get("terminationGracePeriodSeconds") or 0)
             objects.delete_pod(session.api, session.namespace, pod, uid, None)
             objects.await_gone(session.api, session.namespace, pod, uid, grace_s, watch.check)
-    return _bring_up(session, template, plan, name, steps, watch, storage=storage, again=again)
+    return _bring_up(session, template, plan, detail.image, steps, watch, again=again)
 
 
 def restore_into(
@@ -265,7 +262,7 @@ def _check(session: Session, found: Json, node: str, agent: client.Agent) -> Non
             hint=f"see ckpt-agent plan pod/{name} -n {session.namespace}",
             reasons=[f"{each.get('subject')}: {each.get('reason')}" for each in blockers],
         )
-    _try(session, template, node, name)
+    _try(session, template, move.members(found), node, name)
 
 
 def _check_node(session: Session, template: Json, node: str) -> None:
@@ -297,18 +294,32 @@ def _check_rights(session: Session, *, dump: bool) -> None:
         )
 
 
-def _try(session: Session, template: Json, node: str, name: str) -> None:
+def _try(session: Session, template: Json, members: Collection[str], node: str, name: str) -> None:
     """Let admission and quota look at the replacement while the pod still runs. A quota that has
     no room for both is no objection: the old pod goes before the new one comes.
     """
-    trial = move.replacement(
-        template, image=f"{name}@{_TRIAL_EPOCH}", node=node, name=move.trial_name(name)
+    trial = move.trial(
+        move.replacement(
+            template,
+            image=f"{name}@{_TRIAL_EPOCH}",
+            members=members,
+            node=node,
+            name=move.trial_name(name),
+        )
     )
     try:
-        objects.create_pod(session.api, session.namespace, trial, dry_run=True)
+        made = objects.create_pod(session.api, session.namespace, trial, dry_run=True)
     except errors.Forbidden as exc:
         if "exceeded quota" not in exc.message:
             raise
+        return
+    reasons = move.not_waiting(made, members)
+    if reasons:
+        raise errors.TargetUnsuitable(
+            f"a replacement of pod {session.namespace}/{name} would not wait for the image",
+            hint="nothing was touched; ckpt-agent dump works without a move",
+            reasons=reasons,
+        )
 
 
 def _existing(session: Session, name: str) -> Json | None:
@@ -322,32 +333,34 @@ def _bring_up(
     session: Session,
     template: Json,
     plan: move.Move,
-    image: str,
+    image: client.Image,
     steps: _Steps,
     watch: Watch,
     *,
-    storage: str,
     again: bool,
 ) -> Restored:
     api, namespace = session.api, session.namespace
-    with _incomplete(steps, plan, image):
+    name = _name(image)
+    with _incomplete(steps, plan, name):
         with steps.timed(move.Step.CREATE):
-            body = move.replacement(template, image=image, node=plan.target)
-            uid = _retried(lambda: _created(session, body))
+            body = move.replacement(template, image=name, members=image.members, node=plan.target)
+            uid = _retried(lambda: _created(session, body, image.members))
         with steps.timed(move.Step.SCHEDULE):
             deadline = clock.Deadline.after(session.settings.schedule_deadline_s)
             node = objects.await_scheduled(api, namespace, plan.pod, uid, deadline, watch.check)
         with steps.timed(move.Step.RESTORE):
             outcome = _retried(
                 lambda: _restore(
-                    session, image, storage, plan.pod, uid, node, again=again, watch=watch
+                    session, name, image.storage, plan.pod, uid, node, again=again, watch=watch
                 )
             )
     return Restored(outcome, plan.pod, uid, node)
 
 
-def _created(session: Session, body: Json) -> str:
-    """Create the replacement and return its uid; one that an earlier try created counts."""
+def _created(session: Session, body: Json, members: Collection[str]) -> str:
+    """Create the replacement and return its uid; one that an earlier try created counts. One that
+    would not wait is deleted at once: nobody wants the job to start from its beginning.
+    """
     try:
         made = objects.create_pod(session.api, session.namespace, body)
     except errors.Conflict:
@@ -355,7 +368,16 @@ def _created(session: Session, body: Json) -> str:
         wanted = body["metadata"]["annotations"][optin.RESTORE]
         if (made["metadata"].get("annotations") or {}).get(optin.RESTORE) != wanted:
             raise
-    return str(made["metadata"]["uid"])
+    uid = str(made["metadata"]["uid"])
+    reasons = move.not_waiting(made, members)
+    if reasons:
+        objects.delete_pod(session.api, session.namespace, body["metadata"]["name"], uid, 0)
+        raise errors.TargetUnsuitable(
+            f"the replacement would not have waited for the image: {'; '.join(reasons)}",
+            hint="it was deleted again",
+            reasons=reasons,
+        )
+    return uid
 
 
 def _restore(

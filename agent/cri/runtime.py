@@ -148,6 +148,7 @@ class Runtime:
             mounts=tuple(_mount(each) for each in spec.objects("mounts")),
             image_digest=_digest(found.status.image_id or found.status.image_ref),
             terminal=spec.mapping("process").flag("terminal"),
+            args=spec.mapping("process").words("args"),
         )
 
     def _info(self, info: Mapping[str, str]) -> _Said:

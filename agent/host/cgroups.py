@@ -2,7 +2,7 @@
 
 Promises: version 1 (one directory a controller) and version 2 (one directory) are treated alike;
 a group's members include those of the groups below it.
-Does not: make, remove or configure groups.
+Does not: make, remove or limit groups.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ import os
 from collections.abc import Iterable, Iterator
 
 from agent import errors
-from agent.host import mounts, namespaces, proc
+from agent.host import clock, mounts, namespaces, proc
 
 # What a controller of version 1 says for "no limit": the largest multiple of a page below 2^63.
 _NO_LIMIT = 1 << 62
+# Of version 1 and of version 2: the file and what freezes, the file and the line that tell of it.
+_FREEZERS = (
+    ("freezer.state", "FROZEN", "freezer.state", "FROZEN"),
+    ("cgroup.freeze", "1", "cgroup.events", "frozen 1"),
+)
+_FREEZE_S = 5.0
 
 
 def directories(pid: int) -> list[str]:
@@ -106,6 +112,44 @@ def join(pid: int, groups: Iterable[str]) -> None:
                 hint="mount the host's /sys/fs/cgroup here, writable",
                 path=group,
             ) from exc
+
+
+def freeze(groups: Iterable[str]) -> None:
+    """Let all processes in these groups of one process stand still until somebody thaws them; they
+    can still be killed. Returns when they stand.
+
+    Raises:
+        errors.EnvironmentUnfit: none of the groups can freeze, or the kernel refuses.
+        errors.DeadlineExceeded: they do not stand still in time.
+    """
+    for group in groups:
+        for name, value, report, sign in _FREEZERS:
+            if not os.path.exists(os.path.join(group, name)):
+                continue
+            try:
+                with open(os.path.join(group, name), "w", encoding="ascii") as file:
+                    file.write(value)
+            except OSError as exc:
+                raise errors.EnvironmentUnfit(
+                    f"cannot freeze {group}: {exc.strerror}",
+                    hint="mount the host's /sys/fs/cgroup here, writable",
+                    path=group,
+                ) from exc
+            _await_frozen(os.path.join(group, report), sign)
+            return
+    raise errors.EnvironmentUnfit(
+        "no control group of the container can freeze it",
+        hint="mount the host's freezer hierarchy (/sys/fs/cgroup) here",
+    )
+
+
+def _await_frozen(path: str, sign: str) -> None:
+    def frozen() -> bool:
+        with open(path, encoding="ascii") as file:
+            return sign in file.read().splitlines()
+
+    if not clock.wait_until(frozen, clock.Deadline.after(_FREEZE_S)):
+        raise errors.DeadlineExceeded(f"{path} does not become {sign!r}", path=path)
 
 
 def memory_limit_bytes(groups: Iterable[str]) -> int | None:

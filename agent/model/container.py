@@ -70,8 +70,8 @@ class Container:
     ``pid`` is the container's pid 1 as the caller's /proc numbers it. ``rootfs`` is the root file
     system where the caller sees it, without the container's own mounts in it (containerd:
     ``/run/containerd/io.containerd.runtime.v2.task/k8s.io/ID/rootfs``). ``image_digest`` is what
-    the runtime resolved the image to (``sha256:...``), or "" if it does not say. ``terminal`` is
-    ``process.terminal`` of the OCI configuration.
+    the runtime resolved the image to (``sha256:...``), or "" if it does not say. ``terminal`` and
+    ``args`` are ``process.terminal`` and ``process.args`` of the OCI configuration.
     """
 
     id: str
@@ -81,6 +81,7 @@ class Container:
     mounts: tuple[Mount, ...] = ()
     image_digest: str = ""
     terminal: bool = False
+    args: tuple[str, ...] = ()
 
     @property
     def volumes(self) -> tuple[str, ...]:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from agent.model import optin
+from agent.model import optin, pods
 from agent.model.container import HOLD
 
 Json = Mapping[str, Any]
@@ -69,11 +69,6 @@ def objections(pod: Json) -> list[str]:
     found = [_owned(owner) for owner in owners if owner.get("controller")]
     if _MIRROR in (metadata.get("annotations") or {}):
         found.append("it is a static pod of its node: nothing but that node can run it")
-    if not any(_held(each) for each in pod["spec"]["containers"]):
-        found.append(
-            "none of its containers was started through hold, so its replacement could not wait"
-            f" for the image: create it with the label {optin.LABEL}={optin.ENABLED}"
-        )
     return found
 
 
@@ -87,8 +82,37 @@ def _owned(owner: Json) -> str:
     )
 
 
+def members(pod: Json) -> tuple[str, ...]:
+    """The containers of a pod that are dumped if nobody says which: its owner's choice, or all
+    that run on.
+    """
+    chosen = optin.chosen_containers(pod["metadata"].get("annotations") or {})
+    return chosen or tuple(str(each["name"]) for each in _long_running(pod["spec"]))
+
+
+def not_waiting(made: Json, members: Collection[str]) -> list[str]:
+    """Why the containers ``members`` of a replacement, as admission has left it, would not wait for
+    their image.
+    """
+    said = (made["metadata"].get("annotations") or {}).get(optin.NOT_HELD)
+    why = f"admission says: {said}" if said else "is ckpt-agent's admission webhook running?"
+    return [
+        f"container {each['name']} would start from the beginning instead of waiting; {why}"
+        for each in _long_running(made["spec"])
+        if each["name"] in members and not _held(each)
+    ]
+
+
 def _held(container: Json) -> bool:
     return list(container.get("command") or ())[:1] == [HOLD]
+
+
+def _long_running(spec: Json) -> list[Json]:
+    """The containers that an image can be of."""
+    sidecars = [
+        each for each in spec.get("initContainers") or () if each.get("restartPolicy") == "Always"
+    ]
+    return [*spec["containers"], *sidecars]
 
 
 def node_objections(template: Json, node: Json) -> list[str]:
@@ -172,13 +196,16 @@ def _expression(expression: Json, labels: Json) -> bool:
 
 
 def replacement(
-    template: Json, *, image: str, node: str, name: str | None = None
+    template: Json, *, image: str, members: Collection[str], node: str, name: str | None = None
 ) -> dict[str, Any]:
-    """The pod to create: ``template``, waiting for ``image``, for no other node than ``node``."""
+    """The pod to create: ``template``, for no other node than ``node``, with ``members`` waiting
+    for ``image``. One that was never opted in is now, since only then it waits.
+    """
     made = copy.deepcopy({"apiVersion": "v1", "kind": "Pod", **template})
     metadata, spec = made["metadata"], made["spec"]
     metadata["name"] = name or metadata["name"]
     metadata["annotations"] = {**(metadata.get("annotations") or {}), optin.RESTORE: image}
+    _opt_in(metadata, spec, members)
     _stand_alone(metadata)
     spec.pop("nodeName", None)
     pinned = [{**term, "matchFields": _pinned(term, node)} for term in _terms(spec) or [{}]]
@@ -188,6 +215,24 @@ def replacement(
     node_affinity["requiredDuringSchedulingIgnoredDuringExecution"] = required
     spec["affinity"] = {**affinity, "nodeAffinity": node_affinity}
     return made
+
+
+def trial(replacement: Json) -> dict[str, Any]:
+    """A replacement for admission to look at, before it is known what the images run."""
+    made = copy.deepcopy(dict(replacement))
+    started = {str(each["name"]): ["/trial"] for each in _long_running(made["spec"])}
+    for each in _long_running(made["spec"]):
+        started[str(each["name"])] += each.get("args") or []
+    return pods.with_entrypoints(made, started)
+
+
+def _opt_in(metadata: dict[str, Any], spec: Json, members: Collection[str]) -> None:
+    """Let admission make every one of ``members`` wait, and no other."""
+    wanted = [each for each in _long_running(spec) if each["name"] in members]
+    if all(_held(each) for each in wanted):
+        return
+    metadata["labels"] = {**(metadata.get("labels") or {}), optin.LABEL: optin.ENABLED}
+    metadata["annotations"][optin.CONTAINERS] = ",".join(str(each["name"]) for each in wanted)
 
 
 def _stand_alone(metadata: dict[str, Any]) -> None:

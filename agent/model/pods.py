@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from agent import errors
 from agent.model import optin
+from agent.model.container import HOLD
 
 # What the API server gave a pod, and what says where it was: not part of another one like it.
 _METADATA_OF_ONE = (
@@ -94,6 +96,34 @@ def template(found: Json) -> dict[str, Any]:
             mounts = _objects(container, "volumeMounts")
             container["volumeMounts"] = [m for m in mounts if not _is_token_volume(m.get("name"))]
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+
+
+def with_entrypoints(pod: Json, started: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """``pod``, a template, with what its images run noted where it leaves that to them: admission
+    cannot look it up. ``started`` are the whole commands that containers were started with.
+    """
+    found = copy.deepcopy(dict(pod))
+    annotations = found["metadata"].setdefault("annotations", {})
+    known: dict[str, list[str]] = {}
+    for field in ("containers", "initContainers"):
+        for container in _objects(found["spec"], field):
+            words = list(started.get(_text(container, "name"), ()))
+            given = len(container.get("args") or ())
+            # What the pod gives as arguments follows what the image runs.
+            words = words[: len(words) - given] if given else words
+            if words and words[0] != HOLD and not container.get("command"):
+                known[_text(container, "name")] = words
+    missing = {name: words for name, words in known.items() if name not in _noted(annotations)}
+    if missing:
+        annotations[optin.ENTRYPOINT] = json.dumps({**_noted(annotations), **missing})
+    return found
+
+
+def _noted(annotations: Json) -> Mapping[str, Any]:
+    try:
+        return optin.entrypoints(annotations)
+    except errors.InvalidInput:
+        return {}
 
 
 def _is_token_volume(name: object) -> bool:

@@ -18,7 +18,7 @@ from agent import errors
 from agent.engines.base import CaptureOptions, Engine, Gate, RestoredTree, RestoreOptions
 from agent.host import clock
 from agent.kube.events import Reason
-from agent.model import ids
+from agent.model import ids, pods
 from agent.model.container import Container
 from agent.model.pods import Pod
 from agent.model.streams import MemberSource
@@ -71,10 +71,13 @@ class DumpOrder:
 
 @dataclasses.dataclass(frozen=True)
 class PodDump:
-    """A committed dump, the pod it is of, and the storage that it lies in."""
+    """A committed dump, the pod it is of with what makes another like it, and the storage that the
+    image lies in.
+    """
 
     outcome: node_dump.DumpOutcome
     pod: Pod
+    template_json: str
     engine: str
     storage: str
 
@@ -140,6 +143,7 @@ class PodWork:
         ):
             storage = self._storages.for_pod(pod)
             engine = self._engines.for_dump(order.engine, pod, containers)
+            facts = _facts(pod, containers)
             outcome = node_dump.dump(
                 self._storages.make(order.namespace, storage),
                 engine,
@@ -147,7 +151,7 @@ class PodWork:
                 [node_dump.Member(ids.member_name(each.name), each.pid) for each in containers],
                 order.options,
                 stop=order.stop,
-                facts=_facts(pod),
+                facts=facts,
                 cancel=cancel,
                 progress=progress,
             )
@@ -158,7 +162,7 @@ class PodWork:
                 f"Image {image} of {', '.join(each.name for each in containers)}, stopped for"
                 f" {outcome.stop_s:.3f} s, durable after {outcome.durable_s:.1f} s",
             )
-            return PodDump(outcome, pod, engine.name, storage)
+            return PodDump(outcome, pod, template_json(facts), engine.name, storage)
 
     def restore(
         self,
@@ -229,8 +233,9 @@ def _keys(pod: Pod, containers: Sequence[Container]) -> list[tuple[str, str]]:
     return [(pod.uid, each.name) for each in containers]
 
 
-def _facts(pod: Pod) -> dict[str, Any]:
-    template = json.loads(pod.template_json)
+def _facts(pod: Pod, containers: Sequence[Container]) -> dict[str, Any]:
+    started = {each.name: each.args for each in containers}
+    template = pods.with_entrypoints(json.loads(pod.template_json), started)
     return dict(zip(POD_FACTS, (pod.namespace, pod.uid, pod.node, template), strict=True))
 
 

@@ -389,5 +389,5 @@ def _dumped(done: podwork.PodDump) -> api.DumpOutcome:
             )
             for name, report in outcome.members
         ],
-        pod_template_json=done.pod.template_json,
+        pod_template_json=done.template_json,
     )

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from agent import errors
+from agent.engines.base import CaptureOptions, Disposition
 from agent.engines.container import newproc
 from agent.engines.container.nested import NestedPlaceholder
 from agent.host import mounts, proc
 from tests.host.boxes import Box, Boxes, stem
+from tests.host.conftest import Cut
 from tests.host.test_kubelet_restore import FEATURES, checkpoint, restore
 
 # Says how it sees itself when it is asked to, and ends with 7 when it is told to.
@@ -142,3 +144,35 @@ def test_a_proc_that_cannot_be_made_fails_the_restore(
     with pytest.raises(errors.RestoreFailed, match="no such luck"):
         restore(boxes, image, target)
     assert target.pids() == [target.pid]
+
+
+def test_three_generations_by_the_agents_own_dumps(boxes: Boxes) -> None:
+    first = boxes.ordinary("first", *FEATURES, "unlinked", "stopped", "hard_link", folder="/memory")
+    image = boxes.dump(first)
+    boxes.check(first, "/memory")
+    second = boxes.placeholder("second")
+    boxes.restore(image, second)
+    boxes.check(second, "/memory")
+    image = boxes.dump(second)
+    boxes.check(second, "/memory")
+    third = boxes.placeholder("third")
+    boxes.restore(image, third)
+    boxes.check(third, "/memory")
+    boxes.check(first, "/memory")
+    boxes.assert_clean()
+
+
+def test_a_stopped_one_stands_still_until_it_is_killed(boxes: Boxes) -> None:
+    source = boxes.ordinary("source", *FEATURES)
+    cut = Cut(disposition=Disposition.KILL)
+    image = boxes.dump(source, cut=cut, options=CaptureOptions(kill=True))
+    source.root("/work/answer").unlink(missing_ok=True)
+    os.kill(source.pid, signal.SIGUSR1)
+    target = boxes.placeholder("target")
+    boxes.restore(image, target)
+    boxes.check(target)
+    # Long enough for the restored one to answer, and the same question came before.
+    assert not source.root("/work/answer").exists()
+    boxes.assert_clean()
+    boxes.runc("kill", source.id, "KILL")
+    assert source.wait() == 128 + signal.SIGKILL

@@ -403,7 +403,7 @@ def going(world: World) -> None:
     ("change", "status", "told"),
     [
         (owned, exits.REFUSED, "Job train controls it"),
-        (ordinary, exits.REFUSED, "label ckpt-agent.dev/checkpoint=enabled"),
+        (ordinary, exits.REFUSED, "start from the beginning instead of waiting"),
         (cordoned, exits.REFUSED, "it is cordoned"),
         (tainted, exits.REFUSED, "taint gpu=yes:NoSchedule is not tolerated"),
         (no_agent, exits.REFUSED, "no agent runs on node n2"),

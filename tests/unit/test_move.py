@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from agent.admission.mutate import mutate
 from agent.model import move, optin
 from agent.model.container import HOLD
+from tests import jsonpatch
 
 _HELD = {"name": "c", "command": [HOLD, "auto", "run"]}
 _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
@@ -56,14 +58,9 @@ def test_every_objection_is_found_at_once() -> None:
         },
         "spec": {"containers": [{"name": "c", "command": ["run"]}, {"name": "d"}]},
     }
-    first, second, third = move.objections(found)
+    first, second = move.objections(found)
     assert "ReplicaSet web" in first
     assert "static pod" in second
-    assert optin.LABEL in third
-
-
-def test_a_pod_with_one_held_container_can_be_moved() -> None:
-    assert move.objections(pod(containers=[{"name": "proxy"}, _HELD])) == []
 
 
 @pytest.mark.parametrize(
@@ -128,7 +125,7 @@ def test_a_node_that_is_not_ready_is_refused() -> None:
 def test_the_replacement_waits_for_the_image_on_the_node_and_the_template_is_left_alone() -> None:
     template = pod(nodeName="n1", nodeSelector={"a": "b"})
     before = copy.deepcopy(template)
-    made = move.replacement(template, image="job@x", node="n2")
+    made = move.replacement(template, image="job@x", members=["c"], node="n2")
     assert template == before
     assert (made["apiVersion"], made["kind"]) == ("v1", "Pod")
     assert made["metadata"] == {"name": "job", "annotations": {optin.RESTORE: "job@x"}}
@@ -148,7 +145,7 @@ def test_the_replacement_stands_alone() -> None:
             {"kind": "ConfigMap", "name": "x"},
         ],
     }
-    metadata = move.replacement(template, image="job@x", node="n2")["metadata"]
+    metadata = move.replacement(template, image="job@x", members=["c"], node="n2")["metadata"]
     assert "finalizers" not in metadata
     assert metadata["labels"] == {"job-name": "train", "a": "b"}
     assert metadata["ownerReferences"] == [{"kind": "ConfigMap", "name": "x"}]
@@ -158,7 +155,7 @@ def test_each_alternative_of_an_affinity_is_pinned_and_preferences_stay() -> Non
     wanted = affinity(expression("In", "a"), expression("In", "b"))
     wanted["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"] = ["p"]
     wanted["podAntiAffinity"] = {"x": "y"}
-    made = move.replacement(pod(affinity=wanted), image="job@x", node="n2")
+    made = move.replacement(pod(affinity=wanted), image="job@x", members=["c"], node="n2")
     assert [len(term["matchExpressions"]) for term in terms_of(made)] == [1, 1]
     assert all(term["matchFields"][0]["values"] == ["n2"] for term in terms_of(made))
     assert made["spec"]["affinity"]["podAntiAffinity"] == {"x": "y"}
@@ -167,11 +164,45 @@ def test_each_alternative_of_an_affinity_is_pinned_and_preferences_stay() -> Non
 
 
 def test_a_pod_that_was_moved_before_can_move_on() -> None:
-    once = move.replacement(pod(), image="job@x", node="n2")
+    once = move.replacement(pod(), image="job@x", members=["c"], node="n2")
     assert move.node_objections(once, node()) == []
-    twice = move.replacement(once, image="job@y", node="n1")
+    twice = move.replacement(once, image="job@y", members=["c"], node="n1")
     assert [each["values"] for term in terms_of(twice) for each in term["matchFields"]] == [["n1"]]
     assert twice["metadata"]["annotations"] == {optin.RESTORE: "job@y"}
+
+
+def test_the_replacement_of_a_pod_that_was_never_opted_in_waits_all_the_same() -> None:
+    template = pod(
+        containers=[{"name": "c", "args": ["x"]}, {"name": "d", "command": ["run"]}],
+        initContainers=[
+            {"name": "before", "command": ["once"]},
+            {"name": "side", "command": ["beside"], "restartPolicy": "Always"},
+        ],
+    )
+    assert move.members(template) == ("c", "d", "side")
+    asked = move.replacement(template, image="job@x", members=["c", "side"], node="n2")
+    assert asked["metadata"]["labels"] == {optin.LABEL: optin.ENABLED}
+    assert asked["metadata"]["annotations"][optin.CONTAINERS] == "c,side"
+    reasons = move.not_waiting(asked, ["c", "side"])
+    assert [reason.split()[1] for reason in reasons] == ["c", "side"]
+    # As it is when admission is there: what the image runs need not be known to try it.
+    trial = move.trial(asked)
+    made = jsonpatch.apply(trial, mutate(trial, image="agent").patch)
+    assert move.not_waiting(made, ["c", "side"]) == []
+    assert move.not_waiting(made, ["c", "d"])[0].startswith("container d would start from the")
+    assert asked["metadata"]["annotations"].keys() == {optin.CONTAINERS, optin.RESTORE}
+
+
+def test_why_admission_lets_a_container_start_is_told() -> None:
+    asked = move.replacement(
+        pod(containers=[{"name": "c", "command": ["run"], "tty": True}]),
+        image="job@x",
+        members=["c"],
+        node="n2",
+    )
+    made = jsonpatch.apply(asked, mutate(asked, image="agent").patch)
+    (reason,) = move.not_waiting(made, ["c"])
+    assert "admission says: c: it has a terminal" in reason
 
 
 def test_a_trial_has_another_name_of_a_length_that_is_allowed() -> None:

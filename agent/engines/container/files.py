@@ -42,12 +42,12 @@ container that mounts it.
 def collect(
     container: Container,
     init: proc.Identity,
-    stem: proc.Identity,
+    stem: proc.Identity | None,
     sink: MemberSink,
     deadline: clock.Deadline,
 ) -> dict[str, Any]:
-    """Store the files of a container whose processes, ``stem`` first, stand still; the facts about
-    them.
+    """Store the files of a container whose processes stand still; the facts about them. ``stem``
+    is the one that hold made, if it did.
 
     Raises:
         errors.DumpFailed: one cannot be read.
@@ -62,7 +62,8 @@ def collect(
             found["rootfs"] = _store(ROOTFS_DIFF, fd, sink, deadline, without, whiteouts=True)
         finally:
             os.close(fd)
-    _store_hold(stem, sink)
+    if stem is not None:
+        _store_hold(stem, sink)
     volumes = mountpoints.volumes(container)
     for number, path in enumerate(sorted(volumes)):
         with mountpoints.opened_volume(container, init, path) as fd:

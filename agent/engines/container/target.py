@@ -1,8 +1,9 @@
 """Which processes of a container are dumped, and whether they can be: known before anything stops.
 
-The container's pid 1 is ``hold``; its child, the stem, is the root of the dumped tree. Everything
-else in the container is either somebody's exec (its parent is outside of the container: it stays
-out of the image, like a debugger's shell) or an orphan that nobody would ever restore.
+Where the container's pid 1 is ``hold``, its child is the root of the dumped tree; in a container
+that was never opted in, pid 1 itself is. Everything else in the container is either somebody's exec
+(its parent is outside of the container: it stays out of the image, like a debugger's shell) or an
+orphan that nobody would ever restore.
 
 Promises: whatever is refused is refused with what it is and the way out, and nothing was touched.
 Does not: predict everything; CRIU looks closer once the tree is frozen.
@@ -23,19 +24,25 @@ from agent.model.container import Container
 _JOINED = ("ipc", "mnt", "net", "pid", "uts")
 # Probes and short commands come and go; an orphan stays.
 _SETTLE_S = 1.0
-_OPT_IN = (
-    "label the pod ckpt-agent.dev/checkpoint=enabled and start it anew, or use --engine kubelet"
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A container that can be dumped: its pid 1, the tree below it, root first, and its groups."""
+    """A container that can be dumped: its pid 1, the tree, root first, and its groups. ``inner`` is
+    the first process of the tree's own pid namespace: the container's pid 1, or the root itself
+    where that is number 1 again, below ``hold``.
+    """
 
     container: Container
     init: proc.Identity
+    inner: proc.Identity
     tree: tuple[proc.Identity, ...]
     groups: tuple[str, ...]
+
+    @property
+    def held(self) -> bool:
+        """Whether the container's pid 1 is hold."""
+        return self.tree[0] != self.init
 
 
 def find(container: Container) -> Target:
@@ -49,18 +56,19 @@ def find(container: Container) -> Target:
     init = proc.identity(container.pid)
     groups = tuple(cgroups.directories(init.pid))
     _refuse_surroundings(container)
-    stem = _stem(container)
+    root = _root(container)
+    inner = proc.identity(root) if inside.number(root) == 1 else init
     mountpoints.upper(container)
     mountpoints.volumes(container)
-    _refuse_orphans(init, stem, groups)
+    _refuse_orphans(init, root, groups)
     tree = []
-    for pid in proc.tree(stem):
+    for pid in proc.tree(root):
         with contextlib.suppress(errors.NotFound):
-            _refuse_process(pid, init)
+            _refuse_process(pid, inner)
             tree.append(proc.identity(pid))
     if not tree:
         raise errors.TargetExited(f"the workload of container {container.name} has ended")
-    return Target(container, init, tuple(tree), groups)
+    return Target(container, init, inner, tuple(tree), groups)
 
 
 def _refuse_surroundings(container: Container) -> None:
@@ -94,13 +102,9 @@ def _refuse_surroundings(container: Container) -> None:
         )
 
 
-def _stem(container: Container) -> int:
+def _root(container: Container) -> int:
     if not holding.is_hold(container.pid):
-        raise _unsuitable(
-            f"container {container.name} was not started for checkpoints: its first process is "
-            f"{os.path.basename(proc.exe(container.pid)) or 'gone'}, not hold",
-            _OPT_IN,
-        )
+        return container.pid
     if holding.waits(container.pid):
         raise _unsuitable(
             f"container {container.name} is a placeholder that waits for a restore",
@@ -109,18 +113,18 @@ def _stem(container: Container) -> int:
     number = holding.follows(container.pid)
     for pid in proc.children(container.pid):
         with contextlib.suppress(errors.NotFound):
-            if inside.number(pid) == number:
+            if inside.number_for(container.pid, pid) == number:
                 return pid
     raise errors.TargetExited(
         f"the workload of container {container.name} has ended", hint="there is nothing to dump"
     )
 
 
-def _refuse_orphans(init: proc.Identity, stem: int, groups: Sequence[str]) -> None:
+def _refuse_orphans(init: proc.Identity, root: int, groups: Sequence[str]) -> None:
     left: list[int] = []
 
     def settled() -> bool:
-        left[:] = strays(init, proc.tree(stem), groups)
+        left[:] = strays(init, proc.tree(root), groups)
         return not left
 
     if not clock.wait_until(settled, clock.Deadline.after(_SETTLE_S), every_s=0.05):
@@ -176,7 +180,7 @@ def described(pids: Iterable[int]) -> str:
     return ", ".join(parts)
 
 
-def _refuse_process(pid: int, init: proc.Identity) -> None:
+def _refuse_process(pid: int, inner: proc.Identity) -> None:
     stat = proc.stat(pid)
     if stat.state in "ZX":
         return
@@ -188,7 +192,7 @@ def _refuse_process(pid: int, init: proc.Identity) -> None:
             pid=pid,
             tracer=status.tracer_pid,
         )
-    theirs, pod = proc.namespaces(pid), proc.namespaces(init.pid)
+    theirs, pod = proc.namespaces(pid), proc.namespaces(inner.pid)
     # CRIU restores into a time namespace, in which the monotonic clock goes on as before.
     other = [kind for kind in (*_JOINED, "user") if theirs[kind] != pod[kind]]
     if other:

@@ -1,5 +1,9 @@
 """A container's processes as the subject of a dump: CRIU works among them, inside the container.
 
+A tree whose root is the container's own first process is no different: CRIU is in its namespaces
+as well, and sees none. It only cannot be killed when it is to stop: its end would be the
+container's, which the kubelet starts anew. It is frozen instead, until somebody deletes the pod.
+
 Connections are held by a table of our own in the pod's network namespace, not by CRIU's: ours is
 there only while a live connection is being read, the kernel itself ends it within seconds if
 everybody who could remove it has died, and it has the name of the operation, by which recovery
@@ -21,7 +25,7 @@ from agent.engines.base import CaptureOptions
 from agent.engines.container import facts, files, holding, inside, target
 from agent.engines.container.bundle import Bundle
 from agent.engines.criu import conflicts, journal, recovery, rpc
-from agent.host import clock, hold, namespaces, proc, sockets
+from agent.host import cgroups, clock, hold, namespaces, proc, sockets
 from agent.model.streams import MemberSink
 
 
@@ -31,13 +35,17 @@ class ContainerTree:
     # A hold that was not told to stop ends with it, and the pid namespace with hold.
     ends_with_root = True
 
+    @property
+    def killable(self) -> bool:
+        """Whether hold is there to outlive the tree."""
+        return self._target.held
+
     def __init__(self, bundle: Bundle, found: target.Target, deadline: clock.Deadline) -> None:
         self._bundle = bundle
         self._target = found
         self._deadline = deadline
         self._held = contextlib.ExitStack()
         self._hold: hold.Held | None = None
-        self._stopping = 0
         self.tree: Sequence[proc.Identity] = found.tree
 
     def entry(self) -> journal.About:
@@ -50,7 +58,7 @@ class ContainerTree:
         """Start CRIU in the container; when it has let go, so does the hold."""
         with (
             self._held,
-            inside.worker(self._bundle, self._target.init, images, pass_fds) as started,
+            inside.worker(self._bundle, self._target.inner, images, pass_fds) as started,
         ):
             yield started
 
@@ -101,24 +109,33 @@ class ContainerTree:
         container, init = self._target.container, self._target.init
         found = {
             "threads": [[pid, tids] for pid, tids in sorted(facts.threads(images).items())],
-            **files.collect(container, init, self.tree[0], sink, self._deadline),
+            **files.collect(container, init, self._stem(), sink, self._deadline),
         }
         if self._hold is not None:
             self._hold.check()
         return found
 
-    def about_to_kill(self) -> None:
+    def about_to_stop(self) -> None:
         """Let hold become a placeholder when its child is killed: a container that ended would be
         started anew by the kubelet, from the beginning, beside the one that is restored elsewhere.
+        Without hold, the container stands still from now on.
         """
-        self._stopping = inside.number(self.tree[0].pid)
-        holding.stop(self._target.init, self._stopping)
+        init = self._target.init
+        if self._target.held:
+            holding.stop(init, inside.number_for(init.pid, self.tree[0].pid))
+        else:
+            cgroups.freeze(self._target.groups)
 
     def killed(
         self, places: journal.Places, operation: journal.Operation, known: dict[str, Any]
     ) -> None:
         """The container waits now, with the files of this very image in it."""
         places.note_filled(self._target.init, files.fingerprint(known))
+
+    def _stem(self) -> proc.Identity | None:
+        """The root if it is hold's other half, of which a placeholder may have another version."""
+        target = self._target
+        return target.tree[0] if target.held and target.inner == target.init else None
 
     def _refuse_strays(self, pids: Sequence[int]) -> None:
         left = target.strays(self._target.init, pids, self._target.groups)

@@ -24,6 +24,7 @@ class HostTree:
     """The tree ``tree``, root first, in the pid and mount namespaces of this program."""
 
     ends_with_root = False
+    killable = True
 
     def __init__(self, criu: Criu, tree: Sequence[proc.Identity]) -> None:
         self._criu = criu
@@ -72,7 +73,7 @@ class HostTree:
         collected = ephemeral.collect(pids, options.include, sink)
         return {"skipped": [list(each) for each in collected.skipped]}
 
-    def about_to_kill(self) -> None:
+    def about_to_stop(self) -> None:
         """Nothing to do."""
 
     def killed(
