@@ -8,14 +8,16 @@ Does not: say anything that is not also in the result.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
-
-import rich.console
-import rich.progress
+from typing import TYPE_CHECKING
 
 from agent import errors
 from agent.host import proc
 from agent.node import dump, restore
+
+if TYPE_CHECKING:
+    import rich.progress
 
 _PHASES = {
     "waiting": "waiting for the placeholder",
@@ -28,10 +30,14 @@ _PHASES = {
 
 @contextlib.contextmanager
 def _bars(quiet: bool) -> Iterator[rich.progress.Progress | None]:
-    console = rich.console.Console(stderr=True)
-    if quiet or not console.is_terminal:
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
+    # Only here: most runs show none, and least of all those of a service.
+    import rich.console
+    import rich.progress
+
+    console = rich.console.Console(stderr=True)
     columns = (
         rich.progress.SpinnerColumn(),
         rich.progress.TextColumn("{task.description}"),

@@ -15,11 +15,9 @@ import json
 import os
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import urllib3
-from kubernetes import client, config
-from kubernetes.config import kube_config
 
 from agent import errors
 
@@ -28,7 +26,8 @@ Json = dict[str, Any]
 # An API server answers in milliseconds; one that takes longer to connect to is not there.
 _CONNECT_S = 10.0
 _READ_S = 60.0
-_SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+# Where kubectl looks for a kubeconfig.
+_KUBECONFIG = "~/.kube/config"
 # A pod is a few KiB; a part is what has come, up to this.
 _PART_BYTES = 64 << 10
 _HTTP_REFUSED = 400
@@ -49,27 +48,64 @@ class Identity:
     key_file: str | None = None
 
 
+class Account(Protocol):
+    """A caller of one API server: how it is reached and who calls. A kubeconfig's, or a pod's
+    own.
+    """
+
+    url: str
+
+    def authorization(self) -> str | None:
+        """The ``authorization`` header of a request, or None."""
+
+    def certificate(self) -> tuple[str, str] | None:
+        """Files of a client certificate and its key, if there are any."""
+
+    def send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: Json | None,
+        timeout: tuple[float, float],
+    ) -> urllib3.BaseHTTPResponse:
+        """Send a request and return its answer, which is not read yet; ``timeout`` is for the
+        connection and for each read. Tried again once: a server that does not listen is told at
+        once, one that just restarts is met.
+
+        Raises:
+            urllib3.exceptions.HTTPError | OSError: it was not reached.
+        """
+
+    def configuration(self) -> Any:
+        """The same as the package kubernetes has it, for what only that can do."""
+
+    def close(self) -> None:
+        """Let go of the connections."""
+
+
 class Connection:
     """One API server as one caller. ``name`` is how messages call it, ``namespace`` what the
     context says, else ``default``.
     """
 
-    def __init__(self, configuration: Any, *, name: str, namespace: str) -> None:
-        # Once: a server that does not listen is told at once, one that just restarts is met.
-        configuration.retries = 1
-        self.configuration = configuration
+    def __init__(self, account: Account, *, name: str, namespace: str) -> None:
+        self._account = account
         self.name = name
         self.namespace = namespace
-        self._api = client.ApiClient(configuration)
 
     @property
     def url(self) -> str:
         """The API server's address."""
-        return str(self.configuration.host)
+        return self._account.url
+
+    def configuration(self) -> Any:
+        """As ``Account.configuration``."""
+        return self._account.configuration()
 
     def close(self) -> None:
         """Let go of the connections."""
-        self._api.close()
+        self._account.close()
 
     def identity(self) -> Identity:
         """Who the API server takes the caller for; refreshed if it was about to expire.
@@ -80,9 +116,9 @@ class Connection:
         text = self.authorization()
         if text and text.startswith("Bearer "):
             return Identity(token=text.removeprefix("Bearer "))
-        found = self.configuration
-        if found.cert_file and found.key_file:
-            return Identity(certificate_file=found.cert_file, key_file=found.key_file)
+        files = self._account.certificate()
+        if files is not None:
+            return Identity(certificate_file=files[0], key_file=files[1])
         raise errors.Unauthenticated(
             f"the identity of {self.name} is neither a token nor a client certificate",
             hint="use a kubeconfig user with a token, an exec plugin or a client certificate, such"
@@ -91,8 +127,7 @@ class Connection:
 
     def authorization(self) -> str | None:
         """The ``authorization`` header of a request, or None."""
-        text = self.configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
-        return None if text is None else str(text)
+        return self._account.authorization()
 
     def call(
         self,
@@ -117,10 +152,8 @@ class Connection:
         if bearer:
             headers["authorization"] = bearer
         with self.reached():
-            answer = self._api.call_api(
-                method, url, headers, body, _request_timeout=(_CONNECT_S, read_s)
-            )
-            content = answer.read()
+            answer = self._account.send(method, url, headers, body, (_CONNECT_S, read_s))
+            content = answer.data
         found = parsed(content)
         if answer.status >= _HTTP_REFUSED:
             raise refusal(answer.status, found, what, self.name)
@@ -139,25 +172,23 @@ class Connection:
         if bearer:
             headers["authorization"] = bearer
         with self.reached():
-            answer = self._api.call_api(
-                "GET", url, headers, _request_timeout=(_CONNECT_S, silent_s)
-            )
+            answer = self._account.send("GET", url, headers, None, (_CONNECT_S, silent_s))
         try:
             if answer.status >= _HTTP_REFUSED:
                 with self.reached():
-                    content = answer.read()
+                    content = answer.data
                 raise refusal(answer.status, parsed(content), what, self.name)
-            yield Events(self, answer.response)
+            yield Events(self, answer)
         finally:
             # Not kept for another request: the server may still be sending.
-            answer.response.close()
+            answer.close()
 
     @contextlib.contextmanager
     def reached(self) -> Iterator[None]:
         """Around a request: failures to reach the API server are told as such."""
         try:
             yield
-        except (urllib3.exceptions.HTTPError, client.ApiException, OSError) as exc:
+        except (urllib3.exceptions.HTTPError, OSError) as exc:
             raise self._unreachable(exc) from exc
 
     def _unreachable(self, exc: Exception) -> errors.Unreachable:
@@ -245,68 +276,24 @@ def connect(kubeconfig: str | None = None, context: str | None = None) -> Connec
 
     Raises:
         errors.NotFound: no kubeconfig, or no such context.
-        errors.InvalidInput: the kubeconfig does not make sense.
+        errors.InvalidInput: the kubeconfig, or the ServiceAccount, does not make sense.
         errors.Unauthenticated: its credential plugin gave nothing.
     """
-    place = kubeconfig or os.environ.get("KUBECONFIG") or kube_config.KUBE_CONFIG_DEFAULT_LOCATION
+    # Only here: what reads a kubeconfig takes 15 MiB, and a service in a pod has none.
+    place = kubeconfig or os.environ.get("KUBECONFIG") or _KUBECONFIG
     exists = any(os.path.exists(os.path.expanduser(each)) for each in place.split(os.pathsep))
-    if not exists:
-        if kubeconfig is None and context is None and os.path.exists(f"{_SERVICE_ACCOUNT}/token"):
-            return _in_cluster()
-        raise errors.NotFound(
-            f"there is no kubeconfig {place}",
-            hint="name one with --kubeconfig or KUBECONFIG",
-            path=place,
-        )
-    made = client.Configuration()
-    try:
-        contexts, current = config.list_kube_config_contexts(place)
-        known = {str(each["name"]): each for each in contexts}
-        if context is not None and context not in known:
-            raise errors.NotFound(
-                f"there is no context {context!r} in {place}",
-                hint=f"it has {', '.join(sorted(known)) or 'none'}",
-                context=context,
-            )
-        chosen = known[context] if context is not None else current
-        config.load_kube_config(place, context, made, persist_config=False)
-    except errors.CkptError:
-        raise
-    except (config.ConfigException, OSError, ValueError, TypeError, KeyError) as exc:
-        raise errors.InvalidInput(
-            f"the kubeconfig {place} cannot be used: {exc}",
-            hint="kubectl config view shows what kubectl makes of it",
-            path=place,
-        ) from exc
-    name = str(chosen["name"])
-    _check_plugin(place, chosen, made)
-    namespace = chosen["context"].get("namespace") or "default"
-    return Connection(made, name=f"context {name}", namespace=str(namespace))
+    if exists:
+        from agent.kube import kubeconfig as files
 
+        account, name, namespace = files.read(place, context)
+        return Connection(account, name=f"context {name}", namespace=namespace)
+    from agent.kube import serviceaccount
 
-def _check_plugin(place: str, chosen: Any, made: Any) -> None:
-    """The package only logs that a credential plugin failed; then it would call as nobody."""
-    if made.api_key or made.cert_file:
-        return
-    merged = kube_config.KubeConfigMerger(place).config
-    user = merged["users"].get_with_name(chosen["context"]["user"], safe=True)
-    if user is not None and "exec" in user["user"]:
-        command = user["user"]["exec"].safe_get("command")
-        raise errors.Unauthenticated(
-            f"the credential plugin {command} of context {chosen['name']} gave no identity",
-            hint="run it by hand to see why, or log in again",
-        )
-
-
-def _in_cluster() -> Connection:
-    made = client.Configuration()
-    try:
-        config.load_incluster_config(made)
-        with open(f"{_SERVICE_ACCOUNT}/namespace", encoding="utf-8") as stream:
-            namespace = stream.read().strip()
-    except (config.ConfigException, OSError) as exc:
-        raise errors.InvalidInput(
-            f"this pod's ServiceAccount cannot be used: {exc}",
-            hint="set automountServiceAccountToken, or name a kubeconfig",
-        ) from exc
-    return Connection(made, name="this cluster", namespace=namespace or "default")
+    if kubeconfig is None and context is None and serviceaccount.is_here():
+        own, namespace = serviceaccount.read()
+        return Connection(own, name="this cluster", namespace=namespace)
+    raise errors.NotFound(
+        f"there is no kubeconfig {place}",
+        hint="name one with --kubeconfig or KUBECONFIG",
+        path=place,
+    )

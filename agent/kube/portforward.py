@@ -133,7 +133,7 @@ def _dialled(
     websocket.setdefaulttimeout(_CONNECT_S)
     try:
         made = ws_client.create_websocket(
-            api.configuration, ws_client.get_websocket_url(api.url + path), headers
+            api.configuration(), ws_client.get_websocket_url(api.url + path), headers
         )
     except websocket.WebSocketBadStatusException as exc:
         raise _refusal(exc, pod, api.name) from exc

@@ -15,7 +15,7 @@ from tests.cluster.cluster import Cluster
 CHECKOUT = Path(__file__).resolve().parents[2]
 NAMESPACE = "ckpt-agent"
 IMAGE = "ckpt-agent:dev"
-OVERLAY = CHECKOUT / "deploy/overlays/dev"
+OVERLAY = CHECKOUT / "tests/cluster/manifests/agents"
 # What the Dockerfile copies, and the recipe itself.
 SOURCES = (
     *("Dockerfile", "requirements.lock", "pyproject.toml", "scripts/criu-bundle"),
