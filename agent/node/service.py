@@ -124,6 +124,8 @@ class NodeService:
                     told = api.DumpProgress(phase=step.phase, raw_bytes=step.raw_bytes)
                     tell(api.DumpEvent(progress=told))
 
+            # From now on a connection that breaks leaves the caller in doubt of what was done.
+            progress(node_dump.Progress("capture", 0))
             tell(api.DumpEvent(outcome=_dumped(self._parts.work.dump(order, cancel, progress))))
 
         return Relay("dump", work).events()
