@@ -176,3 +176,15 @@ def test_a_stopped_one_stands_still_until_it_is_killed(boxes: Boxes) -> None:
     boxes.assert_clean()
     boxes.runc("kill", source.id, "KILL")
     assert source.wait() == 128 + signal.SIGKILL
+
+
+def test_a_restored_one_that_is_stopped_leaves_a_placeholder(boxes: Boxes) -> None:
+    first = boxes.placeholder("first")
+    boxes.restore(boxes.dump(boxes.ordinary("source", *FEATURES)), first)
+    image = boxes.stop(first)
+    boxes.restore(image, first)
+    boxes.check(first)
+    second = boxes.placeholder("second")
+    boxes.restore(image, second)
+    boxes.check(second)
+    boxes.assert_clean()

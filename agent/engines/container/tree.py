@@ -1,8 +1,9 @@
 """A container's processes as the subject of a dump: CRIU works among them, inside the container.
 
-A tree whose root is the container's own first process is no different: CRIU is in its namespaces
-as well, and sees none. It only cannot be killed when it is to stop: its end would be the
-container's, which the kubelet starts anew. It is frozen instead, until somebody deletes the pod.
+A tree whose root is the first process of its pid namespace is no different: CRIU is in there as
+well, and sees no namespace. It only cannot kill that process, which no signal from inside reaches.
+Below hold the agent does it, from outside. Where it is the container's own, its end would be the
+container's, which the kubelet starts anew: that one is frozen, until somebody deletes the pod.
 
 Connections are held by a table of our own in the pod's network namespace, not by CRIU's: ours is
 there only while a live connection is being read, the kernel itself ends it within seconds if
@@ -25,7 +26,7 @@ from agent.engines.base import CaptureOptions
 from agent.engines.container import facts, files, holding, inside, target
 from agent.engines.container.bundle import Bundle
 from agent.engines.criu import conflicts, journal, recovery, rpc
-from agent.host import cgroups, clock, hold, namespaces, proc, sockets
+from agent.host import cgroups, clock, hold, namespaces, proc, sockets, subprocesses
 from agent.model.streams import MemberSink
 
 
@@ -36,9 +37,9 @@ class ContainerTree:
     ends_with_root = True
 
     @property
-    def killable(self) -> bool:
-        """Whether hold is there to outlive the tree."""
-        return self._target.held
+    def criu_kills(self) -> bool:
+        """Whether the root is one among others."""
+        return self._target.inner != self.tree[0]
 
     def __init__(self, bundle: Bundle, found: target.Target, deadline: clock.Deadline) -> None:
         self._bundle = bundle
@@ -115,16 +116,19 @@ class ContainerTree:
             self._hold.check()
         return found
 
-    def about_to_stop(self) -> None:
+    def about_to_stop(self) -> bool:
         """Let hold become a placeholder when its child is killed: a container that ended would be
         started anew by the kubelet, from the beginning, beside the one that is restored elsewhere.
         Without hold, the container stands still from now on.
         """
-        init = self._target.init
-        if self._target.held:
-            holding.stop(init, inside.number_for(init.pid, self.tree[0].pid))
-        else:
+        init, root = self._target.init, self.tree[0]
+        if not self._target.held:
             cgroups.freeze(self._target.groups)
+            return False
+        holding.stop(init, inside.number_for(init.pid, root.pid))
+        if not self.criu_kills:
+            subprocesses.signal_quietly(root.pid)
+        return True
 
     def killed(
         self, places: journal.Places, operation: journal.Operation, known: dict[str, Any]
@@ -134,8 +138,7 @@ class ContainerTree:
 
     def _stem(self) -> proc.Identity | None:
         """The root if it is hold's other half, of which a placeholder may have another version."""
-        target = self._target
-        return target.tree[0] if target.held and target.inner == target.init else None
+        return self.tree[0] if self.criu_kills else None
 
     def _refuse_strays(self, pids: Sequence[int]) -> None:
         left = target.strays(self._target.init, pids, self._target.groups)

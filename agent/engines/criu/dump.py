@@ -50,10 +50,8 @@ class Subject(Protocol):
     ends_with_root: bool
 
     @property
-    def killable(self) -> bool:
-        """Whether CRIU is to kill a tree that is to stop; else the subject itself keeps it from
-        running on.
-        """
+    def criu_kills(self) -> bool:
+        """Whether CRIU is to kill a tree that is to stop; else the subject itself sees to it."""
 
     def entry(self) -> journal.About:
         """What the journal is to say of the operation besides the tree."""
@@ -83,9 +81,9 @@ class Subject(Protocol):
     ) -> dict[str, Any]:
         """Store what travels besides memory and CRIU's images; more facts. May raise."""
 
-    def about_to_stop(self) -> None:
-        """The epoch is committed, and CRIU is going to kill the tree, or to let go of it where it
-        is not killable.
+    def about_to_stop(self) -> bool:
+        """The epoch is committed, and CRIU is going to kill the tree or to let go of it; whether
+        it ends, or only never runs on.
         """
 
     def killed(
@@ -250,7 +248,7 @@ class _Capture:
         opts.log_file = LOG
         opts.log_level = self._options.log_level
         opts.notify_scripts = True
-        opts.leave_running = not (self._options.kill and self._subject.killable)
+        opts.leave_running = not (self._options.kill and self._subject.criu_kills)
         opts.ps.fd = self._server.for_criu.fileno()
         opts.ext_unix_sk = True
         opts.file_locks = True
@@ -313,8 +311,7 @@ class _Capture:
                 "the cut asked to kill a tree that was dumped to run on",
                 hint="set CaptureOptions.kill",
             )
-        self._killed = self._subject.killable
-        self._subject.about_to_stop()
+        self._killed = self._subject.about_to_stop()
 
     def _store_image(self, name: str) -> None:
         path = os.path.join(self._images, name)

@@ -24,7 +24,7 @@ class HostTree:
     """The tree ``tree``, root first, in the pid and mount namespaces of this program."""
 
     ends_with_root = False
-    killable = True
+    criu_kills = True
 
     def __init__(self, criu: Criu, tree: Sequence[proc.Identity]) -> None:
         self._criu = criu
@@ -73,8 +73,9 @@ class HostTree:
         collected = ephemeral.collect(pids, options.include, sink)
         return {"skipped": [list(each) for each in collected.skipped]}
 
-    def about_to_stop(self) -> None:
-        """Nothing to do."""
+    def about_to_stop(self) -> bool:
+        """CRIU ends it."""
+        return True
 
     def killed(
         self, places: journal.Places, operation: journal.Operation, known: dict[str, Any]
