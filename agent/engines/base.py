@@ -39,17 +39,24 @@ class Disposition(enum.Enum):
 
 
 class Cut(Protocol):
-    """The caller's part in the stop of one member. Raising from either method gives the capture
-    up; the processes go on.
+    """The caller's part in the stop of one member. Raising from ``ready``, ``frozen`` or
+    ``captured`` gives the capture up; the processes go on.
     """
+
+    def ready(self) -> None:
+        """All of the member that can be copied while it runs has been; it is frozen next."""
 
     def frozen(self) -> None:
         """All processes of the member stand still and nothing of them has been read yet."""
 
     def captured(self) -> Disposition:
-        """All of the member is in the sink; the processes still stand still. ``KILL`` may be
-        returned only when the epoch is committed.
+        """All of the member has been read; the processes still stand still. ``KILL`` may be
+        returned only when the epoch is committed: with ``CaptureOptions.kill`` all of it is in the
+        sink by now, otherwise when ``capture`` returns.
         """
+
+    def running(self) -> None:
+        """The processes run again, or were killed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +67,9 @@ class CaptureOptions:
     travel with the image besides the files open for writing. ``tcp_established`` keeps live TCP
     connections (otherwise their presence fails the dump). ``kill`` must be set for a cut that may
     answer ``KILL``: CRIU has to know beforehand, and then needs a definite no to let the tree go
-    on.
+    on. ``precopy``: copy memory while the member runs and stop it only for the rest, where that
+    can be done. ``held_bytes`` bounds what is held in memory while it stands still, to be stored
+    when it runs again.
     """
 
     deadline_s: float = 600.0
@@ -69,6 +78,8 @@ class CaptureOptions:
     ghost_limit_bytes: int = 1 << 30
     kill: bool = False
     log_level: int = 2
+    precopy: bool = False
+    held_bytes: int = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)

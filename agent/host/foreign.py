@@ -36,7 +36,7 @@ class ForeignMemory:
         self._who = who
         try:
             self._fd = os.open(f"/proc/{who.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as exc:
+        except (FileNotFoundError, ProcessLookupError) as exc:
             raise errors.NotFound(f"there is no process {who.pid}", pid=who.pid) from exc
         if not proc.alive(who):
             self.close()

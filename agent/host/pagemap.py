@@ -58,7 +58,7 @@ class Pagemap:
     def __init__(self, pid: int) -> None:
         try:
             self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as exc:
+        except (FileNotFoundError, ProcessLookupError) as exc:
             raise errors.NotFound(f"there is no process {pid}", pid=pid) from exc
         self._regions = np.empty((_REGIONS, 3), dtype=np.uint64)
 

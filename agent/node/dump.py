@@ -157,8 +157,6 @@ def _capture_all(
         except BaseException:
             cut.abort()
             raise
-        finally:
-            cut.note_running()
 
     with ThreadPoolExecutor(len(members), thread_name_prefix="member") as pool:
         futures = [pool.submit(one, member) for member in members]
@@ -181,6 +179,7 @@ class _GroupCut:
     def __init__(self, parties: int, deadline_s: float, cancel: Cancel) -> None:
         self._deadline_s = deadline_s
         self._cancel = cancel
+        self._ready = threading.Barrier(parties)
         self._frozen = threading.Barrier(parties)
         self._captured = threading.Barrier(parties, action=self._all_captured)
         self._lock = threading.Lock()
@@ -189,6 +188,11 @@ class _GroupCut:
         self.before_kill: Callable[[], None] | None = None
         self.committed: EpochSummary | None = None
         self.committed_at_s = 0.0
+
+    def ready(self) -> None:
+        # Who has copied more ahead must not stand still for the others.
+        self._cancel.check()
+        self._wait(self._ready)
 
     def frozen(self) -> None:
         with self._lock:
@@ -203,6 +207,7 @@ class _GroupCut:
         return Disposition.KILL if self.committed else Disposition.RESUME
 
     def abort(self) -> None:
+        self._ready.abort()
         self._frozen.abort()
         self._captured.abort()
 
@@ -210,7 +215,7 @@ class _GroupCut:
         self.committed = epoch
         self.committed_at_s = clock.monotonic_s()
 
-    def note_running(self) -> None:
+    def running(self) -> None:
         with self._lock:
             self._last_running_s = clock.monotonic_s()
 

@@ -118,6 +118,12 @@ class Cut:
         self._captured = captured
         self._disposition = disposition
 
+    def ready(self) -> None:
+        """Nothing to wait for."""
+
+    def running(self) -> None:
+        """Nobody asks."""
+
     def frozen(self) -> None:
         self._frozen()
 

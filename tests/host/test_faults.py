@@ -165,7 +165,7 @@ def test_criu_killed_again_and_again_while_memory_flows(host: Host) -> None:
     for at in (1, 2, 3, 5, 8, 13, 34, 70):
         image = Streaming(host, at)
         with pytest.raises(errors.CriuFailed):
-            host.capture(target.pid, image)
+            host.capture(target.pid, image, options=CaptureOptions(held_bytes=0, precopy=False))
         assert image.met == 1
         host.assert_running(target)
     assert_unharmed(host, target)
@@ -200,7 +200,7 @@ def spoiled(self, message, handler, deadline):
 rpc.Connection.request = spoiled
 engine = CriuEngine(work_dir={work!r}, runtime_dir={runtime!r})
 cut = Cut(captured=die if stage == "captured" else lambda: None)
-engine.capture({pid}, sink, cut, CaptureOptions(kill={kill}))
+engine.capture({pid}, sink, cut, CaptureOptions(kill={kill}, held_bytes=0))
 """
 
 
@@ -433,7 +433,7 @@ def test_a_failed_dump_of_a_stopped_tree_leaves_it_stopped(host: Host) -> None:
 def test_leftover_tables_and_scratch_of_a_dead_agent_are_removed(host: Host) -> None:
     target = host.start("tcp")
     # CRIU dies with its agent: nobody is left to undo what it did.
-    run_dying_agent(host, target, "pages:1", with_criu=True)
+    run_dying_agent(host, target, "captured", with_criu=True)
     (entry,) = (json.loads(path.read_text()) for path in (host.runtime / "ops").glob("*.json"))
     assert entry["table"] in netfilter.tables("CRIU-")
     assert len(list(host.work.iterdir())) == 1

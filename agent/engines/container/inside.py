@@ -33,10 +33,11 @@ def worker(
     *,
     groups: Iterable[str] = (),
     mounts: int | None = None,
+    under: Sequence[str] = (),
 ) -> Iterator[tuple[rpc.Worker, str]]:
     """Start ``criu swrk`` in the container whose pid 1 is ``init``, and in the control groups
     ``groups``; gives it and its name for the folder ``images``. ``mounts`` is a descriptor of the
-    mount namespace to be in instead of the container's.
+    mount namespace to be in instead of the container's, ``under`` a program to start CRIU by.
 
     Raises:
         errors.NotFound: the container has ended.
@@ -57,7 +58,7 @@ def worker(
                 ),
             )
 
-        command = [*enter, "--", *bundle.command(bundle_fd)]
+        command = [*under, *enter, "--", *bundle.command(bundle_fd)]
         bundle.lay_kernel_cache(images)
         with rpc.worker(command, pass_fds=pass_fds, start=start) as running:
             cgroups.join(running.child.pid, groups)

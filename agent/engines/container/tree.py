@@ -48,6 +48,7 @@ class ContainerTree:
         self._held = contextlib.ExitStack()
         self._hold: hold.Held | None = None
         self.tree: Sequence[proc.Identity] = found.tree
+        self.criu = bundle.criu
 
     def entry(self) -> journal.About:
         """The container: rules are in its network namespace."""
@@ -55,11 +56,15 @@ class ContainerTree:
         return journal.About(container=init, network=proc.namespaces(init.pid)["net"])
 
     @contextlib.contextmanager
-    def started(self, images: str, pass_fds: Sequence[int]) -> Iterator[tuple[rpc.Worker, str]]:
+    def started(
+        self, images: str, pass_fds: Sequence[int], under: Sequence[str] = ()
+    ) -> Iterator[tuple[rpc.Worker, str]]:
         """Start CRIU in the container; when it has let go, so does the hold."""
         with (
             self._held,
-            inside.worker(self._bundle, self._target.inner, images, pass_fds) as started,
+            inside.worker(
+                self._bundle, self._target.inner, images, pass_fds, under=under
+            ) as started,
         ):
             yield started
 

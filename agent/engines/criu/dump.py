@@ -19,18 +19,30 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
 
 from pycriu import rpc_pb2
 
 from agent import errors
 from agent.engines.base import CaptureOptions, CaptureReport, Cut, Disposition
-from agent.engines.criu import hosttree, journal, log, pageserver, preflight, recovery, rpc
+from agent.engines.criu import (
+    held,
+    hosttree,
+    journal,
+    log,
+    pageserver,
+    preflight,
+    recovery,
+    rpc,
+    shortstop,
+)
 from agent.engines.criu.probe import Criu
 from agent.host import clock, proc
 from agent.model.streams import AddressSpace, MemberSink, PageRun
+
+_T = TypeVar("_T")
 
 LOG = "dump.log"
 # Files that are beside the images and that no restore reads.
@@ -48,6 +60,7 @@ class Subject(Protocol):
 
     tree: Sequence[proc.Identity]
     ends_with_root: bool
+    criu: Criu
 
     @property
     def criu_kills(self) -> bool:
@@ -57,9 +70,11 @@ class Subject(Protocol):
         """What the journal is to say of the operation besides the tree."""
 
     def started(
-        self, images: str, pass_fds: Sequence[int]
+        self, images: str, pass_fds: Sequence[int], under: Sequence[str] = ()
     ) -> AbstractContextManager[tuple[rpc.Worker, str]]:
-        """Start CRIU, ready for one request; gives its name for the folder ``images`` as well."""
+        """Start CRIU by the program ``under``, ready for one request; gives its name for the folder
+        ``images`` as well.
+        """
 
     def configure(self, opts: rpc.Request) -> None:
         """Set the options of a dump that depend on where the tree lives, ``pid`` among them."""
@@ -122,13 +137,14 @@ def run(
     ):
         running = _Capture(places, operation, subject, sink, cut, options, deadline)
         try:
-            return running.run()
+            running.run()
         except BaseException as exc:
             recovery.undo_dump(places, operation.entry)
             explained = running.explained(exc)
             if explained is exc:
                 raise
             raise explained from exc
+        return running.persist()
 
 
 class _Resume(Exception):
@@ -161,28 +177,40 @@ class _Capture:
         self._root = subject.tree[0]
         self._tree = subject.tree
         self._sink = sink
+        self._held = held.HeldSink(sink, options.held_bytes)
+        self._short: shortstop.ShortStop | None = None
+        self._plain_because = ""
         self._cut = cut
         self._options = options
         self._deadline = deadline
         self._images = operation.folder("images")
         self._server = pageserver.PageServer(self._on_pages, deadline)
-        self._gatherer: _Gatherer | None = None
+        self._gatherer: _Beside[dict[str, Any]] | None = None
+        self._noting: _Beside[None] | None = None
         self._times = _Times()
+        self._image_names: list[str] = []
         self._metadata_bytes = 0
+        self._copied_bytes = 0
         self._pids: list[int] = [who.pid for who in subject.tree]
         self._states: dict[int, str] = {}
         self._facts: dict[str, Any] = {}
         self._killed = False
-        self._memory_flows = False
         self._criu_status: int | None = None
 
-    def run(self) -> CaptureReport:
-        """Do it."""
+    def run(self) -> None:
+        """Do it, until the tree runs again or was killed."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self._join_gatherer)
+            stack.callback(self._join_threads)
             stack.callback(self._server.close)
+            descriptors, under = [self._server.for_criu.fileno()], []
+            self._choose()
+            if self._short is not None:
+                stack.callback(self._short.close)
+                self._short.copy_ahead()
+                descriptors.append(self._short.descriptor)
+                under = self._short.under
             worker, folder = stack.enter_context(
-                self._subject.started(self._images, [self._server.for_criu.fileno()])
+                self._subject.started(self._images, descriptors, under)
             )
             # Left in the order written: the stream first, so that a CRIU that is blocked writing
             # to it fails and thaws the tree, then CRIU's connection and process.
@@ -191,6 +219,8 @@ class _Capture:
             self._operation.note_criu(worker.child.pid)
             request = self._request(folder)
             self._server.release()
+            if self._short is not None:
+                self._short.started()
             self._server.start()
             try:
                 response = worker.connection.request(request, self._on_stage, self._deadline)
@@ -202,8 +232,14 @@ class _Capture:
                 if not (self._killed and self._subject.ends_with_root and self._root_ended()):
                     raise
             self._times.running_s = clock.monotonic_s()
+            self._cut.running()
         if self._killed:
             self._settle_killed()
+
+    def persist(self) -> CaptureReport:
+        """Pass on what was held back while the tree stood still."""
+        if not self._options.kill:
+            self._store_all()
         return self._report()
 
     def explained(self, exc: BaseException) -> BaseException:
@@ -228,6 +264,16 @@ class _Capture:
             )
         return exc
 
+    def _choose(self) -> None:
+        if not self._options.precopy:
+            self._plain_because = "it was not asked for"
+            return
+        self._plain_because = shortstop.unsuited(self._subject.criu, self._pids)
+        if not self._plain_because:
+            self._short = shortstop.ShortStop(
+                self._root.pid, self._sink, self._held, self._deadline
+            )
+
     @property
     def _log_path(self) -> str:
         return os.path.join(self._images, LOG)
@@ -235,9 +281,10 @@ class _Capture:
     def _note_status(self, worker: rpc.Worker) -> None:
         self._criu_status = worker.end()
 
-    def _join_gatherer(self) -> None:
-        if self._gatherer is not None:
-            self._gatherer.join()
+    def _join_threads(self) -> None:
+        for thread in (self._gatherer, self._noting):
+            if thread is not None:
+                thread.join()
 
     def _request(self, folder: str) -> rpc.Request:
         request = rpc_pb2.criu_req(type=rpc_pb2.DUMP)
@@ -269,38 +316,52 @@ class _Capture:
         if stage == "pre-dump":
             self._subject.about_to_freeze(self._operation)
             self._states = {each: _state(each) for each in proc.tree(self._root.pid)}
+            self._cut.ready()
+            if self._short is not None:
+                self._short.about_to_freeze()
+            self._held.hold()
             self._times.freeze_from_s = clock.monotonic_s()
         elif stage == "query-ext-files":
             self._times.frozen_s = clock.monotonic_s()
             self._pids = proc.tree(self._root.pid)
             self._subject.frozen(self._pids, self._operation)
             self._cut.frozen()
-            self._gatherer = _Gatherer(self._subject, self._pids, self._states)
-            self._gatherer.start()
+            if self._short is not None:
+                self._short.frozen(self._pids)
+            pids, states = self._pids, self._states
+            self._gatherer = _Beside("facts", lambda: self._subject.gather(pids, states))
         elif stage == "post-dump":
             self._on_captured()
 
     def _on_pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
-        if not self._memory_flows:
-            self._memory_flows = True
-            self._subject.memory_flows(self._operation)
-        self._sink.pages(space, run, data)
+        if self._noting is None:
+            self._noting = _Beside("note", lambda: self._subject.memory_flows(self._operation))
+        if self._short is not None:
+            self._short.pages(space, run, data)
+        else:
+            self._held.pages(space, run, data)
 
     def _on_captured(self) -> None:
         """All metadata is written and all memory streamed; the tree still stands still."""
         self._server.finish()
+        if self._short is not None:
+            self._short.finish()
         if self._gatherer is None:
             raise errors.DumpFailed("CRIU did not say when the tree stood still")
-        for name in sorted(os.listdir(self._images)):
-            if name not in _NOT_IMAGES:
-                self._store_image(name)
-        more = self._subject.collect(self._images, self._pids, self._options, self._sink)
+        if self._noting is not None:
+            self._noting.result()
+        # What CRIU writes there after this is no image.
+        self._image_names = sorted(set(os.listdir(self._images)) - set(_NOT_IMAGES))
+        more = self._subject.collect(self._images, self._pids, self._options, self._held)
         self._facts = {
             **self._gatherer.result(),
             "spaces": [[space.kind, space.id] for space in self._server.spaces],
+            "stop": self._how(),
             **more,
         }
-        self._sink.facts(self._facts)
+        self._held.facts(self._facts)
+        if self._options.kill:
+            self._store_all()
         self._deadline.check("the capture")
         if self._cut.captured() is Disposition.RESUME:
             if self._options.kill:
@@ -312,6 +373,20 @@ class _Capture:
                 hint="set CaptureOptions.kill",
             )
         self._killed = self._subject.about_to_stop()
+
+    def _how(self) -> dict[str, Any]:
+        """Which way the memory took, and why no quicker one."""
+        if self._short is None:
+            return {"path": "plain", "because": self._plain_because}
+        return {"path": "precopy", **self._short.facts()}
+
+    def _store_all(self) -> None:
+        """Have everything in the sink."""
+        self._held.drain()
+        if self._short is not None:
+            self._copied_bytes = self._short.settle(self._server.spaces)
+        for name in self._image_names:
+            self._store_image(name)
 
     def _store_image(self, name: str) -> None:
         path = os.path.join(self._images, name)
@@ -337,43 +412,47 @@ class _Capture:
         )
         self._subject.killed(self._places, self._operation, self._facts)
 
+    @property
+    def _memory_bytes(self) -> int:
+        return self._server.raw_bytes + self._copied_bytes
+
     def _report(self) -> CaptureReport:
         times = self._times
         return CaptureReport(
             stop_s=times.running_s - times.freeze_from_s,
             freeze_s=times.frozen_s - times.freeze_from_s,
-            raw_bytes=self._server.raw_bytes + self._metadata_bytes,
+            raw_bytes=self._memory_bytes + self._metadata_bytes,
             pids=tuple(self._pids),
             engine_facts={
-                "memory_bytes": self._server.raw_bytes,
+                "memory_bytes": self._memory_bytes,
                 "metadata_bytes": self._metadata_bytes,
+                "stop": self._facts.get("stop", {}),
                 "skipped": self._facts.get("skipped", []),
             },
         )
 
 
-class _Gatherer(threading.Thread):
-    """Reads the facts from /proc while CRIU streams the memory: that time is free."""
+class _Beside(threading.Thread, Generic[_T]):
+    """Something done while CRIU works: that time is free."""
 
-    def __init__(self, subject: Subject, pids: Sequence[int], states: Mapping[int, str]) -> None:
-        super().__init__(name="facts", daemon=True)
-        self._subject = subject
-        self._pids = pids
-        self._states = states
-        self._facts: dict[str, Any] = {}
+    def __init__(self, name: str, function: Callable[[], _T]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._function = function
+        self._value: list[_T] = []
         self._failure: BaseException | None = None
+        self.start()
 
     def run(self) -> None:
         try:
-            self._facts = self._subject.gather(self._pids, self._states)
+            self._value.append(self._function())
         except BaseException as exc:  # noqa: BLE001 - carried to the thread that asks, by result
             self._failure = exc
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> _T:
         self.join()
         if self._failure is not None:
             raise self._failure
-        return self._facts
+        return self._value[0]
 
 
 def _state(pid: int) -> str:

@@ -13,11 +13,10 @@ suspend other filters then.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from agent.engines.criu.probe import Criu
 from agent.engines.tracking.precopy import Standing
@@ -71,14 +70,13 @@ class Hiding:
         """How many of CRIU's questions were answered here."""
         return self._supervisor.answered
 
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
-        """Answer CRIU's questions."""
+    def start(self) -> None:
+        """Be ready for CRIU's questions; to be called before it is started."""
         self._supervisor.start()
-        try:
-            yield
-        finally:
-            self._supervisor.close()
+
+    def close(self) -> None:
+        """End, after CRIU has; safe to repeat."""
+        self._supervisor.close()
 
     def release(self) -> None:
         """CRIU has been started."""

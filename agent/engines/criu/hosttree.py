@@ -27,7 +27,7 @@ class HostTree:
     criu_kills = True
 
     def __init__(self, criu: Criu, tree: Sequence[proc.Identity]) -> None:
-        self._criu = criu
+        self.criu = criu
         self.tree = tree
 
     def entry(self) -> journal.About:
@@ -35,9 +35,11 @@ class HostTree:
         return journal.About()
 
     @contextlib.contextmanager
-    def started(self, images: str, pass_fds: Sequence[int]) -> Iterator[tuple[rpc.Worker, str]]:
+    def started(
+        self, images: str, pass_fds: Sequence[int], under: Sequence[str] = ()
+    ) -> Iterator[tuple[rpc.Worker, str]]:
         """Start CRIU."""
-        with rpc.worker([self._criu.path], pass_fds=pass_fds) as worker:
+        with rpc.worker([*under, self.criu.path], pass_fds=pass_fds) as worker:
             yield worker, images
 
     def configure(self, opts: rpc.Request) -> None:
@@ -63,7 +65,7 @@ class HostTree:
 
     def gather(self, pids: Sequence[int], states: Mapping[int, str]) -> dict[str, Any]:
         """The facts of the tree."""
-        return facts.gather(pids, states, self._criu)
+        return facts.gather(pids, states, self.criu)
 
     def collect(
         self, images: str, pids: Sequence[int], options: CaptureOptions, sink: MemberSink

@@ -1,0 +1,135 @@
+"""The short stop: memory is copied while the job runs, CRIU writes descriptions only, and what is
+left is read beside it while the job stands still.
+
+Promises: what a plain dump would have held at the freeze is what is settled, page by page; pages
+that CRIU sends all the same go before our own copies of them. Everything ends with ``close``.
+Does not: hold anything back; that is the sink's (``held``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from agent import errors
+from agent.engines.criu import hiding, pageserver
+from agent.engines.criu.probe import Criu
+from agent.engines.tracking.precopy import Precopy, Standing
+from agent.host import clock, proc
+from agent.model.streams import AddressSpace, MemberSink, PageRun
+
+# Below this a plain dump stops a tree for no longer than the preparations take.
+_SMALLEST_BYTES = 16 << 20
+# Rounds between CRIU's start and the freeze: the first takes up what was written meanwhile.
+_LAST_ROUNDS = 2
+
+
+def unsuited(criu: Criu, pids: Sequence[int]) -> str:
+    """Why a short stop is not to be tried; "" if it is."""
+    resident_bytes = 0
+    for pid in pids:
+        with contextlib.suppress(errors.NotFound):
+            resident_bytes += proc.resident(pid).anon
+    if resident_bytes < _SMALLEST_BYTES:
+        return "there is little memory"
+    return hiding.usable(criu, pids)
+
+
+class ShortStop:
+    """One capture's. ``ahead`` takes what is copied while the job runs, ``held`` the rest."""
+
+    def __init__(
+        self, root: int, ahead: MemberSink, held: MemberSink, deadline: clock.Deadline
+    ) -> None:
+        self._root = root
+        self._held = held
+        self._deadline = deadline
+        self._precopy = Precopy(ahead, deadline)
+        self._hiding = hiding.Hiding()
+        self._sent: dict[AddressSpace, list[PageRun]] = {}
+        self._standing: list[Standing] = []
+        self._failure: BaseException | None = None
+        self._reader = threading.Thread(target=self._read, name="cut", daemon=True)
+
+    @property
+    def descriptor(self) -> int:
+        """What CRIU must inherit."""
+        return self._hiding.descriptor
+
+    @property
+    def under(self) -> list[str]:
+        """What CRIU must be started by."""
+        return self._hiding.under
+
+    def copy_ahead(self) -> None:
+        """Copy the tree, which runs; then be ready for CRIU to start."""
+        self._precopy.run(self._root)
+        self._hiding.start()
+
+    def started(self) -> None:
+        """CRIU has been started."""
+        self._hiding.release()
+
+    def about_to_freeze(self) -> None:
+        """Copy once more what was written meanwhile."""
+        for _ in range(_LAST_ROUNDS):
+            self._precopy.round(self._root)
+
+    def frozen(self, pids: Sequence[int]) -> None:
+        """The tree, now ``pids``, stands still: hide its memory from CRIU and read what is left."""
+        self._standing = self._precopy.cut(pids)
+        self._hiding.hide(self._standing)
+        self._reader.start()
+
+    def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
+        """Take pages that CRIU sent."""
+        if space.kind != "process":
+            self._held.pages(space, run, data)
+            return
+        self._sent.setdefault(space, []).append(run)
+        self._held.draft(space, [run], data)
+
+    def finish(self) -> None:
+        """Wait until everything that is left has been read.
+
+        Raises:
+            errors.DumpFailed: it could not be.
+            errors.VolumeError: from the sink.
+        """
+        self._reader.join(self._deadline.remaining_s)
+        if self._reader.is_alive():
+            raise errors.DeadlineExceeded("the memory of the tree was not read in time")
+        if self._failure is not None:
+            raise self._failure
+
+    def settle(self, spaces: Sequence[AddressSpace]) -> int:
+        """Settle the processes among ``spaces``, when everything is in the sink; say how many bytes
+        are not CRIU's.
+        """
+        processes = [space for space in spaces if space.kind == "process"]
+        return self._precopy.settle(processes, self._sent, pageserver.PE_PRESENT)
+
+    def facts(self) -> dict[str, Any]:
+        """How it went."""
+        return {
+            "tracked": self._precopy.kinds,
+            "untracked_because": self._precopy.reasons,
+            "rounds": [[each.read_bytes, round(each.took_s, 4)] for each in self._precopy.rounds],
+            "read_at_cut_bytes": self._precopy.cut_bytes,
+            "hidden_from_criu": self._hiding.answered,
+        }
+
+    def close(self) -> None:
+        """End it; waits for the reader, which ends soon once the sink fails or the tree runs."""
+        if self._reader.is_alive():
+            self._reader.join()
+        self._precopy.close()
+        self._hiding.close()
+
+    def _read(self) -> None:
+        try:
+            self._precopy.finish(self._standing, self._held)
+        except BaseException as exc:  # noqa: BLE001 - carried to the thread that asks, by finish
+            self._failure = exc
