@@ -5,6 +5,8 @@
 //   hold wait             wait, as a placeholder, for a restored workload
 //   hold auto CMD...      wait if CKPT_AGENT_RESTORE is set and nothing was restored here before,
 //                         else run CMD
+//   hold hook CMD...      in a container of hold's: CMD if a workload runs there; nothing in a placeholder
+//   hold running          in a container of hold's: status 0 if a workload runs there
 //
 // "run" makes two processes: hold itself, and below it the stem, which starts CMD. The stem is the
 // root of the tree that is dumped and restored; it holds no descriptors but the standard three,
@@ -42,11 +44,14 @@
 #define STAMP "/.ckpt-agent/restored-"
 
 // A shell's statuses, which the users of containers know.
-enum { FAILED = 1, USAGE = 64, NO_FORK = 71, CANNOT_RUN = 126, NOT_FOUND = 127, SIGNALED = 128 };
+enum { WAITS = 1, FAILED = 1, USAGE = 64, NO_FORK = 71, CANNOT_RUN = 126, NOT_FOUND = 127, SIGNALED = 128 };
 
 // The agent may name the root while CRIU is still its parent; this long it may take to become ours.
 // CRIU lets go within milliseconds.
 enum { PENDING_TRIES = 500, PENDING_NS = 20 * 1000 * 1000 };
+
+// Between its exec and the choice of what to do, pid 1 shows its arguments; that takes no time.
+enum { STATE_TRIES = 500 };
 
 // The dead that a placeholder remembers: one is enough for the restored root itself; the others are
 // orphans of probes and of execs, which may end in the same instant.
@@ -69,7 +74,7 @@ static int fail(int status, const char *what) {
 }
 
 static int usage(void) {
-    fprintf(stderr, "usage: hold install DIR | run CMD... | wait | auto CMD...\n");
+    fprintf(stderr, "usage: hold install DIR | run CMD... | wait | auto CMD... | hook CMD... | running\n");
     return USAGE;
 }
 
@@ -105,17 +110,22 @@ static int is_child(pid_t pid) {
     return waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) == 0;
 }
 
+// Becomes CMD; returns the status to end with if that fails.
+static int become(char **command) {
+    unsetenv("CKPT_AGENT_RESTORE");
+    unsetenv("CKPT_AGENT_CONTAINER");
+    execvp(command[0], command);
+    return fail(errno == ENOENT ? NOT_FOUND : CANNOT_RUN, command[0]);
+}
+
 static void start_workload(char **command) {
     // As an ordinary container's first process: leader of a session, with its terminal if it has one.
     setsid();
     if (isatty(0))
         ioctl(0, TIOCSCTTY, 0);
-    unsetenv("CKPT_AGENT_RESTORE");
-    unsetenv("CKPT_AGENT_CONTAINER");
     sigaction(SIGCHLD, &sigchld_before, NULL);
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &mask_before, NULL, sizeof mask_before);
-    execvp(command[0], command);
-    _exit(fail(errno == ENOENT ? NOT_FOUND : CANNOT_RUN, command[0]));
+    _exit(become(command));
 }
 
 // The root of the tree that is dumped. It may wake up in another pod: it keeps nothing that ties it
@@ -280,6 +290,35 @@ static int hold(char **command) {
     }
 }
 
+// Whether pid 1 of this container says that a workload runs: 0, WAITS, or another status if it does
+// not say so in time.
+static int state(void) {
+    const struct timespec pause = {0, PENDING_NS};
+    for (int tries = STATE_TRIES; tries > 0; tries--) {
+        char said[64];
+        int fd = open("/proc/1/cmdline", O_RDONLY | O_CLOEXEC);
+        ssize_t size = fd < 0 ? -1 : read(fd, said, sizeof said - 1);
+        if (size < 0)
+            return fail(CANNOT_RUN, "/proc/1/cmdline");
+        close(fd);
+        said[size] = 0;
+        if (!strcmp(said, "hold: waiting"))
+            return WAITS;
+        if (!strncmp(said, "hold: following ", 16) || !strncmp(said, "hold: stopping ", 15))
+            return 0;
+        nanosleep(&pause, NULL);
+    }
+    errno = ETIMEDOUT;
+    return fail(CANNOT_RUN, "/proc/1/cmdline");
+}
+
+// What a container's owner wants done when its workload starts or is about to end. In a placeholder
+// neither is the case: it started long ago and elsewhere, or was stored and stopped.
+static int hook(char **command) {
+    int status = state();
+    return status == 0 ? become(command) : status == WAITS ? 0 : status;
+}
+
 static int install(const char *directory) {
     char path[PATH_MAX], new[PATH_MAX], buffer[1 << 16];
     struct stat about;
@@ -334,6 +373,10 @@ int main(int argc, char **argv) {
         return hold(NULL);
     if (!strcmp(mode, "run") && argc > 2)
         return hold(argv + 2);
+    if (!strcmp(mode, "hook") && argc > 2)
+        return hook(argv + 2);
+    if (!strcmp(mode, "running") && argc == 2)
+        return state();
     if (!strcmp(mode, "auto") && argc > 2)
         return hold(must_wait() ? NULL : argv + 2);
     return usage();

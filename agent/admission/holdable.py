@@ -48,8 +48,8 @@ def unholdable(container: Mapping[str, Any], entrypoints: Mapping[str, list[str]
     command = entries(container, "command", str) or entrypoints[str(container.get("name"))]
     if posixpath.basename(command[0]) in _INIT_SYSTEMS:
         return "it runs an init system, which must be pid 1"
-    if container.get("restartPolicy") == "Always" and container.get("startupProbe"):
-        return "it is a sidecar with a startupProbe, which a placeholder could not pass"
+    if reason := _unanswered(container):
+        return reason
     if container.get("tty") is True or container.get("stdin") is True:
         return "it has a terminal or standard input (tty, stdin)"
     for mount in entries(container, "volumeMounts"):
@@ -60,6 +60,17 @@ def unholdable(container: Mapping[str, Any], entrypoints: Mapping[str, list[str]
         ours = wanted.get(variable.get("name"))
         if ours is not None and not _says(variable, ours):
             return f"it sets {variable['name']} itself"
+    return ""
+
+
+def _unanswered(container: Mapping[str, Any]) -> str:
+    """What its kubelet would ask of a placeholder, and get no answer to; or nothing."""
+    if container.get("restartPolicy") == "Always" and container.get("startupProbe"):
+        return "it is a sidecar with a startupProbe, which a placeholder could not pass"
+    hook = mapping(mapping(container, "lifecycle"), "postStart")
+    for way in ("httpGet", "tcpSocket"):
+        if hook.get(way):
+            return f"it has a postStart hook by {way}, which nobody answers in a placeholder"
     return ""
 
 

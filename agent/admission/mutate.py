@@ -33,6 +33,8 @@ _SAFE_TO_EVICT = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes"
 _WARNING_CHARACTERS = 250
 # For copying one small file. Requests equal limits, so that a Guaranteed pod stays one.
 _INIT_RESOURCES = {"cpu": "100m", "memory": "64Mi"}
+# Seen within a second; given up by whoever waits for the restore, not by the kubelet (68 years).
+_STARTUP = {"periodSeconds": 1, "timeoutSeconds": 10, "failureThreshold": 2**31 - 1}
 # Nobody in particular: the number that images without users of their own commonly use.
 _INIT_USER = 65532
 
@@ -128,7 +130,36 @@ def _held(container: Mapping[str, Any], entrypoint: list[str] | None) -> Patch:
     env = entries(container, "env")
     present = {variable.get("name") for variable in env}
     missing = [v for v in variables(container) if v["name"] not in present]
-    return patch + _append("/env", env, missing)
+    return [*patch, *_append("/env", env, missing), *_hooks(container), *_startup(container)]
+
+
+def _hooks(container: Mapping[str, Any]) -> Patch:
+    """The container's hooks are for its workload, and do nothing in a placeholder."""
+    patch: Patch = []
+    for name in ("postStart", "preStop"):
+        program = mapping(mapping(mapping(container, "lifecycle"), name), "exec")
+        command = entries(program, "command", str)
+        if command and command[0] != optin.HOLD_HOOK[0]:
+            patch += [
+                {"op": "add", "path": f"/lifecycle/{name}/exec/command/{index}", "value": word}
+                for index, word in enumerate(optin.HOLD_HOOK)
+            ]
+    return patch
+
+
+def _startup(container: Mapping[str, Any]) -> Patch:
+    """A liveness probe would end a placeholder, in the middle of a long restore as well: it has to
+    begin when a workload runs. A sidecar has no startup probe, which would keep the others from
+    starting, and one of its owner's is its owner's.
+    """
+    if (
+        not container.get("livenessProbe")
+        or container.get("startupProbe")
+        or container.get("restartPolicy") == "Always"
+    ):
+        return []
+    probe = {"exec": {"command": list(optin.HOLD_RUNNING)}, **_STARTUP}
+    return _add("/startupProbe", probe)
 
 
 def _volume(metadata: Mapping[str, Any], spec: Mapping[str, Any]) -> Patch:

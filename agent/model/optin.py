@@ -49,6 +49,12 @@ HOLD_IN_IMAGE = "/usr/local/lib/ckpt-agent/hold"
 HOLD_AUTO = (HOLD, "auto")
 """What stands in front of a container's own command."""
 
+HOLD_HOOK = (HOLD, "hook")
+"""What stands in front of a hook's command, so that it does nothing in a placeholder."""
+
+HOLD_RUNNING = (HOLD, "running")
+"""Succeeds when a workload runs in the container."""
+
 # A container's name is a DNS label (RFC 1123).
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 

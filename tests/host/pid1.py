@@ -57,7 +57,8 @@ def sigqueue(pid: int, number: int, value: int) -> None:
 
 class Container:
     """hold with these arguments as pid 1. ``before`` are shell commands that pid 1 runs in its new
-    mount namespace before it becomes hold; ``root`` is the directory that becomes its root.
+    mount namespace before it becomes hold; ``root`` is the directory that becomes its root. It is
+    hold already unless ``wait`` is unset.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Container:
         stdin: int = subprocess.DEVNULL,
         stdout: int | None = None,
         pass_fds: Sequence[int] = (),
+        wait: bool = True,
     ) -> None:
         command = shlex.join([str(binary), *args])
         change = (
@@ -84,9 +86,11 @@ class Container:
             pass_fds=pass_fds,
             env={**os.environ, **(environment or {})},
         )
-        until(
-            lambda: self.popen.poll() is not None or self.title.startswith("hold:"), "pid 1 is hold"
-        )
+        if wait:
+            until(
+                lambda: self.popen.poll() is not None or self.title.startswith("hold:"),
+                "pid 1 is hold",
+            )
 
     @property
     def pid(self) -> int:

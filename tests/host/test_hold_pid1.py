@@ -81,7 +81,17 @@ def test_a_command_that_cannot_be_run_is_126(start: Start, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "args", [(), ("run",), ("auto",), ("wait", "x"), ("install",), ("install", "a", "b"), ("go",)]
+    "args",
+    [
+        (),
+        ("run",),
+        ("auto",),
+        ("wait", "x"),
+        ("install",),
+        ("install", "a", "b"),
+        ("go",),
+        ("hook",),
+    ],
 )
 def test_what_makes_no_sense_is_a_usage_error(binary: Path, args: tuple[str, ...]) -> None:
     done = subprocess.run([str(binary), *args], capture_output=True, check=False)
@@ -644,6 +654,68 @@ def test_a_link_in_place_of_the_stamp_is_not_followed(pod: Pod, tmp_path: Path) 
     named(placeholder).end(0)
     assert placeholder.ended() == 0
     assert not (tmp_path / "elsewhere").exists()
+
+
+# --- hooks and probes of a container ---
+
+
+def status_inside(container: Container, *command: str) -> int:
+    """The exit status of a program that was started into the container from outside."""
+    return Guest(container, body=lambda: os.execv(command[0], command)).reaped_outside()
+
+
+def test_hooks_run_where_a_workload_runs(start: Start, binary: Path, tmp_path: Path) -> None:
+    container = start("run", "sleep", "1000")
+    script = f"env > {tmp_path}/environment; exit 3"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CKPT_AGENT_RESTORE", "job@7")
+        patch.setenv("OTHER", "kept")
+        assert status_inside(container, str(binary), "hook", "/bin/sh", "-c", script) == 3
+    said = (tmp_path / "environment").read_text()
+    assert "CKPT_AGENT" not in said
+    assert "OTHER=kept" in said
+    assert status_inside(container, str(binary), "running") == 0
+    assert status_inside(container, str(binary), "hook", "/nonexistent") == 127
+
+
+def test_hooks_do_nothing_in_a_placeholder_until_it_has_a_workload(
+    start: Start, binary: Path, tmp_path: Path
+) -> None:
+    container = start("wait")
+    touch = (str(binary), "hook", "/bin/touch", str(tmp_path / "ran"))
+    assert status_inside(container, *touch) == 0
+    assert status_inside(container, str(binary), "running") == 1
+    assert not (tmp_path / "ran").exists()
+    guest = named(container)
+    assert status_inside(container, str(binary), "running") == 0
+    assert status_inside(container, *touch) == 0
+    assert (tmp_path / "ran").exists()
+    guest.end(0)
+
+
+def test_hooks_do_nothing_where_the_workload_was_stored_and_stopped(
+    start: Start, binary: Path
+) -> None:
+    container = start("run", "sleep", "1000")
+    stem = container.stem()
+    sigqueue(container.pid, signal.SIGUSR2, -container.inner(stem))
+    until(lambda: container.title.startswith("hold: stopping"), "hold lets it stop")
+    assert status_inside(container, str(binary), "hook", "/bin/false") == 1
+    os.kill(stem, signal.SIGKILL)
+    until(container.waits, "hold waits")
+    assert status_inside(container, str(binary), "hook", "/bin/false") == 0
+
+
+def test_a_hook_that_comes_before_hold_has_chosen_waits_for_it(
+    start: Start, binary: Path, tmp_path: Path
+) -> None:
+    """A container's postStart begins together with its first process."""
+    before = f"echo early; while ! test -e {tmp_path}/go; do sleep 0.01; done"
+    container = start("run", "sleep", "1000", before=before, wait=False)
+    assert container.line() == "early"
+    hook = Guest(container, body=lambda: os.execv(binary, [str(binary), "hook", "/bin/true"]))
+    (tmp_path / "go").touch()
+    assert hook.reaped_outside() == 0
 
 
 # --- install ---

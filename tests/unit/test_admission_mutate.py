@@ -230,6 +230,37 @@ def test_the_annotation_can_say_what_an_image_runs() -> None:
     assert main["args"] == ["x"]
 
 
+def test_hooks_do_nothing_in_a_placeholder() -> None:
+    hooks = {
+        "postStart": {"exec": {"command": ["sh", "-c", "register"]}},
+        "preStop": {"exec": {"command": ["sh", "-c", "sleep 15"]}},
+    }
+    (main,) = patched(pod(container("main", lifecycle=hooks)))["spec"]["containers"]
+    held = ["/.ckpt-agent/hold", "hook", "sh", "-c"]
+    assert main["lifecycle"] == {
+        "postStart": {"exec": {"command": [*held, "register"]}},
+        "preStop": {"exec": {"command": [*held, "sleep 15"]}},
+    }
+    others = {"postStart": {"sleep": {"seconds": 1}}, "preStop": {"httpGet": {"port": 80}}}
+    (main,) = patched(pod(container("main", lifecycle=others)))["spec"]["containers"]
+    assert main["lifecycle"] == others
+
+
+def test_a_liveness_probe_begins_when_a_workload_runs() -> None:
+    liveness = {"httpGet": {"port": 80}}
+    (main,) = patched(pod(container("main", livenessProbe=liveness)))["spec"]["containers"]
+    assert main["startupProbe"]["exec"] == {"command": ["/.ckpt-agent/hold", "running"]}
+    assert main["livenessProbe"] == liveness
+    own = {"httpGet": {"port": 81}}
+    probes = {"livenessProbe": liveness, "startupProbe": own}
+    (main,) = patched(pod(container("main", **probes)))["spec"]["containers"]
+    assert main["startupProbe"] == own
+    sidecar = container("main", livenessProbe=liveness, restartPolicy="Always")
+    chosen = {optin.CONTAINERS: "main"}
+    before = pod(container("other"), initContainers=[sidecar], annotations=chosen)
+    assert "startupProbe" not in patched(before)["spec"]["initContainers"][1]
+
+
 def test_the_note_goes_when_its_reason_goes() -> None:
     before = pod(annotations={optin.NOT_HELD: "main: old", "keep": "1"})
     assert patched(before)["metadata"]["annotations"] == {"keep": "1", SAFE_TO_EVICT: "ckpt-agent"}
@@ -284,6 +315,8 @@ def test_a_static_pod_is_left() -> None:
             },
             "mounted",
         ),
+        ({"lifecycle": {"postStart": {"httpGet": {"port": 80}}}}, "postStart"),
+        ({"lifecycle": {"postStart": {"tcpSocket": {"port": 80}}}}, "postStart"),
         ({"env": [{"name": "CKPT_AGENT_RESTORE", "value": ""}]}, "CKPT_AGENT_RESTORE"),
         ({"env": [{"name": "CKPT_AGENT_CONTAINER", "value": "b"}]}, "CKPT_AGENT_CONTAINER"),
     ],
@@ -356,6 +389,7 @@ _mounts = st.lists(
     max_size=2,
 )
 _words = st.lists(st.text(max_size=5), max_size=3)
+_hook = st.builds(lambda words: {"exec": {"command": words}}, _words) | st.just({"httpGet": {}})
 
 
 def _maybe(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -377,6 +411,9 @@ _container = st.builds(
         env=_env,
         volumeMounts=_mounts,
         tty=st.booleans(),
+        livenessProbe=st.just({"httpGet": {"port": 80}}),
+        startupProbe=st.just({"httpGet": {"port": 81}}),
+        lifecycle=_maybe(postStart=_hook, preStop=_hook),
         restartPolicy=st.just("Always"),
         resources=st.just({"requests": {"cpu": "1"}}),
     ),
