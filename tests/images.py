@@ -16,8 +16,9 @@ from typing import Any
 from agent.model import ids
 from agent.model.ids import MemberName
 from agent.model.streams import PAGE_BYTES, AddressSpace, FileEntry, PageRun
-from agent.store import layout
-from agent.store.repository import EpochReader, EpochWriter, MemberReader
+from agent.store import intents, layout
+from agent.store.repository import EpochReader, EpochWriter, JointWriter, MemberReader
+from agent.volumes.base import Volume
 
 NOW_S = 1_790_000_000.0
 GROUP = ids.group_name("group")
@@ -67,7 +68,7 @@ def file_entry(path: str) -> FileEntry:
     return FileEntry(path, "file", 0o100600, 1, 2, 3, 0, "open", xattrs=(("user.x", b"\0\xff"),))
 
 
-def write(epoch: EpochWriter, image: Image) -> None:
+def write(epoch: EpochWriter | JointWriter, image: Image) -> None:
     """Write all members, run by run, without committing."""
     for name, member in image.items():
         sink = epoch.member(name)
@@ -84,6 +85,16 @@ def write(epoch: EpochWriter, image: Image) -> None:
             sink.file(file_entry(path), io.BytesIO(content))
         sink.file(FileEntry("/data", "directory", 0o40755, 0, 0, 0, 0, "include"), None)
         sink.facts(dict(member.facts))
+
+
+def bury(volume: Volume, attempt: str) -> None:
+    """Have an attempt announced by a process of this machine that has ended."""
+    name = layout.intent_name(attempt)
+    intent = intents.decode(volume.read(name), attempt)
+    me = intents.Owner.myself()
+    dead = dataclasses.replace(me, start_ticks=me.start_ticks + 1)
+    volume.delete(name)
+    intents.announce(volume, dataclasses.replace(intent, owner=dead))
 
 
 def memory(runs: Runs) -> dict[int, tuple[int, int]]:

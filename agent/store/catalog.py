@@ -11,31 +11,47 @@ from collections.abc import Iterator
 
 from agent import errors
 from agent.model.ids import EpochId, GroupName, MemberName
-from agent.store import layout, manifest, pack, summary
+from agent.store import decisions, layout, manifest, pack, summary
 from agent.store.digest import digest
-from agent.volumes.base import Volume
+from agent.volumes.base import BlobInfo, Volume
 
 
-def group_files(volume: Volume, group: GroupName | None = None) -> Iterator[layout.EpochFile]:
-    """Yield every manifest there is, of epochs and of members, by name only."""
+def group_files(
+    volume: Volume, group: GroupName | None = None
+) -> Iterator[tuple[layout.EpochFile, BlobInfo]]:
+    """Yield every file below ``groups/``, by name only: members' manifests, epochs' manifests and
+    what takes their place where an epoch is abandoned.
+    """
     prefix = layout.GROUPS if group is None else f"{layout.GROUPS}{group}/"
     for info in volume.list(prefix):
         found = layout.parse_group_file(info.name)
         if found is not None:
+            yield found, info
+
+
+def names(volume: Volume, group: GroupName) -> list[EpochId]:
+    """Return the epochs of a group that are decided, either way, oldest first."""
+    return [found.epoch for found, _ in group_files(volume, group) if found.member is None]
+
+
+def committed(volume: Volume, group: GroupName | None = None) -> Iterator[layout.EpochFile]:
+    """Yield the committed epochs, of one group or by group, oldest first, good or damaged."""
+    for found, info in group_files(volume, group):
+        if found.member is None and not decisions.listed_as_abandoned(
+            volume, info, found.group, found.epoch
+        ):
             yield found
 
 
 def epochs(volume: Volume, group: GroupName) -> list[EpochId]:
-    """Return the committed epochs of a group, oldest first, by name only."""
-    return [found.epoch for found in group_files(volume, group) if found.member is None]
+    """Return the committed epochs of a group, oldest first."""
+    return [found.epoch for found in committed(volume, group)]
 
 
 def summaries(volume: Volume, group: GroupName | None = None) -> list[summary.EpochSummary]:
     """Return all epochs, of one group or by group, oldest first, damaged ones marked."""
     result = []
-    for file in group_files(volume, group):
-        if file.member is not None:
-            continue
+    for file in committed(volume, group):
         try:
             found = read_epoch(volume, file.group, file.epoch)
         except errors.DataError as exc:
@@ -50,20 +66,23 @@ def summaries(volume: Volume, group: GroupName | None = None) -> list[summary.Ep
 def exists(volume: Volume, group: GroupName, epoch: EpochId) -> bool:
     """Tell whether an epoch is committed, and not deleted."""
     try:
-        volume.info(layout.epoch_name(group, epoch))
+        info = volume.info(layout.epoch_name(group, epoch))
     except errors.BlobNotFound:
         return False
-    return True
+    return not decisions.listed_as_abandoned(volume, info, group, epoch)
 
 
 def read_epoch(volume: Volume, group: GroupName, epoch: EpochId) -> manifest.EpochManifest:
     """Read the manifest of an epoch.
 
     Raises:
-        errors.BlobNotFound: there is no such epoch.
+        errors.BlobNotFound: there is no such epoch, or it was abandoned.
         errors.Corrupt | errors.UnknownFormat: it cannot be used.
     """
-    sealed = volume.read(layout.epoch_name(group, epoch))
+    name = layout.epoch_name(group, epoch)
+    sealed = volume.read(name)
+    if decisions.is_abandonment(sealed, group, epoch):
+        raise errors.BlobNotFound(f"epoch {epoch} of {group} was abandoned", blob=name)
     return manifest.decode_epoch(sealed, group, epoch)
 
 

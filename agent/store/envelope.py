@@ -33,6 +33,8 @@ class Kind(enum.IntEnum):
     PACK_INDEX = 4
     INTENT = 5
     SUSPECT = 6
+    ABANDONMENT = 7
+    JOINT_INTENT = 8
 
 
 def seal(kind: Kind, body: bytes) -> bytes:
@@ -67,6 +69,16 @@ def unseal(kind: Kind, sealed: bytes, *, part: str) -> bytes:
     if found_kind != kind or zero != 0 or length != len(sealed) - OVERHEAD_BYTES:
         raise errors.Corrupt(f"{part} is a file of another kind or length", part=part)
     return sealed[_HEADER.size : -DIGEST_BYTES]
+
+
+def claims(kind: Kind, sealed: bytes) -> bool:
+    """Tell whether a file's header says this kind, whatever follows it."""
+    header = sealed[: _HEADER.size]
+    return (
+        header.startswith(MAGIC)
+        and len(header) == _HEADER.size
+        and (_HEADER.unpack(header)[2] == kind)
+    )
 
 
 def _is_version_one_damaged(sealed: bytes) -> bool:

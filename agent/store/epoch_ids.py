@@ -30,6 +30,15 @@ def next_epoch(existing: Sequence[EpochId], now_s: float) -> EpochId:
     return EpochId(f"{moment.strftime(_TIME)}-{secrets.token_hex(3)}")
 
 
+def named_s(epoch: EpochId) -> float:
+    """Return the wall time that an epoch's name states; one that states none counts as new."""
+    try:
+        text = f"{epoch[:_TIME_CHARACTERS]}+0000"
+        return datetime.datetime.strptime(text, f"{_TIME}%z").timestamp()
+    except (ValueError, OverflowError):
+        return float("inf")
+
+
 def new_attempt(epoch: EpochId) -> str:
     """Return an id that no other attempt at this epoch, or at any other, has."""
     return layout.attempt_id(epoch, secrets.token_hex(8))

@@ -55,7 +55,9 @@ class Owner:
 
 @dataclasses.dataclass(frozen=True)
 class Intent:
-    """What one attempt is up to. ``packs`` are those of its base."""
+    """What one attempt is up to. ``packs`` are those of its base, or of all that it commits.
+    ``joint``: others may commit the epoch after this attempt's process has died.
+    """
 
     attempt: str
     purpose: Purpose
@@ -63,6 +65,7 @@ class Intent:
     group: GroupName | None = None
     base: EpochId | None = None
     packs: tuple[str, ...] = ()
+    joint: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +84,17 @@ class Announced:
                 return True
         return now_s - self.modified_s > STALE_S
 
+    def joins(self, group: GroupName, epoch: EpochId) -> bool:
+        """Tell whether it is of somebody who has to do with this joint epoch."""
+        mine = self.intent is not None and self.intent.joint and self.intent.group == group
+        return mine and layout.attempt_epoch(self.attempt) == epoch
+
 
 def announce(volume: Volume, intent: Intent) -> None:
     """Make an intent known; durable when this returns."""
     body = dataclasses.asdict(intent) | {"packs": list(intent.packs)}
-    sealed = envelope.seal(envelope.Kind.INTENT, encode(body))
+    del body["joint"]
+    sealed = envelope.seal(_kind(intent.joint), encode(body))
     volume.put(layout.intent_name(intent.attempt), sealed)
 
 
@@ -94,10 +103,18 @@ def withdraw(volume: Volume, attempt: str) -> None:
     volume.delete(layout.intent_name(attempt))
 
 
+def _kind(joint: bool) -> envelope.Kind:
+    """A joint writer's intent is of a kind of its own: a version of this program that does not
+    know about abandoning cannot read it, and so deletes no pack while it is young.
+    """
+    return envelope.Kind.JOINT_INTENT if joint else envelope.Kind.INTENT
+
+
 def decode(sealed: bytes, attempt: str) -> Intent:
     """Return what was announced; raises ``errors.Corrupt`` or ``errors.UnknownFormat``."""
     part = layout.intent_name(attempt)
-    body = Fields.parse(envelope.unseal(envelope.Kind.INTENT, sealed, part=part), part)
+    joint = envelope.claims(envelope.Kind.JOINT_INTENT, sealed)
+    body = Fields.parse(envelope.unseal(_kind(joint), sealed, part=part), part)
     purpose, packs = body.text("purpose"), tuple(body.texts("packs"))
     if body.text("attempt") != attempt or purpose not in ("write", "delete"):
         raise errors.Corrupt(f"{part} is not what its name says", part=part)
@@ -121,6 +138,7 @@ def decode(sealed: bytes, attempt: str) -> Intent:
         group,
         base,
         packs,
+        joint,
     )
 
 

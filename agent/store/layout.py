@@ -70,6 +70,11 @@ def is_attempt(text: str) -> bool:
     return _ATTEMPT.fullmatch(text) is not None
 
 
+def attempt_epoch(attempt: str) -> EpochId:
+    """Return the epoch that an attempt is made at."""
+    return EpochId(attempt.rpartition("-")[0])
+
+
 def pack_attempt(name: str) -> str:
     """Return the attempt that a pack's name tells.
 

@@ -130,10 +130,7 @@ def encode_epoch(manifest: EpochManifest) -> bytes:
         "epoch": manifest.epoch,
         "attempt": manifest.attempt,
         "created_s": manifest.created_s,
-        "members": [
-            {"name": ref.member, "size_bytes": ref.size_bytes, "digest": ref.digest.hex()}
-            for ref in manifest.members
-        ],
+        "members": encode_refs(manifest.members),
         "packs": list(manifest.packs),
         "totals": dataclasses.asdict(manifest.totals),
         "stored_bytes": manifest.stored_bytes,
@@ -149,6 +146,29 @@ def decode_epoch(sealed: bytes, group: GroupName, epoch: EpochId) -> EpochManife
     attempt = body.text("attempt")
     if body.text("group") != group or body.text("epoch") != epoch or not layout.is_attempt(attempt):
         raise errors.Corrupt(f"{part} is of another epoch", part=part)
+    return EpochManifest(
+        group,
+        epoch,
+        attempt,
+        body.number("created_s"),
+        decode_refs(body, part),
+        decode_packs(body),
+        decode_totals(body, part),
+        body.integer("stored_bytes"),
+        body.mapping("facts"),
+    )
+
+
+def encode_refs(refs: tuple[MemberRef, ...]) -> list[dict[str, Any]]:
+    """Return references to members' manifests as JSON values."""
+    return [
+        {"name": ref.member, "size_bytes": ref.size_bytes, "digest": ref.digest.hex()}
+        for ref in refs
+    ]
+
+
+def decode_refs(body: Fields, part: str) -> tuple[MemberRef, ...]:
+    """Return the references in ``members``, none of them twice."""
     members = tuple(
         MemberRef(
             _member(ref.text("name"), part),
@@ -159,20 +179,21 @@ def decode_epoch(sealed: bytes, group: GroupName, epoch: EpochId) -> EpochManife
     )
     if len({ref.member for ref in members}) != len(members):
         raise errors.Corrupt(f"{part} names a member twice", part=part)
+    return members
+
+
+def decode_packs(body: Fields) -> tuple[str, ...]:
+    """Return the names in ``packs``, each that of a pack."""
     packs = tuple(body.texts("packs"))
     for name in packs:
         layout.pack_attempt(name)
-    return EpochManifest(
-        group,
-        epoch,
-        attempt,
-        body.number("created_s"),
-        members,
-        packs,
-        _totals(body, part),
-        body.integer("stored_bytes"),
-        body.mapping("facts"),
-    )
+    return packs
+
+
+def decode_totals(body: Fields, part: str) -> Totals:
+    """Return the counts in ``totals``."""
+    fields = Fields(body.mapping("totals"), part)
+    return Totals(*(fields.integer(field.name) for field in dataclasses.fields(Totals)))
 
 
 def encode_member(manifest: MemberManifest) -> bytes:
@@ -269,14 +290,9 @@ def decode_member(
         spaces,
         metadata,
         tuple(files),
-        _totals(body, part),
+        decode_totals(body, part),
         body.mapping("facts"),
     )
-
-
-def _totals(body: Fields, part: str) -> Totals:
-    fields = Fields(body.mapping("totals"), part)
-    return Totals(*(fields.integer(field.name) for field in dataclasses.fields(Totals)))
 
 
 def _member(text: str, part: str) -> MemberName:

@@ -5,8 +5,9 @@ epochs, (2) list packs and members' manifests, (3) list intents, (4) list manife
 delete what was listed in 2 and is named neither in 3 nor in 4. A writer announces its base's packs
 before it looks whether the base is still there, writes packs only then, and withdraws the intent
 only after its commit; so at 3 or at 4 it is seen. Deleters exclude each other: each announces
-itself, then looks for others; of two at once, at least one sees the other and gives up. FORMAT.md
-has the whole argument.
+itself, then looks for others; of two at once, at least one sees the other and gives up. What a
+joint writer left that died may still be committed by others: so its epoch is abandoned between 3
+and 4, unless it is decided. FORMAT.md has the whole argument.
 
 Promises: a crash or an error at any point loses nothing that is committed; what is left over goes
 with the next prune. Where a manifest or an intent cannot be read, no pack is deleted.
@@ -23,7 +24,16 @@ from agent import errors
 from agent.host import clock
 from agent.model import ids
 from agent.model.ids import EpochId, GroupName
-from agent.store import catalog, epoch_ids, intents, layout, reserve, retention, summary
+from agent.store import (
+    catalog,
+    decisions,
+    epoch_ids,
+    intents,
+    layout,
+    reserve,
+    retention,
+    summary,
+)
 from agent.volumes.base import BlobInfo, Volume
 
 Image = tuple[GroupName, EpochId]
@@ -59,7 +69,8 @@ def prune(
         for _, epochs in of_group:
             going: list[summary.EpochSummary] = retention.expired(list(epochs), keep, now_s)
             expired += [(found.group, found.epoch) for found in going]
-        return run.remove(expired)
+        in_use = run.in_use(expired)
+        return run.remove([image for image in expired if image not in in_use])
 
 
 def delete(volume: Volume, group: GroupName, epoch: EpochId) -> PruneReport:
@@ -67,11 +78,17 @@ def delete(volume: Volume, group: GroupName, epoch: EpochId) -> PruneReport:
 
     Raises:
         errors.NotFound: there is none.
+        errors.Conflict: its writers have not all heard that it is committed.
     """
     if not catalog.exists(volume, group, epoch):
         raise errors.NotFound(f"there is no epoch {epoch} of {group}")
     run = _Run(volume, clock.wall_s(), dry_run=False)
     with run:
+        if run.in_use([(group, epoch)]):
+            raise errors.Conflict(
+                f"epoch {epoch} of {group} is still being finished by those who wrote it",
+                hint="try again later",
+            )
         return run.remove([(group, epoch)])
 
 
@@ -104,6 +121,26 @@ class _Run:
             intents.withdraw(self._volume, self._attempt)
             reserve.set_aside(self._volume)
 
+    def in_use(self, images: list[Image]) -> set[Image]:
+        """Return which epochs somebody who wrote or commits them has still to do with. Of the
+        others nothing is announced afterwards, so nobody can commit them again.
+        """
+        found = self._joined(images, stale=False)
+        if self._dry_run:
+            return {image for image, _ in found}
+        for _, attempt in self._joined(images, stale=True) - found:
+            intents.withdraw(self._volume, attempt)
+        return {image for image, _ in self._joined(images, stale=True)}
+
+    def _joined(self, images: list[Image], *, stale: bool) -> set[tuple[Image, str]]:
+        """Return the intents of these joint epochs; without ``stale``, living ones only."""
+        return {
+            (image, found.attempt)
+            for found in intents.all_announced(self._volume)
+            for image in images
+            if found.joins(*image) and (stale or not found.stale(self._here, self._now_s))
+        }
+
     def remove(self, going: list[Image]) -> PruneReport:
         """Do the five steps."""
         gone = set(going)
@@ -114,17 +151,15 @@ class _Run:
         packs = list(self._volume.list(layout.PACKS))
         files = list(self._volume.list(layout.GROUPS))
         announced = intents.all_announced(self._volume)
+        living = self._living(announced, gone)
         committed = [
             (found.group, found.epoch)
-            for found in catalog.group_files(self._volume)
-            if found.member is None and (found.group, found.epoch) not in gone
+            for found in catalog.committed(self._volume)
+            if (found.group, found.epoch) not in gone
         ]
         live_packs, blocked = self._live_packs(committed)
-        live_attempts: set[str] = set()
-        for found in announced:
-            if found.attempt == self._attempt or found.stale(self._here, self._now_s):
-                continue
-            live_attempts.add(found.attempt)
+        live_attempts = {found.attempt for found in living}
+        for found in living:
             if found.intent is None:
                 blocked.append(f"{layout.intent_name(found.attempt)} cannot be read")
             else:
@@ -136,11 +171,49 @@ class _Run:
             self._sweep_suspects({info.name for info in packs})
         if not self._dry_run:
             if not blocked:
-                self._sweep_announced(announced)
+                self._sweep_announced(announced, live_attempts)
+                self._sweep_abandonments(announced)
             self._volume.sweep(intents.STALE_S)
         return PruneReport(
             tuple(going), tuple(committed), self._freed_bytes, self._leftovers, tuple(blocked)
         )
+
+    def _living(
+        self, announced: list[intents.Announced], gone: set[Image]
+    ) -> list[intents.Announced]:
+        """Return the intents that protect what they name, other than this deleter's; of the rest
+        nobody can make any use any more.
+        """
+        others = [found for found in announced if found.attempt != self._attempt]
+        stale = [found for found in others if found.stale(self._here, self._now_s)]
+        living = [found for found in others if found not in stale]
+        alive = list(living)
+        for found in stale:
+            intent = found.intent
+            if intent is None or not intent.joint or intent.group is None:
+                continue
+            image = (intent.group, layout.attempt_epoch(found.attempt))
+            if image not in gone and not self._is_over(image, alive):
+                living.append(found)
+        return living
+
+    def _is_over(self, image: Image, alive: list[intents.Announced]) -> bool:
+        """Tell whether nobody can commit a joint epoch any more, or has done so; see to it if none
+        of those who work on it is alive.
+        """
+        try:
+            if decisions.decision(self._volume, *image) is not None:
+                return True
+            if any(found.joins(*image) for found in alive):
+                return False
+            if not self._dry_run:
+                self._age.check()
+                decisions.abandon(self._volume, *image, use_reserve=True)
+        except errors.DataError:
+            return True  # decided; what it needs is looked for with all epochs
+        except errors.VolumeFull:
+            return False
+        return True
 
     def _announce(self) -> None:
         intent = intents.Intent(self._attempt, "delete", self._here)
@@ -217,11 +290,21 @@ class _Run:
             if pack not in packs or pack in self._gone_packs:
                 self._delete(info)
 
-    def _sweep_announced(self, announced: list[intents.Announced]) -> None:
+    def _sweep_announced(self, announced: list[intents.Announced], live_attempts: set[str]) -> None:
         """Delete stale intents, after what they had protected is gone."""
         for found in announced:
-            if found.attempt != self._attempt and found.stale(self._here, self._now_s):
+            if found.attempt not in {self._attempt, *live_attempts}:
                 intents.withdraw(self._volume, found.attempt)
+
+    def _sweep_abandonments(self, announced: list[intents.Announced]) -> None:
+        """Delete old abandonments of epochs that nobody has anything to do with."""
+        at_work = {layout.attempt_epoch(found.attempt) for found in announced}
+        for found, info in list(catalog.group_files(self._volume)):
+            old = self._now_s - info.modified_s > intents.STALE_S
+            if found.member is not None or not old or found.epoch in at_work:
+                continue
+            if decisions.listed_as_abandoned(self._volume, info, found.group, found.epoch):
+                self._delete(info)
 
     def _delete(self, info: BlobInfo) -> None:
         self._freed_bytes += info.size_bytes

@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from agent import errors
 from agent.model import ids
 from agent.model.ids import EpochId, GroupName
+from agent.model.protocol import Decision
 from agent.store import (
     catalog,
+    decisions,
     envelope,
+    epoch_ids,
     identity,
+    joint,
     layout,
+    parts,
     prune,
     reader,
     reserve,
@@ -33,7 +40,9 @@ from agent.volumes.base import Volume
 EpochReader = reader.EpochReader
 EpochSummary = summary.EpochSummary
 EpochWriter = writer.EpochWriter
+JointWriter = joint.JointWriter
 MemberReader = reader.MemberReader
+Part = parts.Part
 PruneReport = prune.PruneReport
 VerifyReport = verify.VerifyReport
 
@@ -82,6 +91,57 @@ class Store:
     def begin(self, group: GroupName, *, now_s: float) -> AbstractContextManager[EpochWriter]:
         """Open a new epoch; leaving the context without ``commit`` leaves nothing restorable."""
         return writer.begin(self.volume, self._key, group, now_s=now_s)
+
+    def new_epoch(self, group: GroupName, *, now_s: float) -> EpochId:
+        """Return a name for an epoch that several writers will write together; it sorts after all
+        that are decided in the group. Nothing is written.
+        """
+        return epoch_ids.next_epoch(catalog.names(self.volume, group), now_s)
+
+    def join(
+        self, group: GroupName, epoch: EpochId, *, now_s: float
+    ) -> AbstractContextManager[JointWriter]:
+        """Write members of an epoch that others write, too; leaving the context before ``finish``
+        leaves nothing, after it everything, unless ``keep`` or ``drop`` was called.
+
+        Raises:
+            errors.Conflict: the epoch is decided already.
+            errors.DeadlineExceeded: its name is older than a writer may become.
+        """
+        return joint.join(self.volume, self._key, group, epoch, now_s=now_s)
+
+    def commit_joint(
+        self,
+        group: GroupName,
+        epoch: EpochId,
+        given: Sequence[Part],
+        facts: dict[str, Any],
+        *,
+        now_s: float,
+    ) -> EpochSummary:
+        """Make an epoch of these parts restorable; durable when this returns, idempotent.
+
+        Raises:
+            errors.Conflict: it was abandoned, committed with other parts, or a part was dropped.
+            errors.DeadlineExceeded: a part is so old that it may be taken for dead.
+            errors.VolumeError: it may be committed all the same; ``abandon`` tells.
+        """
+        return joint.commit(self.volume, group, epoch, given, facts, now_s=now_s)
+
+    def abandon(self, group: GroupName, epoch: EpochId) -> Decision:
+        """Decide that an epoch is never committed, unless it is decided; return what it is.
+
+        Raises:
+            errors.DataError: it is decided, but the file that says how is damaged.
+            errors.VolumeError: it is not known whether it is decided; asking again tells.
+        """
+        return decisions.abandon(self.volume, group, epoch)
+
+    def decision(self, group: GroupName, epoch: EpochId) -> Decision | None:
+        """Return what an epoch is decided to be, None if it is not; raises as ``abandon``. A
+        deleted epoch is undecided again, but nobody can commit it.
+        """
+        return decisions.decision(self.volume, group, epoch)
 
     def epochs(self, group: GroupName | None = None) -> list[EpochSummary]:
         """Return all epochs, of one group or by group, oldest first. One whose manifest is

@@ -11,25 +11,25 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 from agent import errors
-from agent.model.ids import EpochId, GroupName, MemberName
-from agent.store import baseline, catalog, epoch_ids, intents, layout, manifest, summary
-from agent.store.identity import Identity
-from agent.store.member_writer import MemberWriter
-from agent.store.packing import Packer
-from agent.store.pages import EpochPages
+from agent.model.ids import EpochId, GroupName
+from agent.store import (
+    attempt,
+    baseline,
+    catalog,
+    epoch_ids,
+    intents,
+    layout,
+    manifest,
+    parts,
+    summary,
+)
 from agent.volumes.base import Volume
 
 log = logging.getLogger(__name__)
-
-# How often the base of a beginning writer may vanish before something is really wrong.
-_BASE_RACES = 16
-# Where the writer's own warnings go among the facts of an epoch.
-WARNINGS = "store_warnings"
 
 
 @contextlib.contextmanager
@@ -40,36 +40,16 @@ def begin(volume: Volume, key: bytes, group: GroupName, *, now_s: float) -> Iter
         errors.VolumeError: the volume failed.
         errors.Conflict: whatever it would build on is being deleted.
     """
-    epoch = epoch_ids.next_epoch(catalog.epochs(volume, group), now_s)
-    attempt = epoch_ids.new_attempt(epoch)
+    epoch = epoch_ids.next_epoch(catalog.names(volume, group), now_s)
+    mine = epoch_ids.new_attempt(epoch)
     age = intents.Age()
-    base = _settle(volume, group, attempt)
-    writer = EpochWriter(volume, key, group, epoch, attempt, base, age, now_s)
+    base = attempt.announce(volume, group, mine)
+    writer = EpochWriter(volume, key, group, epoch, mine, base, age, now_s)
     del base  # its tags are in the writer's own index now
     try:
         yield writer
     finally:
         writer.close()
-
-
-def _settle(volume: Volume, group: GroupName, attempt: str) -> baseline.Baseline:
-    """Choose a base and announce it, such that no prune can take its packs away.
-
-    A prune lists intents after it has deleted manifests. So if the base is still there after the
-    intent was put, then a prune that did not see the intent sees the base.
-    """
-    for _ in range(_BASE_RACES):
-        base = baseline.load(volume, group)
-        packs = tuple(pack.ref.name for pack in base.packs)
-        owner = intents.Owner.myself()
-        intent = intents.Intent(attempt, "write", owner, group, base.epoch, packs)
-        intents.announce(volume, intent)
-        if base.epoch is None or catalog.exists(volume, group, base.epoch):
-            return base
-        intents.withdraw(volume, attempt)
-    raise errors.Conflict(
-        f"every epoch of {group} to build on is being deleted", hint="try again later"
-    )
 
 
 class _Seen(enum.Enum):
@@ -81,10 +61,8 @@ class _Seen(enum.Enum):
     COMMITTED = enum.auto()
 
 
-class EpochWriter:
-    """One attempt to write an epoch of ``group``, called ``epoch``. Members may be written from
-    several threads; everything else comes from one.
-    """
+class EpochWriter(attempt.Attempt):
+    """An attempt that commits its epoch itself."""
 
     def __init__(
         self,
@@ -92,39 +70,14 @@ class EpochWriter:
         key: bytes,
         group: GroupName,
         epoch: EpochId,
-        attempt: str,
+        mine: str,
         base: baseline.Baseline,
         age: intents.Age,
         now_s: float,
     ) -> None:
-        self.group = group
-        self.epoch = epoch
-        self._volume = volume
-        self._key = key
-        self._attempt = attempt
-        self._warnings = base.warnings
-        self._age = age
+        super().__init__(volume, key, group, epoch, mine, base, age)
         self._created_s = now_s
-        self._members: dict[MemberName, MemberWriter] = {}
-        self._lock = threading.Lock()
-        self._packer = Packer(volume, attempt)
-        self._pages = EpochPages(base, self._packer, Identity(key).zero)
         self._seen = _Seen.NEVER
-
-    def member(self, name: MemberName) -> MemberWriter:
-        """Begin a member of the epoch.
-
-        Raises:
-            errors.InvalidInput: the epoch has one of this name already, or is committed.
-        """
-        with self._lock:
-            if self._seen is not _Seen.NEVER or name in self._members:
-                raise errors.InvalidInput(f"member {name} cannot be added to epoch {self.epoch}")
-            writer = MemberWriter(
-                self._volume, self._pages, self._key, self.group, self.epoch, name
-            )
-            self._members[name] = writer
-        return writer
 
     def commit(self, facts: dict[str, Any]) -> summary.EpochSummary:
         """Finish all members and make the epoch restorable; durable when this returns.
@@ -135,36 +88,14 @@ class EpochWriter:
         """
         if self._seen is not _Seen.NEVER or not self._members:
             raise errors.InvalidInput("an epoch is committed once, with at least one member")
-        totals = manifest.Totals()
-        refs = []
-        members = list(self._members.values())
-        for member in members:
-            totals += member.finish()
-            if member.ref is not None:
-                refs.append(member.ref)
-        _, pack_bytes = self._pages.flush()
-        if self._warnings:
-            facts = facts | {WARNINGS: list(self._warnings)}
-        found = manifest.EpochManifest(
-            self.group,
-            self.epoch,
-            self._attempt,
-            self._created_s,
-            tuple(refs),
-            tuple(sorted({name for member in members for name in member.packs})),
-            totals,
-            pack_bytes + sum(ref.size_bytes for ref in refs),
-            facts,
-        )
-        sealed = manifest.encode_epoch(found)
-        self._age.check()
-        self._put(sealed)
+        found = parts.assemble(self._attempt, [self._finish()], facts, self._created_s)
+        self._put(manifest.encode_epoch(found))
         self._seen = _Seen.COMMITTED
         return summary.of(found)
 
     def close(self) -> None:
         """Let go of everything; without a commit, remove what was written."""
-        packs = self._packer.close()
+        packs = self._stop()
         if self._seen is _Seen.PERHAPS_STILL:
             log.warning(
                 "it is not known whether the epoch was committed; nothing of it was removed",
@@ -173,10 +104,7 @@ class EpochWriter:
             return
         try:
             if self._seen is _Seen.NEVER:
-                for name in self._members:
-                    self._volume.delete(layout.member_name(self.group, self.epoch, name))
-                for pack in packs:
-                    self._volume.delete(pack)
+                self._delete(list(self._members), packs)
             intents.withdraw(self._volume, self._attempt)
         except errors.VolumeError as exc:
             log.warning(
@@ -192,7 +120,7 @@ class EpochWriter:
             if self._volume.read(name) == sealed:
                 return  # an earlier try of the volume's own succeeded
             raise errors.Conflict(
-                f"epoch {self.epoch} of {self.group} was committed by somebody else",
+                f"epoch {self.epoch} of {self.group} was decided by somebody else",
                 hint="dump again",
             ) from exc
         except errors.VolumeError:

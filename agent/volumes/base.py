@@ -53,8 +53,9 @@ class BlobWriter(Protocol):
         """Make the blob durable and visible.
 
         Raises:
-            errors.BlobExists: the name was taken meanwhile; nothing changed.
-            errors.VolumeError: nothing is visible under the name.
+            errors.BlobExists: the name was taken meanwhile, durably; nothing changed.
+            errors.VolumeError: whether the blob is visible is not known (a reply that was lost);
+                if it is, then for good.
         """
 
 
@@ -75,7 +76,7 @@ class Volume(Protocol):
         process or on other machines, exactly one wins.
 
         Raises:
-            errors.BlobExists: another blob has the name and was left as it is.
+            errors.BlobExists: another blob has the name, durably, and was left as it is.
             errors.VolumeError: as for ``create``.
         """
 

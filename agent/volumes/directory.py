@@ -247,15 +247,13 @@ class _Writer:
         self._usable = False
 
     def _appear(self, folder: int) -> None:
-        self._link(folder)
+        """Take the name. What was visible once is never taken back, for others may have acted on
+        it: if the folder cannot be synced, then whoever finds the name taken syncs it.
+        """
         try:
+            self._link(folder)
+        finally:
             os.fsync(folder)
-        except OSError:
-            # Nothing may be visible after an error; if even this fails, the error that is raised
-            # next still says that the volume cannot be trusted.
-            with contextlib.suppress(OSError):
-                os.unlink(self._parts[-1], dir_fd=folder)
-            raise
 
     def _link(self, folder: int) -> None:
         try:

@@ -236,3 +236,34 @@ def test_a_killed_writer_leaves_only_what_a_sweep_removes(
     assert volume.sweep(3600.0) == 0
     assert volume.sweep(0.0) == 1
     assert os.listdir(root / ".unfinished") == []
+
+
+def test_a_name_that_was_visible_is_never_taken_back(
+    volume: DirectoryVolume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may have acted on it; so it stays, and whoever meets it makes it durable."""
+    volume.put("folder/warm", b"x")
+    linked: list[bool] = []
+    link, fsync = os.link, os.fsync
+
+    def then_fail(fd: int) -> None:
+        if linked:
+            raise OSError(errno.EIO, "I/O error")
+        fsync(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", lambda *a, **k: (link(*a, **k), linked.append(True)))
+        patch.setattr(os, "fsync", then_fail)
+        with pytest.raises(errors.VolumeError):
+            volume.put("folder/name", b"first")
+    assert volume.read("folder/name") == b"first"
+    synced: list[str] = []
+
+    def note(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with pytest.raises(errors.BlobExists):
+        volume.put("folder/name", b"second")
+    assert synced[-1].endswith("/folder")

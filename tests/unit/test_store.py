@@ -13,9 +13,9 @@ from agent.host import clock
 from agent.model import ids
 from agent.model.streams import AddressSpace, PageRun
 from agent.store import epoch_ids, intents, layout, packing
+from agent.store.parts import WARNINGS
 from agent.store.repository import EpochSummary, EpochWriter, Store
 from agent.store.retention import Retention
-from agent.store.writer import WARNINGS
 from agent.volumes.base import Volume
 from agent.volumes.memory import MemoryVolume
 from tests import images
