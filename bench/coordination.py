@@ -14,6 +14,7 @@ import argparse
 import resource
 import statistics
 import time
+from collections.abc import Mapping
 
 from agent.coordinator.driver import Driver, Event, Limits, Report
 from agent.coordinator.machine import Coordination
@@ -54,7 +55,7 @@ class _Replayed:
     def tell(self, member: int, told: Told) -> None:
         pass
 
-    def decide(self, wish: Decision) -> None:
+    def decide(self, wish: Decision, parts: Mapping[int, bytes]) -> None:
         pass
 
 

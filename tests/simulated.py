@@ -9,11 +9,11 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from agent import errors
 from agent.coordinator.driver import Answered, Event, Settled
-from agent.model.protocol import Answer, Course, Decision, Step, Told
+from agent.model.protocol import Answer, Course, Decision, Said, Step, Told
 from agent.node import participant
 from agent.node.participant import Participant, Timer
 
@@ -66,7 +66,7 @@ class World:
             return
         self._after(self._delay_s, lambda: self._act(member, self.members[member].told(told)))
 
-    def decide(self, wish: Decision) -> None:
+    def decide(self, wish: Decision, parts: Mapping[int, bytes]) -> None:
         self._after(self._delay_s, lambda: self._settle(wish))
 
     # The members' side.
@@ -126,7 +126,7 @@ class World:
         if which in self.unreachable or self._random.random() < self._lose:
             return
         error = errors.DumpFailed(answer.problem) if answer.problem else None
-        event = Answered(which, answer, error)
+        event = Answered(which, Said(answer, error))
         self._after(self._delay_s, lambda: self._arrived.append(event))
 
     def _note_stop(self, which: int) -> None:

@@ -16,16 +16,15 @@ from typing import Protocol
 from agent import errors
 from agent.coordinator import machine
 from agent.coordinator.machine import Coordination, State
-from agent.model.protocol import Answer, Decision, Told
+from agent.model.protocol import Decision, Said, Step, Told
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answered:
-    """A member answered; ``error`` is what its problem was, if it has one."""
+    """A member answered."""
 
     member: int
-    answer: Answer
-    error: errors.CkptError | None = None
+    said: Said
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,8 +71,10 @@ class Links(Protocol):
     def tell(self, member: int, told: Told) -> None:
         """Send a message; it may be lost."""
 
-    def decide(self, wish: Decision) -> None:
-        """Have the epoch committed or abandoned; ``Settled`` follows, perhaps never."""
+    def decide(self, wish: Decision, parts: Mapping[int, bytes]) -> None:
+        """Have the epoch committed, of what the members gave for it, or abandoned; ``Settled``
+        follows, perhaps never.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +135,7 @@ class Driver:
         self._mailbox = mailbox
         self._limits = limits
         self._watch = watch
+        self._parts: dict[int, bytes] = {}
         self._spans_s: dict[State, float] = {}
         self._entered_s = mailbox.now_s()
         self._deadline_s = self._entered_s
@@ -170,9 +172,11 @@ class Driver:
         made = self._machine
         blamed = bool(made.cause)
         match event:
-            case Answered(member, answer, error):
-                commands = made.answer(member, answer)
-                self._blame(blamed, member, error)
+            case Answered(member, said):
+                if said.answer.step is Step.PERSIST and not said.answer.problem:
+                    self._parts[member] = said.part
+                commands = made.answer(member, said.answer)
+                self._blame(blamed, member, said.error)
             case Lost(member, error):
                 commands = made.lost(member, error.message)
                 self._blame(blamed, member, error)
@@ -196,7 +200,7 @@ class Driver:
                     for member in members:
                         self._links.tell(member, told)
                 case machine.Decide(wish):
-                    self._links.decide(wish)
+                    self._links.decide(wish, self._parts)
                 case machine.Arm(state):
                     self._entered(state)
                 case machine.Conclude():

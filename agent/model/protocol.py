@@ -16,6 +16,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from agent import errors
+
 
 class Step(enum.Enum):
     """What a member is told to do. Told again, it answers again."""
@@ -122,3 +124,14 @@ class Answer:
 
     step: Step
     problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Said:
+    """An answer with what belongs to it: the error behind a problem, and for PERSIST the ``part``
+    that the commit needs of this member, which only the store reads.
+    """
+
+    answer: Answer
+    error: errors.CkptError | None = None
+    part: bytes = b""

@@ -1,0 +1,176 @@
+"""One pod's part in an epoch: time, threads and words around the participant that decides."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from agent import errors
+from agent.model.protocol import EVACUATE, LEAVE_RUNNING, Course, Decision, Step, Told
+from agent.node.participant import Timer
+from agent.node.session import Session
+
+
+class Recorded:
+    """Actions that only remember; a step in ``stuck`` waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.stuck: set[Step] = set()
+        self.broken: set[Step] = set()
+        self.decision: list[Decision | errors.VolumeError] = [Decision.ABANDONED]
+        self._gone = threading.Event()
+
+    def do(self, step: Step) -> bytes:
+        self.done.append(step.value)
+        if step in self.stuck and self._gone.wait(20):
+            raise errors.DumpFailed("given up")
+        if step in self.broken:
+            raise errors.VolumeFull("no room")
+        return b"a part" if step is Step.PERSIST else b""
+
+    def let_go(self) -> None:
+        self._gone.set()
+        self.done.append("let go")
+
+    def settle(self) -> Decision:
+        found = self.decision.pop()
+        if isinstance(found, errors.VolumeError):
+            raise found
+        return found
+
+    def close(self, decision: Decision) -> None:
+        self.done.append(decision.value)
+
+
+@pytest.fixture
+def actions() -> Recorded:
+    return Recorded()
+
+
+Start = Callable[..., Session]
+
+
+@pytest.fixture
+def start(actions: Recorded) -> Iterator[Start]:
+    made: list[Session] = []
+
+    def begin(course: Course = LEAVE_RUNNING, silence_s: float = 30.0) -> Session:
+        timers = {Timer.SILENCE: silence_s, Timer.STOPPED: 30.0}
+        made.append(Session("train-0", course, actions, timers_s=timers))
+        made[-1].start()
+        return made[-1]
+
+    yield begin
+    for each in made:
+        each.tell(Told(Step.ABORT, 99), 5.0)
+        assert each.join(10)
+
+
+def through(session: Session, course: Course, until: Step) -> None:
+    for step in course.before[: course.position(until) + 1]:
+        said = session.tell(Told(step, 1), 10.0)
+        assert said is not None
+        assert said.answer.problem == ""
+
+
+def test_steps_are_carried_out_in_order_and_answered(start: Start, actions: Recorded) -> None:
+    session = start()
+    through(session, LEAVE_RUNNING, Step.PERSIST)
+    assert actions.done == [step.value for step in LEAVE_RUNNING.before]
+    said = session.tell(Told(Step.PERSIST, 1), 10.0)
+    assert said is not None
+    assert said.part == b"a part"
+    assert session.tell(Told(Step.FINISH, 1), 10.0) is not None
+    assert session.join(10)
+    assert actions.done[-1] == "committed"
+
+
+def test_a_word_whose_answer_takes_long_is_said_again(start: Start, actions: Recorded) -> None:
+    actions.stuck.add(Step.PREPARE)
+    session = start()
+    assert session.tell(Told(Step.PREPARE, 1), 0.05) is None
+    assert session.tell(Told(Step.PREPARE, 1), 0.05) is None
+    assert actions.done == ["prepare"]
+
+
+def test_abort_reaches_a_step_that_is_under_way(start: Start, actions: Recorded) -> None:
+    actions.stuck.add(Step.CAPTURE)
+    session = start()
+    through(session, LEAVE_RUNNING, Step.HOLD)
+    assert session.tell(Told(Step.CAPTURE, 1), 0.05) is None
+    said = session.tell(Told(Step.ABORT, 1), 10.0)
+    assert said is not None
+    assert said.answer.problem == ""
+    assert session.join(10)
+    assert actions.done[-2:] == ["let go", "abandoned"]
+
+
+def test_a_step_that_fails_is_answered_with_its_error_and_lets_go(
+    start: Start, actions: Recorded
+) -> None:
+    actions.broken.add(Step.HOLD)
+    session = start()
+    through(session, LEAVE_RUNNING, Step.FREEZE)
+    said = session.tell(Told(Step.HOLD, 1), 10.0)
+    assert said is not None
+    assert said.answer.problem == "no room"
+    assert isinstance(said.error, errors.VolumeFull)
+    assert session.join(10)
+    assert actions.done[-2:] == ["let go", "abandoned"]
+
+
+def test_without_a_word_the_processes_go_on(start: Start, actions: Recorded) -> None:
+    session = start(silence_s=0.3)
+    through(session, LEAVE_RUNNING, Step.HOLD)
+    began = time.monotonic()
+    assert session.join(10)
+    assert actions.done[-2:] == ["let go", "abandoned"]
+    assert time.monotonic() - began > 0.2
+
+
+def test_nor_are_they_kept_by_one_who_only_joined(start: Start, actions: Recorded) -> None:
+    assert start(silence_s=0.1).join(10)
+    assert actions.done == ["let go", "abandoned"]
+
+
+def test_what_may_be_committed_is_asked_of_the_store_until_it_tells(
+    start: Start, actions: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.node.session._SETTLE_AGAIN_S", 0.05)
+    actions.decision = [
+        Decision.COMMITTED,
+        errors.VolumeGone("gone"),
+        errors.VolumeGone("gone"),
+    ]
+    session = start(EVACUATE, silence_s=0.3)
+    through(session, EVACUATE, Step.PERSIST)
+    assert session.join(10)
+    assert "let go" in actions.done
+    assert actions.done[-1] == "committed"
+
+
+def test_one_that_is_over_answers_on(start: Start, actions: Recorded) -> None:
+    session = start(silence_s=0.1)
+    assert session.join(10)
+    said = session.tell(Told(Step.PREPARE, 1), 10.0)
+    assert said is not None
+    assert said.answer.problem == "the coordinator was silent"
+    assert actions.done == ["let go", "abandoned"]
+
+
+def test_a_defect_lets_the_processes_go_on_and_is_told_as_one(
+    start: Start, actions: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(step: Step) -> bytes:
+        raise ValueError("a secret")
+
+    monkeypatch.setattr(actions, "do", broken)
+    said = start().tell(Told(Step.PREPARE, 1), 10.0)
+    assert said is not None
+    assert isinstance(said.error, errors.AgentDefect)
+    assert "secret" not in said.answer.problem
+    assert actions.done == ["let go", "abandoned"]
