@@ -307,7 +307,7 @@ def test_the_namespace_admits_what_the_agents_need() -> None:
 def test_the_image_carries_what_pods_and_agents_look_for() -> None:
     text = (ROOT / "Dockerfile").read_text()
     assert f"ENV home={posixpath.dirname(optin.HOLD_IN_IMAGE)}\n" in text
-    assert f'hold/build "$home/{posixpath.basename(optin.HOLD_IN_IMAGE)}"' in text
+    assert f'hold/build "/made$home/{posixpath.basename(optin.HOLD_IN_IMAGE)}"' in text
     final = text[text.rindex("\nFROM ") :]
     assert not re.search(r"gcc|musl|pip|-dev\b", final)
     assert "USER" not in final
