@@ -39,21 +39,29 @@ class Disposition(enum.Enum):
 
 
 class Cut(Protocol):
-    """The caller's part in the stop of one member. Raising from ``ready``, ``frozen`` or
-    ``captured`` gives the capture up; the processes go on.
+    """The caller's part in the stop of one member, in the order in which it is asked. Raising from
+    any but ``running`` gives the capture up; the processes go on.
     """
 
     def ready(self) -> None:
         """All of the member that can be copied while it runs has been; it is frozen next."""
 
     def frozen(self) -> None:
-        """All processes of the member stand still and nothing of them has been read yet."""
+        """All processes of the member stand still; what others have sent it still arrives."""
+
+    def held(self) -> None:
+        """Nothing passes between the member and others any more, as far as the engine holds its
+        connections before it reads them, and nothing has been read yet.
+        """
 
     def captured(self) -> Disposition:
         """All of the member has been read; the processes still stand still. ``KILL`` may be
         returned only when the epoch is committed: with ``CaptureOptions.kill`` all of it is in the
         sink by now, otherwise when ``capture`` returns.
         """
+
+    def released(self) -> None:
+        """The connections are held no more and the processes run next; not asked before a kill."""
 
     def running(self) -> None:
         """The processes run again, or were killed."""

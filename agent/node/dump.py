@@ -181,7 +181,9 @@ class _GroupCut:
         self._cancel = cancel
         self._ready = threading.Barrier(parties)
         self._frozen = threading.Barrier(parties)
+        self._held = threading.Barrier(parties)
         self._captured = threading.Barrier(parties, action=self._all_captured)
+        self._released = threading.Barrier(parties)
         self._lock = threading.Lock()
         self._first_frozen_s: float | None = None
         self._last_running_s = 0.0
@@ -201,15 +203,21 @@ class _GroupCut:
         self._cancel.check()
         self._wait(self._frozen)
 
+    def held(self) -> None:
+        self._wait(self._held)
+
     def captured(self) -> Disposition:
         self._cancel.check()
         self._wait(self._captured)
         return Disposition.KILL if self.committed else Disposition.RESUME
 
+    def released(self) -> None:
+        self._wait(self._released)
+
     def abort(self) -> None:
-        self._ready.abort()
-        self._frozen.abort()
-        self._captured.abort()
+        stages = (self._ready, self._frozen, self._held, self._captured, self._released)
+        for barrier in stages:
+            barrier.abort()
 
     def note_committed(self, epoch: EpochSummary) -> None:
         self.committed = epoch

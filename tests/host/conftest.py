@@ -127,6 +127,12 @@ class Cut:
     def frozen(self) -> None:
         self._frozen()
 
+    def held(self) -> None:
+        """Nobody waits."""
+
+    def released(self) -> None:
+        """Nor here."""
+
     def captured(self) -> Disposition:
         self._captured()
         return self._disposition

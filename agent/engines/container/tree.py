@@ -96,6 +96,10 @@ class ContainerTree:
             hold.held(name, connections, network=network, limit_s=limit_s)
         )
 
+    def let_through(self) -> None:
+        """Let go of the tree's connections."""
+        self._held.close()
+
     def memory_flows(self, operation: journal.Operation) -> None:
         """Nothing to do."""
 

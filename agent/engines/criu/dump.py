@@ -85,6 +85,9 @@ class Subject(Protocol):
     def frozen(self, pids: Sequence[int], operation: journal.Operation) -> None:
         """The tree, now ``pids``, stands still and nothing has been read; may raise."""
 
+    def let_through(self) -> None:
+        """Hold no connection any more: the tree has been read, and runs next."""
+
     def memory_flows(self, operation: journal.Operation) -> None:
         """The first pages arrive."""
 
@@ -324,8 +327,9 @@ class _Capture:
         elif stage == "query-ext-files":
             self._times.frozen_s = clock.monotonic_s()
             self._pids = proc.tree(self._root.pid)
-            self._subject.frozen(self._pids, self._operation)
             self._cut.frozen()
+            self._subject.frozen(self._pids, self._operation)
+            self._cut.held()
             if self._short is not None:
                 self._short.frozen(self._pids)
             pids, states = self._pids, self._states
@@ -364,6 +368,8 @@ class _Capture:
             self._store_all()
         self._deadline.check("the capture")
         if self._cut.captured() is Disposition.RESUME:
+            self._subject.let_through()
+            self._cut.released()
             if self._options.kill:
                 raise _Resume
             return

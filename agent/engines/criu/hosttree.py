@@ -56,6 +56,9 @@ class HostTree:
     def frozen(self, pids: Sequence[int], operation: journal.Operation) -> None:
         """Nothing to do."""
 
+    def let_through(self) -> None:
+        """Nothing to do: CRIU lets go of its own lock."""
+
     def memory_flows(self, operation: journal.Operation) -> None:
         """Note CRIU's table: its code is in a process of the tree, so that it can be told apart
         from another CRIU's.
