@@ -23,30 +23,26 @@ import ipaddress
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
-
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.nfnetlink.nftsocket import NFT_MSG_NEWSET, nft_set_msg
-from pyroute2.nftables.expressions import genex, verdict
-from pyroute2.nftables.main import NFTables, NFTSet
+from typing import TypeVar
 
 from agent import errors
-from agent.host import clock, namespaces, netfilter
+from agent.host import clock, namespaces, netfilter, nftables
 
 _T = TypeVar("_T")
 
 # include/uapi/linux/netfilter.h and nf_tables.h
-_INET, _DROP = 1, 0
 _NFPROTO = {4: 2, 6: 10}
 _META_NFPROTO, _META_L4PROTO = 15, 16
 _NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
 # Where the two addresses, source first, begin in the IPv4 and in the IPv6 header.
 _ADDRESSES_AT = {4: 12, 6: 8}
-_REGISTER = 1
 # Before connection tracking and everybody else's rules, like the hold's own purpose.
 _PRIORITY = -400
 # The rules match while this set has its element, which the kernel removes when its time is up.
 _LIVE = "live"
+_CHAIN = "arrive"
+# What nft calls keys like this one (inet_proto in its src/datatype.c).
+_PROTOCOL = 12
 _LIVE_KEY = bytes([socket.IPPROTO_TCP])
 # Longer than a busy node keeps a thread waiting, shorter than peers' patience: TCP goes on sending
 # for minutes, and what watches connections commonly gives them half a minute.
@@ -89,8 +85,8 @@ def held(
     try:
         try:
             made.begin(wanted)
-        except NetlinkError as exc:
-            if exc.code == errno.EPERM:
+        except OSError as exc:
+            if exc.errno == errno.EPERM:
                 raise errors.PrivilegeMissing(
                     "not allowed to filter packets", hint="run as root with CAP_NET_ADMIN"
                 ) from exc
@@ -173,19 +169,16 @@ def _there(network: int | None, function: Callable[[], _T]) -> _T:
 
 
 def _install(name: str, connections: Iterable[Connection], span_s: float) -> None:
-    with NFTables(nfgen_family=_INET) as nft:
-        nft.table("add", name=name)
-        # pyroute2 0.9 has methods for this, but they wait for answers that they have taken.
-        live = NFTSet(table=name, name=_LIVE, key_type="inet_proto", timeout=int(LEASE_S * 1000))
-        nft._command(nft_set_msg, {"add": NFT_MSG_NEWSET}, "add", live.as_netlink())
-        nft.chain("add", table=name, name="arrive", hook="input", priority=_PRIORITY, policy=1)
-        for each in connections:
-            nft.rule("add", table=name, chain="arrive", expressions=_drop_arriving(each))
-        # Last, so that all begin at once.
-        netfilter.add_key(nft, name, _LIVE, _LIVE_KEY, span_s)
+    nftables.commit(
+        nftables.add_table(name),
+        nftables.add_set(name, _LIVE, _PROTOCOL, len(_LIVE_KEY), netfilter.milliseconds(LEASE_S)),
+        nftables.add_input_chain(name, _CHAIN, _PRIORITY),
+        *(nftables.add_rule(name, _CHAIN, _drop_arriving(each)) for each in connections),
+        nftables.add_key(name, _LIVE, _LIVE_KEY, netfilter.milliseconds(span_s)),
+    )
 
 
-def _drop_arriving(each: Connection) -> list[list[dict[str, Any]]]:
+def _drop_arriving(each: Connection) -> list[bytes]:
     source, target = ipaddress.ip_address(each.remote), ipaddress.ip_address(each.local)
     mapped = [getattr(address, "ipv4_mapped", None) for address in (source, target)]
     # A connection of an IPv6 socket to an IPv4 address travels as IPv4.
@@ -195,29 +188,10 @@ def _drop_arriving(each: Connection) -> list[list[dict[str, Any]]]:
     at = _ADDRESSES_AT[version]
     ports = each.remote_port.to_bytes(2, "big") + each.local_port.to_bytes(2, "big")
     return [
-        _meta_is(_META_NFPROTO, _NFPROTO[version]),
-        _meta_in(_META_L4PROTO, _LIVE),
-        _header_is(_NETWORK_HEADER, at, packed[0]),
-        _header_is(_NETWORK_HEADER, at + width, packed[1]),
-        _header_is(_TRANSPORT_HEADER, 0, ports),
-        verdict(_DROP),
+        *(nftables.meta(_META_NFPROTO), nftables.equals(bytes([_NFPROTO[version]]))),
+        *(nftables.meta(_META_L4PROTO), nftables.within(_LIVE)),
+        *(nftables.payload(_NETWORK_HEADER, at, width), nftables.equals(packed[0])),
+        *(nftables.payload(_NETWORK_HEADER, at + width, width), nftables.equals(packed[1])),
+        *(nftables.payload(_TRANSPORT_HEADER, 0, len(ports)), nftables.equals(ports)),
+        nftables.verdict(nftables.DROP),
     ]
-
-
-def _meta_is(key: int, value: int) -> list[dict[str, Any]]:
-    return [genex("meta", {"key": key, "dreg": _REGISTER}), _equals(bytes([value]))]
-
-
-def _meta_in(key: int, name: str) -> list[dict[str, Any]]:
-    known = genex("lookup", {"set": name, "sreg": _REGISTER})
-    return [genex("meta", {"key": key, "dreg": _REGISTER}), known]
-
-
-def _header_is(base: int, offset: int, value: bytes) -> list[dict[str, Any]]:
-    where = {"dreg": _REGISTER, "base": base, "offset": offset, "len": len(value)}
-    return [genex("payload", where), _equals(value)]
-
-
-def _equals(value: bytes) -> dict[str, Any]:
-    data = {"attrs": [("NFTA_DATA_VALUE", value)]}
-    return dict(genex("cmp", {"sreg": _REGISTER, "op": 0, "data": data}))

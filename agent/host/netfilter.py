@@ -7,25 +7,9 @@ Does not: add rules (CRIU locks connections itself), or look into iptables.
 from __future__ import annotations
 
 import errno
-from typing import Any
-
-from pyroute2.netlink import NLM_F_ACK, NLM_F_CREATE, NLM_F_REQUEST
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES, nfgen_msg
-from pyroute2.netlink.nfnetlink.nftsocket import (
-    NFT_MSG_DELSETELEM,
-    NFT_MSG_GETSETELEM,
-    NFT_MSG_NEWSETELEM,
-    nft_set_elem_list_msg,
-)
-from pyroute2.nftables.main import NFTables, NFTSetElem
 
 from agent import errors
-
-# include/uapi/linux/netfilter.h: NFPROTO_INET, the family CRIU makes its tables in.
-_INET = 1
-# include/uapi/linux/netfilter/nfnetlink.h: what begins and ends a transaction.
-_BEGIN, _END = 16, 17
+from agent.host import nftables
 
 
 def tables(prefix: str) -> set[str]:
@@ -35,10 +19,9 @@ def tables(prefix: str) -> set[str]:
         errors.PrivilegeMissing: CAP_NET_ADMIN is missing.
     """
     try:
-        with NFTables(nfgen_family=_INET) as nft:
-            names = {str(table.get_attr("NFTA_TABLE_NAME")) for table in nft.get_tables()}
-    except NetlinkError as exc:
-        if exc.code == errno.EPERM:
+        names = nftables.tables()
+    except OSError as exc:
+        if exc.errno == errno.EPERM:
             raise _not_allowed() from exc
         # A kernel without nf_tables has no tables.
         return set()
@@ -51,30 +34,17 @@ def set_keys(table: str, name: str) -> set[bytes]:
     Raises:
         errors.PrivilegeMissing: CAP_NET_ADMIN is missing.
     """
-    question = nft_set_elem_list_msg()
-    question["attrs"] = [("NFTA_SET_ELEM_LIST_TABLE", table), ("NFTA_SET_ELEM_LIST_SET", name)]
-    found: set[bytes] = set()
     try:
-        with NFTables(nfgen_family=_INET) as nft:
-            for answer in nft.request_get(question, NFT_MSG_GETSETELEM):
-                for element in answer.get_attr("NFTA_SET_ELEM_LIST_ELEMENTS") or ():
-                    key = element.get_attr("NFTA_SET_ELEM_KEY")
-                    found.add(bytes(key.get_attr("NFTA_DATA_VALUE")))
-    except NetlinkError as exc:
-        if exc.code == errno.EPERM:
+        return set(nftables.keys(table, name))
+    except OSError as exc:
+        if exc.errno == errno.EPERM:
             raise _not_allowed() from exc
         return set()
-    return found
-
-
-def add_key(nft: NFTables, table: str, name: str, key: bytes, span_s: float) -> None:
-    """Put a key into a set of the kind that has timeouts, for that long."""
-    _transact(nft, _element(NFT_MSG_NEWSETELEM, NLM_F_CREATE, table, name, key, span_s))
 
 
 def renew_key(table: str, name: str, key: bytes, span_s: float) -> bool:
-    """Let a key that is in such a set stay in it for ``span_s`` from now, without a gap; False if
-    it was gone, or the set is.
+    """Let a key that is in a set of the kind that has timeouts stay in it for ``span_s`` from now,
+    without a gap; False if it was gone, or the set is.
 
     Raises:
         errors.PrivilegeMissing: CAP_NET_ADMIN is missing.
@@ -83,45 +53,22 @@ def renew_key(table: str, name: str, key: bytes, span_s: float) -> bool:
     # Kernels before 6.12 do not change the time of a key that is there: it is taken out and put
     # back in one transaction.
     try:
-        with NFTables(nfgen_family=_INET) as nft:
-            _transact(
-                nft,
-                _element(NFT_MSG_DELSETELEM, 0, table, name, key, span_s),
-                _element(NFT_MSG_NEWSETELEM, NLM_F_CREATE, table, name, key, span_s),
-            )
-    except NetlinkError as exc:
-        if exc.code == errno.ENOENT:
+        nftables.commit(
+            nftables.delete_key(table, name, key),
+            nftables.add_key(table, name, key, milliseconds(span_s)),
+        )
+    except OSError as exc:
+        if exc.errno == errno.ENOENT:
             return False
-        if exc.code == errno.EPERM:
+        if exc.errno == errno.EPERM:
             raise _not_allowed() from exc
         raise errors.EnvironmentUnfit(f"cannot renew the nft table {table}: {exc}") from exc
     return True
 
 
-def _transact(nft: NFTables, *messages: Any) -> None:
-    nft.nlm_request_batch([_edge(_BEGIN), *messages, _edge(_END)])
-
-
-def _edge(kind: int) -> Any:
-    message = nfgen_msg()
-    message["res_id"] = NFNL_SUBSYS_NFTABLES
-    message["header"]["type"] = kind
-    message["header"]["flags"] = NLM_F_REQUEST
-    return message
-
-
-def _element(kind: int, flags: int, table: str, name: str, key: bytes, span_s: float) -> Any:
-    element = NFTSetElem(value=key, timeout=max(1, int(span_s * 1000)))
-    message = nft_set_elem_list_msg()
-    message["attrs"] = [
-        ["NFTA_SET_ELEM_LIST_TABLE", table],
-        ["NFTA_SET_ELEM_LIST_SET", name],
-        ["NFTA_SET_ELEM_LIST_ELEMENTS", [element.as_netlink(None)]],
-    ]
-    message["header"]["type"] = (NFNL_SUBSYS_NFTABLES << 8) | kind
-    message["header"]["flags"] = flags | NLM_F_REQUEST | NLM_F_ACK
-    message["nfgen_family"] = _INET
-    return message
+def milliseconds(span_s: float) -> int:
+    """A time span as the kernel takes it, which takes 0 for none at all."""
+    return max(1, int(span_s * 1000))
 
 
 def delete_table(name: str) -> bool:
@@ -129,14 +76,14 @@ def delete_table(name: str) -> bool:
 
     Raises:
         errors.PrivilegeMissing: CAP_NET_ADMIN is missing.
+        errors.EnvironmentUnfit: the kernel refuses.
     """
     try:
-        with NFTables(nfgen_family=_INET) as nft:
-            nft.table("del", name=name)
-    except NetlinkError as exc:
-        if exc.code == errno.ENOENT:
+        nftables.commit(nftables.delete_table(name))
+    except OSError as exc:
+        if exc.errno == errno.ENOENT:
             return False
-        if exc.code == errno.EPERM:
+        if exc.errno == errno.EPERM:
             raise _not_allowed() from exc
         raise errors.EnvironmentUnfit(f"cannot remove the nft table {name}: {exc}") from exc
     return True
