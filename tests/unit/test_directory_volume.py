@@ -246,13 +246,17 @@ def test_a_name_that_was_visible_is_never_taken_back(
     linked: list[bool] = []
     link, fsync = os.link, os.fsync
 
+    def note_link(*args: Any, **kwargs: Any) -> None:
+        link(*args, **kwargs)
+        linked.append(True)
+
     def then_fail(fd: int) -> None:
         if linked:
             raise OSError(errno.EIO, "I/O error")
         fsync(fd)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "link", lambda *a, **k: (link(*a, **k), linked.append(True)))
+        patch.setattr(os, "link", note_link)
         patch.setattr(os, "fsync", then_fail)
         with pytest.raises(errors.VolumeError):
             volume.put("folder/name", b"first")
