@@ -24,11 +24,11 @@ _SEQUENCES = 1 << 32
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
 class End:
-    """One end of an established TCP connection as it was captured: ``place`` is the network
-    namespace that it lives in (a pod), addresses are without zone and never IPv4-mapped.
+    """One end of an established TCP connection as it was captured; addresses are without zone and
+    never IPv4-mapped. ``place`` is the network namespace that it lives in (a pod), as far as the
+    one who looks at ends of several knows.
     """
 
-    place: str
     local: str
     local_port: int
     remote: str
@@ -36,6 +36,7 @@ class End:
     written_seq: int
     unacknowledged_bytes: int
     received_seq: int
+    place: str = ""
 
     @property
     def name(self) -> str:

@@ -37,6 +37,7 @@ from agent.engines.criu import (
     recovery,
     rpc,
     shortstop,
+    tcpends,
 )
 from agent.engines.criu.probe import Criu
 from agent.host import clock, proc
@@ -361,6 +362,7 @@ class _Capture:
             **self._gatherer.result(),
             "spaces": [[space.kind, space.id] for space in self._server.spaces],
             "stop": self._how(),
+            "tcp_ends": [dataclasses.asdict(end) for end in tcpends.read(self._images)],
             **more,
         }
         self._held.facts(self._facts)

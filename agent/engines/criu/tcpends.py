@@ -22,12 +22,12 @@ _MAPPED = (0, 0, 0xFFFF0000)
 _HEAD_BYTES = 4096
 
 
-def read(folder: str, place: str) -> list[End]:
-    """All ends in the images in ``folder``; ``place`` names their network namespace."""
-    return list(_ends(folder, place))
+def read(folder: str) -> list[End]:
+    """All ends in the images in ``folder``."""
+    return list(_ends(folder))
 
 
-def _ends(folder: str, place: str) -> Iterator[End]:
+def _ends(folder: str) -> Iterator[End]:
     if not os.path.exists(os.path.join(folder, "files.img")):
         return
     for entry in images.read(folder, "files", "files.img", images.messages.file_entry):
@@ -39,7 +39,6 @@ def _ends(folder: str, place: str) -> Iterator[End]:
             continue
         stream = _stream(path, name)
         yield End(
-            place,
             _address(entry.isk.src_addr, name),
             entry.isk.src_port,
             _address(entry.isk.dst_addr, name),

@@ -1,0 +1,61 @@
+"""What a pod gives to the commit of an epoch: its part for the store, and what the cut was like.
+
+Promises: ``decode`` after ``encode`` gives the same; anything else is ``errors.Corrupt``.
+Does not: judge; ``model.cut`` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from agent import errors
+from agent.model.cut import End
+
+_WHAT = "a pod's contribution to an epoch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """How long a member stood still, and what was read of it."""
+
+    member: str
+    stop_s: float
+    freeze_s: float
+    raw_bytes: int
+    processes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Contribution:
+    """``part`` is the store's own; ``ends`` are the pod's connections at the cut."""
+
+    part: bytes
+    ends: tuple[End, ...]
+    stops: tuple[Stop, ...]
+
+    def encode(self) -> bytes:
+        """Return it as JSON."""
+        body = {
+            "part": self.part.decode("ascii"),
+            "ends": [dataclasses.asdict(each) for each in self.ends],
+            "stops": [dataclasses.asdict(each) for each in self.stops],
+        }
+        return json.dumps(body, separators=(",", ":")).encode("ascii")
+
+    @classmethod
+    def decode(cls, raw: bytes) -> Contribution:
+        """Return what was sent.
+
+        Raises:
+            errors.Corrupt: it is not such a contribution.
+        """
+        try:
+            body = json.loads(raw)
+            return cls(
+                part=body["part"].encode("ascii"),
+                ends=tuple(End(**each) for each in body["ends"]),
+                stops=tuple(Stop(**each) for each in body["stops"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise errors.Corrupt(f"{_WHAT} cannot be understood", part=_WHAT) from exc

@@ -1,0 +1,181 @@
+"""What the steps of an epoch do to the containers of one pod: capture them with an engine, write
+their part of the epoch.
+
+Promises: until ``let_go`` or RESUME the processes stand still where a step left them; ``let_go``
+always ends with processes that run; a part that was written is kept or dropped as ``close`` says,
+and neither if that is not known: then the store's own rules keep it until it is.
+Does not: decide; ``participant`` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from agent import errors
+from agent.engines.base import CaptureOptions, CaptureReport, Engine
+from agent.host import clock
+from agent.model import ids
+from agent.model.cut import End
+from agent.model.protocol import EVACUATE, Course, Decision, Step
+from agent.model.streams import MemberSink
+from agent.node.contribution import Contribution, Stop
+from agent.node.dump import Member
+from agent.node.steppedcut import Stage, SteppedCut
+from agent.store.repository import JointWriter, Store
+
+_log = logging.getLogger(__name__)
+
+_STAGES = {
+    Step.FREEZE: Stage.FROZEN,
+    Step.HOLD: Stage.HELD,
+    Step.CAPTURE: Stage.CAPTURED,
+    Step.RELEASE: Stage.RELEASED,
+    Step.RESUME: Stage.RUNNING,
+}
+
+
+class JointDump:
+    """The actions of a pod that is dumped as ``members`` of an epoch."""
+
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        group: ids.GroupName,
+        epoch: ids.EpochId,
+        course: Course,
+        members: Sequence[Member],
+        options: CaptureOptions,
+        place: str,
+        owned: contextlib.ExitStack | None = None,
+    ) -> None:
+        """``place`` names the pod, ``owned`` is what the operation holds as long as it lasts."""
+        self._store, self._engine = store, engine
+        self._group, self._epoch = group, epoch
+        self._members = tuple(members)
+        self._options = options
+        self._ends = course is EVACUATE
+        self._deadline = clock.Deadline.after(options.deadline_s)
+        self._cut = SteppedCut(len(self._members))
+        self._place = place
+        self._owned = owned or contextlib.ExitStack()
+        self._lock = threading.Lock()
+        self._writer: JointWriter | None = None
+        self._captures: list[Future[CaptureReport]] = []
+        self._known: dict[ids.MemberName, dict[str, Any]] = {}
+        self._over = False
+
+    def do(self, step: Step) -> bytes:
+        """See ``session.Actions``."""
+        if step is Step.PREPARE:
+            self._begin()
+            self._cut.reach(Stage.READY, self._deadline)
+        elif step in _STAGES:
+            self._cut.reach(_STAGES[step], self._deadline)
+        elif step is Step.PERSIST:
+            return self._persist()
+        elif step is Step.END:
+            self._end()
+        return b""
+
+    def let_go(self) -> None:
+        """See ``session.Actions``."""
+        with self._lock:
+            self._over = True
+        self._cut.give_up()
+        for each in self._captures:
+            # Why it failed was told by the step; the engine has let the processes go on.
+            each.exception()
+
+    def settle(self) -> Decision:
+        """See ``session.Actions``."""
+        return self._store.abandon(self._group, self._epoch)
+
+    def close(self, decision: Decision) -> None:
+        """See ``session.Actions``."""
+        with self._owned:
+            if self._writer is None:
+                return
+            try:
+                if decision is Decision.COMMITTED:
+                    self._writer.keep()
+                else:
+                    self._writer.drop()
+            except errors.VolumeError as exc:
+                _log.warning(
+                    "leftovers of the epoch stay on the volume until a prune: %s", exc.message
+                )
+
+    def _begin(self) -> None:
+        with self._lock:
+            if self._over:
+                raise errors.DumpFailed("the epoch was given up", hint="the job goes on")
+            self._writer = self._owned.enter_context(
+                self._store.join(self._group, self._epoch, now_s=clock.wall_s())
+            )
+            pool = ThreadPoolExecutor(len(self._members), thread_name_prefix="member")
+            self._owned.callback(pool.shutdown)
+            self._captures = [
+                pool.submit(self._capture, self._writer, member) for member in self._members
+            ]
+
+    def _capture(self, writer: JointWriter, member: Member) -> CaptureReport:
+        try:
+            sink = _Noted(writer.member(member.name), self._known.setdefault(member.name, {}))
+            return self._engine.capture(member.pid, sink, self._cut, self._options)
+        except BaseException as exc:
+            self._cut.fail(exc)
+            raise
+
+    def _persist(self) -> bytes:
+        if self._writer is None:
+            raise errors.DumpFailed("nothing was captured")
+        if not self._ends:
+            # An engine may pass the rest on to the store when the processes run again.
+            for each in self._captures:
+                each.result(self._deadline.remaining_s)
+        part = self._writer.finish().encode()
+        return Contribution(part, tuple(self._connections()), tuple(self._stops())).encode()
+
+    def _connections(self) -> Iterator[End]:
+        for known in self._known.values():
+            for each in known.get("tcp_ends", ()):
+                yield End(**each | {"place": self._place})
+
+    def _stops(self) -> Iterator[Stop]:
+        for member, capture in zip(self._members, self._captures, strict=True):
+            if capture.done():
+                found = capture.result()
+                numbers = found.stop_s, found.freeze_s, found.raw_bytes, len(found.pids)
+                yield Stop(member.name, *numbers)
+
+    def _end(self) -> None:
+        """The processes are ended if the store itself says that their image is committed."""
+        found = self._store.decision(self._group, self._epoch)
+        if found is not Decision.COMMITTED:
+            raise errors.DumpFailed(
+                f"epoch {self._epoch} is not committed: nothing was ended",
+                hint="this is a defect of the coordinator: report it",
+            )
+        self._cut.reach(Stage.RUNNING, self._deadline, kill=True)
+        for each in self._captures:
+            each.result(self._deadline.remaining_s)
+
+
+class _Noted:
+    """A member's sink that remembers the facts."""
+
+    def __init__(self, sink: MemberSink, known: dict[str, Any]) -> None:
+        self._known = known
+        self.pages, self.draft, self.settle = sink.pages, sink.draft, sink.settle
+        self.metadata, self.file = sink.metadata, sink.file
+        self._facts = sink.facts
+
+    def facts(self, facts: dict[str, Any]) -> None:
+        self._known.update(facts)
+        self._facts(facts)

@@ -1,0 +1,142 @@
+"""Trees that are cut by a coordinator, each by a session of its own, into one epoch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from agent import errors
+from agent.coordinator.driver import Cancelled, Driver, Limits, Report
+from agent.coordinator.links import Links, Mailbox
+from agent.coordinator.machine import Coordination, State
+from agent.engines.base import CaptureOptions
+from agent.host import clock
+from agent.model import cut, ids
+from agent.model.protocol import EVACUATE, LEAVE_RUNNING, Course, Decision
+from agent.node import dump as node_dump
+from agent.node.contribution import Contribution
+from agent.node.joint import JointDump
+from agent.node.session import Session
+from agent.store.repository import Part, Store
+from tests.host.test_epochs import GROUP, Job, Stream, job, stream
+
+__all__ = ["job", "stream"]
+
+
+class _DiedError(Exception):
+    """The coordinator is gone."""
+
+
+@dataclasses.dataclass
+class Epoch:
+    """One epoch of two trees: a session each, a coordinator, the store they share."""
+
+    job: Job
+    course: Course
+    sessions: list[Session]
+    mailbox: Mailbox
+    epoch: ids.EpochId
+    verdict: cut.Verdict | None = None
+
+    def decide(self, wish: Decision, parts: Mapping[int, bytes]) -> Decision:
+        store = self.job.store
+        if wish is Decision.ABANDONED:
+            return store.abandon(GROUP, self.epoch)
+        given = [Contribution.decode(parts[each]) for each in sorted(parts)]
+        self.verdict = cut.check(end for each in given for end in each.ends)
+        if not self.verdict.consistent:
+            raise errors.DumpFailed(str(self.verdict.torn[0]))
+        store.commit_joint(
+            GROUP,
+            self.epoch,
+            [Part.decode(each.part) for each in given],
+            {},
+            now_s=clock.wall_s(),
+        )
+        return Decision.COMMITTED
+
+    def run(self, *, give_up_at: State | None = None, die_at: State | None = None) -> Report:
+        def watch(state: State) -> None:
+            if state is die_at:
+                raise _DiedError
+            if state is give_up_at:
+                self.mailbox.put(Cancelled("asked to stop"))
+
+        calls = [each.tell for each in self.sessions]
+        made = Coordination(self.course, len(calls), token=1)
+        with Links(self.mailbox, calls, self.decide).open() as links:
+            return Driver(made, links, self.mailbox, Limits(), watch).run()
+
+
+@contextlib.contextmanager
+def epoch(job: Job, pids: list[int], course: Course = LEAVE_RUNNING) -> Iterator[Epoch]:
+    store: Store = job.store
+    name = store.new_epoch(GROUP, now_s=clock.wall_s())
+    sessions = []
+    for number, pid in enumerate(pids):
+        member = node_dump.Member(ids.member_name(f"tree-{number}"), pid)
+        options = CaptureOptions(kill=course is EVACUATE)
+        actions = JointDump(
+            store, job.host.engine, GROUP, name, course, [member], options, place="here"
+        )
+        sessions.append(Session(f"tree-{number}", course, actions))
+    for each in sessions:
+        each.start()
+    yield Epoch(job, course, sessions, Mailbox(), name)
+    for each in sessions:
+        assert each.join(30), "a session does not end"
+
+
+def test_trees_that_talk_are_cut_together_and_lose_nothing(job: Job, stream: Stream) -> None:
+    for _ in range(2):
+        with epoch(job, stream.pids) as made:
+            report = made.run()
+        assert report.committed, report
+        assert made.verdict is not None
+        assert made.verdict.pairs == 1
+        stream.flows()
+    assert len(job.epochs()) == 2
+    stream.kill()
+    job.restore()
+    stream.flows()
+
+
+def test_trees_that_are_moved_are_ended_when_their_image_is_committed(
+    job: Job, stream: Stream
+) -> None:
+    with epoch(job, stream.pids, EVACUATE) as made:
+        report = made.run()
+    assert report.committed, report
+    for popen in stream.ends.values():
+        popen.wait(10)
+    job.restore()
+    stream.flows()
+
+
+@pytest.mark.parametrize("course", [LEAVE_RUNNING, EVACUATE], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "state", [State.PREPARING, State.FREEZING, State.HOLDING, State.CAPTURING, State.PERSISTING]
+)
+def test_an_epoch_that_is_given_up_anywhere_leaves_the_trees_as_they_were(
+    job: Job, stream: Stream, course: Course, state: State
+) -> None:
+    with epoch(job, stream.pids, course) as made:
+        report = made.run(give_up_at=state)
+    assert not report.committed
+    assert report.cause == "asked to stop"
+    assert job.epochs() == []
+    stream.flows()
+
+
+@pytest.mark.parametrize("state", [State.FREEZING, State.CAPTURING, State.PERSISTING])
+def test_a_coordinator_that_dies_while_they_stand_still_costs_seconds(
+    job: Job, stream: Stream, monkeypatch: pytest.MonkeyPatch, state: State
+) -> None:
+    monkeypatch.setattr("agent.node.session.SILENCE_S", 1.0)
+    with epoch(job, stream.pids, EVACUATE) as made, pytest.raises(_DiedError):
+        made.run(die_at=state)
+    assert job.epochs() == []
+    stream.flows()
