@@ -34,8 +34,8 @@ class Server(http.server.ThreadingHTTPServer):
     wait_s = 0.0
     hang_up = False
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        super().__init__((host, 0), Handler)
         self.asked: list[tuple[str, str]] = []
         self.meanwhile: Callable[[], object] = lambda: None
 
@@ -120,9 +120,15 @@ class Certificates:
 
 @contextlib.contextmanager
 def serving(certificates: Certificates) -> Iterator[Server]:
-    server = Server()
+    with answering(Server(), certificates.cert, certificates.key) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def answering(server: Server, certificate: Path, key: Path) -> Iterator[Server]:
+    """Let ``server`` answer over TLS; close it in the end."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificates.cert, certificates.key)
+    context.load_cert_chain(certificate, key)
     # The handshake belongs into the thread of the connection: a client may break it off.
     server.socket = context.wrap_socket(
         server.socket, server_side=True, do_handshake_on_connect=False
