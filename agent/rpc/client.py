@@ -176,6 +176,8 @@ def connect(
             ("grpc.enable_retries", 0),
             ("grpc.keepalive_time_ms", _PING_S * 1000),
             ("grpc.keepalive_timeout_ms", _PONG_S * 1000),
+            # The answer to a ping has a limit of its own, a minute where nobody says otherwise.
+            ("grpc.http2.ping_timeout_ms", _PONG_S * 1000),
             # A dump may be silent for long while it waits for a volume.
             ("grpc.http2.max_pings_without_data", 0),
         ),

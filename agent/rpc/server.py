@@ -104,6 +104,7 @@ class Server:
                 ("grpc.max_receive_message_length", _REQUEST_BYTES),
                 ("grpc.keepalive_time_ms", _PING_S * 1000),
                 ("grpc.keepalive_timeout_ms", _PONG_S * 1000),
+                ("grpc.http2.ping_timeout_ms", _PONG_S * 1000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
             ],
         )
