@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Literal
 
+from agent import errors
 from agent.host import newfile, ociimage
 from agent.model.archives import Exported, Exporting, Written
 
@@ -44,6 +45,12 @@ class ArchiveFile:
         """
         called = None
         if self._wanted.form == "oci":
+            if not about.restorable:
+                raise errors.InvalidInput(
+                    f"{about.image} is not of a whole container, so no runtime restores it",
+                    hint="export it as an archive to look at it; for a runtime, dump the pod with"
+                    " --engine kubelet and export that image",
+                )
             called = self._wanted.reference or ociimage.reference(about.image, about.member)
             known = ociimage.About(called, about.member, about.machine)
             self._image = ociimage.OciImage(self._out, known)

@@ -26,13 +26,15 @@ class Whose:
 @dataclasses.dataclass(frozen=True)
 class Exporting:
     """An archive that is about to be written: of which member of which image, on which machine
-    (``uname -m``; "" if the image does not tell) it ran, and about how long it will be.
+    (``uname -m``; "" if the image does not tell) it ran, about how long it will be, and whether a
+    container runtime can restore it.
     """
 
     image: str
     member: str
     machine: str
     expected_bytes: int
+    restorable: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Outgoing(Protocol):
 
     expected_bytes: int
     left_out: tuple[str, ...]
+    restorable: bool
 
     def pieces(self) -> Iterator[bytes | memoryview]:
         """The archive from its beginning to its end; a piece is good until the next is asked for.

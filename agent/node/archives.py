@@ -75,6 +75,7 @@ class Export:
             member=name,
             machine=str(source.facts().get("machine") or ""),
             expected_bytes=self._outgoing.expected_bytes,
+            restorable=self._outgoing.restorable,
         )
         self._written_bytes = 0
 

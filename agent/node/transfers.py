@@ -64,6 +64,7 @@ class Transfers:
                 member=about.member,
                 machine=about.machine,
                 expected_bytes=about.expected_bytes,
+                restorable=about.restorable,
             )
             yield api.ExportImageEvent(begun=begun)
             for piece in _even(made.pieces()):

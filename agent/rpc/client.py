@@ -367,7 +367,11 @@ class Agent:
             kind = event.WhichOneof("event")
             if kind == "begun":
                 said = event.begun
-                begun(Exporting(said.image, said.member, said.machine, said.expected_bytes))
+                begun(
+                    Exporting(
+                        said.image, said.member, said.machine, said.expected_bytes, said.restorable
+                    )
+                )
             elif kind == "content":
                 came_bytes += len(event.content)
                 content(event.content)

@@ -230,7 +230,11 @@ class _Servicer(node_pb2_grpc.NodeServicer):
         content = self._cluster.archives.get(found.name, b"archive " * 100)
         yield node_pb2.ExportImageEvent(
             begun=node_pb2.ExportBegun(
-                image=found.name, member="c", machine="x86_64", expected_bytes=len(content)
+                image=found.name,
+                member="c",
+                machine="x86_64",
+                expected_bytes=len(content),
+                restorable=True,
             )
         )
         half = len(content) // 2

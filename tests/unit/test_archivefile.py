@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from agent import errors
 from agent.host import archivefile, newfile, ociimage
 from agent.model.archives import Exported, Exporting, Written
 
-ABOUT = Exporting("Job_1.x@20260131-235959-0a1b2c", "c", "x86_64", 10)
+ABOUT = Exporting("Job_1.x@20260131-235959-0a1b2c", "c", "x86_64", 10, restorable=True)
 CONTENT = [b"first piece", bytes(5000), b"last"]
 
 
@@ -102,8 +103,15 @@ def test_what_an_image_can_be_called(reference: str) -> None:
 
 
 def test_a_machine_without_a_name_among_images_is_refused(tmp_path: Path) -> None:
-    about = Exporting("g@20260131-235959-0a1b2c", "c", "", 0)
+    about = dataclasses.replace(ABOUT, machine="")
     with pytest.raises(errors.InvalidInput, match="machine"):
+        write(tmp_path / "a.oci", about, form="oci")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_no_runtime_restores_becomes_no_image_that_asks_for_it(tmp_path: Path) -> None:
+    about = dataclasses.replace(ABOUT, restorable=False)
+    with pytest.raises(errors.InvalidInput, match="whole container"):
         write(tmp_path / "a.oci", about, form="oci")
     assert list(tmp_path.iterdir()) == []
 

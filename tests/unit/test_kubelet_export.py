@@ -86,6 +86,7 @@ def test_an_image_of_another_engine_gets_what_its_facts_tell() -> None:
     found = export.Outgoing(MemorySource(image), ABOUT)
     assert found.left_out == ("/volume-0.tar",)
     assert found.expected_bytes == 2 * PAGE_BYTES
+    assert not found.restorable
     after = content(b"".join(found.pieces()))
     assert after["checkpoint/pages-1.img"] == bytes(2 * PAGE_BYTES)
     assert after["checkpoint/pages-2.img"] == b""

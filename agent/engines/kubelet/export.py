@@ -40,6 +40,8 @@ class Outgoing:
         self._known = source.facts()
         listed = self._known.get("archive_parts")
         self._parts = {str(name) for name in listed} if isinstance(listed, list) else set()
+        # Its first process and its namespaces are in it, and what the runtime had said of it.
+        self.restorable = self._known.get("root") == 1 and archive.STATUS in self._parts
         files = {entry.path: entry.size_bytes for entry in source.files()}
         self._has_rootfs = container.ROOTFS_DIFF in files
         self.left_out = tuple(path for path in files if path != container.ROOTFS_DIFF)

@@ -325,16 +325,18 @@ class ExportImageEvent(_message.Message):
     def __init__(self, begun: _Optional[_Union[ExportBegun, _Mapping]] = ..., content: _Optional[bytes] = ..., outcome: _Optional[_Union[ExportOutcome, _Mapping]] = ...) -> None: ...
 
 class ExportBegun(_message.Message):
-    __slots__ = ("image", "member", "machine", "expected_bytes")
+    __slots__ = ("image", "member", "machine", "expected_bytes", "restorable")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     MACHINE_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESTORABLE_FIELD_NUMBER: _ClassVar[int]
     image: str
     member: str
     machine: str
     expected_bytes: int
-    def __init__(self, image: _Optional[str] = ..., member: _Optional[str] = ..., machine: _Optional[str] = ..., expected_bytes: _Optional[int] = ...) -> None: ...
+    restorable: bool
+    def __init__(self, image: _Optional[str] = ..., member: _Optional[str] = ..., machine: _Optional[str] = ..., expected_bytes: _Optional[int] = ..., restorable: _Optional[bool] = ...) -> None: ...
 
 class ExportOutcome(_message.Message):
     __slots__ = ("size_bytes", "left_out")
