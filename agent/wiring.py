@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from agent.engines.container.engine import ContainerEngine
     from agent.model.container import Container
     from agent.model.pods import Pod
+    from agent.model.streams import MemberSource
     from agent.node.pods import State
     from agent.node.service import Documents
 
@@ -374,6 +375,12 @@ class _PodEngines:
         with _needing_pycriu():
             from agent.engines.kubelet import inner
         return inner.RestoresInner(self._containers(containers))
+
+    def check_image(self, source: MemberSource) -> None:
+        """See whether the image has what a restore takes; raises if not."""
+        with _needing_pycriu():
+            from agent.engines.kubelet import inner
+        inner.of(source)
 
     def plan(self, containers: Sequence[Container]) -> model_plan.Plan:
         """What a dump of the containers would take."""

@@ -186,6 +186,12 @@ def restore_on(
             f"image {name} was not taken of a pod",
             hint="bring it back on a host, with ckpt-agent restore and the store's path",
         )
+    if detail.obstacles:
+        raise errors.RestoreConflict(
+            f"image {name} cannot be restored",
+            hint="nothing was touched; ckpt-agent export gives it to a container runtime",
+            reasons=list(detail.obstacles),
+        )
     if detail.restored_into and not again:
         raise errors.RestoreConflict(
             f"image {name} was restored before, into the pod with uid {detail.restored_into}",

@@ -48,6 +48,14 @@ class Engines(Protocol):
     def for_restore(self, pod: Pod, containers: Sequence[Container]) -> Engine:
         """An engine for one restore into these placeholders; the same errors."""
 
+    def check_image(self, source: MemberSource) -> None:
+        """Look at what an image lacks for any restore.
+
+        Raises:
+            errors.RestoreConflict: with every reason.
+            errors.DataError: it is damaged.
+        """
+
 
 class Teller(Protocol):
     """Tells people what happened to a pod (agent.kube.events)."""
@@ -215,6 +223,20 @@ class PodWork:
             cancel.check()
         progress(step.phase)
 
+    def obstacles(self, facts: Mapping[str, Any], sources: Sequence[MemberSource]) -> list[str]:
+        """Why an epoch with these facts and members can be restored into no pod; every reason."""
+        found = []
+        try:
+            _check_ours(facts, "")
+        except errors.RestoreConflict as exc:
+            found += _reasons(exc)
+        for source in sources:
+            try:
+                self._engines.check_image(source)
+            except (errors.RestoreConflict, errors.DataError) as exc:
+                found += _reasons(exc)
+        return found
+
     @contextmanager
     def _told(self, pod: Pod, kind: interrupted.Kind) -> Iterator[None]:
         """Tell the pod's people of a failure inside."""
@@ -237,6 +259,11 @@ def _facts(pod: Pod, containers: Sequence[Container]) -> dict[str, Any]:
     started = {each.name: each.args for each in containers}
     template = pods.with_entrypoints(json.loads(pod.template_json), started)
     return dict(zip(POD_FACTS, (pod.namespace, pod.uid, pod.node, template), strict=True))
+
+
+def _reasons(exc: errors.CkptError) -> list[str]:
+    found = exc.facts.get("reasons")
+    return [str(each) for each in found] if isinstance(found, list | tuple) else [exc.message]
 
 
 def _check_ours(facts: Mapping[str, Any], image: str) -> None:

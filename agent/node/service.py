@@ -222,6 +222,7 @@ class NodeService:
             pod_uid=_word(facts, "pod_uid"),
             node=_word(facts, "node"),
             restored_into=claims.holder(store.volume, found.image),
+            obstacles=self._parts.work.obstacles(facts, [source for _, source in sources]),
         )
 
     def verify_image(

@@ -88,7 +88,7 @@ class Listing:
 @dataclasses.dataclass(frozen=True)
 class ImageDetail:
     """One image with its document for people and what a move needs; ``pod_template`` is None if
-    it is not of a pod.
+    it is not of a pod. ``obstacles`` are why it can be restored into no pod at all.
     """
 
     image: Image
@@ -97,6 +97,7 @@ class ImageDetail:
     pod_uid: str
     node: str
     restored_into: str
+    obstacles: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,6 +322,7 @@ class Agent:
             pod_uid=answer.pod_uid,
             node=answer.node,
             restored_into=answer.restored_into,
+            obstacles=tuple(answer.obstacles),
         )
 
     def verify(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from agent import errors
 from agent.cli import documents
 from agent.cri.runtime import Runtime
 from agent.engines.base import Engine
@@ -21,6 +22,7 @@ from agent.model import storage
 from agent.model.container import Container
 from agent.model.plan import Plan
 from agent.model.pods import Pod
+from agent.model.streams import MemberSource
 from agent.node import (
     archives,
     interrupted,
@@ -60,6 +62,7 @@ class Engines:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.wanted: list[str] = []
+        self.lacking: list[str] = []
 
     def for_dump(self, wanted: str, pod: Pod, containers: Sequence[Container]) -> Engine:
         self.wanted.append(wanted)
@@ -67,6 +70,10 @@ class Engines:
 
     def for_restore(self, pod: Pod, containers: Sequence[Container]) -> Engine:
         return self.engine
+
+    def check_image(self, source: MemberSource) -> None:
+        if self.lacking:
+            raise errors.RestoreConflict("the image lacks things", reasons=self.lacking)
 
     def plan(self, containers: Sequence[Container]) -> Plan:
         return plan.plan_dump([each.pid for each in containers], ghost_limit_bytes=1 << 20)

@@ -108,6 +108,9 @@ class TestDump:
             assert detail.pod_template == outcome.pod_template
             assert (detail.pod_uid, detail.node, detail.restored_into) == (uid, NODE, "")
             assert detail.document["name"] == name
+            assert detail.obstacles == ()
+            node.engines.lacking = ["a page", "two"]
+            assert agent.image("default", "counter").obstacles == ("a page", "two")
             verified = agent.verify("default", name)
             assert verified.good
             assert verified.read_bytes > 0

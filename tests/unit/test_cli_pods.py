@@ -293,6 +293,21 @@ def test_restore_on_a_node_starts_the_images_pod_there(run: Any, world: World) -
     assert run("restore", name, "--node", "n2", "--replace", "--again").status == 0
 
 
+def test_an_image_that_fits_no_pod_is_refused_before_a_pod_is_deleted(
+    run: Any, world: World
+) -> None:
+    name = world.agents.add_image("job", 1)
+    world.agents.details[name] = {
+        "pod_template_json": json.dumps(world.agents.template),
+        "obstacles": ["one thing", "another"],
+    }
+    refused = run("restore", name, "--node", "n2", "--replace")
+    assert refused.status == exits.REFUSED
+    assert "one thing" in refused.err
+    assert "another" in refused.err
+    assert world.api.pods["default", "job"]["metadata"]["uid"] == world.uid
+
+
 def test_restore_of_an_image_without_a_pod_says_so(run: Any, world: World) -> None:
     name = world.agents.add_image("job", 1)
     ran = run("restore", name, "--node", "n2", "-o", "json")

@@ -217,20 +217,22 @@ class GetImageRequest(_message.Message):
     def __init__(self, namespace: _Optional[str] = ..., image: _Optional[str] = ..., storage: _Optional[str] = ...) -> None: ...
 
 class GetImageResponse(_message.Message):
-    __slots__ = ("image", "detail", "pod_template_json", "pod_uid", "node", "restored_into")
+    __slots__ = ("image", "detail", "pod_template_json", "pod_uid", "node", "restored_into", "obstacles")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     POD_TEMPLATE_JSON_FIELD_NUMBER: _ClassVar[int]
     POD_UID_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     RESTORED_INTO_FIELD_NUMBER: _ClassVar[int]
+    OBSTACLES_FIELD_NUMBER: _ClassVar[int]
     image: Image
     detail: _struct_pb2.Struct
     pod_template_json: str
     pod_uid: str
     node: str
     restored_into: str
-    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., detail: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., pod_template_json: _Optional[str] = ..., pod_uid: _Optional[str] = ..., node: _Optional[str] = ..., restored_into: _Optional[str] = ...) -> None: ...
+    obstacles: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., detail: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., pod_template_json: _Optional[str] = ..., pod_uid: _Optional[str] = ..., node: _Optional[str] = ..., restored_into: _Optional[str] = ..., obstacles: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class VerifyImageRequest(_message.Message):
     __slots__ = ("namespace", "image", "storage")
