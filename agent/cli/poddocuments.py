@@ -12,6 +12,7 @@ from typing import Any
 from agent.cli import documents
 from agent.cli.output import Document
 from agent.cluster.move import Moved, Restored
+from agent.model.pods import Placement
 from agent.rpc import client
 
 
@@ -65,8 +66,19 @@ def restore_report(namespace: str, restored: Restored) -> Document:
         waitedSeconds=_seconds(outcome.waited_s),
         verifiedSeconds=_seconds(outcome.verified_s),
         runningSeconds=_seconds(outcome.running_s),
+        was=_placement(outcome.was),
+        now=_placement(outcome.now),
         members=[],
     )
+
+
+def _placement(found: Placement) -> dict[str, Any]:
+    return {
+        "pod": found.pod,
+        "podUid": found.pod_uid,
+        "node": found.node,
+        "addresses": list(found.addresses),
+    }
 
 
 def move_report(namespace: str, pod: str, moved: Moved) -> Document:
@@ -84,6 +96,8 @@ def move_report(namespace: str, pod: str, moved: Moved) -> Document:
         stopSeconds=_seconds(moved.dump.stop_s),
         durableSeconds=_seconds(moved.dump.durable_s),
         runningSeconds=_seconds(moved.restore.running_s),
+        was=_placement(moved.restore.was),
+        now=_placement(moved.restore.now),
         stepSeconds={name: _seconds(span_s) for name, span_s in moved.steps.items()},
         rawBytes=moved.dump.image.raw_bytes,
         newBytes=moved.dump.image.new_bytes,

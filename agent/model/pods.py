@@ -51,6 +51,18 @@ class Pod:
         return f"{self.namespace}/{self.name}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a pod's processes run, or ran. ``addresses`` are those of its network that others can
+    reach.
+    """
+
+    pod: str
+    pod_uid: str
+    node: str
+    addresses: tuple[str, ...]
+
+
 def read(found: Json) -> Pod:
     """A pod of the API server's JSON; what is not there is empty."""
     metadata, spec = _mapping(found.get("metadata")), _mapping(found.get("spec"))

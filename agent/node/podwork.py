@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 from agent import errors
 from agent.engines.base import CaptureOptions, Engine, Gate, RestoredTree, RestoreOptions
-from agent.host import clock
+from agent.host import addresses, clock
 from agent.kube.events import Reason
 from agent.model import ids, pods
 from agent.model.container import Container
-from agent.model.pods import Pod
+from agent.model.pods import Placement, Pod
 from agent.model.streams import MemberSource
 from agent.node import archives, claims, interrupted
 from agent.node import dump as node_dump
@@ -28,11 +28,12 @@ from agent.node import restore as node_restore
 from agent.node.operations import Operations
 from agent.node.pods import Pods
 from agent.node.storages import Storages
+from agent.store.repository import EpochSummary
 
 _log = logging.getLogger(__name__)
 
 # The keys of an epoch's facts that say of which pod it is.
-POD_FACTS = ("namespace", "pod_uid", "node", "pod_template")
+POD_FACTS = ("namespace", "pod_uid", "node", "addresses", "pod_template")
 
 
 class Engines(Protocol):
@@ -108,7 +109,8 @@ class PodRestore:
     """A placeholder that runs the image's processes now; seconds from the request."""
 
     outcome: node_restore.RestoreOutcome
-    pod: Pod
+    was: Placement
+    now: Placement
     storage: str
     waited_s: float
     running_s: float
@@ -211,7 +213,8 @@ class PodWork:
             self._teller.tell(
                 pod, "RestoreCompleted", f"Image {image}, running after {running_s:.1f} s"
             )
-            return PodRestore(outcome, pod, found.storage, waited_s, running_s)
+            was, now = _was(outcome.epoch), _now(pod, containers)
+            return PodRestore(outcome, was, now, found.storage, waited_s, running_s)
 
     def _step(
         self,
@@ -258,7 +261,21 @@ def _keys(pod: Pod, containers: Sequence[Container]) -> list[tuple[str, str]]:
 def _facts(pod: Pod, containers: Sequence[Container]) -> dict[str, Any]:
     started = {each.name: each.args for each in containers}
     template = pods.with_entrypoints(json.loads(pod.template_json), started)
-    return dict(zip(POD_FACTS, (pod.namespace, pod.uid, pod.node, template), strict=True))
+    here = addresses.of(containers[0].pid)
+    return dict(zip(POD_FACTS, (pod.namespace, pod.uid, pod.node, here, template), strict=True))
+
+
+def _was(found: EpochSummary) -> Placement:
+    """Where an epoch was taken; what it does not say is empty."""
+    words = [found.facts.get(key) for key in ("pod_uid", "node")]
+    uid, node = (word if isinstance(word, str) else "" for word in words)
+    told = found.facts.get("addresses")
+    known = told if isinstance(told, list) else []
+    return Placement(str(found.group), uid, node, tuple(str(each) for each in known))
+
+
+def _now(pod: Pod, containers: Sequence[Container]) -> Placement:
+    return Placement(pod.name, pod.uid, pod.node, tuple(addresses.of(containers[0].pid)))
 
 
 def _reasons(exc: errors.CkptError) -> list[str]:

@@ -17,7 +17,7 @@ from agent.host import clock
 from agent.model import checkup, ids
 from agent.model.container import Container
 from agent.model.plan import Finding, Plan
-from agent.model.pods import Pod
+from agent.model.pods import Placement, Pod
 from agent.model.streams import FileEntry
 from agent.node import claims, podwork
 from agent.node import dump as node_dump
@@ -158,6 +158,8 @@ class NodeService:
                 waited_s=done.waited_s,
                 verified_s=done.outcome.verified_s,
                 running_s=done.running_s,
+                was=_placement(done.was),
+                now=_placement(done.now),
             )
             tell(api.RestoreEvent(outcome=outcome))
 
@@ -371,6 +373,12 @@ def _image(summary: EpochSummary, storage: str) -> api.Image:
         zero_pages=summary.zero_pages,
         damage=summary.damage or "",
         storage=storage,
+    )
+
+
+def _placement(found: Placement) -> api.Placement:
+    return api.Placement(
+        pod=found.pod, pod_uid=found.pod_uid, node=found.node, addresses=found.addresses
     )
 
 

@@ -20,6 +20,7 @@ import grpc
 
 from agent import errors
 from agent.model.archives import Exported, Exporting
+from agent.model.pods import Placement
 from agent.rpc import convert, status
 from agent.rpc.v1 import node_pb2, node_pb2_grpc
 
@@ -131,6 +132,8 @@ class RestoreOutcome:
     waited_s: float
     verified_s: float
     running_s: float
+    was: Placement
+    now: Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +287,12 @@ class Agent:
                 outcome = event.outcome
         found = self._ended(outcome, "restore")
         return RestoreOutcome(
-            _image(found.image), found.waited_s, found.verified_s, found.running_s
+            image=_image(found.image),
+            waited_s=found.waited_s,
+            verified_s=found.verified_s,
+            running_s=found.running_s,
+            was=_placement(found.was),
+            now=_placement(found.now),
         )
 
     def plan(self, namespace: str, pod: str, containers: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -574,6 +582,10 @@ class Agent:
                 " then look at the Secret ckpt-agent-tls",
             )
         return found
+
+
+def _placement(found: node_pb2.Placement) -> Placement:
+    return Placement(found.pod, found.pod_uid, found.node, tuple(found.addresses))
 
 
 def _image(found: node_pb2.Image) -> Image:

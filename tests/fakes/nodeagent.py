@@ -142,6 +142,8 @@ class _Servicer(node_pb2_grpc.NodeServicer):
                 waited_s=0.1,
                 verified_s=0.2,
                 running_s=0.3,
+                was=node_pb2.Placement(pod="job", node="n1", addresses=["10.0.0.1"]),
+                now=node_pb2.Placement(pod=request.pod, node=self._node, addresses=["10.0.0.2"]),
             )
         )
 

@@ -266,6 +266,8 @@ def test_restore_into_a_pod_that_waits_asks_the_agent_of_its_node(run: Any, worl
     ran = run("restore", name, "--pod", "waiting", "-o", "json")
     document = ran.document()
     assert (ran.status, document["node"], document["podUid"]) == (0, "n2", uid)
+    assert (document["was"]["node"], document["was"]["addresses"]) == ("n1", ["10.0.0.1"])
+    assert (document["now"]["pod"], document["now"]["addresses"]) == ("waiting", ["10.0.0.2"])
     ((node, request),) = world.called("Restore")
     assert (node, request.pod, request.pod_uid, request.again) == ("n2", "waiting", uid, False)
     table = run("restore", name, "--pod", "waiting", "--again").out

@@ -14,7 +14,6 @@ from typing import Any
 from agent import errors
 from agent.engines.container import (
     connections,
-    facts,
     files,
     holding,
     inside,
@@ -24,7 +23,7 @@ from agent.engines.container import (
 )
 from agent.engines.criu import facts as criu_facts
 from agent.engines.criu import supervisor
-from agent.host import cgroups, clock, proc
+from agent.host import addresses, cgroups, clock, proc
 from agent.model.container import LAYOUT, Container
 
 # CRIU itself and page tables, while the tree comes up within the container's limit.
@@ -224,7 +223,7 @@ def _is_exec(pid: int) -> bool:
 
 
 def _addresses(known: dict[str, Any], container: Container) -> Iterator[str]:
-    here = facts.addresses(container.pid)
+    here = addresses.of(container.pid)
     for address in connections.Moved(known["container"]["addresses"], here).homeless(known):
         yield f"sockets use the old pod's address {address}, and this pod has none of its kind"
 

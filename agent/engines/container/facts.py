@@ -8,9 +8,7 @@ Does not: decide what is needed at restore; ``conflicts`` does, from these facts
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,10 +17,8 @@ from agent.engines.container import inside
 from agent.engines.container.target import Target
 from agent.engines.criu import facts, images
 from agent.engines.criu.probe import Criu
-from agent.host import cgroups, proc
+from agent.host import addresses, cgroups, proc
 from agent.model.container import LAYOUT
-
-_LOCAL = re.compile(r"\|-- ([0-9.]+)\s+/32 host LOCAL")
 
 
 def gather(
@@ -56,7 +52,7 @@ def gather(
             "mounts": sorted(mount.destination for mount in container.mounts),
             "memory_limit_bytes": cgroups.memory_limit_bytes(target.groups),
             "stdio": [_link(target.init.pid, number) for number in range(3)],
-            "addresses": addresses(target.init.pid),
+            "addresses": addresses.of(target.init.pid),
             "capabilities": capabilities,
         },
     }
@@ -71,23 +67,6 @@ def threads(folder: str) -> dict[int, list[int]]:
     """The threads of each process by the numbers inside, from CRIU's images in ``folder``."""
     entries = images.read(folder, "pstree", "pstree.img", images.messages.pstree_entry)
     return {int(entry.pid): [int(tid) for tid in entry.threads] for entry in entries}
-
-
-def addresses(pid: int) -> list[str]:
-    """The addresses of a process's network namespace that others can reach, ascending."""
-    found: set[str] = set()
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/net/fib_trie", encoding="ascii") as file:
-        found.update(match[1] for match in _LOCAL.finditer(file.read()))
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/net/if_inet6", encoding="ascii") as file:
-        for line in file:
-            packed = bytes.fromhex(line.split()[0])
-            found.add(str(ipaddress.ip_address(packed)))
-    return sorted(each for each in found if not _local_only(each))
-
-
-def _local_only(address: str) -> bool:
-    parsed = ipaddress.ip_address(address)
-    return parsed.is_loopback or parsed.is_link_local
 
 
 def _link(pid: int, number: int) -> str:

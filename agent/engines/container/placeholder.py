@@ -14,11 +14,11 @@ from typing import Any
 
 from agent import errors
 from agent.engines.base import RestoredTree
-from agent.engines.container import conflicts, connections, facts, holding, inside
+from agent.engines.container import conflicts, connections, holding, inside
 from agent.engines.container.adopted import Adopted
 from agent.engines.container.bundle import Bundle
 from agent.engines.criu import journal, recovery, rpc
-from agent.host import cgroups, clock, hold, namespaces, proc
+from agent.host import addresses, cgroups, clock, hold, namespaces, proc
 from agent.model.container import Container
 
 _DEATH_S = 10.0
@@ -46,7 +46,7 @@ class Placeholder:
         self._host_pids: dict[int, int] = {}
         self._tree: Adopted | None = None
         self._hold: hold.Held | None = None
-        self._moved = connections.Moved(known["container"]["addresses"], facts.addresses(init.pid))
+        self._moved = connections.Moved(known["container"]["addresses"], addresses.of(init.pid))
 
     def entry(self) -> journal.About:
         """The container, and the numbers in there that come from this restore."""

@@ -119,16 +119,32 @@ class RestoreProgress(_message.Message):
     def __init__(self, phase: _Optional[str] = ...) -> None: ...
 
 class RestoreOutcome(_message.Message):
-    __slots__ = ("image", "waited_s", "verified_s", "running_s")
+    __slots__ = ("image", "waited_s", "verified_s", "running_s", "was", "now")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     WAITED_S_FIELD_NUMBER: _ClassVar[int]
     VERIFIED_S_FIELD_NUMBER: _ClassVar[int]
     RUNNING_S_FIELD_NUMBER: _ClassVar[int]
+    WAS_FIELD_NUMBER: _ClassVar[int]
+    NOW_FIELD_NUMBER: _ClassVar[int]
     image: Image
     waited_s: float
     verified_s: float
     running_s: float
-    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., waited_s: _Optional[float] = ..., verified_s: _Optional[float] = ..., running_s: _Optional[float] = ...) -> None: ...
+    was: Placement
+    now: Placement
+    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., waited_s: _Optional[float] = ..., verified_s: _Optional[float] = ..., running_s: _Optional[float] = ..., was: _Optional[_Union[Placement, _Mapping]] = ..., now: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
+
+class Placement(_message.Message):
+    __slots__ = ("pod", "pod_uid", "node", "addresses")
+    POD_FIELD_NUMBER: _ClassVar[int]
+    POD_UID_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    pod: str
+    pod_uid: str
+    node: str
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, pod: _Optional[str] = ..., pod_uid: _Optional[str] = ..., node: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PlanDumpRequest(_message.Message):
     __slots__ = ("namespace", "pod", "containers")
