@@ -21,7 +21,7 @@ import grpc
 from agent import errors
 from agent.model.archives import Exported, Exporting
 from agent.model.pods import Placement
-from agent.rpc import convert, status
+from agent.rpc import convert, epochclient, status
 from agent.rpc.v1 import node_pb2, node_pb2_grpc
 
 # One look at the store: a listing of thousands of images on slow storage still fits.
@@ -126,7 +126,9 @@ class DumpOutcome:
 
 @dataclasses.dataclass(frozen=True)
 class RestoreOutcome:
-    """A placeholder that runs the image's processes; seconds from the request."""
+    """A placeholder that runs the image's processes; seconds from the request. ``was`` and ``now``
+    are where they were when the image was taken, and where they are.
+    """
 
     image: Image
     waited_s: float
@@ -203,6 +205,7 @@ class Agent:
         why: Callable[[], str],
     ) -> None:
         self._stub = node_pb2_grpc.NodeStub(channel)
+        self.epochs = epochclient.Epochs(channel, self._once)
         self._token = token
         self._why = why
         self.peer = peer
@@ -436,8 +439,12 @@ class Agent:
             with self._cancelled_by(call, cancel):
                 return _image(call.result().image)
         except grpc.FutureCancelledError as exc:
+            whole = archive.tell() == size_bytes
             raise errors.Interrupted(
-                f"the import by {self.peer} was given up", hint="nothing was stored"
+                f"the import by {self.peer} was given up",
+                hint="ckpt-agent list shows whether it was stored before"
+                if whole
+                else "nothing was stored",
             ) from exc
         except grpc.RpcError as exc:
             asked = cancel is not None and cancel.is_set()
@@ -557,6 +564,8 @@ class Agent:
         caller gave the call up.
         """
         found = status.error(exc, self.peer)
+        if asked and isinstance(found, errors.Interrupted) and found.facts.get("status"):
+            return errors.Interrupted(f"what {self.peer} was asked for was given up")
         if isinstance(found, errors.Interrupted) and not asked:
             # Said by an agent that is told to end, and by gRPC for one that just ended.
             return errors.Unreachable(
