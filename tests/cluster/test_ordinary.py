@@ -37,7 +37,7 @@ def goes_on(cluster: Cluster, namespace: str, path: str) -> None:
 
 
 def test_one_is_moved_twice_and_ends_as_it_would_have(agents: Cluster, namespace: str) -> None:
-    path = "/dev/shm/count"  # noqa: S108 - memory of the pod, which travels with it
+    path = "/dev/shm/count"
     pod = ordinary("job", namespace, FILE=path)
     main = pod["spec"]["containers"][0]
     main["readinessProbe"] = {"exec": {"command": ["test", "-s", path]}, "periodSeconds": 1}
@@ -71,7 +71,7 @@ def test_one_is_moved_twice_and_ends_as_it_would_have(agents: Cluster, namespace
 def test_one_goes_on_from_a_kubelets_archive_where_that_has_all_of_it(
     agents: Cluster, namespace: str
 ) -> None:
-    path = "/var/tmp/count"  # noqa: S108 - in the container
+    path = "/var/tmp/count"
     agents.apply(ordinary("job", namespace))
     agents.wait_for_pod("job", namespace)
     agents.wait_for("the counter", lambda: len(logged(agents, namespace)) > 5, 30)

@@ -13,10 +13,17 @@ import pytest
 from agent import errors
 from agent.engines.base import CaptureOptions, Disposition
 from agent.engines.container import newproc
-from agent.engines.container.nested import NestedPlaceholder
 from agent.host import mounts, proc
 from tests.host.boxes import Box, Boxes, stem
 from tests.host.conftest import Cut
+from tests.host.test_container_engine import wait_for
+from tests.host.test_container_faults import (
+    assert_unharmed,
+    assert_waits,
+    kill_criu,
+    run_agent,
+)
+from tests.host.test_faults import at_stage
 from tests.host.test_kubelet_restore import FEATURES, checkpoint, restore
 
 # Says how it sees itself when it is asked to, and ends with 7 when it is told to.
@@ -108,29 +115,45 @@ def test_a_deleted_container_takes_the_tree_along(boxes: Boxes) -> None:
         time.sleep(0.02)
 
 
-def test_a_failed_restore_leaves_nothing_and_another_follows(
-    boxes: Boxes, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stage", ["setup-namespaces", "post-restore"])
+def test_criu_killed_during_a_restore_leaves_nothing_and_another_follows(
+    boxes: Boxes, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    source = boxes.ordinary("source", *FEATURES)
-    image = checkpoint(source)
-    # Its packet filter has the empty tables of the runtime's own CRIU.
-    source.close()
-    boxes.all.remove(source)
+    image = boxes.dump(boxes.ordinary("source", *FEATURES))
     target = boxes.placeholder("target")
-    complete = NestedPlaceholder.complete
-
-    def fails(self: NestedPlaceholder, images: str) -> None:
-        complete(self, images)
-        raise errors.RestoreFailed("planned")
-
-    monkeypatch.setattr(NestedPlaceholder, "complete", fails)
-    with pytest.raises(errors.RestoreFailed, match="planned"):
-        restore(boxes, image, target)
-    assert target.pids() == [target.pid]
+    met = at_stage(monkeypatch, stage, lambda: kill_criu(boxes))
+    with pytest.raises(errors.Failed):
+        boxes.restore(image, target)
+    assert met == [stage]
     monkeypatch.undo()
-    restore(boxes, image, target)
+    assert_waits(boxes, image, target)
+
+
+@pytest.mark.parametrize("with_criu", [False, True])
+def test_the_agent_killed_during_a_restore_leaves_nothing(boxes: Boxes, with_criu: bool) -> None:
+    image = boxes.dump(boxes.ordinary("source", *FEATURES))
+    target = boxes.placeholder("target")
+    status = run_agent(boxes, target, image, "gate", with_criu=with_criu)
+    assert status == -signal.SIGKILL
+    boxes.engine().recover()
+    wait_for(lambda: target.pids() == [target.pid], "a half-restored process stays")
+    assert_waits(boxes, image, target)
+
+
+def test_the_agent_killed_when_all_was_done(boxes: Boxes) -> None:
+    image = boxes.dump(boxes.ordinary("source", *FEATURES))
+    target = boxes.placeholder("target")
+    assert run_agent(boxes, target, image, "adopted") == -signal.SIGKILL
+    assert boxes.engine().recover().operations
     boxes.check(target)
     boxes.assert_clean()
+
+
+def test_the_agent_and_criu_killed_during_a_dump(boxes: Boxes) -> None:
+    box = boxes.ordinary("source", *FEATURES)
+    assert run_agent(boxes, box, None, "captured", with_criu=True) == -signal.SIGKILL
+    boxes.engine().recover()
+    assert_unharmed(boxes, box)
 
 
 def test_a_proc_that_cannot_be_made_fails_the_restore(
