@@ -2,7 +2,7 @@
 
 Promises: what a killed predecessor left is undone before anything new begins, and is told in the
 log and on the pods concerned; told to end, it takes no new work, gives captures up (their pods go
-on) and is gone within the grace period.
+on) and is gone within the grace period; an idle agent keeps no memory of what it did.
 Does not: know what its parts are made of; the wiring does.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from agent import errors
-from agent.host import clock
+from agent.host import clock, memory
 from agent.kube.events import Reason
 from agent.model.pods import Pod
 from agent.node import interrupted
@@ -27,6 +27,9 @@ _log = logging.getLogger(__name__)
 _TICK_S = 1.0
 # What the end takes once no operation runs: answers on their way out, the last events.
 _LAST_S = 2.0
+# While nothing is being done. It takes milliseconds, and what answers and watches took in the
+# meantime goes too.
+_TIDY_S = 30.0
 # The API server's own authorities change once in years.
 _AUTHORITIES_S = 300.0
 _AUTHORITIES_SOON_S = 10.0
@@ -138,10 +141,14 @@ def run(parts: Parts, stop: threading.Event) -> None:
     parts.probes.start()
     parts.readiness.start()
     _log.info("serving", extra={"facts": {"node": parts.node}})
+    tidy = clock.Deadline.after(_TIDY_S)
     try:
         while not stop.wait(_TICK_S):
             parts.readiness.watch()
             left = _tell_left(parts, left) if left else left
+            if tidy.expired and not parts.operations.running():
+                memory.give_back()
+                tidy = clock.Deadline.after(_TIDY_S)
     finally:
         _end(parts)
 
