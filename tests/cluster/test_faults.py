@@ -7,8 +7,11 @@ One pod is dumped by all of these tests, and must have outlived them all.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 import secrets
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -17,20 +20,24 @@ from typing import Any
 
 import pytest
 
+from agent.cli import exits
 from agent.model import optin
 from tests.cluster import leftovers
 from tests.cluster.cluster import Cluster, Node
 from tests.cluster.test_node_agent import (
     CHECKOUT,
     OWN,
+    agent_pids,
     agent_pod,
     answered,
     assert_goes_on,
     ckpt,
     counting,
+    kill,
     log,
     operations,
     start,
+    steps,
     wait_until_ready,
 )
 
@@ -103,7 +110,7 @@ def placeholder(agents: Cluster, team: str, image: str) -> Iterator[str]:
 def begun(cluster: Cluster, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """The program at work, as a person started it."""
     words = [f"{name}={value}" for name, value in environment.items()]
-    program = [CHECKOUT / ".venv/bin/ckpt-agent", *arguments, "-o", "json", "--quiet"]
+    program = [str(CHECKOUT / ".venv/bin/ckpt-agent"), *arguments, "-o", "json", "--quiet"]
     argv = ["env", f"KUBECONFIG={cluster.kubeconfig}", *words, *program]
     return subprocess.Popen(
         cluster.in_control_plane(argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -152,7 +159,7 @@ def ready(cluster: Cluster, node: Node, service: str) -> None:
         # It answers for its pods again, and the runtime for it.
         agent = agent_pod(cluster, node.name)["metadata"]["name"]
         cluster.kubectl("exec", agent, "-n", OWN, "--", "true")
-        return node.alive(service) and state["Ready"] == "True" and log(cluster, node.name)
+        return node.alive(service) and state["Ready"] == "True" and bool(log(cluster, node.name))
 
     cluster.wait_for(f"{service} on {node.name}", back, 60)
     wait_until_ready(cluster, node.name)
@@ -201,7 +208,7 @@ class TestComponents:
         dump = begun(agents, "dump", f"pod/{POD}", "-n", team)
         restore = begun(agents, "restore", image, "--pod", placeholder, "-n", team, "--again")
         for node, program in ((here, dump), (there, restore)):
-            meet(program, lambda node=node: operations(node))
+            meet(program, functools.partial(operations, node))
             node.kill(service)
         for program in (dump, restore):
             said = told(program)
@@ -221,3 +228,169 @@ def _synced(cluster: Cluster, namespace: str) -> bool:
     cluster.wait_for_pod(name, namespace)
     cluster.delete("pod", name, namespace)
     return True
+
+
+@contextlib.contextmanager
+def cut_off(cluster: Cluster, *nodes: str) -> Iterator[None]:
+    """Without the way between these nodes and everybody else."""
+    try:
+        for name in nodes:
+            cluster.run_in_control_plane("ip", "link", "set", name, "down")
+        yield
+    finally:
+        for name in nodes:
+            cluster.run_in_control_plane("ip", "link", "set", name, "up")
+
+
+class TestNetwork:
+    """The way to a node, and the API server."""
+
+    def test_nodes_that_fall_off_the_network(
+        self, agents: Cluster, team: str, image: str, placeholder: str
+    ) -> None:
+        dump = begun(agents, "dump", f"pod/{POD}", "-n", team)
+        restore = begun(agents, "restore", image, "--pod", placeholder, "-n", team, "--again")
+        meet(dump, lambda: operations(agents.node("n1")))
+        meet(restore, lambda: operations(agents.node("n2")))
+        with cut_off(agents, "n1", "n2"):
+            began_s = time.monotonic()
+            for program in (dump, restore):
+                said = told(program)
+                assert (program.returncode, said["code"]) == (exits.ENVIRONMENT, "unreachable")
+                # It had begun: what became of it is not known here, and that is said.
+                assert said["facts"]["begun"], said
+            assert time.monotonic() - began_s < 60
+        for node in agents.nodes.values():
+            ready(agents, node, "kubelet")
+        assert all(each["damage"] is None for each in found_images(agents, team))
+        assert_restored(agents, team, placeholder, image)
+
+    def test_without_the_api_server_what_has_begun_is_finished(
+        self, agents: Cluster, team: str, image: str, placeholder: str
+    ) -> None:
+        before = len(found_images(agents, team))
+        dump = begun(agents, "dump", f"pod/{POD}", "-n", team, **direct(agents, "n1"))
+        there = direct(agents, "n2")
+        words = ("restore", image, "--pod", placeholder, "-n", team, "--again")
+        restore = begun(agents, *words, **there)
+        meet(dump, lambda: operations(agents.node("n1")))
+        meet(restore, lambda: operations(agents.node("n2")))
+        agents.control_plane.stop("kube-apiserver", "KILL")
+        try:
+            results = [(told(program), program.returncode) for program in (dump, restore)]
+        finally:
+            agents.control_plane.resume("kube-apiserver")
+        agents.wait_for("the API server", lambda: agents.get("nodes")["items"], 60)
+        assert [status for _, status in results] == [0, 0], results
+        agents.wait_for("an answer", lambda: len(found_images(agents, team)) == before + 1, 60)
+        for node in agents.nodes.values():
+            ready(agents, node, "kubelet")
+        assert_restored(agents, team, placeholder, image)
+
+
+def direct(cluster: Cluster, node: str) -> dict[str, str]:
+    """Settings that reach a node's agent at its own address, not through the API server."""
+    return {"CKPT_AGENT_AGENT_ADDRESS": f"{agent_pod(cluster, node)['status']['podIP']}:7444"}
+
+
+def found_images(cluster: Cluster, namespace: str) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = answered(ckpt(cluster, "list", "-n", namespace))["items"]
+    return items
+
+
+class TestPods:
+    """What happens to pods, and to agents, at the wrong moment."""
+
+    @pytest.fixture
+    def victim(self, agents: Cluster, team: str) -> Iterator[str]:
+        """A pod that need not outlive the test."""
+        name = f"victim-{secrets.token_hex(2)}"
+        start(agents, team, name, mebibytes=200)
+        yield name
+        agents.delete("pod", name, team, "--wait=true", "--grace-period=0", "--force")
+
+    @pytest.mark.parametrize("engine", ["container", "kubelet"])
+    def test_a_pod_deleted_while_it_is_dumped(
+        self, agents: Cluster, team: str, victim: str, engine: str
+    ) -> None:
+        node = agents.node("n1")
+        before = found_images(agents, team)
+        dump = begun(agents, "dump", f"pod/{victim}", "-n", team, "--engine", engine)
+        meet(dump, lambda: leftovers.crius(node))
+        for pid in processes(agents, team, victim):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        agents.delete("pod", victim, team, "--wait=false", "--grace-period=0", "--force")
+        said = told(dump)
+        assert dump.returncode == exits.FAILED, said
+        assert found_images(agents, team) == before
+
+    def test_a_container_restarted_while_it_is_dumped(
+        self, agents: Cluster, team: str, victim: str
+    ) -> None:
+        dump = begun(agents, "dump", f"pod/{victim}", "-n", team)
+        meet(dump, lambda: leftovers.crius(agents.node("n1")))
+        (first, *_) = processes(agents, team, victim, "hold")
+        os.kill(first, signal.SIGKILL)
+        said = told(dump)
+        assert (dump.returncode, said["code"]) == (exits.FAILED, "target-exited"), said
+
+        def again() -> bool:
+            (status,) = agents.get("pod", victim, "-n", team)["status"]["containerStatuses"]
+            return bool(status["restartCount"] == 1 and status["ready"])
+
+        agents.wait_for("the restart", again, 60)
+        agents.wait_for("the count", lambda: steps(agents, team, victim), 30)
+        answered(ckpt(agents, "dump", f"pod/{victim}", "-n", team))
+
+    def test_a_placeholder_deleted_while_it_is_filled(
+        self, agents: Cluster, team: str, image: str, placeholder: str
+    ) -> None:
+        words = ("restore", image, "--pod", placeholder, "-n", team, "--again")
+        restore = begun(agents, *words)
+        meet(restore, lambda: leftovers.crius(agents.node("n2")))
+        agents.delete("pod", placeholder, team, "--wait=false", "--grace-period=0", "--force")
+        said = told(restore)
+        assert restore.returncode != 0, said
+
+    @pytest.mark.parametrize("moment", ["capturing", "committing"])
+    def test_an_agent_killed_while_it_dumps_and_stops(
+        self, agents: Cluster, team: str, victim: str, moment: str
+    ) -> None:
+        """The pod runs on, or waits for the image that is then there."""
+        node = agents.node("n1")
+        agent = agent_pids(node)
+        dump = begun(agents, "dump", f"pod/{victim}", "-n", team, "--stop")
+        meet(dump, lambda: leftovers.crius(node))
+        if moment == "committing":
+            group = agents.shared / "store" / team / "groups" / victim
+            meet(dump, lambda: list(group.glob("*/epoch")))
+        kill(agent)
+        told(dump)
+        wait_until_ready(agents)
+        stored = [each for each in found_images(agents, team) if each["group"] == victim]
+        before = steps(agents, team, victim)
+        time.sleep(1)
+        if steps(agents, team, victim) == before:
+            (image,) = stored
+            answered(ckpt(agents, "restore", image["name"], "--pod", victim, "-n", team))
+        assert_goes_on(agents, team, victim)
+
+    def test_a_store_that_is_gone_in_the_middle_of_a_restore(
+        self, agents: Cluster, team: str, image: str, placeholder: str
+    ) -> None:
+        store = agents.shared / "store" / team
+        assert store.is_dir(), list((agents.shared / "store").iterdir())
+        aside = store.with_name(f"{team}-aside")
+        words = ("restore", image, "--pod", placeholder, "-n", team, "--again")
+        restore = begun(agents, *words)
+        meet(restore, lambda: operations(agents.node("n2")))
+        store.rename(aside)
+        try:
+            said = told(restore)
+        finally:
+            aside.rename(store)
+        if restore.returncode != 0:
+            assert restore.returncode in (exits.DATA, exits.VOLUME), said
+            assert agents.logs(placeholder, team, "-c", "c") == ""
+        assert_restored(agents, team, placeholder, image)
