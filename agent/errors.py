@@ -107,6 +107,15 @@ class DumpFailed(Failed):
     code = "dump-failed"
 
 
+class CutTorn(DumpFailed):
+    """What was captured of a group's members does not fit together; ``facts['reasons']`` names the
+    connections.
+    """
+
+    code = "cut-torn"
+    retryable = True
+
+
 class RestoreFailed(Failed):
     """The engine could not bring the tree back; nothing of it is left running."""
 

@@ -233,7 +233,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
     from agent.host.probes import Probes
     from agent.kube import access, connection, events, namespaces
     from agent.kube.pods import PodWatch
-    from agent.node import interrupted, podwork, readiness, serve, service, storages, stores
+    from agent.node import epochs, interrupted, podwork, readiness, serve, service, storages, stores
     from agent.node import transfers as node_transfers
     from agent.node.operations import Operations
     from agent.node.pods import Pods
@@ -294,7 +294,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
             documents=documents,
         )
         served = server.Server(
-            service.NodeService(parts),
+            {"Node": service.NodeService(parts), "Epochs": epochs.EpochService(parts)},
             guard,
             name,
             certificates.Certificates(settings.tls_dir, authorities.pem),

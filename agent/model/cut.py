@@ -41,7 +41,7 @@ class End:
     @property
     def name(self) -> str:
         """The connection, for people."""
-        return f"{_address(self.local, self.local_port)} -> " + _address(
+        return f"{address(self.local, self.local_port)} -> " + address(
             self.remote, self.remote_port
         )
 
@@ -119,5 +119,6 @@ def _lag(sender: End, receiver: End) -> int:
     return max(0, behind - sender.unacknowledged_bytes)
 
 
-def _address(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+def address(host: str, port: int) -> str:
+    """An address with its port, for people."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

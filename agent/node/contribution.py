@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 from agent import errors
 from agent.model.cut import End
@@ -28,11 +29,14 @@ class Stop:
 
 @dataclasses.dataclass(frozen=True)
 class Contribution:
-    """``part`` is the store's own; ``ends`` are the pod's connections at the cut."""
+    """``part`` is the store's own; ``ends`` are the pod's connections at the cut; ``pod`` is what a
+    restore has to know of the pod.
+    """
 
     part: bytes
     ends: tuple[End, ...]
     stops: tuple[Stop, ...]
+    pod: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self) -> bytes:
         """Return it as JSON."""
@@ -40,6 +44,7 @@ class Contribution:
             "part": self.part.decode("ascii"),
             "ends": [dataclasses.asdict(each) for each in self.ends],
             "stops": [dataclasses.asdict(each) for each in self.stops],
+            "pod": self.pod,
         }
         return json.dumps(body, separators=(",", ":")).encode("ascii")
 
@@ -56,6 +61,7 @@ class Contribution:
                 part=body["part"].encode("ascii"),
                 ends=tuple(End(**each) for each in body["ends"]),
                 stops=tuple(Stop(**each) for each in body["stops"]),
+                pod=dict(body["pod"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             raise errors.Corrupt(f"{_WHAT} cannot be understood", part=_WHAT) from exc

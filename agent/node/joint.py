@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -53,8 +53,11 @@ class JointDump:
         options: CaptureOptions,
         place: str,
         owned: contextlib.ExitStack | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
-        """``place`` names the pod, ``owned`` is what the operation holds as long as it lasts."""
+        """``place`` names the pod, ``owned`` is what the operation holds as long as it lasts,
+        ``about`` goes with the contribution.
+        """
         self._store, self._engine = store, engine
         self._group, self._epoch = group, epoch
         self._members = tuple(members)
@@ -62,7 +65,7 @@ class JointDump:
         self._ends = course is EVACUATE
         self._deadline = clock.Deadline.after(options.deadline_s)
         self._cut = SteppedCut(len(self._members))
-        self._place = place
+        self._place, self._about = place, about or {}
         self._owned = owned or contextlib.ExitStack()
         self._lock = threading.Lock()
         self._writer: JointWriter | None = None
@@ -140,7 +143,9 @@ class JointDump:
             for each in self._captures:
                 each.result(self._deadline.remaining_s)
         part = self._writer.finish().encode()
-        return Contribution(part, tuple(self._connections()), tuple(self._stops())).encode()
+        return Contribution(
+            part, tuple(self._connections()), tuple(self._stops()), dict(self._about)
+        ).encode()
 
     def _connections(self) -> Iterator[End]:
         for known in self._known.values():

@@ -153,7 +153,7 @@ class PodWork:
         ):
             storage = self._storages.for_pod(pod)
             engine = self._engines.for_dump(order.engine, pod, containers)
-            facts = _facts(pod, containers)
+            known = facts(pod, containers)
             outcome = node_dump.dump(
                 self._storages.make(order.namespace, storage),
                 engine,
@@ -161,7 +161,7 @@ class PodWork:
                 [node_dump.Member(ids.member_name(each.name), each.pid) for each in containers],
                 order.options,
                 stop=order.stop,
-                facts=facts,
+                facts=known,
                 cancel=cancel,
                 progress=progress,
             )
@@ -172,7 +172,24 @@ class PodWork:
                 f"Image {image} of {', '.join(each.name for each in containers)}, stopped for"
                 f" {outcome.stop_s:.3f} s, durable after {outcome.durable_s:.1f} s",
             )
-            return PodDump(outcome, pod, template_json(facts), engine.name, storage)
+            return PodDump(outcome, pod, template_json(known), engine.name, storage)
+
+    @contextmanager
+    def taking_part(
+        self, pod: Pod, containers: Sequence[Container], cancel: node_dump.Cancel
+    ) -> Iterator[None]:
+        """Count the pod's part in an epoch of several pods as a dump of it; ``cancel`` is asked to
+        give it up. Raises as ``Operations.begin``.
+        """
+        with (
+            self._operations.begin("dump", f"pod {pod}", _keys(pod, containers), cancel),
+            self._trail.noted("dump", pod),
+        ):
+            yield
+
+    def engine(self, pod: Pod, containers: Sequence[Container]) -> Engine:
+        """The engine that captures these containers; raises as ``Engines.for_dump``."""
+        return self._engines.for_dump("", pod, containers)
 
     def restore(
         self,
@@ -258,7 +275,8 @@ def _keys(pod: Pod, containers: Sequence[Container]) -> list[tuple[str, str]]:
     return [(pod.uid, each.name) for each in containers]
 
 
-def _facts(pod: Pod, containers: Sequence[Container]) -> dict[str, Any]:
+def facts(pod: Pod, containers: Sequence[Container]) -> dict[str, Any]:
+    """What an epoch tells of its pod (``POD_FACTS``)."""
     started = {each.name: each.args for each in containers}
     template = pods.with_entrypoints(json.loads(pod.template_json), started)
     here = addresses.of(containers[0].pid)

@@ -154,7 +154,7 @@ class NodeService:
                 lambda phase: tell(api.RestoreEvent(progress=api.RestoreProgress(phase=phase))),
             )
             outcome = api.RestoreOutcome(
-                image=_image(done.outcome.epoch, done.storage),
+                image=image_message(done.outcome.epoch, done.storage),
                 waited_s=done.waited_s,
                 verified_s=done.outcome.verified_s,
                 running_s=done.running_s,
@@ -196,7 +196,7 @@ class NodeService:
         size = request.page_size if request.page_size > 0 else _PAGE
         page, rest = found[:size], found[size:]
         return api.ListImagesResponse(
-            images=[_image(*each) for each in page],
+            images=[image_message(*each) for each in page],
             next_page_token="@".join(_order(page[-1])) if rest else "",
             unread=[
                 api.UnreadStorage(storage=name, problem=problem) for name, problem in unread.items()
@@ -218,7 +218,7 @@ class NodeService:
         facts = reader.summary.facts
         detail["storage"] = found.storage
         return api.GetImageResponse(
-            image=_image(reader.summary, found.storage),
+            image=image_message(reader.summary, found.storage),
             detail=convert.to_struct(detail),
             pod_template_json=podwork.template_json(facts),
             pod_uid=_word(facts, "pod_uid"),
@@ -303,7 +303,7 @@ class NodeService:
     ) -> api.ImportImageResponse:
         """Store a checkpoint archive as an image."""
         summary, storage = self._parts.transfers.take_in(request, more, self._parts.storages, call)
-        return api.ImportImageResponse(image=_image(summary, storage))
+        return api.ImportImageResponse(image=image_message(summary, storage))
 
     def examine(self, request: api.ExamineRequest, call: Call) -> api.ExamineResponse:
         """The node's check-up."""
@@ -359,7 +359,8 @@ def _word(facts: Mapping[str, Any], key: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _image(summary: EpochSummary, storage: str) -> api.Image:
+def image_message(summary: EpochSummary, storage: str) -> api.Image:
+    """An image as the API shows it."""
     return api.Image(
         name=ids.image_name(summary.group, summary.epoch),
         group=summary.group,
@@ -385,7 +386,7 @@ def _placement(found: Placement) -> api.Placement:
 def _dumped(done: podwork.PodDump) -> api.DumpOutcome:
     outcome = done.outcome
     return api.DumpOutcome(
-        image=_image(outcome.epoch, done.storage),
+        image=image_message(outcome.epoch, done.storage),
         stop_s=outcome.stop_s,
         durable_s=outcome.durable_s,
         engine=_ENGINE_NUMBERS.get(done.engine, api.ENGINE_UNSPECIFIED),

@@ -102,6 +102,10 @@ class Session:
             self._spoke.wait_for(lambda: told.step in self._said or self._closed, wait_s)
             return self._said.get(told.step)
 
+    def leave(self) -> None:
+        """Take part no longer: what can be given up is, and what may be committed is settled."""
+        self._events.put(lambda: self._participant.expired(Timer.STOPPED))
+
     def join(self, timeout_s: float) -> bool:
         """Wait for the end; False if it has not come."""
         self._thread.join(timeout_s)

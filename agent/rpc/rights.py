@@ -41,6 +41,9 @@ _RIGHTS: dict[str, Callable[[Any, str], Right]] = {
     "ImportImage": _images("create"),
     "DeleteImage": _images("delete"),
     "PruneImages": _images("delete"),
+    "NewEpoch": _images("create"),
+    "TakePart": _images("create"),
+    "DecideEpoch": _images("create"),
     "Examine": lambda request, node: Right("get", NODES, name=node),
 }
 

@@ -12,13 +12,13 @@ import dataclasses
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import grpc
 from google.protobuf import message_factory
-from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -28,11 +28,14 @@ from agent.model.access import Caller, Right
 from agent.rpc import peers, rights, status
 from agent.rpc.calls import Call
 from agent.rpc.certificates import Certificates
-from agent.rpc.v1 import node_pb2
+from agent.rpc.v1 import epochs_pb2, node_pb2
 
 _log = logging.getLogger(__name__)
 
-_NODE = node_pb2.DESCRIPTOR.services_by_name["Node"]
+_SERVICES = {
+    **node_pb2.DESCRIPTOR.services_by_name,
+    **epochs_pb2.DESCRIPTOR.services_by_name,
+}
 # A stream holds its thread as long as it lasts; the operations behind them are limited by
 # themselves, so this only has to leave room for health checks and listings.
 _THREADS = 24
@@ -80,14 +83,19 @@ class Ports:
 
 
 class Server:
-    """Serves ``service``: for each method of the API one of the same name in lower case with
-    underscores, which takes the request and a ``Call`` and returns the answer or yields events.
-    Where the caller sends several messages, it takes the first, an iterator of the others and a
-    ``Call``.
+    """Serves ``services``, by the API's names of them: each has for each method one of the same
+    name in lower case with underscores, which takes the request and a ``Call`` and returns the
+    answer or yields events. Where the caller sends several messages, it takes the first, an
+    iterator of the others and a ``Call``.
     """
 
     def __init__(
-        self, service: object, guard: Guard, node: str, certificates: Certificates, ports: Ports
+        self,
+        services: Mapping[str, object],
+        guard: Guard,
+        node: str,
+        certificates: Certificates,
+        ports: Ports,
     ) -> None:
         """Bind the ports.
 
@@ -97,7 +105,10 @@ class Server:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="call")
         self._server = grpc.server(
             self._pool,
-            handlers=[_handlers(service, guard, node)],
+            handlers=[
+                _handlers(_SERVICES[name], service, guard, node)
+                for name, service in services.items()
+            ],
             maximum_concurrent_rpcs=_CALLS,
             options=[
                 ("grpc.so_reuseport", 0),
@@ -111,8 +122,9 @@ class Server:
         self._health = health.HealthServicer(experimental_non_blocking=True)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         # The description of the API is public, as its source is.
+        self._names = [_SERVICES[name].full_name for name in services]
         reflection.enable_server_reflection(
-            (_NODE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+            (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
         self.set_serving(serving=False)
         self.token_port = self._listen(ports.host, ports.token, certificates, clients=False)
@@ -138,7 +150,7 @@ class Server:
     def set_serving(self, *, serving: bool) -> None:
         """What the health service answers, for the server as a whole and for the API."""
         answer = health_pb2.HealthCheckResponse
-        for name in ("", _NODE.full_name):
+        for name in ("", *self._names):
             self._health.set(name, answer.SERVING if serving else answer.NOT_SERVING)
 
     def stop(self, grace_s: float) -> None:
@@ -148,12 +160,14 @@ class Server:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _handlers(service: object, guard: Guard, node: str) -> grpc.GenericRpcHandler:
+def _handlers(
+    described: ServiceDescriptor, service: object, guard: Guard, node: str
+) -> grpc.GenericRpcHandler:
     methods = {}
-    for method in _NODE.methods:
+    for method in described.methods:
         name = re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower()
         methods[method.name] = _handler(method, getattr(service, name), _Door(guard, node))
-    return grpc.method_handlers_generic_handler(_NODE.full_name, methods)
+    return grpc.method_handlers_generic_handler(described.full_name, methods)
 
 
 def _handler(

@@ -77,7 +77,12 @@ def details(exc: errors.CkptError) -> str:
 
 def metadata(exc: errors.CkptError) -> tuple[tuple[str, bytes], ...]:
     """The trailing metadata that carries the error."""
-    message = node_pb2.Error(
+    return ((METADATA_KEY, message(exc).SerializeToString()),)
+
+
+def message(exc: errors.CkptError) -> node_pb2.Error:
+    """The error as a message."""
+    made = node_pb2.Error(
         code=exc.code,
         message=exc.message[:_TEXT_CHARS],
         hint=exc.hint[:_TEXT_CHARS],
@@ -85,10 +90,10 @@ def metadata(exc: errors.CkptError) -> tuple[tuple[str, bytes], ...]:
         exit_status=exc.exit_status,
     )
     for facts in _shorter(convert.plain(exc.facts)):
-        message.facts.CopyFrom(convert.to_struct(facts))
-        if message.ByteSize() <= _ERROR_BYTES:
+        made.facts.CopyFrom(convert.to_struct(facts))
+        if made.ByteSize() <= _ERROR_BYTES:
             break
-    return ((METADATA_KEY, message.SerializeToString()),)
+    return made
 
 
 def error(exc: grpc.RpcError, peer: str) -> errors.CkptError:
@@ -99,7 +104,7 @@ def error(exc: grpc.RpcError, peer: str) -> errors.CkptError:
                 message = node_pb2.Error.FromString(value)
             except protobuf.DecodeError:
                 break
-            return _rebuilt(message)
+            return rebuilt(message)
     status = exc.code() if isinstance(exc, grpc.Call) else grpc.StatusCode.UNKNOWN
     said = (exc.details() if isinstance(exc, grpc.Call) else "") or str(exc)
     kind = _FOREIGN.get(status, errors.AgentDefect)
@@ -119,14 +124,15 @@ def _trailing(exc: grpc.RpcError) -> Sequence[tuple[str, str | bytes]]:
     return tuple((key, value) for key, value in exc.trailing_metadata() or ())
 
 
-def _rebuilt(message: node_pb2.Error) -> errors.CkptError:
+def rebuilt(message: node_pb2.Error) -> errors.CkptError:
+    """The error that ``message`` was made of."""
     known = {kind.code: kind for kind in _kinds(errors.CkptError) if "code" in vars(kind)}
     kind = known.get(message.code) or _FAMILIES.get(message.exit_status, errors.AgentDefect)
     facts = convert.from_struct(message.facts)
-    rebuilt = kind(message.message, hint=message.hint)
+    found = kind(message.message, hint=message.hint)
     # Not as keywords: a fact may be called like a parameter.
-    rebuilt.facts.update(facts)
-    return rebuilt
+    found.facts.update(facts)
+    return found
 
 
 def _kinds(root: type[errors.CkptError]) -> Iterator[type[errors.CkptError]]:

@@ -25,6 +25,7 @@ from agent.model.pods import Pod
 from agent.model.streams import MemberSource
 from agent.node import (
     archives,
+    epochs,
     interrupted,
     plan,
     podwork,
@@ -189,7 +190,7 @@ def running(
             documents=documents,
         )
         server = Server(
-            service.NodeService(parts),
+            {"Node": service.NodeService(parts), "Epochs": epochs.EpochService(parts)},
             access.Access(cluster),
             NODE,
             Certificates(str(tls), lambda: cluster_authority.pem),

@@ -1,0 +1,269 @@
+"""The epochs API as methods: pods of this node take part in epochs that somebody else coordinates.
+
+Promises: a pod takes part in one epoch at a time, and in none while it is dumped or restored
+otherwise; an epoch is committed only if the connections of its members fit together; a session that
+ended answers on for ``KEPT_S``, so that an answer that was lost can be had again.
+Does not: know gRPC, or ask who the caller is; whoever calls these methods has been let in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from agent import errors
+from agent.engines.base import CaptureOptions
+from agent.host import clock
+from agent.model import cut, ids, protocol
+from agent.model.protocol import Answer, Decision, Said, Told
+from agent.node import dump as node_dump
+from agent.node import podwork, service
+from agent.node.contribution import Contribution
+from agent.node.joint import JointDump
+from agent.node.session import Session
+from agent.rpc import convert, status
+from agent.rpc.calls import Call
+from agent.rpc.v1 import epochs_pb2 as api
+from agent.store.repository import Part, Store
+
+# A coordinator that was cut off comes back within this, or never asks again.
+KEPT_S = 600.0
+# Whoever waits longer is no better off than one who asks again.
+_LONGEST_WAIT_S = 10.0
+
+_COURSES = {
+    api.COURSE_LEAVE_RUNNING: protocol.LEAVE_RUNNING,
+    api.COURSE_EVACUATE: protocol.EVACUATE,
+}
+_STEPS = {
+    number: protocol.Step[name.removeprefix("STEP_")] for name, number in api.Step.items() if number
+}
+_WISHES = {
+    api.DECISION_COMMITTED: Decision.COMMITTED,
+    api.DECISION_ABANDONED: Decision.ABANDONED,
+}
+_DECISIONS = {decision: number for number, decision in _WISHES.items()}
+
+Key = tuple[str, str, str]
+
+
+@dataclasses.dataclass
+class _Taking:
+    """A session, and since when it has been over."""
+
+    session: Session
+    over_s: float | None = None
+
+
+class EpochService:
+    """One method for each of the API's (agent.rpc.server)."""
+
+    def __init__(self, parts: service.Parts) -> None:
+        self._parts = parts
+        self._settings = parts.settings
+        self._lock = threading.Lock()
+        self._beginning = threading.Lock()
+        self._taking: dict[Key, _Taking] = {}
+
+    def new_epoch(self, request: api.NewEpochRequest, call: Call) -> api.NewEpochResponse:
+        """Name an epoch to come."""
+        del call
+        namespace = ids.namespace_name(request.namespace)
+        storage = self._parts.storages.for_namespace(namespace, request.storage)
+        store = self._parts.storages.make(namespace, storage)
+        epoch = store.new_epoch(ids.group_name(request.group), now_s=clock.wall_s())
+        return api.NewEpochResponse(epoch=epoch, storage=storage)
+
+    def take_part(self, request: api.TakePartRequest, call: Call) -> api.TakePartResponse:
+        """Hear a coordinator."""
+        step = _STEPS.get(request.step)
+        course = _COURSES.get(request.course)
+        if step is None or course is None or not request.pod_uid:
+            raise errors.InvalidInput(
+                "the call lacks its step, its course or the pod's uid", hint="see epochs.proto"
+            )
+        session = self._session(request, course, step, call)
+        if session is None:
+            # Nothing of the epoch is here: what is to be given up already is.
+            problem = "" if step is protocol.Step.ABORT else "this agent knows nothing of the epoch"
+            return _response(Said(Answer(step, problem)))
+        wait_s = min(max(0.0, request.wait_s), _LONGEST_WAIT_S)
+        said = session.tell(Told(step, request.token), wait_s)
+        return api.TakePartResponse() if said is None else _response(said)
+
+    def decide_epoch(self, request: api.DecideEpochRequest, call: Call) -> api.DecideEpochResponse:
+        """Commit or abandon."""
+        del call
+        wish = _WISHES.get(request.wish)
+        if wish is None:
+            raise errors.InvalidInput("the call does not say what it wishes")
+        namespace = ids.namespace_name(request.namespace)
+        group, epoch = ids.group_name(request.group), ids.epoch_id(request.epoch)
+        storage = self._parts.storages.for_namespace(namespace, request.storage)
+        store = self._parts.storages.make(namespace, storage)
+        if wish is Decision.ABANDONED:
+            return api.DecideEpochResponse(decision=_DECISIONS[store.abandon(group, epoch)])
+        return _commit(store, storage, group, epoch, request)
+
+    def close(self) -> None:
+        """Make every session take part no longer; they end by themselves."""
+        with self._lock:
+            taking = list(self._taking.values())
+        for each in taking:
+            each.session.leave()
+
+    def _session(
+        self,
+        request: api.TakePartRequest,
+        course: protocol.Course,
+        step: protocol.Step,
+        call: Call,
+    ) -> Session | None:
+        key = request.namespace, request.pod_uid, request.epoch
+        if (known := self._known(key)) or step is not protocol.Step.PREPARE:
+            return known
+        with self._beginning:
+            if known := self._known(key):
+                return known
+            session = self._begin(request, course, key, call)
+            with self._lock:
+                self._taking[key] = _Taking(session)
+            session.start()
+            return session
+
+    def _known(self, key: Key) -> Session | None:
+        with self._lock:
+            self._forget_old()
+            taking = self._taking.get(key)
+            return taking.session if taking else None
+
+    def _begin(
+        self, request: api.TakePartRequest, course: protocol.Course, key: Key, call: Call
+    ) -> Session:
+        parts = self._parts
+        namespace = ids.namespace_name(request.namespace)
+        group, epoch = ids.group_name(request.group), ids.epoch_id(request.epoch)
+        pod = parts.pods.find(namespace, request.pod, request.pod_uid)
+        containers = parts.pods.running(pod, tuple(request.containers))
+        members = [
+            node_dump.Member(ids.member_name(f"{request.member}.{each.name}"), each.pid)
+            for each in containers
+        ]
+        leaving = _Leaving()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(parts.work.taking_part(pod, containers, leaving))
+            engine = parts.work.engine(pod, containers)
+            if not engine.promises.cuts:
+                raise errors.TargetUnsuitable(
+                    f"pod {pod} can only be captured by the engine {engine.name}, which cannot"
+                    " hold it at the instant of a cut",
+                    hint="opt the pod in (docs/opting-in.md)",
+                )
+            actions = JointDump(
+                parts.storages.make(namespace, request.storage),
+                engine,
+                group,
+                epoch,
+                course,
+                members,
+                CaptureOptions(
+                    deadline_s=call.allowed_s(request.deadline_s, self._settings.dump_deadline_s)
+                    if request.deadline_s
+                    else self._settings.dump_deadline_s,
+                    ghost_limit_bytes=self._settings.ghost_limit_bytes,
+                    kill=course is protocol.EVACUATE,
+                    log_level=self._settings.criu_log_level,
+                ),
+                place=pod.uid,
+                owned=stack.pop_all(),
+                about={**podwork.facts(pod, containers), "member": request.member},
+            )
+        session = Session(f"{group}@{epoch}", course, actions, ended=lambda: self._ended(key))
+        leaving.session = session
+        return session
+
+    def _ended(self, key: Key) -> None:
+        with self._lock:
+            self._taking[key].over_s = clock.monotonic_s()
+
+    def _forget_old(self) -> None:
+        now_s = clock.monotonic_s()
+        for key, each in list(self._taking.items()):
+            if each.over_s is not None and now_s - each.over_s > KEPT_S:
+                del self._taking[key]
+
+
+class _Leaving(node_dump.Cancel):
+    """Asks a session to take part no longer, where an operation is asked to give up."""
+
+    session: Session | None = None
+
+    def set(self) -> None:
+        super().set()
+        if self.session is not None:
+            self.session.leave()
+
+
+def _commit(
+    store: Store,
+    storage: str,
+    group: ids.GroupName,
+    epoch: ids.EpochId,
+    request: api.DecideEpochRequest,
+) -> api.DecideEpochResponse:
+    given = [Contribution.decode(each) for each in request.contributions]
+    verdict = cut.check(end for each in given for end in each.ends)
+    if not verdict.consistent:
+        raise errors.CutTorn(
+            f"the members of {group} were not cut at one instant: {verdict.torn[0]}",
+            hint="nothing was kept, the job goes on; try again",
+            reasons=[str(each) for each in verdict.torn],
+        )
+    try:
+        summary = store.commit_joint(
+            group,
+            epoch,
+            [Part.decode(each.part) for each in given],
+            _facts(request, verdict, given),
+            now_s=clock.wall_s(),
+        )
+    except errors.Conflict:
+        if store.decision(group, epoch) is Decision.ABANDONED:
+            return api.DecideEpochResponse(decision=api.DECISION_ABANDONED)
+        raise
+    return api.DecideEpochResponse(
+        decision=api.DECISION_COMMITTED,
+        image=service.image_message(summary, storage),
+        connections=verdict.pairs,
+        leaving=[
+            api.Leaving(
+                pod_uid=each.place,
+                local=cut.address(each.local, each.local_port),
+                remote=cut.address(each.remote, each.remote_port),
+            )
+            for each in verdict.leaving
+        ],
+    )
+
+
+def _facts(
+    request: api.DecideEpochRequest, verdict: cut.Verdict, given: Sequence[Contribution]
+) -> dict[str, Any]:
+    return {
+        **convert.from_struct(request.facts),
+        "engine": "container",
+        "pods": [each.pod for each in given],
+        "connections": verdict.pairs,
+        "leaving": [each.name for each in verdict.leaving],
+        "stops": [dataclasses.asdict(stop) for each in given for stop in each.stops],
+    }
+
+
+def _response(said: Said) -> api.TakePartResponse:
+    made = api.TakePartResponse(answered=True, problem=said.answer.problem, contribution=said.part)
+    if said.error is not None:
+        made.error.CopyFrom(status.message(said.error))
+    return made

@@ -1,0 +1,111 @@
+"""A coordinator's side of the epochs API: its calls as plain values.
+
+Promises: as ``client``; a word is said once for each call.
+Does not: say anything again; whoever coordinates does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from agent import errors
+from agent.model.protocol import Answer, Course, Decision, Said, Told
+from agent.rpc import convert, status
+from agent.rpc.v1 import epochs_pb2, epochs_pb2_grpc
+
+Once = Callable[[Callable[..., Any], Any], Any]
+"""One call with identity and deadline, whose errors are ours (``client.Agent``)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """An epoch of a group, and in which storage it is."""
+
+    namespace: str
+    group: str
+    name: str
+    storage: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Pod:
+    """A pod that takes part as ``member``."""
+
+    member: str
+    name: str
+    uid: str
+    containers: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    """What an epoch is. ``leaving`` are connections that lead out of the group, by pod uid."""
+
+    decision: Decision
+    connections: int
+    leaving: tuple[tuple[str, str, str], ...]
+
+
+class Epochs:
+    """The calls of one agent."""
+
+    def __init__(self, channel: Any, once: Once) -> None:
+        self._stub = epochs_pb2_grpc.EpochsStub(channel)
+        self._once = once
+
+    def new(self, namespace: str, group: str, storage: str = "") -> Epoch:
+        """Name an epoch to come."""
+        request = epochs_pb2.NewEpochRequest(namespace=namespace, group=group, storage=storage)
+        answer = self._once(self._stub.NewEpoch, request)
+        return Epoch(namespace, group, answer.epoch, answer.storage)
+
+    def take_part(
+        self, epoch: Epoch, course: Course, pod: Pod, told: Told, wait_s: float, deadline_s: float
+    ) -> Said | None:
+        """Say a word to the agent of a pod; its answer, None if there is none yet."""
+        request = epochs_pb2.TakePartRequest(
+            namespace=epoch.namespace,
+            group=epoch.group,
+            epoch=epoch.name,
+            storage=epoch.storage,
+            course="COURSE_" + course.name.upper().replace("-", "_"),
+            pod=pod.name,
+            pod_uid=pod.uid,
+            containers=pod.containers,
+            member=pod.member,
+            token=told.token,
+            step=f"STEP_{told.step.name}",
+            wait_s=wait_s,
+            deadline_s=deadline_s,
+        )
+        answer = self._once(self._stub.TakePart, request)
+        if not answer.answered:
+            return None
+        error = status.rebuilt(answer.error) if answer.HasField("error") else None
+        return Said(Answer(told.step, answer.problem), error, answer.contribution)
+
+    def decide(
+        self,
+        epoch: Epoch,
+        wish: Decision,
+        contributions: Sequence[bytes] = (),
+        facts: Mapping[str, Any] | None = None,
+    ) -> Decided:
+        """Commit or abandon; what it then is."""
+        request = epochs_pb2.DecideEpochRequest(
+            namespace=epoch.namespace,
+            group=epoch.group,
+            epoch=epoch.name,
+            storage=epoch.storage,
+            wish=f"DECISION_{wish.name}",
+            contributions=contributions,
+            facts=convert.to_struct(facts or {}),
+        )
+        answer = self._once(self._stub.DecideEpoch, request)
+        if answer.decision == epochs_pb2.DECISION_UNSPECIFIED:
+            raise errors.AgentDefect("the agent did not say what the epoch is")
+        name = epochs_pb2.Decision.Name(answer.decision).removeprefix("DECISION_")
+        leaving = tuple((each.pod_uid, each.local, each.remote) for each in answer.leaving)
+        return Decided(Decision[name], answer.connections, leaving)

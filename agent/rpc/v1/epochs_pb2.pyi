@@ -1,0 +1,155 @@
+from agent.rpc.v1 import node_pb2 as _node_pb2
+from google.protobuf import struct_pb2 as _struct_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Course(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    COURSE_UNSPECIFIED: _ClassVar[Course]
+    COURSE_LEAVE_RUNNING: _ClassVar[Course]
+    COURSE_EVACUATE: _ClassVar[Course]
+
+class Step(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STEP_UNSPECIFIED: _ClassVar[Step]
+    STEP_PREPARE: _ClassVar[Step]
+    STEP_QUIESCE: _ClassVar[Step]
+    STEP_FREEZE: _ClassVar[Step]
+    STEP_HOLD: _ClassVar[Step]
+    STEP_CAPTURE: _ClassVar[Step]
+    STEP_RELEASE: _ClassVar[Step]
+    STEP_RESUME: _ClassVar[Step]
+    STEP_PERSIST: _ClassVar[Step]
+    STEP_END: _ClassVar[Step]
+    STEP_FINISH: _ClassVar[Step]
+    STEP_ABORT: _ClassVar[Step]
+
+class Decision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DECISION_UNSPECIFIED: _ClassVar[Decision]
+    DECISION_COMMITTED: _ClassVar[Decision]
+    DECISION_ABANDONED: _ClassVar[Decision]
+COURSE_UNSPECIFIED: Course
+COURSE_LEAVE_RUNNING: Course
+COURSE_EVACUATE: Course
+STEP_UNSPECIFIED: Step
+STEP_PREPARE: Step
+STEP_QUIESCE: Step
+STEP_FREEZE: Step
+STEP_HOLD: Step
+STEP_CAPTURE: Step
+STEP_RELEASE: Step
+STEP_RESUME: Step
+STEP_PERSIST: Step
+STEP_END: Step
+STEP_FINISH: Step
+STEP_ABORT: Step
+DECISION_UNSPECIFIED: Decision
+DECISION_COMMITTED: Decision
+DECISION_ABANDONED: Decision
+
+class NewEpochRequest(_message.Message):
+    __slots__ = ("namespace", "group", "storage")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    group: str
+    storage: str
+    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., storage: _Optional[str] = ...) -> None: ...
+
+class NewEpochResponse(_message.Message):
+    __slots__ = ("epoch", "storage")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
+    epoch: str
+    storage: str
+    def __init__(self, epoch: _Optional[str] = ..., storage: _Optional[str] = ...) -> None: ...
+
+class TakePartRequest(_message.Message):
+    __slots__ = ("namespace", "group", "epoch", "storage", "course", "pod", "pod_uid", "containers", "member", "token", "step", "wait_s", "deadline_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
+    COURSE_FIELD_NUMBER: _ClassVar[int]
+    POD_FIELD_NUMBER: _ClassVar[int]
+    POD_UID_FIELD_NUMBER: _ClassVar[int]
+    CONTAINERS_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    group: str
+    epoch: str
+    storage: str
+    course: Course
+    pod: str
+    pod_uid: str
+    containers: _containers.RepeatedScalarFieldContainer[str]
+    member: str
+    token: int
+    step: Step
+    wait_s: float
+    deadline_s: float
+    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., course: _Optional[_Union[Course, str]] = ..., pod: _Optional[str] = ..., pod_uid: _Optional[str] = ..., containers: _Optional[_Iterable[str]] = ..., member: _Optional[str] = ..., token: _Optional[int] = ..., step: _Optional[_Union[Step, str]] = ..., wait_s: _Optional[float] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+
+class TakePartResponse(_message.Message):
+    __slots__ = ("answered", "problem", "error", "contribution")
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
+    answered: bool
+    problem: str
+    error: _node_pb2.Error
+    contribution: bytes
+    def __init__(self, answered: _Optional[bool] = ..., problem: _Optional[str] = ..., error: _Optional[_Union[_node_pb2.Error, _Mapping]] = ..., contribution: _Optional[bytes] = ...) -> None: ...
+
+class DecideEpochRequest(_message.Message):
+    __slots__ = ("namespace", "group", "epoch", "storage", "wish", "contributions", "facts")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
+    WISH_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    FACTS_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    group: str
+    epoch: str
+    storage: str
+    wish: Decision
+    contributions: _containers.RepeatedScalarFieldContainer[bytes]
+    facts: _struct_pb2.Struct
+    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., wish: _Optional[_Union[Decision, str]] = ..., contributions: _Optional[_Iterable[bytes]] = ..., facts: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
+
+class DecideEpochResponse(_message.Message):
+    __slots__ = ("decision", "image", "connections", "leaving")
+    DECISION_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    decision: Decision
+    image: _node_pb2.Image
+    connections: int
+    leaving: _containers.RepeatedCompositeFieldContainer[Leaving]
+    def __init__(self, decision: _Optional[_Union[Decision, str]] = ..., image: _Optional[_Union[_node_pb2.Image, _Mapping]] = ..., connections: _Optional[int] = ..., leaving: _Optional[_Iterable[_Union[Leaving, _Mapping]]] = ...) -> None: ...
+
+class Leaving(_message.Message):
+    __slots__ = ("pod_uid", "local", "remote")
+    POD_UID_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_FIELD_NUMBER: _ClassVar[int]
+    pod_uid: str
+    local: str
+    remote: str
+    def __init__(self, pod_uid: _Optional[str] = ..., local: _Optional[str] = ..., remote: _Optional[str] = ...) -> None: ...
