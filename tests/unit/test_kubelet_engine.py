@@ -12,6 +12,7 @@ import pytest
 from agent import errors
 from agent.engines.base import CaptureOptions
 from agent.engines.kubelet import client, engine
+from agent.host import addresses
 from agent.model import ids
 from agent.model.container import Container, Mount
 from agent.node import dump as node_dump
@@ -103,6 +104,7 @@ def test_a_container_is_stored_and_its_archive_is_gone(field: Field) -> None:
     known = member.facts()
     assert known["container"]["image_digest"] == "sha256:" + "cd" * 32
     assert known["skipped"] == [["/cache", "a volume, which a kubelet does not archive"]]
+    assert known["container"]["addresses"] == addresses.of(os.getpid())
     assert (known["engine"], known["kernel"]) == ("kubelet", os.uname().release)
     member.check()
 

@@ -34,7 +34,7 @@ from agent.engines.criu.facts import cpu_flags
 from agent.engines.kubelet import client, ingest, leftovers, pause, reports, resume
 from agent.engines.kubelet.archive import Archive
 from agent.engines.kubelet.tarindex import corrupt
-from agent.host import clock, proc
+from agent.host import addresses, clock, proc
 from agent.model.container import Container
 from agent.model.streams import MemberSink, MemberSource
 
@@ -241,7 +241,13 @@ class _OneContainer:
         ]
         self.known = {
             **facts,
-            "container": {**found, "name": self._container.name, "image_digest": digest},
+            "container": {
+                **found,
+                "name": self._container.name,
+                "image_digest": digest,
+                # The archive has them only as a dump of the network's configuration.
+                "addresses": addresses.of(self._container.pid),
+            },
             "skipped": lost,
         }
         self._sink.facts(self.known)
