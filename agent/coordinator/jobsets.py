@@ -1,0 +1,54 @@
+"""Checkpoints of JobSets: who belongs to one, and what its image tells of it.
+
+Promises: as ``checkpoint``.
+Does not: restore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from agent import errors
+from agent.cluster.session import Session
+from agent.coordinator import checkpoint
+from agent.coordinator.machine import State
+from agent.kube import jobsets
+from agent.model import jobset
+from agent.model.protocol import EVACUATE, LEAVE_RUNNING
+
+
+def dump(
+    session: Session,
+    name: str,
+    *,
+    now_s: float,
+    stop: bool = False,
+    storage: str = "",
+    control: checkpoint.Control | None = None,
+    watch: Callable[[State], None] = lambda state: None,
+) -> checkpoint.Checkpoint:
+    """Checkpoint all pods of the JobSet ``name`` at one instant.
+
+    Raises:
+        errors.NotFound | errors.TargetUnsuitable: there is none, or not all of its pods run.
+        errors.CkptError: as ``checkpoint.run``.
+    """
+    api, namespace = session.api, session.namespace
+    found = jobsets.read(api, namespace, name)
+    made = jobset.membership(found, jobsets.pods(api, namespace, name))
+    members = [
+        checkpoint.Member(each.identity, each.pod, each.uid, each.node) for each in made.members
+    ]
+    if not members:
+        raise errors.TargetUnsuitable(f"JobSet {namespace}/{name} has no pods")
+    return checkpoint.run(
+        session,
+        jobset.group(name),
+        members,
+        EVACUATE if stop else LEAVE_RUNNING,
+        facts={"jobset": name, **made.facts},
+        now_s=now_s,
+        storage=storage,
+        control=control,
+        watch=watch,
+    )
