@@ -28,6 +28,7 @@ def end(number, frame):
     os._exit(7)
 
 signal.signal(signal.SIGTERM, end)
+open('/var/tmp/up', 'w').close()
 block = os.urandom(1 << 20)
 known = hash(block)
 gone = open('/var/tmp/gone', 'w+b')
@@ -64,6 +65,8 @@ while True:
         hoard.append(os.urandom(1 << 20))
     time.sleep(0.05)
 """
+# Waits for the workload, which a placeholder has not, and would run a second time in it.
+STARTED = "until test -e /var/tmp/up; do sleep 0.1; done; echo started >> /var/tmp/started"
 PREPARE = "echo once >> /disk/prepared; echo used > /disk/ticket"
 
 
@@ -94,9 +97,12 @@ def rich(name: str, namespace: str, *, volumes: bool) -> dict[str, Any]:
     main = container("main", volumes)
     often = {"periodSeconds": 1, "failureThreshold": 1, "timeoutSeconds": 5}
     main["readinessProbe"] = often | {"exec": {"command": ["test", "!", "-e", "/var/tmp/busy"]}}
-    main["livenessProbe"] = often | {"exec": {"command": ["test", "!", "-e", "/var/tmp/sick"]}}
-    said = "echo stopping > /proc/1/fd/1"
-    main["lifecycle"] = {"preStop": {"exec": {"command": ["sh", "-c", said]}}}
+    alive = "test -e /var/tmp/up && ! test -e /var/tmp/sick"  # which no placeholder is
+    main["livenessProbe"] = often | {"exec": {"command": ["sh", "-c", alive]}}
+    main["lifecycle"] = {
+        "postStart": {"exec": {"command": ["sh", "-c", STARTED]}},
+        "preStop": {"exec": {"command": ["sh", "-c", "echo stopping > /proc/1/fd/1"]}},
+    }
     spec["containers"] = [main, container("second", volumes)]
     spec["volumes"] = [
         {"name": "disk", "emptyDir": {}},
@@ -164,6 +170,7 @@ def ready(cluster: Cluster, namespace: str, pod: str) -> bool:
 def assert_ends_as_any_pod(cluster: Cluster, namespace: str, pod: str) -> None:
     """Probes, limits, signals and statuses are those of a pod that was never restored."""
     assert sh(cluster, namespace, pod, "main", "echo $MARK $(cat /proc/1/comm)") == "main hold"
+    assert sh(cluster, namespace, pod, "main", "cat /var/tmp/started") == "started"
 
     sh(cluster, namespace, pod, "main", "touch /var/tmp/busy")
     cluster.wait_for("readiness to be lost", lambda: not ready(cluster, namespace, pod), 20)
@@ -200,6 +207,17 @@ def assert_leaves_nothing(cluster: Cluster, namespace: str, pod: str) -> None:
     cluster.wait_for("the node to be as before", lambda: not left(), 30)
 
 
+def placement(cluster: Cluster, namespace: str, pod: str) -> dict[str, Any]:
+    """Where the pod is, by the API server's word."""
+    found = cluster.get("pod", pod, "-n", namespace)
+    return {
+        "pod": found["metadata"]["name"],
+        "podUid": found["metadata"]["uid"],
+        "node": found["spec"]["nodeName"],
+        "addresses": sorted(each["ip"] for each in found["status"]["podIPs"]),
+    }
+
+
 def test_a_pod_of_several_containers_goes_on_in_every_generation_and_ends_as_it_would_have(
     agents: Cluster, namespace: str
 ) -> None:
@@ -209,9 +227,11 @@ def test_a_pod_of_several_containers_goes_on_in_every_generation_and_ends_as_it_
     least: dict[str, int] = {}
     assert_live(agents, namespace, pod, least)
     for node in ("n2", "n1", "n2"):
-        ckpt(agents, "migrate", f"pod/{pod}", "--to", node, "-n", namespace).document()
+        before = placement(agents, namespace, pod)
+        moved = ckpt(agents, "migrate", f"pod/{pod}", "--to", node, "-n", namespace).document()
         assert_live(agents, namespace, pod, least)
-    assert agents.get("pod", pod, "-n", namespace)["spec"]["nodeName"] == "n2"
+        assert (moved["was"], moved["now"]) == (before, placement(agents, namespace, pod))
+    assert moved["now"]["node"] == "n2"
     assert_ends_as_any_pod(agents, namespace, pod)
     assert_leaves_nothing(agents, namespace, pod)
 
