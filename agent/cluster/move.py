@@ -101,7 +101,8 @@ def migrate(
     # Also shows that the target's agent answers this caller, before anything stops.
     before = session.agent_of(node).images(session.namespace, name)
     steps = _Steps(watch)
-    plan = move.Move(session.namespace, name, source, node)
+    waits = not move.not_waiting(found, move.members(found))
+    plan = move.Move(session.namespace, name, source, node, waits=waits)
     with _committed_after_all(session, plan, before), steps.timed(move.Step.DUMP):
         dumped = pods.dump_running(
             session,

@@ -43,12 +43,15 @@ class Step(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """Which pod goes where; ``source`` is "" if it no longer runs anywhere."""
+    """Which pod goes where; ``source`` is "" if it no longer runs anywhere. ``waits``: stopped, it
+    waits for its image where it is; one that was never opted in is frozen.
+    """
 
     namespace: str
     pod: str
     source: str
     target: str
+    waits: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +291,8 @@ def _left(failed: Step, move: Move) -> Iterator[str]:
         case Step.DUMP:
             yield f"{pod} still exists on node {move.source} and may have been stopped"
         case Step.DELETE:
-            yield f"{pod} was stopped on node {move.source}, still exists and waits"
+            how = "waits" if move.waits else "is frozen"
+            yield f"{pod} was stopped on node {move.source}, still exists and {how}"
         case Step.CREATE:
             yield f"{pod} was deleted; no replacement exists"
         case Step.SCHEDULE:
@@ -301,7 +305,10 @@ def _next(failed: Step, move: Move, *, target: str, back: str, into: str) -> Ite
     match failed:
         case Step.DUMP | Step.DELETE:
             yield f"{target} --replace"
-            yield into  # stopped, its containers wait where they are
+            if move.waits:
+                yield into
+            else:
+                yield back
         case Step.CREATE:
             yield target
         case Step.SCHEDULE | Step.RESTORE:

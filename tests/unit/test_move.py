@@ -224,6 +224,14 @@ def test_after_the_commit_every_failure_names_the_image_what_is_left_and_a_comma
     assert ("--replace" in told.next[0]) == exists
 
 
+def test_a_pod_that_was_never_opted_in_is_not_said_to_wait() -> None:
+    plan = move.Move("ns", "job", "n1", "n2", waits=False)
+    told = move.incomplete(move.Step.DELETE, plan, "job@x", "because")
+    assert told.left[1].endswith("still exists and is frozen")
+    assert all(" --replace" in each for each in told.next)
+    assert [each.split()[6] for each in told.next] == ["n2", "n1"]
+
+
 def test_a_pod_that_was_nowhere_is_not_sent_back() -> None:
     told = move.incomplete(move.Step.RESTORE, move.Move("ns", "job", "", "n2"), "job@x", "y")
     assert told.next == ("ckpt-agent restore job@x -n ns --pod job",)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.model import optin, pods
+from agent.model.container import HOLD
 
 FOUND: dict[str, Any] = {
     "apiVersion": "v1",
@@ -100,6 +101,41 @@ parts = st.dictionaries(
     st.sampled_from(["name", "labels", "annotations", "containers", "volumes", "nodeName"]),
     anything,
 )
+
+
+def test_what_an_image_runs_is_noted_where_the_pod_leaves_it_to_the_image() -> None:
+    known = json.dumps({"told": ["by", "the owner"]})
+    pod: dict[str, Any] = {
+        "metadata": {"annotations": {optin.ENTRYPOINT: known}},
+        "spec": {
+            "initContainers": [{"name": "side", "restartPolicy": "Always"}],
+            "containers": [
+                {"name": "plain"},
+                {"name": "with-args", "args": ["a", "$(B)"]},
+                {"name": "command", "command": ["run"]},
+                {"name": "held", "command": [HOLD, "auto", "run"]},
+                {"name": "told"},
+                {"name": "not-dumped"},
+            ],
+        },
+    }
+    started = {
+        "side": ("proxy",),
+        "plain": ("tini", "--", "serve"),
+        "with-args": ("entry", "a", "b"),
+        "command": ("run",),
+        "held": (HOLD, "auto", "run"),
+        "told": ("something", "else"),
+    }
+    noted = pods.with_entrypoints(pod, started)
+    assert optin.entrypoints(noted["metadata"]["annotations"]) == {
+        "told": ["by", "the owner"],
+        "side": ["proxy"],
+        "plain": ["tini", "--", "serve"],
+        "with-args": ["entry"],
+    }
+    assert pod["metadata"]["annotations"] == {optin.ENTRYPOINT: known}
+    assert pods.with_entrypoints(pod, {}) == pod
 
 
 @given(st.fixed_dictionaries({"metadata": parts | anything, "spec": parts | anything}))
