@@ -15,7 +15,7 @@ from agent import errors
 from agent.host import spool
 from agent.model.archives import Exported, Exporting
 from agent.node import transfers
-from agent.rpc import client
+from agent.rpc import client, server
 from agent.rpc.v1 import node_pb2, node_pb2_grpc
 from tests import archives
 from tests.host import nodes
@@ -124,6 +124,29 @@ def test_content_of_another_length_than_announced_is_refused(node: Node) -> None
     with pytest.raises(grpc.RpcError) as caught:
         stub.ImportImage(iter(()), timeout=30, metadata=metadata)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    nothing_stays(node)
+
+
+def test_whoever_says_nothing_holds_nothing(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent, ended = threading.Event(), threading.Event()
+
+    def messages() -> Iterator[node_pb2.ImportImageRequest]:
+        silent.set()
+        ended.wait(30)
+        yield from ()
+
+    # Nobody known: not even that long.
+    stub, nobody = stub_of(node, "expired")
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ImportImage(messages(), timeout=30, metadata=nobody)
+    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    monkeypatch.setattr(server, "_FIRST_S", 0.3)
+    stub, metadata = stub_of(node, node.api.add_user("ada", ("create", "default")))
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ImportImage(messages(), timeout=30, metadata=metadata)
+    assert caught.value.code() == grpc.StatusCode.CANCELLED
+    assert silent.is_set()
+    ended.set()
     nothing_stays(node)
 
 
