@@ -16,8 +16,11 @@ MemberName = NewType("MemberName", str)
 EpochId = NewType("EpochId", str)
 Namespace = NewType("Namespace", str)
 
-# One path component on every file system and object store, and a Kubernetes label value.
-_NAME = re.compile(r"[a-z0-9A-Z]([a-zA-Z0-9._-]{0,61}[a-zA-Z0-9])?")
+# One path component on every file system and object store. A group is a pod in a cluster, and a
+# pod's name has up to 253 characters (RFC 1123 subdomain), a container's 63 (label).
+_NAME = re.compile(r"[a-z0-9A-Z]([a-zA-Z0-9._-]*[a-zA-Z0-9])?")
+GROUP_CHARACTERS = 253
+_MEMBER_CHARACTERS = 63
 # UTC second of creation, so that names sort by age, and 24 random bits against equal seconds.
 _EPOCH = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 
@@ -25,12 +28,12 @@ _EPOCH = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
-def _checked(kind: str, text: str) -> str:
-    if not _NAME.fullmatch(text):
+def _checked(kind: str, text: str, most: int) -> str:
+    if len(text) > most or not _NAME.fullmatch(text):
         raise errors.InvalidInput(
             f"{kind} name {text!r} is not valid",
-            hint="use 1-63 letters, digits, '.', '_' or '-', beginning and ending with a letter"
-            " or digit",
+            hint=f"use 1-{most} letters, digits, '.', '_' or '-', beginning and ending with a"
+            " letter or digit",
         )
     return text
 
@@ -39,14 +42,14 @@ def group_name(text: str) -> GroupName:
     """Return ``text`` as a group name.
 
     Raises:
-        errors.InvalidInput: it is not 1-63 characters of ``[a-zA-Z0-9._-]``.
+        errors.InvalidInput: it is not 1-253 characters of ``[a-zA-Z0-9._-]``.
     """
-    return GroupName(_checked("group", text))
+    return GroupName(_checked("group", text, GROUP_CHARACTERS))
 
 
 def member_name(text: str) -> MemberName:
-    """Return ``text`` as a member name; the same rules as for a group."""
-    return MemberName(_checked("member", text))
+    """Return ``text`` as a member name; the same rules as for a group, but 1-63 characters."""
+    return MemberName(_checked("member", text, _MEMBER_CHARACTERS))
 
 
 def namespace_name(text: str) -> Namespace:

@@ -1,8 +1,8 @@
 """Which pod an image was restored into: one image makes one pod, unless asked otherwise.
 
-Beside the images a namespace's store holds ``restored/GROUP@EPOCH``: JSON with the pod's uid and
-name, the node and the time. The volume lets exactly one writer create it, also among agents of
-several nodes.
+Beside the images a namespace's store holds ``restored/GROUP@EPOCH`` (``restored/GROUP/EPOCH`` where
+the group's name is too long for that): JSON with the pod's uid and name, the node and the time. The
+volume lets exactly one writer create it, also among agents of several nodes.
 
 Promises: of several restores of an image into different pods exactly one goes on; a restore that
 failed takes its claim back; the same pod may try again after whatever happened.
@@ -22,6 +22,7 @@ from agent.model.pods import Pod
 from agent.volumes.base import Volume
 
 _PREFIX = "restored/"
+_JOINED_CHARACTERS = 63
 
 
 def holder(volume: Volume, image: str) -> str:
@@ -39,7 +40,7 @@ def claimed(volume: Volume, image: str, pod: Pod, *, again: bool) -> Iterator[No
         errors.RestoreConflict: another pod has it, and ``again`` is not set.
         errors.VolumeError: it cannot be written down.
     """
-    name = _PREFIX + image
+    name = _name(image)
     content = json.dumps(
         {"pod_uid": pod.uid, "pod": str(pod), "node": pod.node, "at_s": clock.wall_s()}
     ).encode()
@@ -64,12 +65,18 @@ def claimed(volume: Volume, image: str, pod: Pod, *, again: bool) -> Iterator[No
 
 def forget(volume: Volume, group: ids.GroupName, epoch: ids.EpochId) -> None:
     """Drop the claim on an image that is deleted; a no-op if there is none."""
-    volume.delete(_PREFIX + ids.image_name(group, epoch))
+    volume.delete(_name(ids.image_name(group, epoch)))
+
+
+def _name(image: str) -> str:
+    # One component of a name has room for 253 characters (agent.volumes.names), an epoch takes 22.
+    group, _, epoch = image.rpartition("@")
+    return f"{_PREFIX}{image}" if len(group) <= _JOINED_CHARACTERS else f"{_PREFIX}{group}/{epoch}"
 
 
 def _read(volume: Volume, image: str) -> bytes | None:
     try:
-        return volume.read(_PREFIX + image)
+        return volume.read(_name(image))
     except errors.BlobNotFound:
         return None
 

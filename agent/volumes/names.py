@@ -11,8 +11,8 @@ import re
 
 from agent import errors
 
-# POSIX's NAME_MAX less room for a suffix, and S3's limit of a whole key.
-_COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,199}")
+# The longest name of a pod, which is less than POSIX's NAME_MAX (255), and S3's limit of a key.
+_COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,252}")
 _MAX_NAME = 1024
 
 

@@ -11,7 +11,10 @@ import pytest
 from agent import errors
 from agent.model import ids, pods
 from agent.node import claims, interrupted
+from agent.store.repository import Store
+from agent.volumes.directory import DirectoryVolume
 from agent.volumes.memory import MemoryVolume
+from tests import images
 
 IMAGE = "job@20260131-235959-0a1b2c"
 
@@ -28,6 +31,25 @@ def volume() -> MemoryVolume:
 def claim(volume: MemoryVolume, uid: str, *, again: bool = False) -> None:
     with claims.claimed(volume, IMAGE, pod(uid), again=again):
         pass
+
+
+def test_a_pod_with_the_longest_name_is_dumped_claimed_and_forgotten(tmp_path: Path) -> None:
+    group = ids.group_name("x" * 251 + ".9")
+    store = Store.open(DirectoryVolume(str(tmp_path), create=True), create=True)
+    with store.begin(group, now_s=1.8e9) as writer:
+        images.write(writer, images.simple())
+        epoch = writer.commit({}).epoch
+    assert store.resolve(group) == (group, epoch)
+    image = ids.image_name(group, epoch)
+    with claims.claimed(store.volume, image, pod("one"), again=False):
+        pass
+    assert claims.holder(store.volume, image) == "one"
+    claims.forget(store.volume, group, epoch)
+    assert claims.holder(store.volume, image) == ""
+    assert store.verify(group, epoch).good
+    with pytest.raises(errors.InvalidInput) as refused:
+        ids.group_name("x" * 254)
+    assert "1-253" in refused.value.hint
 
 
 def test_the_second_pod_is_refused_and_told_of_the_first(volume: MemoryVolume) -> None:
