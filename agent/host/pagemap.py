@@ -51,11 +51,11 @@ class Pagemap:
     """The pages of the address space that ``pid`` has now; it goes on naming that address space
     when the process executes another program.
 
-    Raises:
-        errors.NotFound: there is no such process.
+    Every method raises ``errors.NotFound`` if the process has ended.
     """
 
     def __init__(self, pid: int) -> None:
+        self._pid = pid
         try:
             self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, ProcessLookupError) as exc:
@@ -132,7 +132,10 @@ class Pagemap:
                     *(inverted, mask, any_of, returned),
                 )
             )
-            count = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument)
+            try:
+                count = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument)
+            except ProcessLookupError as exc:
+                raise errors.NotFound("the process has ended", pid=self._pid) from exc
             if count:
                 found.append(self._regions[:count].astype(np.int64))
             if most_pages and count:

@@ -13,11 +13,13 @@ suspend other filters then.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import struct
 from collections.abc import Iterable
 
+from agent import errors
 from agent.engines.criu.probe import Criu
 from agent.engines.tracking.precopy import Standing
 from agent.host import proc
@@ -43,8 +45,9 @@ def usable(criu: Criu, pids: Iterable[int]) -> str:
     if proc.status(os.getpid()).seccomp:
         return "this agent runs under a seccomp filter"
     for pid in pids:
-        if proc.status(pid).seccomp:
-            return f"process {pid} has a seccomp filter"
+        with contextlib.suppress(errors.NotFound):
+            if proc.status(pid).seccomp:
+                return f"process {pid} has a seccomp filter"
     return ""
 
 

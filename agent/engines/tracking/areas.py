@@ -8,15 +8,18 @@ Does not: read memory.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 
 import numpy as np
 
 from agent import errors
-from agent.host import pagemap, proc
+from agent.host import proc
 from agent.host.pagemap import Ranges
 
 # Below this, CRIU's own way costs less than one more question about a mapping.
 SMALLEST_BYTES = 1 << 20
+# Below it nothing can be mapped (vm.mmap_min_addr).
+_LOWEST = 1 << 16
 _O_DIRECT = 0o40000
 # Descriptors through which devices or the kernel write into pages that they have pinned.
 _WRITERS = (
@@ -31,17 +34,56 @@ def eligible(pid: int) -> Ranges:
     Raises:
         errors.NotFound: the process has ended.
     """
-    rows = [
+    return _ranges(
         (each.start, each.end)
         for each in proc.maps(pid)
-        if each.end - each.start >= SMALLEST_BYTES
-        and each.perms[3] == "p"
+        if _anonymous(each)
+        and each.end - each.start >= SMALLEST_BYTES
         # CRIU works in executable mappings of the process itself.
         and "x" not in each.perms
-        and not each.inode
-        and (each.path in ("", "[heap]") or each.path.startswith("[anon:"))
-    ]
-    return np.array(rows, dtype=np.int64).reshape(-1, 2) if rows else pagemap.none()
+    )
+
+
+def spans(pid: int) -> Ranges:
+    """Where there are private mappings and nothing else, holes included: each span is as large as
+    can be, and ends where a process hardly ever changes its mappings.
+
+    What tracks some of them must track all, and take them on in one step: the kernel does not join
+    neighbours that differ in being tracked, and a process may rely on its mapping being one
+    (mremap), or on their number staying small (a compiler that protects what it wrote). Mappings
+    may come, move and go between looking and taking on; the ends of a span then cut none.
+
+    Raises:
+        errors.NotFound: the process has ended.
+    """
+    rows: list[tuple[int, int]] = []
+    start, last = _LOWEST, 0
+    for each in proc.maps(pid):
+        if _takes_part(each):
+            last = each.end
+            continue
+        if last > start:
+            # A stack grows down into the hole before it.
+            rows.append((start, last if each.path == "[stack]" else each.start))
+        start = each.end
+    if last > start:
+        rows.append((start, last))
+    return _ranges(rows)
+
+
+def _takes_part(mapping: proc.Mapping) -> bool:
+    if mapping.perms[3] != "p" or mapping.path.startswith("/dev/"):
+        return False
+    return not mapping.path.startswith("[") or _anonymous(mapping)
+
+
+def _anonymous(mapping: proc.Mapping) -> bool:
+    named = mapping.path in ("", "[heap]") or mapping.path.startswith("[anon:")
+    return mapping.perms[3] == "p" and not mapping.inode and named
+
+
+def _ranges(rows: Iterable[tuple[int, int]]) -> Ranges:
+    return np.array(list(rows), dtype=np.int64).reshape(-1, 2)
 
 
 def escapes(pid: int) -> str:

@@ -151,6 +151,8 @@ class Precopy:
             errors.VolumeError: from the sink.
         """
         for each in standing:
+            if not len(each.areas):
+                continue  # it has ended, or is small
             existing = _existing(each)
             copy = self._copies.get(each.who)
             kept = pagemap.none()

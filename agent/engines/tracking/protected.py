@@ -48,12 +48,16 @@ class Protected:
         # Opened anew: the process may execute other programs.
         pages = Pagemap(self._who.pid)
         try:
-            for start, end in areas.eligible(self._who.pid).tolist():
+            chosen = areas.eligible(self._who.pid)
+            untold_of = {start: pages.unguarded(start, end) for start, end in chosen.tolist()}
+            for start, end in areas.spans(self._who.pid).tolist():
+                self._protection.register(start, end)
+            for start, end in chosen.tolist():
                 if (start, end) in self._refused:
                     continue  # given out once; it stays unknown
-                untold = pages.unguarded(start, end)
-                if not self._protection.register(start, end):
+                if not pages.guarded(start, end):
                     self._refused.add((start, end))
+                untold = untold_of[start]
                 for at in range(start, end, _PIECE_BYTES):
                     piece = np.array([[at, min(end, at + _PIECE_BYTES)]], dtype=np.int64)
                     taken = pages.take(*piece[0].tolist())

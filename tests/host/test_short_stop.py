@@ -1,0 +1,172 @@
+"""The short stop: memory copied while the job runs, and the image as if it had all been read at the
+freeze.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.engines.base import CaptureOptions, FilePolicy, RestoreOptions
+from agent.host import proc
+from agent.model.streams import PAGE_BYTES, AddressSpace
+from tests.host.conftest import TARGETS, Cut, Host
+from tests.host.image import MemoryImage
+
+OPTIONS = CaptureOptions(precopy=True)
+CYCLES = int(os.environ.get("TORTURE_CYCLES", "16"))
+MEMORY_MIB, THREADS = "48", "3"
+
+
+@pytest.fixture(scope="session")
+def torture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    program = str(tmp_path_factory.mktemp("torture") / "torture")
+    source = str(TARGETS / "torture.c")
+    subprocess.run(["gcc", "-O2", "-pthread", "-Wall", "-o", program, source], check=True)
+    return program
+
+
+class Frozen:
+    """The private memory of a tree that stands still, read by nothing of the agent's."""
+
+    def __init__(self, root: int) -> None:
+        self.pages: dict[AddressSpace, dict[int, bytes]] = {}
+        # CRIU stores the vDSO, which a restore replaces by that of the kernel it runs on.
+        self.kernels: dict[AddressSpace, list[tuple[int, int]]] = {}
+        for pid in proc.tree(root):
+            if proc.stat(pid).state not in "ZX":
+                self.kernels[AddressSpace("process", pid)] = [
+                    (each.start, each.end) for each in proc.maps(pid) if each.path == "[vdso]"
+                ]
+                self.pages[AddressSpace("process", pid)] = dict(_private_pages(pid))
+
+    def assert_equal(self, image: MemoryImage) -> None:
+        for space, pages in self.pages.items():
+            stored: dict[int, bytes] = {}
+            for run, data in image.runs_of.get(space, []):
+                for number in range(run.pages):
+                    at = number * PAGE_BYTES
+                    stored[run.address + at] = data[at : at + PAGE_BYTES]
+            for low, high in self.kernels[space]:
+                stored = {page: data for page, data in stored.items() if not low <= page < high}
+            # A page of zeros may be left out: untouched memory reads the same.
+            wrong = [
+                hex(page)
+                for page in pages.keys() | stored.keys()
+                if pages.get(page, bytes(PAGE_BYTES)) != stored.get(page, bytes(PAGE_BYTES))
+            ]
+            assert wrong == [], f"{space}: {len(wrong)} of {len(pages)} pages"
+
+
+def _private_pages(pid: int) -> Iterator[tuple[int, bytes]]:
+    """Documentation/admin-guide/mm/pagemap.rst: bit 63 present, 62 swapped, 61 of a file."""
+    with open(f"/proc/{pid}/pagemap", "rb") as table, open(f"/proc/{pid}/mem", "rb", 0) as memory:
+        for mapping in proc.maps(pid):
+            if mapping.shared or mapping.path.startswith(("[v", "/[aio]")):
+                continue
+            table.seek(mapping.start // PAGE_BYTES * 8)
+            entries = np.frombuffer(
+                table.read((mapping.end - mapping.start) // PAGE_BYTES * 8), np.uint64
+            )
+            there = (entries >> np.uint64(62)).astype(bool)
+            own = (entries >> np.uint64(61) & np.uint64(1)) == 0
+            for number in np.flatnonzero(there & own).tolist():
+                address = mapping.start + number * PAGE_BYTES
+                yield address, os.pread(memory.fileno(), PAGE_BYTES, address)
+
+
+class Torture:
+    """A running torture program."""
+
+    def __init__(self, host: Host, program: str, folder: Path, seed: int) -> None:
+        self.host = host
+        self.folder = folder
+        folder.mkdir()
+        self.log = folder / "log"
+        # The kernel writes a thread's number into its rseq area whenever it goes on: that is the
+        # one thing that differs between two looks at a tree that stands still.
+        environment = {"GLIBC_TUNABLES": "glibc.pthread.rseq=0"}
+        argv = ["sh", "-c", 'exec "$@" 2>>"$0"', str(self.log)]
+        argv += [program, str(folder), str(seed), THREADS, MEMORY_MIB]
+        self.pid = host.popen(argv, environment).pid
+        # It takes no question before it has answered once.
+        deadline = time.monotonic() + 20
+        while not (folder / "answer").exists():
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.01)
+        # Nearly every page has been written by then.
+        while self.checked() < 3 * int(MEMORY_MIB) << 8:
+            assert time.monotonic() < deadline, self.said()
+
+    def checked(self) -> int:
+        answer = self.folder / "answer"
+        answer.unlink(missing_ok=True)
+        deadline = time.monotonic() + 20
+        while not answer.exists():
+            assert time.monotonic() < deadline, self.said()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGUSR1)
+            time.sleep(0.01)
+        return int(answer.read_text())
+
+    def works(self) -> None:
+        """It goes on checking and has found nothing."""
+        before = self.checked()
+        deadline = time.monotonic() + 20
+        while self.checked() == before:
+            assert time.monotonic() < deadline, self.said()
+        assert self.said() == ""
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else "it did not start"
+
+    def kill(self) -> None:
+        pids = proc.tree(self.pid)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for popen in self.host.popens:
+            if popen.pid == self.pid:
+                popen.wait()
+        for tree in self.host.trees:
+            tree.kill()
+        deadline = time.monotonic() + 10
+        while any(proc.exists(pid) for pid in pids):
+            assert time.monotonic() < deadline, "the tree does not end"
+            time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_no_wrong_byte_in_many_cycles(host: Host, torture: str, tmp_path: Path) -> None:
+    seed = int(os.environ.get("TORTURE_SEED", "0")) or time.time_ns() % 1_000_000
+    print(f"TORTURE_SEED={seed}")
+    draw = random.Random(seed)
+    job = Torture(host, torture, tmp_path / "torture", seed)
+    for _ in range(CYCLES):
+        time.sleep(draw.random() * 0.2)
+        frozen: list[Frozen] = []
+        image = MemoryImage()
+        cut = Cut(captured=lambda seen=frozen: seen.append(Frozen(job.pid)))
+        report = host.capture(job.pid, image, cut, OPTIONS)
+        how = report.engine_facts["stop"]
+        assert how["path"] == "precopy", how
+        assert how["tracked"].get("write-protect", 0) > 0, how
+        frozen[0].assert_equal(image)
+        assert sum(len(pages) for pages in frozen[0].pages.values()) * PAGE_BYTES > 10 << 20
+        assert job.said() == ""
+        if draw.random() < 0.4:
+            job.kill()
+            tree = host.restore(image, RestoreOptions(files=FilePolicy.ROLLBACK))
+            assert tree.pid == job.pid
+            job.works()
+    job.works()
+    host.assert_clean()
