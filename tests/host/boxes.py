@@ -299,9 +299,17 @@ class Boxes:
     def placeholder(self, name: str, **options: Any) -> Box:
         return Box(self, name, ["/.ckpt-agent/hold", "wait"], **options)
 
-    def tree(self, name: str, *features: str, folder: str = "/work", **options: Any) -> Box:
-        """A container with ``targets/tree.py``, standing."""
-        return self._standing(self.start(name, *_tree(folder, features), **options), folder)
+    def tree(
+        self,
+        name: str,
+        *features: str,
+        folder: str = "/work",
+        under: tuple[str, ...] = (),
+        **options: Any,
+    ) -> Box:
+        """A container with ``targets/tree.py``, started by the program ``under``, standing."""
+        argv = [*under, *_tree(folder, features)]
+        return self._standing(self.start(name, *argv, **options), folder)
 
     def ordinary(self, name: str, *features: str, folder: str = "/work", **options: Any) -> Box:
         """Likewise, of a pod that was not opted in: ``tree.py`` is the container's pid 1."""

@@ -14,6 +14,7 @@ from agent.engines.base import CaptureOptions
 from agent.host import proc
 from tests.host.boxes import Box, Boxes, stem
 from tests.host.conftest import Cut
+from tests.host.image import MemoryImage
 
 FEATURES = (
     *("memory", "threads", "children", "pipes", "unix_sockets", "tcp", "unlinked"),
@@ -327,3 +328,22 @@ def test_few_rights_and_a_filter_of_system_calls(boxes: Boxes) -> None:
     assert "Seccomp:\t2" in status
     assert "CapEff:\t0000000000000000" in status
     assert "NoNewPrivs:\t1" in status
+
+
+def test_a_container_stops_only_for_what_it_wrote_since(boxes: Boxes) -> None:
+    """Its memory is copied while it runs, by its numbers on this host, and is CRIU's by those
+    inside.
+    """
+    source = boxes.tree("source", *FEATURES, under=("env", "MEMORY_MIB=96"))
+    image = MemoryImage()
+    report = boxes.capture(source, image, options=CaptureOptions(precopy=True))
+    how = report.engine_facts["stop"]
+    assert how["path"] == "precopy", how
+    assert how["tracked"].get("write-protect", 0) > 0, how
+    assert how["hidden_from_criu"] > 0, how
+    assert how["read_at_cut_bytes"] < image.drafted_bytes / 2
+    boxes.check(source)
+    target = boxes.placeholder("target")
+    boxes.restore(image, target)
+    boxes.check(target)
+    boxes.assert_clean()
