@@ -6,6 +6,7 @@ Does not: look up whether a process runs or an image exists.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -93,6 +94,22 @@ def pod(value: str) -> str:
     return name
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a dump is of in a cluster: ``kind`` is pod or jobset."""
+
+    kind: str
+    name: str
+
+
+def target(value: str) -> Target:
+    """``pod/NAME`` or ``jobset/NAME``; anything else is wrong usage."""
+    kind, _, name = value.partition("/")
+    if kind in ("jobset", "jobsets") and name and "/" not in name:
+        return Target("jobset", name)
+    return Target("pod", pod(value))
+
+
 def containers(verb: Callable[..., Any]) -> Callable[..., Any]:
     """The option that names containers of a pod."""
     return click.option(
@@ -126,7 +143,7 @@ def engine(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 def check_target(
     invocation: Invocation,
-    pod: str | None,
+    pod: object,
     pids: Sequence[int],
     of_a_pod: Mapping[str, object],
     of_a_host: Mapping[str, object] | None = None,

@@ -28,9 +28,9 @@ from agent.node.dump import Cancel
     example="ckpt-agent dump --pid 4711 --name training --include /srv/run7",
 )
 @click.argument(
-    "pod",
-    metavar="[pod/NAME]",
-    type=arguments.pod,
+    "target",
+    metavar="[pod/NAME|jobset/NAME]",
+    type=arguments.target,
     required=False,
     shell_complete=arguments.complete_pod,
 )
@@ -61,7 +61,7 @@ from agent.node.dump import Cancel
 @pass_invocation
 def verb(
     invocation: Invocation,
-    pod: str | None,
+    target: arguments.Target | None,
     pids: tuple[int, ...],
     stop: bool,
     name: str | None,
@@ -70,24 +70,29 @@ def verb(
     engine: str | None,
     deadline: float | None,
 ) -> None:
-    """Capture the process trees below each PID, or the containers of a pod in a cluster, as one
-    image and print its name.
+    """Capture the process trees below each PID, or in a cluster the containers of a pod or of all
+    pods of a JobSet, as one image and print its name.
 
     The processes stand still while they are captured and go on while the image is compressed and
     written. If anything fails, or on Ctrl-C, they go on and nothing is stored.
     """
     arguments.check_target(
         invocation,
-        pod,
+        target,
         pids,
         {"--container": containers, "--engine": engine},
         {"--name": name, "--include": include},
     )
     settings = invocation.settings(dump_deadline=deadline)
-    if pod is not None:
+    if target is not None:
         from agent.cli import incluster
 
-        incluster.dump(invocation, settings, pod, containers, engine=engine, stop=stop)
+        if target.kind == "jobset":
+            of_a_pod = {"--container": containers, "--engine": engine}
+            arguments.refuse(of_a_pod, "is for a pod, not for a JobSet")
+            incluster.dump_jobset(invocation, settings, target.name, stop=stop)
+        else:
+            incluster.dump(invocation, settings, target.name, containers, engine=engine, stop=stop)
         return
     options = CaptureOptions(
         deadline_s=settings.dump_deadline_s,

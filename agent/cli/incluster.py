@@ -19,7 +19,7 @@ from agent.cluster import doctor as cluster_doctor
 from agent.cluster import move as cluster_move
 from agent.cluster import pods
 from agent.cluster.session import Session
-from agent.host import archivefile
+from agent.host import archivefile, clock
 from agent.model import ids, move
 from agent.model.archives import Written
 from agent.rpc import client
@@ -237,6 +237,37 @@ def dump(
         )
         document = poddocuments.dump_report(session.namespace, pod, outcome)
     _said_dumped(invocation, document)
+    invocation.emit(document)
+
+
+def dump_jobset(invocation: Invocation, settings: Settings, name: str, *, stop: bool) -> None:
+    """``dump`` of a JobSet: this program is the coordinator."""
+    from agent.coordinator import checkpoint, jobsets
+
+    control = checkpoint.Control()
+
+    def stop_asked(number: int) -> None:
+        control.cancel()
+        invocation.say("stopping; the job goes on")
+
+    with (
+        _session(settings) as session,
+        interrupts.caught(stop_asked),
+        progress.for_epoch(invocation.quiet) as show,
+    ):
+        done = jobsets.dump(
+            session, name, now_s=clock.wall_s(), stop=stop, control=control, watch=show
+        )
+        document = poddocuments.epoch_report(session.namespace, name, done, stopped=stop)
+    invocation.say(
+        f"captured {output.human_bytes(document['rawBytes'])} of {len(done.members)} pods at one"
+        f" instant, stopped for {output.human_s(document['stopSeconds'])}, durable after"
+        f" {output.human_s(document['durableSeconds'])}; {done.connections} connections between"
+        f" them fit together"
+    )
+    for pod_uid, local, remote in done.leaving:
+        pod = next((each.pod for each in done.members if each.uid == pod_uid), pod_uid)
+        invocation.say(f"pod {pod} is connected to {remote}, outside of the JobSet (from {local})")
     invocation.emit(document)
 
 

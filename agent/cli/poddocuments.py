@@ -12,6 +12,7 @@ from typing import Any
 from agent.cli import documents
 from agent.cli.output import Document
 from agent.cluster.move import Moved, Restored
+from agent.coordinator.checkpoint import Checkpoint
 from agent.model.pods import Placement
 from agent.rpc import client
 
@@ -47,6 +48,41 @@ def dump_report(namespace: str, pod: str, outcome: client.DumpOutcome) -> Docume
                 "rawBytes": member.raw_bytes,
             }
             for member in outcome.members
+        ],
+    )
+
+
+def epoch_report(namespace: str, jobset: str, done: Checkpoint, *, stopped: bool) -> Document:
+    """A committed checkpoint of a JobSet."""
+    image = done.image
+    return documents.document(
+        "DumpReport",
+        documents.image_name(image),
+        namespace=namespace,
+        jobset=jobset,
+        engine="container",
+        stopped=stopped,
+        stopSeconds=_seconds(done.stop_s),
+        durableSeconds=_seconds(done.durable_s),
+        storage=image.storage,
+        processes=sum(each.processes for each in done.stops),
+        rawBytes=image.raw_bytes,
+        newBytes=image.new_bytes,
+        storedBytes=image.stored_bytes,
+        connections=done.connections,
+        leaving=[
+            {"podUid": uid, "local": local, "remote": remote} for uid, local, remote in done.leaving
+        ],
+        stepSeconds={state.value: _seconds(span_s) for state, span_s in done.spans_s.items()},
+        members=[
+            {
+                "name": each.name,
+                "pids": [],
+                "processes": each.processes,
+                "stopSeconds": _seconds(each.stop_s),
+                "rawBytes": each.raw_bytes,
+            }
+            for each in done.stops
         ],
     )
 

@@ -8,6 +8,7 @@ Does not: say anything that is not also in the result.
 from __future__ import annotations
 
 import contextlib
+import enum
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -102,6 +103,17 @@ def for_pod(quiet: bool) -> Iterator[Callable[[str, int], None]]:
             bars.update(task, completed=raw_bytes, description=_PHASES.get(phase, phase))
 
         yield show
+
+
+@contextlib.contextmanager
+def for_epoch(quiet: bool) -> Iterator[Callable[[enum.Enum], None]]:
+    """A callback for the state that an epoch of several pods is in."""
+    with _bars(quiet) as bars:
+        if bars is None:
+            yield lambda state: None
+            return
+        task = bars.add_task("asking the agents", total=None)
+        yield lambda state: bars.update(task, description=str(state.value))
 
 
 @contextlib.contextmanager

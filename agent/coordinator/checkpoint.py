@@ -19,7 +19,7 @@ from agent.coordinator.driver import Cancelled, Driver, Limits, Report
 from agent.coordinator.links import Call, Links, Mailbox
 from agent.coordinator.machine import Coordination, State
 from agent.model.protocol import Course, Decision, Said, Told
-from agent.rpc import epochclient
+from agent.rpc import client, epochclient
 
 # Tokens grow with time, so that a coordinator that begins later is obeyed by members of the same
 # epoch; the low bits tell two of the same second apart.
@@ -42,9 +42,9 @@ class Checkpoint:
     was ended; ``durable_s`` from the request to the commit.
     """
 
-    image: str
-    storage: str
+    image: client.Image
     members: tuple[Member, ...]
+    stops: tuple[epochclient.MemberStop, ...]
     stop_s: float
     durable_s: float
     connections: int
@@ -116,9 +116,11 @@ def run(
         raise _failed(report, members)
     ends = _STANDING_TO_THE_END if State.ENDING in report.spans_s else _STANDING
     return Checkpoint(
-        image=f"{group}@{epoch.name}",
-        storage=epoch.storage,
+        image=session.any_agent(
+            lambda agent: agent.image(namespace, f"{group}@{epoch.name}", epoch.storage)
+        ).image,
         members=tuple(members),
+        stops=decided[-1].members,
         stop_s=_sum(report, ends),
         durable_s=_sum(report, _BEFORE_COMMIT),
         connections=decided[-1].connections,

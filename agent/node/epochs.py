@@ -27,6 +27,7 @@ from agent.node.session import Session
 from agent.rpc import convert, status
 from agent.rpc.calls import Call
 from agent.rpc.v1 import epochs_pb2 as api
+from agent.rpc.v1.node_pb2 import MemberOutcome
 from agent.store.repository import Part, Store
 
 # A coordinator that was cut off comes back within this, or never asks again.
@@ -245,6 +246,17 @@ def _commit(
                 remote=cut.address(each.remote, each.remote_port),
             )
             for each in verdict.leaving
+        ],
+        members=[
+            MemberOutcome(
+                name=stop.member,
+                stop_s=stop.stop_s,
+                freeze_s=stop.freeze_s,
+                raw_bytes=stop.raw_bytes,
+                processes=stop.processes,
+            )
+            for each in given
+            for stop in each.stops
         ],
     )
 

@@ -22,7 +22,7 @@ from agent.host import clock
 from agent.model import ids
 from agent.model.cut import End
 from agent.model.protocol import EVACUATE, Course, Decision, Step
-from agent.model.streams import MemberSink
+from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSink, PageRun
 from agent.node.contribution import Contribution, Stop
 from agent.node.dump import Member
 from agent.node.steppedcut import Stage, SteppedCut
@@ -70,7 +70,8 @@ class JointDump:
         self._lock = threading.Lock()
         self._writer: JointWriter | None = None
         self._captures: list[Future[CaptureReport]] = []
-        self._known: dict[ids.MemberName, dict[str, Any]] = {}
+        self._sinks: dict[ids.MemberName, _Noted] = {}
+        self._freezing_s = self._frozen_s = self._running_s = 0.0
         self._over = False
 
     def do(self, step: Step) -> bytes:
@@ -79,7 +80,7 @@ class JointDump:
             self._begin()
             self._cut.reach(Stage.READY, self._deadline)
         elif step in _STAGES:
-            self._cut.reach(_STAGES[step], self._deadline)
+            self._go(step)
         elif step is Step.PERSIST:
             return self._persist()
         elif step is Step.END:
@@ -114,6 +115,14 @@ class JointDump:
                     "leftovers of the epoch stay on the volume until a prune: %s", exc.message
                 )
 
+    def _go(self, step: Step) -> None:
+        began_s = clock.monotonic_s()
+        self._cut.reach(_STAGES[step], self._deadline)
+        if step is Step.FREEZE:
+            self._freezing_s, self._frozen_s = began_s, clock.monotonic_s()
+        elif step is Step.RESUME:
+            self._running_s = clock.monotonic_s()
+
     def _begin(self) -> None:
         with self._lock:
             if self._over:
@@ -129,7 +138,8 @@ class JointDump:
 
     def _capture(self, writer: JointWriter, member: Member) -> CaptureReport:
         try:
-            sink = _Noted(writer.member(member.name), self._known.setdefault(member.name, {}))
+            sink = _Noted(writer.member(member.name))
+            self._sinks[member.name] = sink
             return self._engine.capture(member.pid, sink, self._cut, self._options)
         except BaseException as exc:
             self._cut.fail(exc)
@@ -148,16 +158,16 @@ class JointDump:
         ).encode()
 
     def _connections(self) -> Iterator[End]:
-        for known in self._known.values():
-            for each in known.get("tcp_ends", ()):
+        for sink in self._sinks.values():
+            for each in sink.known.get("tcp_ends", ()):
                 yield End(**each | {"place": self._place})
 
     def _stops(self) -> Iterator[Stop]:
-        for member, capture in zip(self._members, self._captures, strict=True):
-            if capture.done():
-                found = capture.result()
-                numbers = found.stop_s, found.freeze_s, found.raw_bytes, len(found.pids)
-                yield Stop(member.name, *numbers)
+        stop_s = (self._running_s or clock.monotonic_s()) - self._freezing_s
+        for name, sink in self._sinks.items():
+            processes = len(sink.known.get("processes", ()))
+            freeze_s = self._frozen_s - self._freezing_s
+            yield Stop(name, stop_s, freeze_s, sink.raw_bytes, processes)
 
     def _end(self) -> None:
         """The processes are ended if the store itself says that their image is committed."""
@@ -173,14 +183,22 @@ class JointDump:
 
 
 class _Noted:
-    """A member's sink that remembers the facts."""
+    """A member's sink that remembers the facts, and counts memory."""
 
-    def __init__(self, sink: MemberSink, known: dict[str, Any]) -> None:
-        self._known = known
-        self.pages, self.draft, self.settle = sink.pages, sink.draft, sink.settle
-        self.metadata, self.file = sink.metadata, sink.file
-        self._facts = sink.facts
+    def __init__(self, sink: MemberSink) -> None:
+        self._sink = sink
+        self.known: dict[str, Any] = {}
+        self.raw_bytes = 0
+        self.draft, self.metadata, self.file = sink.draft, sink.metadata, sink.file
+
+    def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
+        self.raw_bytes += len(data)
+        self._sink.pages(space, run, data)
+
+    def settle(self, space: AddressSpace, runs: Sequence[PageRun]) -> None:
+        self.raw_bytes += sum(run.pages for run in runs) * PAGE_BYTES
+        self._sink.settle(space, runs)
 
     def facts(self, facts: dict[str, Any]) -> None:
-        self._known.update(facts)
-        self._facts(facts)
+        self.known.update(facts)
+        self._sink.facts(facts)

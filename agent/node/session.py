@@ -120,6 +120,8 @@ class Session:
             with self._spoke:
                 self._closed = True
                 self._spoke.notify_all()
+            # A session answers on for long after its end; what it did needs memory.
+            del self._actions
 
     def _next(self) -> list[participant.Effect]:
         """What the next event leads to."""
@@ -188,17 +190,19 @@ class Session:
         self._events.put(self._participant.let_go)
 
     def _settle(self) -> None:
-        decision = self._decision()
+        actions = self._actions
+        decision = self._decision(actions)
         while decision is None:
             pause = clock.Deadline.after(_SETTLE_AGAIN_S)
-            clock.wait_until(lambda: False, pause, every_s=_SETTLE_AGAIN_S)
-            decision = self._decision()
+            if clock.wait_until(lambda: self._closed, pause):
+                return
+            decision = self._decision(actions)
         known = decision
         self._events.put(lambda: self._participant.settled(known))
 
-    def _decision(self) -> Decision | None:
+    def _decision(self, actions: Actions) -> Decision | None:
         try:
-            return self._actions.settle()
+            return actions.settle()
         except errors.VolumeError as exc:
             _log.warning("cannot learn what became of epoch %s: %s", self.name, exc.message)
             return None

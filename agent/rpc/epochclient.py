@@ -40,12 +40,23 @@ class Pod:
 
 
 @dataclasses.dataclass(frozen=True)
+class MemberStop:
+    """A container of the group: how long its pod stood still, and what was read of it."""
+
+    name: str
+    stop_s: float
+    raw_bytes: int
+    processes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Decided:
     """What an epoch is. ``leaving`` are connections that lead out of the group, by pod uid."""
 
     decision: Decision
     connections: int
     leaving: tuple[tuple[str, str, str], ...]
+    members: tuple[MemberStop, ...]
 
 
 class Epochs:
@@ -108,4 +119,8 @@ class Epochs:
             raise errors.AgentDefect("the agent did not say what the epoch is")
         name = epochs_pb2.Decision.Name(answer.decision).removeprefix("DECISION_")
         leaving = tuple((each.pod_uid, each.local, each.remote) for each in answer.leaving)
-        return Decided(Decision[name], answer.connections, leaving)
+        members = tuple(
+            MemberStop(each.name, each.stop_s, each.raw_bytes, each.processes)
+            for each in answer.members
+        )
+        return Decided(Decision[name], answer.connections, leaving, members)

@@ -133,16 +133,18 @@ class DecideEpochRequest(_message.Message):
     def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., wish: _Optional[_Union[Decision, str]] = ..., contributions: _Optional[_Iterable[bytes]] = ..., facts: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
 
 class DecideEpochResponse(_message.Message):
-    __slots__ = ("decision", "image", "connections", "leaving")
+    __slots__ = ("decision", "image", "connections", "leaving", "members")
     DECISION_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
     decision: Decision
     image: _node_pb2.Image
     connections: int
     leaving: _containers.RepeatedCompositeFieldContainer[Leaving]
-    def __init__(self, decision: _Optional[_Union[Decision, str]] = ..., image: _Optional[_Union[_node_pb2.Image, _Mapping]] = ..., connections: _Optional[int] = ..., leaving: _Optional[_Iterable[_Union[Leaving, _Mapping]]] = ...) -> None: ...
+    members: _containers.RepeatedCompositeFieldContainer[_node_pb2.MemberOutcome]
+    def __init__(self, decision: _Optional[_Union[Decision, str]] = ..., image: _Optional[_Union[_node_pb2.Image, _Mapping]] = ..., connections: _Optional[int] = ..., leaving: _Optional[_Iterable[_Union[Leaving, _Mapping]]] = ..., members: _Optional[_Iterable[_Union[_node_pb2.MemberOutcome, _Mapping]]] = ...) -> None: ...
 
 class Leaving(_message.Message):
     __slots__ = ("pod_uid", "local", "remote")
