@@ -7,12 +7,15 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent import errors
 from agent.engines.base import CaptureOptions, Disposition
 from agent.engines.container import newproc
+from agent.engines.container.tree import ContainerTree
+from agent.engines.criu import rpc
 from agent.host import mounts, proc
 from tests.host.boxes import Box, Boxes, stem
 from tests.host.conftest import Cut
@@ -20,6 +23,7 @@ from tests.host.test_container_engine import wait_for
 from tests.host.test_container_faults import (
     assert_unharmed,
     assert_waits,
+    criu_pid,
     kill_criu,
     run_agent,
 )
@@ -201,10 +205,34 @@ def test_a_stopped_one_stands_still_until_it_is_killed(boxes: Boxes) -> None:
     assert source.wait() == 128 + signal.SIGKILL
 
 
-def test_a_restored_one_that_is_stopped_leaves_a_placeholder(boxes: Boxes) -> None:
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_restored_one_that_is_stopped_leaves_a_placeholder(
+    boxes: Boxes, monkeypatch: pytest.MonkeyPatch, answered: bool
+) -> None:
+    """CRIU, in the namespace whose first process is killed, may fail before it is killed as well."""
     first = boxes.placeholder("first")
     boxes.restore(boxes.dump(boxes.ordinary("source", *FEATURES)), first)
+    about_to_stop, request = ContainerTree.about_to_stop, rpc.Connection.request
+    met = []
+
+    def with_criu(self: ContainerTree) -> bool:
+        pid = criu_pid(boxes)
+        stops = about_to_stop(self)
+        wait_for(lambda: proc.stat(pid).state == "Z", "CRIU does not die")
+        return stops
+
+    def ask(self: rpc.Connection, *about: Any) -> Any:
+        try:
+            return request(self, *about)
+        except rpc.Gone as exc:
+            met.append(exc)
+            raise (errors.CriuFailed("a process is gone") if answered else exc) from exc
+
+    monkeypatch.setattr(ContainerTree, "about_to_stop", with_criu)
+    monkeypatch.setattr(rpc.Connection, "request", ask)
     image = boxes.stop(first)
+    assert len(met) == 1
+    monkeypatch.undo()
     boxes.restore(image, first)
     boxes.check(first)
     second = boxes.placeholder("second")

@@ -231,8 +231,9 @@ class _Capture:
                 rpc.checked("dump", response, self._log_path)
             except _Resume:
                 pass
-            except rpc.Gone:
-                # The committed and killed tree may take its namespaces, and CRIU in them, along.
+            except errors.CriuFailed:
+                # The committed and killed tree may take its namespaces, and CRIU in them, along, or
+                # be gone before CRIU has let go of it.
                 if not (self._killed and self._subject.ends_with_root and self._root_ended()):
                     raise
             self._times.running_s = clock.monotonic_s()
