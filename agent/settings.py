@@ -191,6 +191,10 @@ class Settings:
     """Largest unlinked open file that travels with an image, in bytes. CRIU's own 1 MiB fails for
     ordinary temporary files; above 1 GiB something is usually wrong."""
 
+    precopy: bool = False
+    """Whether a job's memory is copied while it runs, so that it stops only for what it wrote last.
+    Where that cannot be done, a dump takes the plain way by itself."""
+
     criu_log_level: int = 2
     """How much CRIU logs, 0 to 4. Errors and warnings are all that a failure report quotes, and
     level 4 slows the stop."""
@@ -315,6 +319,7 @@ _KEYS = {
     "dump_deadline": _Key("dump_deadline_s", duration_s, "--deadline"),
     "restore_deadline": _Key("restore_deadline_s", duration_s, "--deadline"),
     "ghost_limit": _Key("ghost_limit_bytes", size_bytes, "--ghost-limit"),
+    "precopy": _Key("precopy", _yes, "--precopy"),
     "criu_log_level": _Key("criu_log_level", _level, "--criu-log-level"),
     "keep_last": _Key("keep_last", count, "--keep-last"),
     "keep_within": _Key("keep_within_s", duration_s, "--keep-within"),

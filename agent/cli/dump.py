@@ -98,6 +98,7 @@ def verb(
         deadline_s=settings.dump_deadline_s,
         include=tuple(os.path.abspath(path) for path in include),
         ghost_limit_bytes=settings.ghost_limit_bytes,
+        precopy=settings.precopy,
         log_level=settings.criu_log_level,
     )
     cancel = Cancel()

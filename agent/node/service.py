@@ -110,6 +110,7 @@ class NodeService:
             options=CaptureOptions(
                 deadline_s=call.allowed_s(request.deadline_s, self._settings.dump_deadline_s),
                 ghost_limit_bytes=self._settings.ghost_limit_bytes,
+                precopy=self._settings.precopy,
                 log_level=self._settings.criu_log_level,
             ),
         )
