@@ -209,7 +209,7 @@ def test_a_stopped_one_stands_still_until_it_is_killed(boxes: Boxes) -> None:
 def test_a_restored_one_that_is_stopped_leaves_a_placeholder(
     boxes: Boxes, monkeypatch: pytest.MonkeyPatch, answered: bool
 ) -> None:
-    """CRIU, in the namespace whose first process is killed, may fail before it is killed as well."""
+    """CRIU is in the namespace whose first process is killed; it may fail before it is killed."""
     first = boxes.placeholder("first")
     boxes.restore(boxes.dump(boxes.ordinary("source", *FEATURES)), first)
     about_to_stop, request = ContainerTree.about_to_stop, rpc.Connection.request
