@@ -50,6 +50,17 @@ _SERVER_NAME = "ckpt-agent-node.ckpt-agent.svc"
 _HEALTH_S = 5.0
 
 
+def prepare_grpc() -> None:
+    """What gRPC must know before it is imported."""
+    # It writes what it thinks of a connection to stderr, which holds our own log; errors are told
+    # by us.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # Nobody uses it after a fork. With this on it stops and starts its threads around each, also
+    # around one that fails in a thread that is in a pid namespace whose first process is dead:
+    # threads cannot be started there, and it would abort the program.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+
 def volume(settings: Settings, *, create: bool = False) -> Volume:
     """The volume that ``settings.store`` names; its directory is made if ``create``."""
     return DirectoryVolume(settings.store.path, create=create)
@@ -227,8 +238,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
     Raises:
         errors.Refused | errors.EnvironmentUnfit: the settings or the node do not let it begin.
     """
-    # gRPC writes what it thinks of a connection to stderr, which holds our own log.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    prepare_grpc()
     from agent.cri.runtime import Runtime
     from agent.host.probes import Probes
     from agent.kube import access, connection, events, namespaces
@@ -332,7 +342,7 @@ def node_health(settings: Settings) -> None:
         errors.Unreachable: it does not.
         errors.EnvironmentUnfit: its certificate's authority is not here.
     """
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    prepare_grpc()
     from agent.rpc import certificates, health
 
     target = f"localhost:{settings.token_port}"
@@ -450,8 +460,7 @@ def _hold_state(pid: int) -> State:
 @contextlib.contextmanager
 def cluster(settings: Settings) -> Iterator[Session]:
     """The cluster that ``settings`` mean, as this caller. Raises what ``cluster.session`` does."""
-    # gRPC writes what it thinks of a connection to stderr; errors are told by us.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    prepare_grpc()
     from agent.cluster import session
 
     with session.session(settings) as made:

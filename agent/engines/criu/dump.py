@@ -261,12 +261,14 @@ class _Capture:
                 )
         if isinstance(exc, rpc.Gone):
             return log.died("dump", self._criu_status, self._log_path, "the job goes on; try again")
-        if isinstance(exc, errors.NotFound) and exc.facts.get("pid") in self._pids:
-            return errors.TargetExited(
-                f"process {exc.facts['pid']} ended while it was being dumped",
-                hint="try again",
-                pid=exc.facts["pid"],
-            )
+        if isinstance(exc, errors.NotFound):
+            ended = exc.facts.get("pid")
+            if ended in self._pids or not proc.alive(self._root):
+                return errors.TargetExited(
+                    f"process {ended or self._root.pid} ended while it was being dumped",
+                    hint="try again",
+                    pid=ended or self._root.pid,
+                )
         return exc
 
     def _choose(self) -> None:
