@@ -36,7 +36,7 @@ _PASSING = {"runc", "nsenter", "nft", "iptables", "modprobe", "sh", "sleep"}
 def of(node: Node) -> Counter[str]:
     """Processes, mounts, control groups, packet filters, archives and notes."""
     found: Counter[str] = Counter()
-    found.update(f"process {name}" for _, name in _processes(node))
+    found.update(f"process {name}" for name in _processes(node))
     found.update(f"mount {place}" for place in _mounts(node))
     found.update(f"group {group}" for group in _groups(node))
     tables = node.exec("nft", "list", "tables").stdout.splitlines()
@@ -75,22 +75,38 @@ def crius(node: Node) -> list[int]:
     """The CRIU processes at work on the node, whoever started them, as this machine numbers
     them.
     """
-    return [pid for pid, name in _processes(node) if name.startswith(("criu", "ld-linux"))]
+    group = f"/{node.control_group}"
+    found = []
+    for entry in _entries():
+        with contextlib.suppress(OSError):
+            # It may run below a loader of its own.
+            at_work = _name(entry).startswith(("criu", "ld-linux"))
+            if at_work and (_own(entry, node) or group in (entry / "cgroup").read_text()):
+                found.append(int(entry.name))
+    return found
 
 
-def _processes(node: Node) -> Iterator[tuple[int, str]]:
+def _processes(node: Node) -> Iterator[str]:
     """Those in the node's own pid namespace, and every CRIU in a container of it: containers'
     other processes are gone with their control groups.
     """
-    inode = os.stat(f"/proc/{node.pid}/ns/pid").st_ino
-    group = f"/{node.control_group}"
-    for entry in Path("/proc").glob("[0-9]*"):
+    yield from ("criu" for _ in crius(node))
+    for entry in _entries():
         with contextlib.suppress(OSError):
-            name = (entry / "comm").read_text().strip()
-            own = os.stat(entry / "ns/pid").st_ino == inode and name not in _PASSING
-            at_work = name.startswith(("criu", "ld-linux"))
-            if own or (at_work and group in (entry / "cgroup").read_text()):
-                yield int(entry.name), name
+            if _own(entry, node) and _name(entry) not in _PASSING:
+                yield _name(entry)
+
+
+def _entries() -> Iterator[Path]:
+    return Path("/proc").glob("[0-9]*")
+
+
+def _name(entry: Path) -> str:
+    return (entry / "comm").read_text().strip()
+
+
+def _own(entry: Path, node: Node) -> bool:
+    return (entry / "ns/pid").readlink() == Path(f"/proc/{node.pid}/ns/pid").readlink()
 
 
 def _mounts(node: Node) -> Iterator[str]:

@@ -83,14 +83,15 @@ def unharmed(agents: Cluster, team: str) -> Iterator[None]:
         assert "TracerPid:\t0" in Path(f"/proc/{pid}/status").read_text()
 
 
-def processes(cluster: Cluster, namespace: str, name: str, program: str = "") -> list[int]:
-    """The processes of a pod's containers, as this machine numbers them."""
+def processes(cluster: Cluster, namespace: str, name: str, *programs: str) -> list[int]:
+    """The processes of a pod's container, as this machine numbers them, the first one first."""
+    programs = programs or ("hold", "python3")
     uid = cluster.get("pod", name, "-n", namespace)["metadata"]["uid"]
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             named = (entry / "comm").read_text().strip()
-            if uid in (entry / "cgroup").read_text() and named.startswith(program):
+            if uid in (entry / "cgroup").read_text() and named in programs:
                 found.append(int(entry.name))
     return sorted(found)
 
@@ -316,8 +317,9 @@ class TestPods:
         node = agents.node("n1")
         before = found_images(agents, team)
         dump = begun(agents, "dump", f"pod/{victim}", "-n", team, "--engine", engine)
-        meet(dump, lambda: leftovers.crius(node))
-        for pid in processes(agents, team, victim):
+        members = processes(agents, team, victim)
+        meet(dump, lambda: operations(node) if engine == "container" else leftovers.crius(node))
+        for pid in members:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         agents.delete("pod", victim, team, "--wait=false", "--grace-period=0", "--force")
@@ -328,9 +330,9 @@ class TestPods:
     def test_a_container_restarted_while_it_is_dumped(
         self, agents: Cluster, team: str, victim: str
     ) -> None:
-        dump = begun(agents, "dump", f"pod/{victim}", "-n", team)
-        meet(dump, lambda: leftovers.crius(agents.node("n1")))
         (first, *_) = processes(agents, team, victim, "hold")
+        dump = begun(agents, "dump", f"pod/{victim}", "-n", team)
+        meet(dump, lambda: operations(agents.node("n1")))
         os.kill(first, signal.SIGKILL)
         said = told(dump)
         assert (dump.returncode, said["code"]) == (exits.FAILED, "target-exited"), said
@@ -348,7 +350,7 @@ class TestPods:
     ) -> None:
         words = ("restore", image, "--pod", placeholder, "-n", team, "--again")
         restore = begun(agents, *words)
-        meet(restore, lambda: leftovers.crius(agents.node("n2")))
+        meet(restore, lambda: operations(agents.node("n2")))
         agents.delete("pod", placeholder, team, "--wait=false", "--grace-period=0", "--force")
         said = told(restore)
         assert restore.returncode != 0, said
@@ -361,7 +363,7 @@ class TestPods:
         node = agents.node("n1")
         agent = agent_pids(node)
         dump = begun(agents, "dump", f"pod/{victim}", "-n", team, "--stop")
-        meet(dump, lambda: leftovers.crius(node))
+        meet(dump, lambda: operations(node))
         if moment == "committing":
             group = agents.shared / "store" / team / "groups" / victim
             meet(dump, lambda: list(group.glob("*/epoch")))
