@@ -95,6 +95,14 @@ def count(value: object, base: str = "") -> int:
     return int(text)
 
 
+def percent(value: object, base: str = "") -> int:
+    """Read a whole number from 0 to 99, with or without a percent sign."""
+    text = _text(value).removesuffix("%")
+    if re.fullmatch(r"[0-9]{1,2}", text) is None:
+        raise errors.InvalidInput(f"{text!r} is not a part in percent", hint="write 0, 10, 15%")
+    return int(text)
+
+
 def _text(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
         raise errors.InvalidInput(f"{value!r} is not a text or number", hint="give one value")
@@ -293,6 +301,11 @@ class Settings:
     probe_port: int = 7445
     """``node`` tells the kubelet here whether it lives (/livez) and serves (/readyz)."""
 
+    work_kept_free_percent: int = 10
+    """An archive that comes to ``node`` is refused if less than this part of its disk
+    (``work_dir``) would stay free. Below a tenth a kubelet begins to evict pods (evictionHard
+    nodefs.available<10%); set it where the kubelets are told otherwise."""
+
     parallel: int = 2
     """Dumps and restores that ``node`` does at once. Two fill the page cache and the volume of
     most nodes; each more makes the others' stops longer."""
@@ -348,6 +361,7 @@ _KEYS = {
     "kubelet_checkpoints": _Key("kubelet_checkpoints", _path, "--kubelet-checkpoints"),
     "runc_conf": _Key("runc_conf", _path, "--runc-conf"),
     "probe_port": _Key("probe_port", _port, "--probe-port"),
+    "work_kept_free": _Key("work_kept_free_percent", percent, "--work-kept-free"),
     "parallel": _Key("parallel", count, "--parallel"),
     "shutdown_grace": _Key("shutdown_grace_s", duration_s, "--shutdown-grace"),
 }

@@ -283,12 +283,11 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
             work=podwork.PodWork(pods, engines, known, operations, trail, teller),
             operations=operations,
             storages=known,
-            transfers=node_transfers.Transfers(
-                _formats(), settings.work_dir, settings.parallel, operations
-            ),
+            transfers=node_transfers.Transfers(_formats(), settings, operations),
             plan=engines.plan,
             examine=lambda: (
                 *node_doctor.examine_cluster(runtime.ready, watch),
+                abandoned.examine(by_name, lambda name: namespaces.exists(api, name)),
                 *node_doctor.examine(
                     criu=lambda: _criu(settings),
                     places=[

@@ -15,14 +15,13 @@ from collections.abc import Iterable, Iterator
 
 from agent import errors
 
-# Below a tenth free the kubelet evicts pods, in its default settings (evictionHard
-# nodefs.available<10%).
-_KEPT_FREE = 0.1
-
 
 @contextlib.contextmanager
-def spooled(directory: str, size_bytes: int, pieces: Iterable[bytes]) -> Iterator[int]:
+def spooled(
+    directory: str, size_bytes: int, pieces: Iterable[bytes], *, kept_free_percent: int
+) -> Iterator[int]:
     """A descriptor of a file with all of ``pieces``, which must come to ``size_bytes``.
+    ``kept_free_percent`` of the disk stay free.
 
     Raises:
         errors.EnvironmentUnfit: ``directory`` has no room for it, or fails.
@@ -32,7 +31,7 @@ def spooled(directory: str, size_bytes: int, pieces: Iterable[bytes]) -> Iterato
         os.makedirs(directory, mode=0o700, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
             fd = file.fileno()
-            _reserve(fd, size_bytes, directory)
+            _reserve(fd, size_bytes, directory, kept_free_percent)
             _fill(fd, size_bytes, pieces)
             yield fd
     except OSError as exc:
@@ -43,13 +42,13 @@ def spooled(directory: str, size_bytes: int, pieces: Iterable[bytes]) -> Iterato
         ) from exc
 
 
-def _reserve(fd: int, size_bytes: int, directory: str) -> None:
+def _reserve(fd: int, size_bytes: int, directory: str, kept_free_percent: int) -> None:
     room = os.fstatvfs(fd)
     free_bytes = room.f_bavail * room.f_frsize - size_bytes
-    if free_bytes < room.f_blocks * room.f_frsize * _KEPT_FREE:
+    if free_bytes < room.f_blocks * room.f_frsize * kept_free_percent / 100:
         raise errors.EnvironmentUnfit(
-            f"{directory} has no room for {size_bytes >> 20} MiB: less than a tenth would stay"
-            " free",
+            f"{directory} has no room for {size_bytes >> 20} MiB: less than {kept_free_percent} %"
+            " would stay free",
             hint="make room there, let work_dir be on another disk, or ask another node's agent",
             path=directory,
         )

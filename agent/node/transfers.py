@@ -20,6 +20,7 @@ from agent.node.operations import Operations
 from agent.node.storages import Found, Storages
 from agent.rpc.calls import Call
 from agent.rpc.v1 import node_pb2 as api
+from agent.settings import Settings
 from agent.store.repository import EpochSummary
 
 # A terabyte at 100 MB/s.
@@ -32,16 +33,16 @@ _PIECE_BYTES = 256 << 10
 
 
 class Transfers:
-    """The archives of an agent. ``directory`` is where one that comes lies meanwhile; ``limit`` is
-    how many may be on their way at once, ``operations`` is what those that are here compete with.
+    """The archives of an agent: as many on their way at once as it does dumps and restores;
+    ``operations`` is what those that are here compete with.
     """
 
     def __init__(
-        self, formats: archives.Formats, directory: str, limit: int, operations: Operations
+        self, formats: archives.Formats, settings: Settings, operations: Operations
     ) -> None:
         self._formats = formats
-        self._directory = directory
-        self._moving = Operations(limit)
+        self._settings = settings
+        self._moving = Operations(settings.parallel)
         self._operations = operations
 
     def export(self, found: Found, member: str, call: Call) -> Iterator[api.ExportImageEvent]:
@@ -114,7 +115,12 @@ class Transfers:
 
             with (
                 call.ending_after(until.remaining_s) as came,
-                spool.spooled(self._directory, first.size_bytes, pieces()) as fd,
+                spool.spooled(
+                    self._settings.work_dir,
+                    first.size_bytes,
+                    pieces(),
+                    kept_free_percent=self._settings.work_kept_free_percent,
+                ) as fd,
             ):
                 came()
                 archive = self._formats.opened(fd)

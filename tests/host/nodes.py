@@ -146,6 +146,8 @@ def running(
         stores={"fast": str(fast)},
         node_name=NODE,
         tls_dir=str(tls),
+        work_dir=str(folder / "work"),
+        work_kept_free_percent=1,  # the tests' disk may be nearly full
         parallel=parallel,
     )
     states: dict[int, State] = {}
@@ -180,10 +182,7 @@ def running(
             operations=operations,
             storages=known,
             transfers=transfers.Transfers(
-                archives.Formats(export.Outgoing, intake.of),
-                str(folder / "work"),
-                parallel,
-                operations,
+                archives.Formats(export.Outgoing, intake.of), settings, operations
             ),
             plan=engines.plan,
             examine=lambda: (),

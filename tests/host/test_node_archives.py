@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -150,17 +151,21 @@ def test_whoever_says_nothing_holds_nothing(node: Node, monkeypatch: pytest.Monk
     nothing_stays(node)
 
 
-def test_a_disk_without_room_to_spare_takes_nothing(
-    node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with node.caller(*VERBS) as agent:
-        with pytest.raises(errors.EnvironmentUnfit, match="no room"):
-            agent.take_in("default", io.BytesIO(b"x"), 1 << 50)
-        # As much as there is, less what the node itself needs.
-        monkeypatch.setattr(spool, "_KEPT_FREE", 1.0)
-        with pytest.raises(errors.EnvironmentUnfit, match="no room"):
-            take_in(agent, archives.tar(archives.entries()))
+def test_a_disk_without_room_to_spare_takes_nothing(node: Node, tmp_path: Path) -> None:
+    with node.caller(*VERBS) as agent, pytest.raises(errors.EnvironmentUnfit, match="no room"):
+        agent.take_in("default", io.BytesIO(b"x"), 1 << 50)
     nothing_stays(node)
+    room = os.statvfs(tmp_path)
+    free_percent = 100 * room.f_bavail // room.f_blocks
+    with spool.spooled(str(tmp_path / "a"), 1, [b"x"], kept_free_percent=free_percent // 2) as fd:
+        assert os.pread(fd, 2, 0) == b"x"
+        assert os.listdir(tmp_path / "a") == []
+    # There is room, but not as much as has to stay.
+    with (
+        pytest.raises(errors.EnvironmentUnfit, match="no room"),
+        spool.spooled(str(tmp_path / "a"), 1, [b"x"], kept_free_percent=99),
+    ):
+        pass
 
 
 def test_a_caller_who_leaves_or_dawdles_is_given_up(

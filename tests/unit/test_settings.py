@@ -82,6 +82,7 @@ def test_every_setting_can_come_from_flag_environment_and_file() -> None:
         "kubelet_checkpoints": ("/q", "/q"),
         "runc_conf": ("/c", "/c"),
         "probe_port": ("2", 2),
+        "work_kept_free": ("15%", 15),
         "parallel": ("4", 4),
         "shutdown_grace": ("90s", 90.0),
     }
