@@ -243,7 +243,17 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
     from agent.host.probes import Probes
     from agent.kube import access, connection, events, namespaces
     from agent.kube.pods import PodWatch
-    from agent.node import epochs, interrupted, podwork, readiness, serve, service, storages, stores
+    from agent.node import (
+        abandoned,
+        epochs,
+        interrupted,
+        podwork,
+        readiness,
+        serve,
+        service,
+        storages,
+        stores,
+    )
     from agent.node import transfers as node_transfers
     from agent.node.operations import Operations
     from agent.node.pods import Pods

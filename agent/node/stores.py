@@ -9,6 +9,7 @@ Does not: keep stores open: a volume may come and go.
 from __future__ import annotations
 
 import contextlib
+import os
 import posixpath
 import threading
 from collections.abc import Callable
@@ -56,6 +57,27 @@ class NamespaceStores:
             raise errors.NotFound(
                 f"namespace {namespace} has no images", hint="the first dump makes its store"
             ) from exc
+
+    def namespaces(self) -> list[ids.Namespace]:
+        """Those that have a store, or a directory of their name.
+
+        Raises:
+            errors.VolumeError: the volume is not there or does not answer.
+        """
+        return self._answered(self._listed)
+
+    def _listed(self) -> list[ids.Namespace]:
+        try:
+            names = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        except OSError as exc:
+            raise errors.VolumeGone(
+                f"cannot list {self.root}: {exc.strerror}", hint="is it mounted on this node?"
+            ) from exc
+        found = []
+        for name in names:
+            with contextlib.suppress(errors.InvalidInput):
+                found.append(ids.namespace_name(name))
+        return found
 
     def space(self) -> Space:
         """Room on the volume for all of them.

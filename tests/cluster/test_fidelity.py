@@ -5,6 +5,8 @@ in every generation, until its end.
 from __future__ import annotations
 
 import copy
+import json
+import secrets
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -316,3 +318,25 @@ def test_one_image_makes_one_pod_unless_asked_again(agents: Cluster, namespace: 
     for name in ("a", "b"):
         before = counted(agents, namespace, name)[-1]
         agents.wait_for("more", lambda: counted(agents, namespace, name)[-1] > before, 30)  # noqa: B023
+
+
+def test_images_of_a_deleted_namespace_are_told_of_and_can_be_removed(agents: Cluster) -> None:
+    gone = f"test-{secrets.token_hex(4)}"
+    agents.kubectl("create", "namespace", gone)
+    account = ("serviceaccount", "default", "-n", gone)
+    agents.wait_for("the default ServiceAccount", lambda: agents.get(*account), 30)
+    agents.apply(counter("job", gone))
+    agents.wait_for_pod("job", gone)
+    image = ckpt(agents, "dump", "pod/job", "-n", gone).document()["name"]
+    agents.kubectl("delete", "namespace", gone, "--timeout=60s")
+
+    def told() -> str:
+        checks = json.loads(ckpt(agents, "doctor", "-n", "default").out)["checks"]
+        lines = {each["name"]: each["found"] for each in checks}
+        return str(lines["n1/namespaces"])
+
+    assert gone in told()
+    listed = ckpt(agents, "list", "-n", gone).document()["items"]
+    assert [each["name"] for each in listed] == [image]
+    ckpt(agents, "delete", image, "-n", gone).document()
+    assert gone not in told()
