@@ -298,7 +298,10 @@ def _left(failed: Step, move: Move) -> Iterator[str]:
         case Step.SCHEDULE:
             yield f"its replacement {pod} waits for a node"
         case Step.RESTORE:
-            yield f"its replacement {pod} waits for the image on node {move.target}"
+            yield (
+                f"its replacement {pod} waits for the image on node {move.target}, or runs it"
+                " already if only the answer was lost"
+            )
 
 
 def _next(failed: Step, move: Move, *, target: str, back: str, into: str) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """Which pod an image was restored into: one image makes one pod, unless asked otherwise.
 
 Beside the images a namespace's store holds ``restored/GROUP@EPOCH`` (``restored/GROUP/EPOCH`` where
-the group's name is too long for that): JSON with the pod's uid and name, the node and the time. The
-volume lets exactly one writer create it, also among agents of several nodes.
+the group's name is too long for that): JSON with the pod's uid and name, the ids of its containers,
+the node and the time. The volume lets exactly one writer create it, also among agents of several
+nodes.
 
 Promises: of several restores of an image into different pods exactly one goes on; a restore that
 failed takes its claim back; the same pod may try again after whatever happened.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from agent import errors
 from agent.host import clock
@@ -31,10 +32,20 @@ def holder(volume: Volume, image: str) -> str:
     return "" if content is None else _uid(content)
 
 
+def names(volume: Volume, image: str, containers: Sequence[str]) -> bool:
+    """Whether ``image`` was last claimed for exactly these containers."""
+    try:
+        return bool(json.loads(_read(volume, image) or b"{}")["containers"] == sorted(containers))
+    except (ValueError, KeyError, TypeError):
+        return False  # damaged, or older than this field
+
+
 @contextlib.contextmanager
-def claimed(volume: Volume, image: str, pod: Pod, *, again: bool) -> Iterator[None]:
-    """Claim ``image`` for ``pod`` while it is restored; leaving with an error gives it back to
-    whom it belonged before.
+def claimed(
+    volume: Volume, image: str, pod: Pod, *, again: bool, containers: Sequence[str] = ()
+) -> Iterator[None]:
+    """Claim ``image`` for ``pod`` and its ``containers`` (the runtime's ids) while it is restored;
+    leaving with an error gives it back to whom it belonged before.
 
     Raises:
         errors.RestoreConflict: another pod has it, and ``again`` is not set.
@@ -42,7 +53,13 @@ def claimed(volume: Volume, image: str, pod: Pod, *, again: bool) -> Iterator[No
     """
     name = _name(image)
     content = json.dumps(
-        {"pod_uid": pod.uid, "pod": str(pod), "node": pod.node, "at_s": clock.wall_s()}
+        {
+            "pod_uid": pod.uid,
+            "pod": str(pod),
+            "node": pod.node,
+            "containers": sorted(containers),
+            "at_s": clock.wall_s(),
+        }
     ).encode()
     before = _read(volume, image)
     if before is not None:

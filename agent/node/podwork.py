@@ -7,6 +7,7 @@ Does not: know how the caller is reached.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -27,8 +28,8 @@ from agent.node import dump as node_dump
 from agent.node import restore as node_restore
 from agent.node.operations import Operations
 from agent.node.pods import Pods
-from agent.node.storages import Storages
-from agent.store.repository import EpochSummary
+from agent.node.storages import Found, Storages
+from agent.store.repository import EpochReader, EpochSummary
 
 _log = logging.getLogger(__name__)
 
@@ -198,7 +199,8 @@ class PodWork:
         progress: Callable[[str], None],
     ) -> PodRestore:
         """Restore an image into its placeholder; raises as ``node.restore.restore``, and what
-        waiting for the placeholder, claiming the image and letting the operation in raises.
+        waiting for the placeholder, claiming the image and letting the operation in raises. One
+        that was done before is not done again: its outcome has no times.
         """
         began_s = clock.monotonic_s()
         deadline = clock.Deadline.after(order.options.deadline_s)
@@ -208,15 +210,27 @@ class PodWork:
         _check_ours(reader.facts, image)
         members = reader.members
         progress("waiting")
-        pod, containers = self._pods.holding(
-            order.namespace, order.pod, order.pod_uid, members, deadline, cancel.check
-        )
+        try:
+            pod, containers = self._pods.holding(
+                order.namespace, order.pod, order.pod_uid, members, deadline, cancel.check
+            )
+        except errors.TargetUnsuitable:
+            done = self._already(order, found, reader)
+            if done is None:
+                raise
+            return done
         waited_s = clock.monotonic_s() - began_s
         with (
             self._operations.begin("restore", f"pod {pod}", _keys(pod, containers), cancel),
             self._told(pod, "restore"),
             self._trail.noted("restore", pod),
-            claims.claimed(store.volume, image, pod, again=order.again),
+            claims.claimed(
+                store.volume,
+                image,
+                pod,
+                again=order.again,
+                containers=[each.id for each in containers],
+            ),
         ):
             engine = self._engines.for_restore(pod, containers)
             outcome = node_restore.restore(
@@ -232,6 +246,19 @@ class PodWork:
             )
             was, now = _was(outcome.epoch), _now(pod, containers)
             return PodRestore(outcome, was, now, found.storage, waited_s, running_s)
+
+    def _already(self, order: RestoreOrder, found: Found, reader: EpochReader) -> PodRestore | None:
+        """The answer to a restore that was done already in the very containers that run now: its
+        caller may have missed it when the connection broke, and asks again.
+        """
+        with contextlib.suppress(errors.Refused):
+            pod = self._pods.find(order.namespace, order.pod, order.pod_uid)
+            containers = self._pods.running(pod, tuple(reader.members))
+            if claims.names(found.store.volume, found.image, [each.id for each in containers]):
+                outcome = node_restore.RestoreOutcome(reader.summary, (), 0.0, 0.0)
+                was, now = _was(reader.summary), _now(pod, containers)
+                return PodRestore(outcome, was, now, found.storage, 0.0, 0.0)
+        return None
 
     def _step(
         self,

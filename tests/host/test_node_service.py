@@ -319,6 +319,12 @@ class TestRestore:
             target.check()
             assert agent.image("default", image).restored_into == uid
             wait_for_reason(node, "counter", "RestoreCompleted")
+            # A caller whose connection broke asks again, and hears what became of it.
+            (waiting,) = [pid for pid, state in node.states.items() if state == "waits"]
+            node.states[waiting] = "runs"
+            again = self.restore(agent, image, pod_uid=uid)
+            assert (again.image, again.running_s) == (outcome.image, 0)
+            assert len(host.trees) == 1
             other = self.placeholder(node, host, "twin")
             with pytest.raises(errors.RestoreConflict, match=uid) as caught:
                 self.restore(agent, image, "twin", pod_uid=other)
