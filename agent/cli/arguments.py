@@ -159,12 +159,6 @@ def check_target(
         raise click.UsageError("--pid is of this host, the other flags of a cluster: name pod/NAME")
 
 
-def refuse_cluster(invocation: Invocation, merged: settings.Settings) -> None:
-    """For verbs that read and write files of this host: a store of this host, or wrong usage."""
-    if invocation.in_cluster(merged):
-        raise click.UsageError("this verb works on a store of this host: name it with --store")
-
-
 def refuse(options: Mapping[str, object], why: str) -> None:
     """Wrong usage if one of ``options`` was given."""
     given = [name for name, value in options.items() if value]
