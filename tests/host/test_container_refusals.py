@@ -178,6 +178,14 @@ def test_every_reason_is_listed_at_once_and_nothing_was_touched(boxes: Boxes) ->
     assert list((target.folder / EMPTY_DISK).iterdir()) == []
 
 
+def test_another_architecture_is_told_as_such_and_not_by_its_features(boxes: Boxes) -> None:
+    image = boxes.dump(boxes.tree("source", "memory"))
+    assert image.known is not None
+    image.known |= {"machine": "riscv64", "cpu_flags": ["c", "d", "v"], "kernel": "99.1.0"}
+    (found,) = reasons(boxes, image, boxes.placeholder("target"))
+    assert found == f"the image is of a riscv64 machine, this is {os.uname().machine}"
+
+
 EMPTY_DISK = Path("volumes/kubernetes.io~empty-dir/disk")
 
 
