@@ -14,6 +14,7 @@ from agent.coordinator import checkpoint
 from agent.coordinator.machine import State
 from agent.kube import jobsets
 from agent.model import jobset
+from agent.model import storage as model_storage
 from agent.model.protocol import EVACUATE, LEAVE_RUNNING
 
 
@@ -31,16 +32,24 @@ def dump(
 
     Raises:
         errors.NotFound | errors.TargetUnsuitable: there is none, or not all of its pods run.
+        errors.InvalidInput: its pods ask for different storages, and ``storage`` is "".
         errors.CkptError: as ``checkpoint.run``.
     """
     api, namespace = session.api, session.namespace
     found = jobsets.read(api, namespace, name)
-    made = jobset.membership(found, jobsets.pods(api, namespace, name))
+    pods = jobsets.pods(api, namespace, name)
+    made = jobset.membership(found, pods)
     members = [
         checkpoint.Member(each.identity, each.pod, each.uid, each.node) for each in made.members
     ]
     if not members:
         raise errors.TargetUnsuitable(f"JobSet {namespace}/{name} has no pods")
+    taking = {each.uid for each in members}
+    said = {
+        str(each["metadata"]["name"]): each["metadata"].get("annotations") or {}
+        for each in pods
+        if each["metadata"]["uid"] in taking
+    }
     return checkpoint.run(
         session,
         jobset.group(name),
@@ -48,7 +57,7 @@ def dump(
         EVACUATE if stop else LEAVE_RUNNING,
         facts={"jobset": name, **made.facts},
         now_s=now_s,
-        storage=storage,
+        storage=storage or model_storage.agreed(said),
         control=control,
         watch=watch,
     )

@@ -106,6 +106,24 @@ def choose(names: Collection[str], pod: Mapping[str, str], namespace: Mapping[st
     return Choice(DEFAULT, "agent")
 
 
+def agreed(pods: Mapping[str, Mapping[str, str]]) -> str:
+    """The storage for one image of several pods, whose annotations are by name: what all of them
+    ask for; "" if none asks for anything.
+
+    Raises:
+        errors.InvalidInput: they do not say the same, or one names nothing.
+    """
+    asked = {name: words.get(optin.STORAGE) for name, words in pods.items()}
+    wanted = set(asked.values())
+    if len(wanted) > 1 or "" in wanted:
+        raise errors.InvalidInput(
+            "the pods do not ask for the same storage, and their image can only lie in one",
+            hint=f"give all of them the same annotation {optin.STORAGE}, or none",
+            reasons=[f"{name}: {each or 'nothing'}" for name, each in sorted(asked.items())],
+        )
+    return (wanted.pop() or "") if wanted else ""
+
+
 def check_known(names: Collection[str], name: str) -> None:
     """Return if a caller may ask for the storage ``name``.
 

@@ -74,9 +74,13 @@ class Storages:
         return storage.choose(self._storages, {}, self._annotations(namespace)).name
 
     def make(self, namespace: ids.Namespace, name: str) -> Store:
-        """The store of ``namespace`` in the storage ``name``, made if there is none. Raises as
-        ``NamespaceStores.open``.
+        """The store of ``namespace`` in the storage ``name``, made if there is none.
+
+        Raises:
+            errors.InvalidInput: there is no storage of that name.
+            errors.CkptError: as ``NamespaceStores.open``.
         """
+        storage.check_known(self._storages, name)
         return self._storages[name].open(namespace, create=True)
 
     def check(self) -> None:

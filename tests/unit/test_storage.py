@@ -74,6 +74,21 @@ def test_whatever_is_asked_for_only_a_configured_storage_is_chosen(
         assert choice.name in NAMES
 
 
+def test_the_pods_of_one_image_must_say_the_same() -> None:
+    assert storage.agreed({}) == ""
+    assert storage.agreed({"a": {}, "b": {"other": "x"}}) == ""
+    assert storage.agreed({"a": says("fast"), "b": says("fast")}) == "fast"
+    for other in ({}, says("default"), says("")):
+        with pytest.raises(errors.InvalidInput, match="same storage") as caught:
+            storage.agreed({"a": says("fast"), "b": other})
+        assert caught.value.facts["reasons"] == [
+            "a: fast",
+            f"b: {other.get(optin.STORAGE) or 'nothing'}",
+        ]
+    with pytest.raises(errors.InvalidInput):
+        storage.agreed({"a": says("")})
+
+
 # Where an image is.
 
 EPOCHS = [ids.EpochId(f"2026013{day}-000000-0a1b2{day}") for day in range(3)]
