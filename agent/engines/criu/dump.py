@@ -233,7 +233,10 @@ class _Capture:
                 pass
             except errors.CriuFailed:
                 # The committed and killed tree may take its namespaces, and CRIU in them, along, or
-                # be gone before CRIU has let go of it.
+                # be gone before CRIU has let go of it. A namespace's first process ends only when
+                # everybody in there was reaped, CRIU as well.
+                if self._killed:
+                    self._note_status(worker)
                 if not (self._killed and self._subject.ends_with_root and self._root_ended()):
                     raise
             self._times.running_s = clock.monotonic_s()
