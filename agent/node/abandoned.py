@@ -18,8 +18,6 @@ from agent.model.checkup import Check
 from agent.node.stores import NamespaceStores
 
 _NAME = "namespaces"
-# A line that a person reads.
-_MOST = 10
 
 
 def examine(storages: Mapping[str, NamespaceStores], exists: Callable[[str], bool]) -> Check:
@@ -32,11 +30,10 @@ def examine(storages: Mapping[str, NamespaceStores], exists: Callable[[str], boo
         return Check(_NAME, "degraded", exc.message, "images of none may be there", exc.hint)
     if not left:
         return Check(_NAME, "ok", f"{len(held)} have a store")
-    told = ", ".join(left[:_MOST]) + (f" and {len(left) - _MOST} more" if left[_MOST:] else "")
     return Check(
         _NAME,
         "degraded",
-        f"images of namespaces that do not exist: {told}",
+        f"images of namespaces that do not exist: {', '.join(left)}",
         "they take room, and whoever makes a namespace of that name may read and restore them",
         f"ckpt-agent list -n {left[0]}, then ckpt-agent delete each of them",
     )

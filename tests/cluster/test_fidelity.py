@@ -223,7 +223,7 @@ def placement(cluster: Cluster, namespace: str, pod: str) -> dict[str, Any]:
 def test_a_pod_of_several_containers_goes_on_in_every_generation_and_ends_as_it_would_have(
     agents: Cluster, namespace: str
 ) -> None:
-    pod = "rich" + "-with.a-name" * 20 + "-of-253-x"  # the longest that there can be
+    pod = "rich" + "-with.a-name" * 16  # a kubelet's own files allow for hardly more
     agents.apply(rich(pod, namespace, volumes=True))
     agents.wait_for_pod(pod, namespace)
     least: dict[str, int] = {}
