@@ -40,7 +40,7 @@ class FaultyVolume:
         self.calls: list[tuple[str, str]] = []
         self.hit = 0
         self._plan = plan
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a plan may use the volume itself
         self._ended = False
 
     @property

@@ -119,16 +119,16 @@ class JointMachine(RuleBasedStateMachine):
             with self._disturbed(writing.volume, disturbance, writing):
                 writing.finish()
 
-    @rule(first=st.integers(0, 40), disturbance=DISTURBANCES)
-    def do_it_all(self, first: int, disturbance: Disturbance) -> None:
-        """The way of an epoch that nobody is in the way of, but for the last step."""
+    @rule(first=st.integers(0, 40), dead=st.integers(0, 2))
+    def all_but_the_commit(self, first: int, dead: int) -> None:
         self.name_an_epoch()
         epoch = max(self.epochs)
         for rank in RANKS[:2]:
             self._join(epoch, rank, first)
-        for writing in self.epochs[epoch].writings:
+        for number, writing in enumerate(self.epochs[epoch].writings):
             writing.finish()
-        self._commit(epoch, disturbance)
+            if number < dead:
+                self._bury(writing)
 
     @rule(number=NUMBERS, disturbance=DISTURBANCES)
     def commit(self, number: int, disturbance: Disturbance) -> None:
@@ -297,7 +297,7 @@ class JointMachine(RuleBasedStateMachine):
         )
 
     def _meanwhile(self, what: str, number: int, flag: bool, busy: Writing | None) -> None:
-        epoch = self._epoch(number)
+        epoch = self._epoch(-1)
         if epoch is None:
             return
         others = [w for w in self.epochs[epoch].writings if w is not busy and not w.died]
