@@ -20,6 +20,7 @@ from agent.model.protocol import Decision
 from agent.store import (
     catalog,
     decisions,
+    diff,
     envelope,
     epoch_ids,
     identity,
@@ -37,10 +38,12 @@ from agent.store.fields import Fields, encode
 from agent.store.retention import Retention
 from agent.volumes.base import Volume
 
+EpochDiff = diff.EpochDiff
 EpochReader = reader.EpochReader
 EpochSummary = summary.EpochSummary
 EpochWriter = writer.EpochWriter
 JointWriter = joint.JointWriter
+MemberDiff = diff.MemberDiff
 MemberReader = reader.MemberReader
 Part = parts.Part
 PruneReport = prune.PruneReport
@@ -187,6 +190,12 @@ class Store:
     def read(self, group: GroupName, epoch: EpochId) -> EpochReader:
         """Open a committed epoch; raises ``errors.NotFound`` and ``errors.DataError``."""
         return reader.EpochReader(self.volume, group, epoch)
+
+    def diff(self, group: GroupName, older: EpochId, newer: EpochId) -> EpochDiff:
+        """Compare two epochs of a group, by their page tables; raises ``errors.NotFound`` and
+        ``errors.DataError``.
+        """
+        return diff.diff(self.volume, group, older, newer)
 
     def delete(self, group: GroupName, epoch: EpochId) -> PruneReport:
         """Remove one epoch, also a damaged one, and what only it needed.
