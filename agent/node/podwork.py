@@ -153,7 +153,9 @@ class PodWork:
             self._trail.noted("dump", pod),
         ):
             storage = self._storages.for_pod(pod)
-            engine = self._engines.for_dump(order.engine, pod, containers)
+            # A kubelet stops nothing: whoever wants that is to hear why the other engine cannot.
+            wanted = order.engine or ("container" if order.stop else "")
+            engine = self._engines.for_dump(wanted, pod, containers)
             known = facts(pod, containers)
             outcome = node_dump.dump(
                 self._storages.make(order.namespace, storage),

@@ -292,6 +292,7 @@ class TestRestore:
         target = host.start()
         node.add_pod("counter", target.pid)
         outcome = dump(agent, stop=True)
+        assert node.engines.wanted == ["container"]
         for popen in host.popens:
             if popen.pid == target.pid:
                 popen.wait()
