@@ -16,10 +16,10 @@ from agent import errors
 from agent.cli.output import Document
 from agent.model import checkup, ids, plan
 from agent.model.archives import Written
-from agent.model.streams import FileEntry
+from agent.model.streams import PAGE_BYTES, FileEntry
 from agent.node.dump import DumpOutcome
 from agent.node.restore import RestoreOutcome
-from agent.store.repository import EpochSummary, PruneReport, VerifyReport
+from agent.store.repository import EpochDiff, EpochSummary, MemberDiff, PruneReport, VerifyReport
 
 if TYPE_CHECKING:  # gRPC is not loaded for verbs on this host
     from agent.rpc.client import Image
@@ -217,6 +217,38 @@ def restore_report(outcome: RestoreOutcome, *, isolated: bool) -> Document:
             {"name": name, "pid": tree.pid, "exitStatus": None} for name, tree in outcome.trees
         ],
     )
+
+
+def image_diff(found: EpochDiff) -> Document:
+    """What an image has against an older one of its group."""
+    return document(
+        "ImageDiff",
+        ids.image_name(found.group, found.newer),
+        base=ids.image_name(found.group, found.older),
+        members=[_member_diff(member) for member in found.members],
+    )
+
+
+def _member_diff(found: MemberDiff) -> Document:
+    memory = found.memory
+    return {
+        "name": found.member,
+        "inBase": found.in_older,
+        "inImage": found.in_newer,
+        "sameBytes": memory.same * PAGE_BYTES,
+        "changedBytes": memory.changed * PAGE_BYTES,
+        "addedBytes": memory.added * PAGE_BYTES,
+        "removedBytes": memory.removed * PAGE_BYTES,
+        "files": [
+            {"path": path, "change": change}
+            for change, paths in (
+                ("changed", found.files.changed),
+                ("added", found.files.added),
+                ("removed", found.files.removed),
+            )
+            for path in paths
+        ],
+    }
 
 
 def verify_report(name: str, reports: Iterable[tuple[str, VerifyReport]]) -> Document:

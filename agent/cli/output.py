@@ -117,6 +117,15 @@ _MOVED = (
     Column("AWAY", lambda item, now_s: human_s(item["awaySeconds"]), right=True),
     Column("IMAGE", _text("name")),
 )
+_COMPARED = (
+    Column("MEMBER", _text("name")),
+    Column("SAME", _size("sameBytes"), right=True),
+    Column("CHANGED", _size("changedBytes"), right=True),
+    Column("ADDED", _size("addedBytes"), right=True),
+    Column("REMOVED", _size("removedBytes"), right=True),
+    Column("FILES", lambda item, now_s: str(len(item["files"])), right=True),
+)
+_CHANGED_FILES = (Column("CHANGE", _text("change")), Column("PATH", _text("path")))
 _VERIFIED = (
     Column("NAME", _text("name")),
     Column("STATUS", lambda item, now_s: "ok" if item["good"] else "damaged"),
@@ -262,6 +271,16 @@ def _move_report(document: Document, wide: bool, now_s: float) -> list[str]:
     return table(_MOVED, [document], now_s)
 
 
+def _image_diff(document: Document, wide: bool, now_s: float) -> list[str]:
+    lines = _pairs((("Name", document["name"]), ("Against", document["base"])))
+    lines += ["", *table(_COMPARED, document["members"], now_s)]
+    for member in document["members"]:
+        if member["files"]:
+            title = f"Files of {member['name']}"
+            lines += ["", *_section(title, _CHANGED_FILES, member["files"], now_s)]
+    return lines
+
+
 def _verify_report(document: Document, wide: bool, now_s: float) -> list[str]:
     lines = table(_VERIFIED, document["items"], now_s)
     for item in document["items"]:
@@ -333,6 +352,7 @@ def _error(document: Document, wide: bool, now_s: float) -> list[str]:
 _LAYOUTS: dict[str, Callable[[Document, bool, float], list[str]]] = {
     "Image": _image,
     "ImageList": _image_list,
+    "ImageDiff": _image_diff,
     "DumpReport": _dump_report,
     "RestoreReport": _restore_report,
     "MoveReport": _move_report,

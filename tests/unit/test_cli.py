@@ -314,6 +314,46 @@ def test_control_characters_of_a_job_do_not_reach_the_terminal(run: Any, images:
     assert r"\x1b" in out
 
 
+def test_diff_tells_what_changed_since_the_image_before(images: list[str], run: Any) -> None:
+    document = run("diff", "job", "-o", "json").document()
+    assert (document["name"], document["base"]) == (images[2], images[1])
+    (member,) = document["members"]
+    assert (member["sameBytes"], member["changedBytes"], member["files"]) == (0, 4096, [])
+    reverse = run("diff", images[2], images[0], "-o", "json").document()
+    assert (reverse["name"], reverse["base"]) == (images[0], images[2])
+    shown = run("diff", "job").out
+    assert images[1] in shown
+    assert "tree-0" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments", [("other",), ("job", "other"), ("absent",), ("job", "-n", "space")]
+)
+def test_diff_refuses_what_cannot_be_compared(
+    images: list[str], run: Any, arguments: tuple[str, ...]
+) -> None:
+    ran = run("diff", *arguments)
+    assert (ran.status, ran.out) == (exits.REFUSED, "")
+    assert "hint: " in ran.err
+
+
+def test_diff_names_files_that_changed(folder: pathlib.Path, images: list[str], run: Any) -> None:
+    store = Store.open(DirectoryVolume(str(folder)))
+    with store.begin(ids.group_name("job"), now_s=_NOW_S + 9 * _DAY_S) as writer:
+        member = writer.member(ids.member_name("tree-0"))
+        for path, content in (("/tmp/out", b"abd"), ("/tmp/new\n", b"")):
+            entry = FileEntry(path, "file", 0o100600, 0, 0, 1, 3, "open")
+            member.file(entry, io.BytesIO(content))
+        writer.commit({})
+    (member,) = run("diff", "job", "-o", "json").document()["members"]
+    assert member["removedBytes"] == 4096
+    assert member["files"] == [
+        {"path": "/tmp/out", "change": "changed"},
+        {"path": "/tmp/new\n", "change": "added"},
+    ]
+    assert "added    /tmp/new\\n\n" in run("diff", "job").out
+
+
 def test_verify_names_each_damaged_part_and_is_status_5(
     run: Any, images: list[str], folder: pathlib.Path
 ) -> None:
