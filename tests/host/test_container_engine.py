@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from agent import errors
 from agent.engines.base import CaptureOptions
-from agent.host import proc
+from agent.host import cgroups, proc
 from tests.host.boxes import Box, Boxes, stem
 from tests.host.conftest import Cut
 from tests.host.image import MemoryImage
@@ -281,6 +283,30 @@ while True:
     written = target.root("/disk/journal").read_text().split()
     assert written == [str(n) for n in range(1, len(written) + 1)]
     assert all(line.startswith("good") for line in lines(target))
+
+
+def test_files_in_memory_are_charged_to_their_container(boxes: Boxes) -> None:
+    script = "head -c 30000000 /dev/urandom > /memory/large; echo up; exec sleep 1000"
+    source = boxes.start("source", "sh", "-c", script, memory_mib=200)
+    wait_for(lambda: "up" in source.log.read_text(), "no output")
+    image = boxes.dump(source)
+    # Where its limit leaves no room, the files are put back all the same.
+    for name, limit_mib, charged in (("large", 200, True), ("small", 60, False)):
+        target = boxes.placeholder(name, memory_mib=limit_mib)
+        boxes.restore(image, target)
+        assert (memory_bytes(target) > 30_000_000) == charged
+        assert (
+            target.root("/memory/large").read_bytes() == source.root("/memory/large").read_bytes()
+        )
+
+
+def memory_bytes(box: Box) -> int:
+    """What the kernel charges to the container."""
+    for group in cgroups.directories(box.pid):
+        for name in ("memory.usage_in_bytes", "memory.current"):
+            with contextlib.suppress(FileNotFoundError):
+                return int((Path(group) / name).read_text())
+    raise AssertionError("no group counts memory")
 
 
 def test_execs_come_and_go_meanwhile_and_stay_out_of_the_image(boxes: Boxes) -> None:

@@ -15,11 +15,13 @@ import io
 import json
 import os
 from collections.abc import Container as ContainerOf
+from collections.abc import Sequence
 from typing import Any, BinaryIO, cast
 
 from agent import errors
-from agent.engines.container import inside, mountpoints, pack, unpack
-from agent.host import clock, confine, proc
+from agent.engines.container import charged, inside, mountpoints, pack, unpack
+from agent.engines.criu import feed
+from agent.host import cgroups, clock, confine, proc
 from agent.model.container import (
     AGENT_DIRECTORY,
     HOLD_FILE,
@@ -32,6 +34,10 @@ from agent.model.streams import FileEntry, MemberSink, MemberSource
 # hold has some 50 KiB.
 _HOLD_BYTES = 16 << 20
 _NEW_HOLD = ".hold.restored"
+# Less of files in memory is not worth a process that has them charged to the container.
+_CHARGED_BYTES = 1 << 20
+# That process, and CRIU after it.
+_SPARE_BYTES = 48 << 20
 
 Place = tuple[int, int]
 """The directory that is mounted as a volume, by device and inode number: the same for every
@@ -199,8 +205,25 @@ def put_back(
             inner = _below(mount.point, points)
             unpack.clear(name, pieces, _limits(about), fd, deadline, mounts=inner)
             pieces = source.file_content(name)
-            unpack.apply(name, pieces, _limits(about), fd, deadline, whiteouts=False, mounts=inner)
+            limits = _limits(about)
+            groups = cgroups.directories(init.pid) if mount.kind == "tmpfs" else []
+            if _has_room(groups, source, limits):
+                charged.apply(name, pieces, limits, fd, deadline, groups, mounts=inner)
+            else:
+                unpack.apply(name, pieces, limits, fd, deadline, whiteouts=False, mounts=inner)
             filled.add(place)
+
+
+def _has_room(groups: Sequence[str], source: MemberSource, limits: unpack.Limits) -> bool:
+    """Whether these control groups are to have the files charged, which are in memory: where their
+    limit is too low for that, as that of a container that only shares the volume may be, the kernel
+    would end the container.
+    """
+    if not groups or limits.content_bytes < _CHARGED_BYTES:
+        return False
+    limit = cgroups.memory_limit_bytes(groups)
+    needed = limits.content_bytes + feed.memory_bytes(source) + _SPARE_BYTES
+    return limit is None or needed <= limit
 
 
 def _parts(known: dict[str, Any]) -> list[tuple[dict[str, Any], bool]]:
