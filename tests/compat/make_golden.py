@@ -1,12 +1,15 @@
-"""Makes the golden store of the current format version; run by hand when a version is new:
+"""Makes the golden stores of the current format version; run by hand when a version is new, or has
+something new in it:
 
     python -m tests.compat.make_golden tests/compat/store-v1
+    python -m tests.compat.make_golden --joint tests/compat/joint-v1
 
 Golden stores are never made again: that a program reads what an older one wrote is what they show.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 
@@ -48,5 +51,30 @@ def main(root: str) -> None:
             epoch.commit({"step": step})
 
 
+def joint(root: str) -> None:
+    """Each member by a writer of its own: an epoch that is committed, one that is abandoned, one
+    that is not decided and whose writers are gone.
+    """
+    store = Store.open(DirectoryVolume(root, create=True), create=True)
+    for step, outcome in enumerate(("committed", "abandoned", "undecided")):
+        epoch = store.new_epoch(GROUP, now_s=images.NOW_S + 60 * step)
+        with contextlib.ExitStack() as stack:
+            writers = []
+            for name, member in EPOCHS[min(step, 1)].items():
+                writer = stack.enter_context(
+                    store.join(GROUP, epoch, now_s=images.NOW_S + 60 * step)
+                )
+                images.write(writer, {name: member})
+                writers.append(writer)
+            parts = [writer.finish() for writer in writers]
+            if outcome == "committed":
+                store.commit_joint(GROUP, epoch, parts, {"step": step}, now_s=images.NOW_S)
+            for writer in writers if outcome != "undecided" else []:
+                writer.keep() if outcome == "committed" else writer.drop()
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[1] == "--joint":
+        joint(sys.argv[2])
+    else:
+        main(sys.argv[1])

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from agent import errors
-from agent.store import envelope, layout
+from agent.host import clock
+from agent.model.protocol import Decision
+from agent.store import catalog, envelope, intents, layout
 from agent.store.repository import Store
+from agent.store.retention import Retention
 from agent.volumes.directory import DirectoryVolume
 from tests import images
 from tests.compat.make_golden import EPOCHS, GROUP
@@ -59,3 +62,22 @@ def test_a_store_of_a_newer_version_is_refused(golden: Path) -> None:
         Store.open(DirectoryVolume(str(golden)))
     assert caught.value.hint
     assert first.read_bytes() == newer
+
+
+def test_joint_epochs_are_what_they_were(tmp_path: Path) -> None:
+    store = Store.open(DirectoryVolume(str(shutil.copytree(HERE / "joint-v1", tmp_path / "store"))))
+    (summary,) = store.epochs()
+    assert summary.facts == {"step": 0}
+    assert store.verify(GROUP, summary.epoch).good
+    images.assert_epoch(store.read(GROUP, summary.epoch), EPOCHS[0])
+    announced = intents.all_announced(store.volume)
+    assert [found.intent is not None and found.intent.joint for found in announced] == [True, True]
+    undecided = layout.attempt_epoch(announced[0].attempt)
+    (abandoned,) = set(catalog.names(store.volume, GROUP)) - {summary.epoch}
+    assert summary.epoch < abandoned < undecided
+    assert store.decision(GROUP, abandoned) is Decision.ABANDONED
+    assert store.decision(GROUP, undecided) is None
+    late_s = clock.wall_s() + 1.01 * intents.STALE_S
+    assert store.prune(Retention(keep_last=1), now_s=late_s).leftovers == 4
+    assert store.decision(GROUP, undecided) is Decision.ABANDONED
+    images.assert_epoch(store.read(GROUP, summary.epoch), EPOCHS[0])
