@@ -25,6 +25,7 @@ from bench import (
     report,
     restoring,
     second_epoch,
+    short_stop,
     tools,
     trainings,
 )
@@ -36,6 +37,7 @@ _EXPERIMENTS: dict[str, Callable[[machine.Context], report.Section]] = {
     "restore": restoring.measure,
     "memory": peak_memory.measure,
     "trainings": trainings.measure,
+    "short-stop": short_stop.measure,
 }
 _PAIRS, _QUICK_PAIRS = 5, 3
 _FAILURES = (programs.ProgramFailed, holder.HolderFailed, job.JobFailed)

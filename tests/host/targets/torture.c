@@ -105,10 +105,17 @@ static void make(struct region *r, enum kind kind, size_t size) {
 		r->fd = memfd_create("torture", 0);
 	if (kind == FILE_PRIVATE) {
 		snprintf(path, sizeof path, "%s/zeros-%zu", folder, size);
-		int fd = open(path, O_RDWR | O_CREAT | O_EXCL, 0600);
-		if (fd >= 0 && ftruncate(fd, (off_t)size))
-			fail("ftruncate", r, 0);
-		close(fd);
+		if (access(path, F_OK)) { /* whole from the first moment, and made once */
+			char fresh[600];
+			snprintf(fresh, sizeof fresh, "%s.%d.%llu", path, getpid(), (unsigned long long)r->salt);
+			int fd = open(fresh, O_RDWR | O_CREAT, 0600);
+			if (ftruncate(fd, (off_t)size))
+				fail("ftruncate", r, 0);
+			close(fd);
+			if (link(fresh, path) && access(path, F_OK))
+				fail("link", r, 0);
+			unlink(fresh);
+		}
 		r->fd = open(path, O_RDONLY);
 	}
 	if (kind == MEMFD && ftruncate(r->fd, (off_t)size))
