@@ -180,7 +180,7 @@ def test_three_generations_by_the_agents_own_dumps(boxes: Boxes) -> None:
     second = boxes.placeholder("second")
     boxes.restore(image, second)
     boxes.check(second, "/memory")
-    image = boxes.dump(second)
+    image = boxes.dump(second, options=CaptureOptions(precopy=True))
     boxes.check(second, "/memory")
     third = boxes.placeholder("third")
     boxes.restore(image, third)
@@ -198,6 +198,8 @@ def test_a_stopped_one_stands_still_until_it_is_killed(boxes: Boxes) -> None:
     target = boxes.placeholder("target")
     boxes.restore(image, target)
     boxes.check(target)
+    with pytest.raises(errors.TargetUnsuitable, match="is frozen"):
+        boxes.dump(source)
     # Long enough for the restored one to answer, and the same question came before.
     assert not source.root("/work/answer").exists()
     boxes.assert_clean()

@@ -56,6 +56,11 @@ def find(container: Container) -> Target:
     init = proc.identity(container.pid)
     groups = tuple(cgroups.directories(init.pid))
     _refuse_surroundings(container)
+    if cgroups.frozen(groups):
+        raise _unsuitable(
+            f"container {container.name} is frozen: by a dump that was to stop it, or by others",
+            "restore its newest image with --node and --replace, or let its runtime thaw it",
+        )
     root = _root(container)
     inner = proc.identity(root) if inside.number(root) == 1 else init
     mountpoints.upper(container)
