@@ -36,6 +36,7 @@ from tests.cluster.test_node_agent import (
     kill,
     log,
     operations,
+    refused,
     start,
     steps,
     wait_until_ready,
@@ -316,16 +317,21 @@ class TestPods:
     ) -> None:
         node = agents.node("n1")
         before = found_images(agents, team)
+        agent = agent_pids(node)
         dump = begun(agents, "dump", f"pod/{victim}", "-n", team, "--engine", engine)
         members = processes(agents, team, victim)
         meet(dump, lambda: operations(node) if engine == "container" else leftovers.crius(node))
-        for pid in members:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
         agents.delete("pod", victim, team, "--wait=false", "--grace-period=0", "--force")
+        if engine == "container":  # before the kubelet comes to it
+            for pid in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         said = told(dump)
-        assert dump.returncode == exits.FAILED, said
+        # A kubelet that has forgotten the pod meanwhile says that there is none.
+        gone = engine == "kubelet" and said["code"] == "not-found"
+        assert gone or dump.returncode == exits.FAILED, said
         assert found_images(agents, team) == before
+        assert agent_pids(node) == agent
 
     def test_a_container_restarted_while_it_is_dumped(
         self, agents: Cluster, team: str, victim: str
@@ -396,3 +402,89 @@ class TestPods:
             assert restore.returncode in (exits.DATA, exits.VOLUME), said
             assert agents.logs(placeholder, team, "-c", "c") == ""
         assert_restored(agents, team, placeholder, image)
+
+
+# io_uring_setup; a mount of its own; a process that somebody stopped.
+URING = "import ctypes; ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(120))"
+MOUNT = "import ctypes; assert not ctypes.CDLL(None).mount(b'own', b'/mnt', b'tmpfs', 0, None)"
+COUNT = "\nimport time\nn = 0\nwhile True: print(n, True, flush=True); n += 1; time.sleep(0.1)\n"
+
+
+class TestRefused:
+    """What cannot be dumped as it is, or not now."""
+
+    def odd(self, namespace: str, name: str, first: str = "", **spec: Any) -> dict[str, Any]:
+        made = counting(namespace, name)
+        made["spec"] |= spec
+        (container,) = made["spec"]["containers"]
+        container["command"] = ["python3", "-u", "-c", first + COUNT]
+        if first == MOUNT:
+            container["securityContext"] = {"privileged": True}
+        return made
+
+    def test_pods_that_cannot_be_dumped_are_told_why_and_run_on(
+        self, agents: Cluster, team: str
+    ) -> None:
+        wanted = {"uring": "io_uring", "mount": "/mnt", "host": "the node's own network"}
+        agents.apply(
+            [
+                self.odd(team, "uring", URING),
+                self.odd(team, "mount", MOUNT),
+                self.odd(team, "host", hostNetwork=True),
+                self.odd(team, "crash", "raise SystemExit(3)\n"),
+            ]
+        )
+        for name in wanted:
+            agents.wait_for_pod(name, team)
+            agents.wait_for("the count", functools.partial(steps, agents, team, name), 30)
+        try:
+            for name, words in wanted.items():
+                done = ckpt(agents, "dump", f"pod/{name}", "-n", team, "--engine", "container")
+                said = refused(done)
+                assert (done.returncode, said["code"]) == (exits.REFUSED, "target-unsuitable")
+                assert words in said["message"], said
+                assert said["hint"]
+                assert_goes_on(agents, team, name)
+
+            def crashes() -> bool:
+                (status,) = agents.get("pod", "crash", "-n", team)["status"]["containerStatuses"]
+                return "waiting" in status["state"]
+
+            agents.wait_for("the crash loop", crashes, 60)
+            said = refused(ckpt(agents, "dump", "pod/crash", "-n", team))
+            assert said["code"] in ("target-unsuitable", "not-found"), said
+        finally:
+            for name in (*wanted, "crash"):
+                agents.delete("pod", name, team, "--grace-period=0", "--force", "--wait=false")
+
+    def test_a_second_dump_of_the_same_pod_is_refused_at_once(
+        self, agents: Cluster, team: str
+    ) -> None:
+        node = agents.node("n1")
+        first = begun(agents, "dump", f"pod/{POD}", "-n", team, "--engine", "kubelet")
+        meet(first, lambda: leftovers.crius(node))
+        second = ckpt(agents, "dump", f"pod/{POD}", "-n", team)
+        # It may have come too late to be in the way.
+        assert second.returncode == 0 or refused(second)["code"] == "target-busy", second.stderr
+        assert told(first)["kind"] == "DumpReport"
+
+    def test_a_process_that_somebody_stopped_holds_nobody_up(
+        self, agents: Cluster, team: str
+    ) -> None:
+        agents.apply(self.odd(team, "stopped"))
+        agents.wait_for_pod("stopped", team)
+        agents.wait_for("the count", lambda: steps(agents, team, "stopped"), 30)
+        workload = processes(agents, team, "stopped", "python3")
+        for pid in workload:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            for engine in ("container", "kubelet"):
+                dump = begun(agents, "dump", "pod/stopped", "-n", team, "--engine", engine)
+                assert told(dump)["kind"] == "DumpReport"
+                states = [Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in workload]
+                assert set(states) == {"T"}
+            for pid in workload:
+                os.kill(pid, signal.SIGCONT)
+            assert_goes_on(agents, team, "stopped")
+        finally:
+            agents.delete("pod", "stopped", team, "--grace-period=0", "--force", "--wait=false")
