@@ -260,3 +260,10 @@ class CriuFailed(Failed):
     """CRIU answered with a failure or died; ``facts['log_tail']`` holds its last log lines."""
 
     code = "criu-failed"
+
+
+class ShortStopFailed(CriuFailed):
+    """CRIU gave up where memory was copied beside it; the plain way may still work."""
+
+    code = "short-stop-failed"
+    retryable = True

@@ -9,6 +9,7 @@ Does not: find out who belongs to the group, or print.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from agent.host import clock
 from agent.model import ids
 from agent.model.streams import PAGE_BYTES, AddressSpace, FileEntry, MemberSink, PageRun
 from agent.store.repository import EpochSummary, EpochWriter, Store
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,8 @@ def dump(
 ) -> DumpOutcome:
     """Dump ``members`` as one epoch of ``group``; ``facts`` are kept with the epoch.
 
+    A capture that copied memory ahead and failed is made once more without.
+
     Raises:
         errors.Refused: before anything was touched.
         errors.Failed | errors.VolumeError: given up; every member is as it was before.
@@ -93,9 +98,36 @@ def dump(
     cancel = cancel or Cancel()
     options = dataclasses.replace(options, kill=stop)
     began_s = clock.monotonic_s()
+
+    def attempt(options: CaptureOptions) -> DumpOutcome:
+        return _dump(store, engine, group, members, options, began_s, facts or {}, cancel, progress)
+
+    try:
+        return attempt(options)
+    except errors.ShortStopFailed as exc:
+        # All members again: they have run on since.
+        log.warning(
+            "a dump that copied memory ahead failed; the plain way is taken",
+            extra={"group": group, "reason": exc.message},
+        )
+    return attempt(dataclasses.replace(options, precopy=False))
+
+
+def _dump(
+    store: Store,
+    engine: Engine,
+    group: ids.GroupName,
+    members: Sequence[Member],
+    options: CaptureOptions,
+    began_s: float,
+    facts: Mapping[str, Any],
+    cancel: Cancel,
+    progress: Callable[[Progress], None],
+) -> DumpOutcome:
+    stop = options.kill
     with store.begin(group, now_s=clock.wall_s()) as writer:
         cut = _GroupCut(len(members), options.deadline_s, cancel)
-        known = {**(facts or {}), "engine": engine.name, "stop": stop}
+        known = {**facts, "engine": engine.name, "stop": stop}
         if stop:
             cut.before_kill = lambda: cut.note_committed(_commit(writer, known, cancel))
         meter = _Meter(progress, cancel)

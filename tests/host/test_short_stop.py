@@ -9,16 +9,24 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from agent.engines.base import CaptureOptions, FilePolicy, RestoreOptions
+from agent.engines.criu import hiding
 from agent.host import proc
+from agent.model import ids
 from agent.model.streams import PAGE_BYTES, AddressSpace
+from agent.node import dump as node_dump
+from agent.node import restore as node_restore
+from agent.store.repository import Store
+from agent.volumes.directory import DirectoryVolume
 from tests.host.conftest import TARGETS, Cut, Host
 from tests.host.image import MemoryImage
 
@@ -189,3 +197,66 @@ def test_no_wrong_byte_in_many_cycles(host: Host, torture: str, tmp_path: Path) 
             job.works()
     job.works()
     host.assert_clean()
+
+
+def test_a_dump_that_fails_with_memory_hidden_is_made_the_plain_way(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CRIU's next version may not like the answers that it gets."""
+    target = host.start("memory", "threads", MEMORY_MIB="48")
+    answered = hiding.Hiding._answer
+    met = []
+
+    def spoiled(self: Any, call: Any) -> int | None:
+        if (answer := answered(self, call)) is None:
+            return None
+        met.append(answer)
+        return -1
+
+    monkeypatch.setattr(hiding.Hiding, "_answer", spoiled)
+    store = Store.open(DirectoryVolume(str(tmp_path / "store"), create=True), create=True)
+    group, member = ids.group_name("job"), ids.member_name("tree")
+    outcome = node_dump.dump(
+        store, host.engine, group, [node_dump.Member(member, target.pid)], OPTIONS
+    )
+    assert met
+    ((_, report),) = outcome.members
+    assert report.engine_facts["stop"]["path"] == "plain"
+    host.assert_running(target)
+    host.assert_clean()
+    host.kill(target)
+    node_restore.restore(store, host.engine, group, RestoreOptions()).trees[0][1].kill()
+
+
+def test_what_can_be_written_behind_the_page_table_is_not_tracked(
+    host: Host, tmp_path: Path
+) -> None:
+    """A file open for direct I/O: a device may write to memory while no page looks written."""
+    target = host.start("memory", MEMORY_MIB="48")
+    script = (
+        "import mmap, os, sys, time\n"
+        "area = mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "area[:] = b'x' * len(area)\n"
+        "fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_DIRECT)\n"
+        "print('stands', flush=True)\n"
+        "time.sleep(1000)\n"
+    )
+    direct = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "direct")],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    host.popens.append(direct)
+    assert direct.stdout is not None
+    direct.stdout.readline()
+    for pid, kind in ((target.pid, "write-protect"), (direct.pid, "none")):
+        image = MemoryImage()
+        frozen: list[Frozen] = []
+        cut = Cut(captured=lambda pid=pid, seen=frozen: seen.append(Frozen(pid)))
+        how = host.capture(pid, image, cut, OPTIONS).engine_facts["stop"]
+        assert how["tracked"] == {kind: 1}, how
+    # Nothing of a copy made ahead was believed.
+    assert how["untracked_because"] == [f"process {direct.pid}: it has a file open for direct I/O"]
+    assert how["read_at_cut_bytes"] >= 32 << 20
+    frozen[0].assert_equal(image)
+    direct.stdout.close()

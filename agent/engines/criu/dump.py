@@ -251,7 +251,15 @@ class _Capture:
         return self._report()
 
     def explained(self, exc: BaseException) -> BaseException:
-        """The error to show for ``exc``: its cause where it is only a consequence."""
+        """The error to show for ``exc``: its cause where it is only a consequence, and that it was
+        not the plain way that failed.
+        """
+        found = self._explained(exc)
+        if self._short is None or self._killed or not isinstance(found, errors.CriuFailed):
+            return found
+        return errors.ShortStopFailed(found.message, hint=found.hint, **found.facts)
+
+    def _explained(self, exc: BaseException) -> BaseException:
         sink_error = self._server.failure
         if isinstance(exc, errors.CriuFailed):
             if sink_error is not None and not isinstance(sink_error, errors.CriuFailed):

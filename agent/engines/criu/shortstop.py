@@ -95,7 +95,7 @@ class ShortStop:
         """Wait until everything that is left has been read.
 
         Raises:
-            errors.DumpFailed: it could not be.
+            errors.ShortStopFailed: it could not be.
             errors.VolumeError: from the sink.
         """
         self._reader.join(self._deadline.remaining_s)

@@ -147,7 +147,7 @@ class Precopy:
         """Read what the copies lack into ``sink``, which may be another; they still stand still.
 
         Raises:
-            errors.DumpFailed: memory that exists cannot be read.
+            errors.ShortStopFailed: memory that exists cannot be read.
             errors.VolumeError: from the sink.
         """
         for each in standing:
@@ -162,7 +162,7 @@ class Precopy:
             with _memory(each.who) as memory:
                 done = _draft(sink, each.space, memory, missing, standing=True)
             if pagemap.size_bytes(done) != pagemap.size_bytes(missing):
-                raise errors.DumpFailed(
+                raise errors.ShortStopFailed(
                     f"memory of process {each.who.pid} cannot be read", pid=each.who.pid
                 )
             self.cut_bytes += pagemap.size_bytes(missing)
