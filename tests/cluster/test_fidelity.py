@@ -24,9 +24,9 @@ import mmap, os, signal, sys, time
 own, disk = sys.argv[1], sys.argv[2] == 'volumes'
 
 def end(number, frame):
-    print('ending', flush=True)
+    os.write(1, b'\nending\n')
     time.sleep(1.5)
-    print('ended', flush=True)
+    os.write(1, b'ended\n')
     os._exit(7)
 
 signal.signal(signal.SIGTERM, end)
