@@ -104,8 +104,7 @@ class JointMachine(RuleBasedStateMachine):
 
     @rule()
     def name_an_epoch(self) -> None:
-        self.time_s += 1
-        self.epochs[self.store.new_epoch(GROUP, now_s=self.time_s)] = Epoch()
+        self._name()
 
     @rule(number=NUMBERS, rank=st.sampled_from(RANKS), first=st.integers(0, 40))
     def join(self, number: int, rank: MemberName, first: int) -> None:
@@ -121,8 +120,7 @@ class JointMachine(RuleBasedStateMachine):
 
     @rule(first=st.integers(0, 40), dead=st.integers(0, 2))
     def all_but_the_commit(self, first: int, dead: int) -> None:
-        self.name_an_epoch()
-        epoch = max(self.epochs)
+        epoch = self._name()
         for rank in RANKS[:2]:
             self._join(epoch, rank, first)
         for number, writing in enumerate(self.epochs[epoch].writings):
@@ -193,6 +191,12 @@ class JointMachine(RuleBasedStateMachine):
         images.assert_epoch(self.store.read(GROUP, summary.epoch), images.simple(first, 12))
 
     # What they do
+
+    def _name(self) -> EpochId:
+        self.time_s += 1
+        epoch = self.store.new_epoch(GROUP, now_s=self.time_s)
+        self.epochs[epoch] = Epoch()
+        return epoch
 
     def _join(self, epoch: EpochId, rank: MemberName, first: int) -> None:
         over = self.store.decision(GROUP, epoch) is not None
