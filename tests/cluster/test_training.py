@@ -42,7 +42,11 @@ def steps(text: str) -> list[str]:
 def test_training_that_moves_in_the_middle_ends_bit_for_bit_as_one_that_does_not(
     agents: Cluster, torch_image: str, namespace: str
 ) -> None:
-    agents.apply(training("moves", namespace, "n1", torch_image))
+    whole, moving = (
+        training(name, namespace, node, torch_image)
+        for name, node in (("stays", "n2"), ("moves", "n1"))
+    )
+    agents.apply([whole, moving])
     agents.wait_for_pod("moves", namespace, timeout_s=120)
 
     def under_way() -> bool:
@@ -55,13 +59,12 @@ def test_training_that_moves_in_the_middle_ends_bit_for_bit_as_one_that_does_not
         agents.wait_for("a quarter of the steps", under_way, 300)
         ckpt(agents, "migrate", "pod/moves", "--to", "n2", "-n", namespace).document()
         before = dict(zip(RANKS, (steps(zero.text()), steps(one.text())), strict=True))
-    agents.apply(training("stays", namespace, "n1", torch_image))
     for pod in ("moves", "stays"):
         agents.wait_for_pod(pod, namespace, "Succeeded", timeout_s=400)
     for rank in RANKS:
         after = steps(agents.logs("moves", namespace, "-c", rank))
         assert STEPS // 4 <= len(before[rank]) < STEPS
-        whole = steps(agents.logs("stays", namespace, "-c", rank))
-        assert len(whole) == STEPS
+        uninterrupted = steps(agents.logs("stays", namespace, "-c", rank))
+        assert len(uninterrupted) == STEPS
         # Loss and parameters of every step as exact hexadecimal floats.
-        assert before[rank] + after == whole
+        assert before[rank] + after == uninterrupted
