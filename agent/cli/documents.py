@@ -22,7 +22,7 @@ from agent.node.restore import RestoreOutcome
 from agent.store.repository import EpochDiff, EpochSummary, MemberDiff, PruneReport, VerifyReport
 
 if TYPE_CHECKING:  # gRPC is not loaded for verbs on this host
-    from agent.rpc.client import Image
+    from agent.rpc.results import Image
 
 API_VERSION = "ckpt-agent.dev/v1"
 

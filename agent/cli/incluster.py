@@ -22,7 +22,7 @@ from agent.cluster.session import Session
 from agent.host import archivefile, clock
 from agent.model import ids, move
 from agent.model.archives import Written
-from agent.rpc import client
+from agent.rpc import results
 from agent.settings import Settings
 
 _STEPS = {
@@ -80,7 +80,7 @@ def verify(invocation: Invocation, settings: Settings, image: str | None, storag
             found = session.any_agent(lambda agent: agent.listing(namespace, "", storage))
         else:
             detail = session.any_agent(lambda agent: agent.image(namespace, image, storage))
-            found = client.Listing([detail.image], {})
+            found = results.Listing([detail.image], {})
         reports = [(each, _verified(invocation, session, each)) for each in found.images]
         if not reports:
             invocation.say(f"no images in namespace {namespace}")
@@ -92,8 +92,8 @@ def verify(invocation: Invocation, settings: Settings, image: str | None, storag
 
 
 def _verified(
-    invocation: Invocation, session: Session, image: client.Image
-) -> client.VerifyOutcome:
+    invocation: Invocation, session: Session, image: results.Image
+) -> results.VerifyOutcome:
     name = documents.image_name(image)
     with progress.for_reading(invocation.quiet, name) as bar:
         return session.any_agent(

@@ -14,14 +14,14 @@ from agent.cli.output import Document
 from agent.cluster.move import Moved, Restored
 from agent.coordinator.checkpoint import Checkpoint
 from agent.model.pods import Placement
-from agent.rpc import client
+from agent.rpc import results
 
 
 def _seconds(span_s: float) -> float:
     return round(span_s, 6)
 
 
-def dump_report(namespace: str, pod: str, outcome: client.DumpOutcome) -> Document:
+def dump_report(namespace: str, pod: str, outcome: results.DumpOutcome) -> Document:
     """A committed dump of a pod."""
     image = outcome.image
     return documents.document(
@@ -143,7 +143,7 @@ def move_report(namespace: str, pod: str, moved: Moved) -> Document:
 
 def verify_report(
     name: str,
-    reports: Iterable[tuple[client.Image, client.VerifyOutcome]],
+    reports: Iterable[tuple[results.Image, results.VerifyOutcome]],
     unread: Mapping[str, str],
 ) -> Document:
     """What reading images whole found; ``unread`` are the storages that could not be looked at, and

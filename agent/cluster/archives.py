@@ -13,7 +13,7 @@ from typing import BinaryIO, Protocol
 from agent.cluster.session import Session
 from agent.host import archivefile
 from agent.model.archives import Exporting, Written
-from agent.rpc import client
+from agent.rpc import client, results
 
 Progress = Callable[[int, int], None]
 
@@ -82,12 +82,12 @@ def take_in(
     storage: str = "",
     cancel: threading.Event,
     progress: Progress,
-) -> client.Image:
+) -> results.Image:
     """Store ``archive`` as an image; ``progress`` gets bytes sent and in all. Raises what the agent
     raised.
     """
 
-    def ask(agent: client.Agent) -> client.Image:
+    def ask(agent: client.Agent) -> results.Image:
         return agent.take_in(
             session.namespace,
             archive.content(),

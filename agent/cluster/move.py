@@ -22,7 +22,7 @@ from agent.kube import objects
 from agent.kube.connection import Json
 from agent.model import access, move, optin
 from agent.model import pods as model_pods
-from agent.rpc import client
+from agent.rpc import client, results
 
 # Its processes have ended, or are not wanted any more; the kubelet still confirms.
 _GRACE_S = 1
@@ -47,8 +47,8 @@ class Moved:
     again; ``steps`` are the seconds of each step by its name.
     """
 
-    dump: client.DumpOutcome
-    restore: client.RestoreOutcome
+    dump: results.DumpOutcome
+    restore: results.RestoreOutcome
     source: str
     target: str
     uid: str
@@ -60,7 +60,7 @@ class Moved:
 class Restored:
     """A pod that runs an image's processes again."""
 
-    outcome: client.RestoreOutcome
+    outcome: results.RestoreOutcome
     pod: str
     uid: str
     node: str
@@ -133,7 +133,7 @@ def migrate(
 
 @contextlib.contextmanager
 def _committed_after_all(
-    session: Session, plan: move.Move, before: Sequence[client.Image]
+    session: Session, plan: move.Move, before: Sequence[results.Image]
 ) -> Iterator[None]:
     """A dump with stop that fails after its commit may have ended the processes: then the image is
     what is left of the job, and the caller must hear of it.
@@ -154,7 +154,7 @@ def _committed_after_all(
         ) from exc
 
 
-def _name(image: client.Image) -> str:
+def _name(image: results.Image) -> str:
     return f"{image.group}@{image.epoch}"
 
 
@@ -340,7 +340,7 @@ def _bring_up(
     session: Session,
     template: Json,
     plan: move.Move,
-    image: client.Image,
+    image: results.Image,
     steps: _Steps,
     watch: Watch,
     *,
@@ -397,7 +397,7 @@ def _restore(
     *,
     again: bool,
     watch: Watch,
-) -> client.RestoreOutcome:
+) -> results.RestoreOutcome:
     return session.agent_of(node).restore(
         session.namespace,
         image,

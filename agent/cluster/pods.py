@@ -15,7 +15,7 @@ from agent import errors
 from agent.cluster.session import Session
 from agent.kube import objects
 from agent.kube.connection import Json
-from agent.rpc import client
+from agent.rpc import client, results
 
 
 def dump(
@@ -27,7 +27,7 @@ def dump(
     stop: bool = False,
     cancel: threading.Event | None = None,
     progress: Callable[[str, int], None] = lambda phase, raw_bytes: None,
-) -> client.DumpOutcome:
+) -> results.DumpOutcome:
     """Dump the pod ``name`` on the node where it runs.
 
     Raises:
@@ -59,7 +59,7 @@ def dump_running(
     stop: bool = False,
     cancel: threading.Event | None = None,
     progress: Callable[[str, int], None] = lambda phase, raw_bytes: None,
-) -> client.DumpOutcome:
+) -> results.DumpOutcome:
     """As ``dump``, of a pod that was looked at and on its agent."""
     metadata = found["metadata"]
     try:

@@ -19,7 +19,7 @@ from agent.coordinator.driver import Cancelled, Driver, Limits, Report
 from agent.coordinator.links import Call, Links, Mailbox
 from agent.coordinator.machine import Coordination, State
 from agent.model.protocol import Course, Decision, Said, Told
-from agent.rpc import client, epochclient
+from agent.rpc import epochclient, results
 
 # Tokens grow with time, so that a coordinator that begins later is obeyed by members of the same
 # epoch; the low bits tell two of the same second apart.
@@ -42,7 +42,7 @@ class Checkpoint:
     was ended; ``durable_s`` from the request to the commit.
     """
 
-    image: client.Image
+    image: results.Image
     members: tuple[Member, ...]
     stops: tuple[epochclient.MemberStop, ...]
     stop_s: float

@@ -20,8 +20,7 @@ import grpc
 
 from agent import errors
 from agent.model.archives import Exported, Exporting
-from agent.model.pods import Placement
-from agent.rpc import convert, epochclient, status
+from agent.rpc import convert, epochclient, results, status
 from agent.rpc.v1 import node_pb2, node_pb2_grpc
 
 # One look at the store: a listing of thousands of images on slow storage still fits.
@@ -59,103 +58,6 @@ class Credentials:
     token: Callable[[], str | None] = dataclasses.field(default=lambda: None, repr=False)
     certificate_pem: bytes | None = dataclasses.field(default=None, repr=False)
     key_pem: bytes | None = dataclasses.field(default=None, repr=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Image:
-    """One image as a listing shows it; sizes in bytes. ``storage`` is where it lies, by name."""
-
-    group: str
-    epoch: str
-    created_s: float
-    members: tuple[str, ...]
-    raw_bytes: int
-    new_bytes: int
-    stored_bytes: int
-    pages: int
-    zero_pages: int
-    damage: str | None
-    storage: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Listing:
-    """Images, and the storages that could not be looked at, with why: some may lie there too."""
-
-    images: list[Image]
-    unread: dict[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageDetail:
-    """One image with its document for people and what a move needs; ``pod_template`` is None if
-    it is not of a pod. ``obstacles`` are why it can be restored into no pod at all.
-    """
-
-    image: Image
-    document: dict[str, Any]
-    pod_template: dict[str, Any] | None
-    pod_uid: str
-    node: str
-    restored_into: str
-    obstacles: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Captured:
-    """One container of a dump."""
-
-    name: str
-    stop_s: float
-    raw_bytes: int
-    processes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class DumpOutcome:
-    """A committed dump of a pod."""
-
-    image: Image
-    stop_s: float
-    durable_s: float
-    engine: str
-    stopped: bool
-    members: tuple[Captured, ...]
-    pod_template: dict[str, Any] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class RestoreOutcome:
-    """A placeholder that runs the image's processes; seconds from the request. ``was`` and ``now``
-    are where they were when the image was taken, and where they are.
-    """
-
-    image: Image
-    waited_s: float
-    verified_s: float
-    running_s: float
-    was: Placement
-    now: Placement
-
-
-@dataclasses.dataclass(frozen=True)
-class VerifyOutcome:
-    """What reading an image whole found; ``damaged`` are parts and their problems."""
-
-    good: bool
-    read_bytes: int
-    damaged: tuple[tuple[str, str], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """A line of a node's check-up; ``status`` is ok, degraded or missing."""
-
-    name: str
-    status: str
-    found: str
-    consequence: str
-    cure: str
 
 
 @contextlib.contextmanager
@@ -222,7 +124,7 @@ class Agent:
         deadline_s: float,
         cancel: threading.Event | None = None,
         progress: Callable[[str, int], None] = lambda phase, raw_bytes: None,
-    ) -> DumpOutcome:
+    ) -> results.DumpOutcome:
         """Checkpoint a pod; ``progress`` gets phases and bytes, ``cancel`` gives it up."""
         request = node_pb2.DumpRequest(
             namespace=namespace,
@@ -241,14 +143,14 @@ class Agent:
             else:
                 outcome = event.outcome
         found = self._ended(outcome, "dump")
-        return DumpOutcome(
-            image=_image(found.image),
+        return results.DumpOutcome(
+            image=results.image(found.image),
             stop_s=found.stop_s,
             durable_s=found.durable_s,
             engine=_ENGINE_NAMES.get(found.engine, ""),
             stopped=found.stopped,
             members=tuple(
-                Captured(each.name, each.stop_s, each.raw_bytes, each.processes)
+                results.Captured(each.name, each.stop_s, each.raw_bytes, each.processes)
                 for each in found.members
             ),
             pod_template=self._template(found.pod_template_json),
@@ -266,7 +168,7 @@ class Agent:
         deadline_s: float,
         cancel: threading.Event | None = None,
         progress: Callable[[str], None] = lambda phase: None,
-    ) -> RestoreOutcome:
+    ) -> results.RestoreOutcome:
         """Bring an image back into a placeholder; ``cancel`` gives it up and the pod waits on.
         ``storage`` is where it lies, "" wherever it does; so for the other calls on images.
         """
@@ -289,13 +191,13 @@ class Agent:
             else:
                 outcome = event.outcome
         found = self._ended(outcome, "restore")
-        return RestoreOutcome(
-            image=_image(found.image),
+        return results.RestoreOutcome(
+            image=results.image(found.image),
             waited_s=found.waited_s,
             verified_s=found.verified_s,
             running_s=found.running_s,
-            was=_placement(found.was),
-            now=_placement(found.now),
+            was=results.placement(found.was),
+            now=results.placement(found.now),
         )
 
     def plan(self, namespace: str, pod: str, containers: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -303,31 +205,31 @@ class Agent:
         request = node_pb2.PlanDumpRequest(namespace=namespace, pod=pod, containers=containers)
         return convert.from_struct(self._once(self._stub.PlanDump, request).plan)
 
-    def images(self, namespace: str, group: str = "") -> list[Image]:
+    def images(self, namespace: str, group: str = "") -> list[results.Image]:
         """The images of a namespace in the storages that can be read, by group, oldest first."""
         return self.listing(namespace, group).images
 
-    def listing(self, namespace: str, group: str = "", storage: str = "") -> Listing:
+    def listing(self, namespace: str, group: str = "", storage: str = "") -> results.Listing:
         """As ``images``, of all storages or one, with those that cannot be read."""
-        found = Listing([], {})
+        found = results.Listing([], {})
         token = ""
         while True:
             request = node_pb2.ListImagesRequest(
                 namespace=namespace, group=group, page_token=token, storage=storage
             )
             answer = self._once(self._stub.ListImages, request)
-            found.images.extend(_image(each) for each in answer.images)
+            found.images.extend(results.image(each) for each in answer.images)
             found.unread.update({each.storage: each.problem for each in answer.unread})
             token = answer.next_page_token
             if not token:
                 return found
 
-    def image(self, namespace: str, image: str, storage: str = "") -> ImageDetail:
+    def image(self, namespace: str, image: str, storage: str = "") -> results.ImageDetail:
         """One image, by name or by its group for the newest."""
         request = node_pb2.GetImageRequest(namespace=namespace, image=image, storage=storage)
         answer = self._once(self._stub.GetImage, request)
-        return ImageDetail(
-            image=_image(answer.image),
+        return results.ImageDetail(
+            image=results.image(answer.image),
             document=convert.from_struct(answer.detail),
             pod_template=self._template(answer.pod_template_json),
             pod_uid=answer.pod_uid,
@@ -343,7 +245,7 @@ class Agent:
         progress: Callable[[int, int], None] = lambda done, total: None,
         *,
         storage: str = "",
-    ) -> VerifyOutcome:
+    ) -> results.VerifyOutcome:
         """Read an image whole; ``progress`` gets bytes done and in all."""
         request = node_pb2.VerifyImageRequest(namespace=namespace, image=image, storage=storage)
         outcome = None
@@ -355,7 +257,7 @@ class Agent:
                 progress(event.done_bytes, event.total_bytes)
         found = self._ended(outcome, "verification")
         damaged = tuple((each.part, each.problem) for each in found.damaged)
-        return VerifyOutcome(found.good, found.read_bytes, damaged)
+        return results.VerifyOutcome(found.good, found.read_bytes, damaged)
 
     def export(
         self,
@@ -407,7 +309,7 @@ class Agent:
         storage: str = "",
         cancel: threading.Event | None = None,
         progress: Callable[[int], None] = lambda sent_bytes: None,
-    ) -> Image:
+    ) -> results.Image:
         """Store an archive of that length as an image; ``progress`` gets the bytes that were sent,
         ``cancel`` gives it up, and nothing is stored.
 
@@ -437,7 +339,7 @@ class Agent:
         )
         try:
             with self._cancelled_by(call, cancel):
-                return _image(call.result().image)
+                return results.image(call.result().image)
         except grpc.FutureCancelledError as exc:
             whole = archive.tell() == size_bytes
             raise errors.Interrupted(
@@ -486,11 +388,11 @@ class Agent:
         )
         return convert.from_struct(self._once(self._stub.PruneImages, request).report)
 
-    def examine(self) -> tuple[str, list[Check]]:
+    def examine(self) -> tuple[str, list[results.Check]]:
         """The node's name and its check-up."""
         answer = self._once(self._stub.Examine, node_pb2.ExamineRequest())
         return answer.node, [
-            Check(each.name, each.status, each.found, each.consequence, each.cure)
+            results.Check(each.name, each.status, each.found, each.consequence, each.cure)
             for each in answer.checks
         ]
 
@@ -591,23 +493,3 @@ class Agent:
                 " then look at the Secret ckpt-agent-tls",
             )
         return found
-
-
-def _placement(found: node_pb2.Placement) -> Placement:
-    return Placement(found.pod, found.pod_uid, found.node, tuple(found.addresses))
-
-
-def _image(found: node_pb2.Image) -> Image:
-    return Image(
-        group=found.group,
-        epoch=found.epoch,
-        created_s=convert.from_timestamp(found.created_at),
-        members=tuple(found.members),
-        raw_bytes=found.raw_bytes,
-        new_bytes=found.new_bytes,
-        stored_bytes=found.stored_bytes,
-        pages=found.pages,
-        zero_pages=found.zero_pages,
-        damage=found.damage or None,
-        storage=found.storage,
-    )

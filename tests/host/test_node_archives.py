@@ -16,7 +16,7 @@ from agent import errors
 from agent.host import spool
 from agent.model.archives import Exported, Exporting
 from agent.node import transfers
-from agent.rpc import client, server
+from agent.rpc import client, results, server
 from agent.rpc.v1 import node_pb2, node_pb2_grpc
 from tests import archives
 from tests.host import nodes
@@ -30,7 +30,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
         yield found
 
 
-def take_in(agent: client.Agent, content: bytes, **more: object) -> client.Image:
+def take_in(agent: client.Agent, content: bytes, **more: object) -> results.Image:
     return agent.take_in("default", io.BytesIO(content), len(content), **more)  # type: ignore[arg-type]
 
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,11 @@ class Frozen:
                     file.seek(mapping.offset + page - mapping.start)
                     return file.read(PAGE_BYTES).ljust(PAGE_BYTES, b"\0")
         return _ZEROS
+
+
+def looked_at(root: int, seen: list[Frozen]) -> Callable[[], None]:
+    """For a cut: looks at the tree when all of it was read."""
+    return lambda: seen.append(Frozen(root))
 
 
 def _private_pages(pid: int) -> Iterator[tuple[int, bytes]]:
@@ -182,7 +187,7 @@ def test_no_wrong_byte_in_many_cycles(host: Host, torture: str, tmp_path: Path) 
         time.sleep(draw.random() * 0.2)
         frozen: list[Frozen] = []
         image = MemoryImage()
-        cut = Cut(captured=lambda seen=frozen: seen.append(Frozen(job.pid)))
+        cut = Cut(captured=looked_at(job.pid, frozen))
         report = host.capture(job.pid, image, cut, OPTIONS)
         how = report.engine_facts["stop"]
         assert how["path"] == "precopy", how
@@ -252,7 +257,7 @@ def test_what_can_be_written_behind_the_page_table_is_not_tracked(
     for pid, kind in ((target.pid, "write-protect"), (direct.pid, "none")):
         image = MemoryImage()
         frozen: list[Frozen] = []
-        cut = Cut(captured=lambda pid=pid, seen=frozen: seen.append(Frozen(pid)))
+        cut = Cut(captured=looked_at(pid, frozen))
         how = host.capture(pid, image, cut, OPTIONS).engine_facts["stop"]
         assert how["tracked"] == {kind: 1}, how
     # Nothing of a copy made ahead was believed.

@@ -252,8 +252,8 @@ def test_a_liveness_probe_begins_when_a_workload_runs() -> None:
     assert main["startupProbe"]["exec"] == {"command": ["/.ckpt-agent/hold", "running"]}
     assert main["livenessProbe"] == liveness
     own = {"httpGet": {"port": 81}}
-    probes = {"livenessProbe": liveness, "startupProbe": own}
-    (main,) = patched(pod(container("main", **probes)))["spec"]["containers"]
+    both = container("main", livenessProbe=liveness, startupProbe=own)
+    (main,) = patched(pod(both))["spec"]["containers"]
     assert main["startupProbe"] == own
     sidecar = container("main", livenessProbe=liveness, restartPolicy="Always")
     chosen = {optin.CONTAINERS: "main"}
@@ -389,7 +389,7 @@ _mounts = st.lists(
     max_size=2,
 )
 _words = st.lists(st.text(max_size=5), max_size=3)
-_hook = st.builds(lambda words: {"exec": {"command": words}}, _words) | st.just({"httpGet": {}})
+_hook: st.SearchStrategy[dict[str, Any]] = st.builds(lambda words: {"exec": {"command": words}}, _words) | st.just({"httpGet": {}})
 
 
 def _maybe(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
