@@ -389,7 +389,9 @@ _mounts = st.lists(
     max_size=2,
 )
 _words = st.lists(st.text(max_size=5), max_size=3)
-_hook: st.SearchStrategy[dict[str, Any]] = st.builds(lambda words: {"exec": {"command": words}}, _words) | st.just({"httpGet": {}})
+_hook: st.SearchStrategy[dict[str, Any]] = st.builds(
+    lambda words: {"exec": {"command": words}}, _words
+) | st.just({"httpGet": {}})
 
 
 def _maybe(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
