@@ -81,6 +81,7 @@ class KubeletEngine:
             raise errors.NotFound(f"process {pid} is no container's first", pid=pid)
         _check_options(options)
         _check_clock(container)
+        _check_stopped(container)
         deadline = clock.Deadline.after(options.deadline_s)
         target = client.Target(self._namespace, self._pod, container.name)
         began_s = clock.monotonic_s()
@@ -196,6 +197,21 @@ def _check_clock(container: Container) -> None:
                     "before by a time namespace below its first process: a kubelet cannot "
                     "checkpoint that",
                     hint="use the container engine",
+                    pid=pid,
+                )
+
+
+def _check_stopped(container: Container) -> None:
+    """Refuse a container with a process that somebody stopped (SIGSTOP): runc 1.3 then never ends
+    its checkpoint, and the container is held all the while.
+    """
+    for pid in proc.tree(container.pid):
+        with contextlib.suppress(errors.NotFound):
+            if proc.stat(pid).state == "T":
+                raise errors.TargetUnsuitable(
+                    f"process {pid} ({proc.stat(pid).comm}) is stopped, which a kubelet's"
+                    " checkpoint would wait for without end",
+                    hint="let it go on (kill -CONT), or use the container engine",
                     pid=pid,
                 )
 
