@@ -39,6 +39,7 @@ def steps(text: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_training_that_moves_in_the_middle_ends_bit_for_bit_as_one_that_does_not(
     agents: Cluster, torch_image: str, namespace: str
 ) -> None:
