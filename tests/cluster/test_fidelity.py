@@ -292,7 +292,7 @@ def test_what_does_not_fit_is_refused_at_once_with_every_reason(
     for part in ("at the dump it was sha256:", "nothing is mounted at /data", "limit is 24 MiB"):
         assert len([reason for reason in facts["reasons"] if part in reason]) == 1
     assert len(facts["reasons"]) == 3
-    # From the request to the answer, as the agent measured it; the bound is a requirement.
+    # From the request to the answer, as the agent measured it.
     assert facts["refused_after_s"] > 0
     # It waits on, and was not touched.
     assert sh(agents, namespace, "other", "main", "ls -A /elsewhere") == ""
