@@ -80,11 +80,11 @@ DISTURBANCES = st.one_of(
         st.sampled_from(
             ["die", "fail", "abandon", "prune", "delete", "commit", "finish", "join", "wait"]
         ),
-        st.integers(0, 25),
+        st.integers(0, 11),
         st.booleans(),
     ),
 )
-NUMBERS = st.integers(0, 5)
+NUMBERS = st.integers(0, 1)
 
 
 class JointMachine(RuleBasedStateMachine):
@@ -102,19 +102,12 @@ class JointMachine(RuleBasedStateMachine):
 
     # The actors
 
-    @rule()
-    def name_an_epoch(self) -> None:
-        self._name()
-
-    @rule(number=NUMBERS, rank=st.sampled_from(RANKS), first=st.integers(0, 40))
-    def join(self, number: int, rank: MemberName, first: int) -> None:
-        epoch = self._epoch(number)
-        if epoch is not None:
-            self._join(epoch, rank, first)
-
-    @rule(number=NUMBERS, disturbance=DISTURBANCES)
-    def finish(self, number: int, disturbance: Disturbance) -> None:
-        for writing in self._writings(number):
+    @rule(number=NUMBERS, rank=st.sampled_from(RANKS), first=st.integers(0, 40),
+          disturbance=DISTURBANCES)  # fmt: skip
+    def join(self, number: int, rank: MemberName, first: int, disturbance: Disturbance) -> None:
+        epoch = self._epoch(number) or self._name()
+        self._join(epoch, rank, first)
+        for writing in self._alive(epoch)[-1:]:
             with self._disturbed(writing.volume, disturbance, writing):
                 writing.finish()
 
@@ -148,7 +141,8 @@ class JointMachine(RuleBasedStateMachine):
     @rule(number=NUMBERS, keep=st.booleans(), disturbance=DISTURBANCES)
     def close(self, number: int, keep: bool, disturbance: Disturbance) -> None:
         """As the participants do: keep what is known to be committed, drop the rest."""
-        for writing in self._writings(number):
+        epoch = self._epoch(number)
+        for writing in self._alive(epoch) if epoch else []:
             decided = self.store.decision(GROUP, writing.epoch)
             with self._disturbed(writing.volume, disturbance, writing):
                 if decided is Decision.COMMITTED:
@@ -158,7 +152,8 @@ class JointMachine(RuleBasedStateMachine):
 
     @rule(number=NUMBERS)
     def die(self, number: int) -> None:
-        for writing in self._writings(number):
+        epoch = self._epoch(number)
+        for writing in self._alive(epoch) if epoch else []:
             self._bury(writing)
 
     @rule(number=NUMBERS, disturbance=DISTURBANCES)
@@ -249,13 +244,11 @@ class JointMachine(RuleBasedStateMachine):
                 self.inner._blobs[f"intents/{found.attempt}"] = (blob, modified_s)
 
     def _epoch(self, number: int) -> EpochId | None:
-        recent = sorted(self.epochs)[-3:]
+        recent = sorted(self.epochs)[-2:]
         return recent[number % len(recent)] if recent else None
 
-    def _writings(self, number: int) -> list[Writing]:
-        """One of those alive, if any."""
-        alive = [w for each in self.epochs.values() for w in each.writings if not w.died][-6:]
-        return [alive[number % len(alive)]] if alive else []
+    def _alive(self, epoch: EpochId) -> list[Writing]:
+        return [each for each in self.epochs[epoch].writings if not each.died]
 
     # What comes between
 
@@ -304,7 +297,7 @@ class JointMachine(RuleBasedStateMachine):
         epoch = self._epoch(-1)
         if epoch is None:
             return
-        others = [w for w in self.epochs[epoch].writings if w is not busy and not w.died]
+        others = [each for each in self._alive(epoch) if each is not busy]
         with contextlib.suppress(errors.CkptError):
             if what == "abandon":
                 self.store.abandon(GROUP, epoch)
