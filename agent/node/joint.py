@@ -106,14 +106,21 @@ class JointDump:
             if self._writer is None:
                 return
             try:
-                if decision is Decision.COMMITTED:
-                    self._writer.keep()
-                else:
-                    self._writer.drop()
-            except errors.VolumeError as exc:
+                self._settle_part(self._writer, decision)
+            except (errors.VolumeError, errors.DataError) as exc:
                 _log.warning(
                     "leftovers of the epoch stay on the volume until a prune: %s", exc.message
                 )
+
+    def _settle_part(self, writer: JointWriter, decision: Decision) -> None:
+        if decision is Decision.ABANDONED:
+            try:
+                writer.drop()
+            except errors.Conflict:
+                _log.warning("epoch %s of %s is committed after all", self._epoch, self._group)
+            else:
+                return
+        writer.keep()
 
     def _go(self, step: Step) -> None:
         began_s = clock.monotonic_s()
