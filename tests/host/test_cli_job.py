@@ -210,16 +210,21 @@ def test_an_interrupted_dump_leaves_the_job_running_and_no_image(
         stat = pathlib.Path(f"/proc/{job.pid}/stat").read_text()
         return stat.rpartition(")")[2].split()[0] in "tT"
 
-    with subprocess.Popen(
-        cli.command("dump", "--pid", str(job.pid), "--name", "count"),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as dump:
-        assert until(lambda: stopped() or dump.poll() is not None)
-        dump.send_signal(number)
-        out, err = dump.communicate(timeout=_DEADLINE_S)
+    for _ in range(5):
+        with subprocess.Popen(
+            cli.command("dump", "--pid", str(job.pid), "--name", "count"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as dump:
+            assert until(lambda: stopped() or dump.poll() is not None)
+            dump.send_signal(number)
+            out, err = dump.communicate(timeout=_DEADLINE_S)
+        if dump.returncode != 0:
+            break
+        # On a busy machine it may come when the image is committed: then it was too late.
+        cli.run("delete", out.strip())
     assert (dump.returncode, out) == (130, ""), err
     assert "the job goes on" in err
     assert job.counts_on()

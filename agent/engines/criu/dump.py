@@ -404,10 +404,11 @@ class _Capture:
 
     def _store_all(self) -> None:
         """Have everything in the sink."""
-        self._held.drain()
+        self._held.drain(lambda: self._deadline.check("the dump"))
         if self._short is not None:
             self._copied_bytes = self._short.settle(self._server.spaces)
         for name in self._image_names:
+            self._deadline.check("the dump")
             self._store_image(name)
 
     def _store_image(self, name: str) -> None:

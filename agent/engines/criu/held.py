@@ -35,10 +35,12 @@ class HeldSink:
         """Begin to hold things back."""
         self._holding = True
 
-    def drain(self) -> None:
-        """Pass everything on, and all that comes later at once."""
+    def drain(self, check: Callable[[], None] = lambda: None) -> None:
+        """Pass everything on, and all that comes later at once; ``check`` is called before each
+        piece and may raise.
+        """
         with self._lock:
-            self._pass_on()
+            self._pass_on(check)
 
     def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
         """As ``MemberSink.pages``."""
@@ -106,12 +108,13 @@ class HeldSink:
                 return cast("BinaryIO", io.BufferedReader(_Rest(pieces, content), _PIECE_BYTES))
         return cast("BinaryIO", io.BytesIO(b"".join(pieces))) if self._holding else content
 
-    def _pass_on(self) -> None:
+    def _pass_on(self, check: Callable[[], None] = lambda: None) -> None:
         waiting, self._waiting = self._waiting, []
         self._holding = False
         self._held_bytes = 0
         waiting.reverse()
         while waiting:
+            check()
             waiting.pop()()  # so that memory goes with each
 
 
