@@ -83,6 +83,15 @@ def agents(cluster: Cluster) -> Cluster:
     return cluster
 
 
+@pytest.fixture(autouse=True)
+def _agents_are_ready(request: pytest.FixtureRequest) -> None:
+    """A test that kills agents leaves the kubelet to start them again, in its own time."""
+    if "agents" in request.fixturenames:
+        agents: Cluster = request.getfixturevalue("agents")
+        status = ("rollout", "status", "daemonset/ckpt-agent-node", "-n", deployed.NAMESPACE)
+        agents.kubectl(*status, "--timeout=120s", timeout_s=130)
+
+
 @pytest.fixture(scope="session")
 def torch_image(cluster: Cluster) -> str:
     """The name of an image with PyTorch and ``/opt/trainer.py``, on both nodes."""

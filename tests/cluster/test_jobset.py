@@ -193,6 +193,6 @@ def test_a_jobset_that_does_not_run_whole_is_refused_with_every_reason(
     agents.apply(document)
     error = ckpt(agents, "dump", "jobset/train", "-n", namespace).error()
     assert error["code"] == "target-unsuitable"
-    assert error["reasons"] == ["it is suspended"]
+    assert error["facts"]["reasons"] == ["it is suspended"]
     missing = ckpt(agents, "dump", "jobset/none", "-n", namespace).error()
     assert missing["code"] == "not-found"

@@ -284,7 +284,7 @@ def test_the_archive_of_an_agent_that_was_killed_is_removed(
     )
     agents.wait_for(
         "the kubelet to be asked",
-        lambda: any(name.startswith(".ckpt-agent-call-") for name in archives(agents)),
+        lambda: any(name.startswith(".ckpt-agent-call-") for name in archives(agents) - before),
         30,
     )
     kill_agent(agents, "n1")
