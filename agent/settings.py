@@ -12,8 +12,6 @@ import dataclasses
 import difflib
 import os
 import posixpath
-import re
-import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,126 +19,18 @@ import platformdirs
 import yaml
 
 from agent import errors
-from agent.model import storage
+from agent.model import values
 
 OUTPUTS = ("table", "wide", "json", "yaml", "name")
 ENV_PREFIX = "CKPT_AGENT_"
 FILE_NAME = "config.yaml"
 
-_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-_BYTES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 # Nearer than this in difflib's ratio and a key is offered as "did you mean".
 _NEAR = 0.5
-_LAST_PORT = 65535
-
-
-@dataclasses.dataclass(frozen=True)
-class StoreUrl:
-    """Where a store is: ``file`` is the only scheme so far; ``path`` is absolute."""
-
-    scheme: str
-    path: str
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{urllib.parse.quote(self.path)}"
-
-
-def store_url(value: object, base: str) -> StoreUrl:
-    """Read a path (taken from the directory ``base`` if relative) or a URL.
-
-    Raises:
-        errors.InvalidInput: no path, an unknown scheme, or a URL with more than a path.
-    """
-    text = _text(value)
-    if "://" not in text:
-        return StoreUrl("file", posixpath.normpath(posixpath.join(base, text)))
-    parts = urllib.parse.urlsplit(text)
-    if parts.scheme != "file":
-        raise errors.InvalidInput(
-            f"no store can be opened with {parts.scheme}://",
-            hint="supported are a path and file:///absolute/path (a local or NFS directory)",
-        )
-    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not parts.path:
-        raise errors.InvalidInput(
-            f"{text!r} is not a file URL", hint="write three slashes: file:///absolute/path"
-        )
-    return StoreUrl("file", posixpath.normpath(urllib.parse.unquote(parts.path)))
-
-
-def duration_s(value: object, base: str = "") -> float:
-    """Read seconds: a number, or a number with s, m, h, d or w behind it."""
-    text = _text(value)
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhdw]?)", text)
-    if match is None or float(match[1]) == 0:
-        raise errors.InvalidInput(
-            f"{text!r} is not a time span", hint="write 90s, 15m, 12h, 7d or 2w"
-        )
-    return float(match[1]) * _SECONDS[match[2] or "s"]
-
-
-def size_bytes(value: object, base: str = "") -> int:
-    """Read bytes: a whole number, or one with KiB, MiB, GiB or TiB behind it."""
-    text = _text(value)
-    match = re.fullmatch(r"([0-9]{1,15}) ?(|B|[KMGT]iB)", text)
-    if match is None:
-        raise errors.InvalidInput(f"{text!r} is not a size", hint="write 512MiB or 4GiB")
-    return int(match[1]) * _BYTES[match[2]]
-
-
-def count(value: object, base: str = "") -> int:
-    """Read a whole number from 1."""
-    text = _text(value)
-    if re.fullmatch(r"[0-9]{1,9}", text) is None or int(text) == 0:
-        raise errors.InvalidInput(f"{text!r} is not a whole number from 1", hint="write 1, 2, ...")
-    return int(text)
-
-
-def percent(value: object, base: str = "") -> int:
-    """Read a whole number from 0 to 99, with or without a percent sign."""
-    text = _text(value).removesuffix("%")
-    if re.fullmatch(r"[0-9]{1,2}", text) is None:
-        raise errors.InvalidInput(f"{text!r} is not a part in percent", hint="write 0, 10, 15%")
-    return int(text)
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
-        raise errors.InvalidInput(f"{value!r} is not a text or number", hint="give one value")
-    if isinstance(value, str) and "\0" in value:
-        raise errors.InvalidInput("the value holds a zero byte", hint="remove it")
-    return str(value)
-
-
-def _stores(value: object, base: str) -> dict[str, str]:
-    return storage.read(_text(value))
-
-
-def _word(value: object, base: str) -> str:
-    return _text(value)
-
-
-def _path(value: object, base: str) -> str:
-    return posixpath.normpath(posixpath.join(base, _text(value)))
-
-
-def _port(value: object, base: str) -> int:
-    text = _text(value)
-    if re.fullmatch(r"[0-9]{1,5}", text) is None or int(text) > _LAST_PORT:
-        raise errors.InvalidInput(f"{text!r} is not a port", hint="use 1 to 65535, or 0 for any")
-    return int(text)
-
-
-def _yes(value: object, base: str) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = _text(value).lower()
-    if text not in ("true", "false", "1", "0"):
-        raise errors.InvalidInput(f"{text!r} is not yes or no", hint="write true or false")
-    return text in ("true", "1")
 
 
 def _output(value: object, base: str) -> str:
-    text = _text(value)
+    text = values.as_text(value)
     if text not in OUTPUTS:
         raise errors.InvalidInput(
             f"there is no output format {text!r}", hint=f"use one of {', '.join(OUTPUTS)}"
@@ -148,14 +38,7 @@ def _output(value: object, base: str) -> str:
     return text
 
 
-def _level(value: object, base: str) -> int:
-    text = _text(value)
-    if text not in ("0", "1", "2", "3", "4"):
-        raise errors.InvalidInput(f"{text!r} is not a log level of CRIU", hint="use 0 to 4")
-    return int(text)
-
-
-_DEFAULT_STORE = StoreUrl("file", "/var/lib/ckpt-agent/store")
+_DEFAULT_STORE = values.StoreUrl("file", "/var/lib/ckpt-agent/store")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +47,7 @@ class Settings:
     its unit); the variable is ``CKPT_AGENT_`` and the key in capitals.
     """
 
-    store: StoreUrl = _DEFAULT_STORE
+    store: values.StoreUrl = _DEFAULT_STORE
     """The store's place, a path or URL. The default is where the Filesystem Hierarchy Standard
     puts a program's state; a job that may move to another node wants a shared directory."""
 
@@ -323,47 +206,47 @@ class _Key:
 
 
 _KEYS = {
-    "store": _Key("store", store_url, "--store"),
-    "stores": _Key("stores", _stores, "--stores"),
-    "criu": _Key("criu", _path, "--criu"),
-    "work_dir": _Key("work_dir", _path, "--work-dir"),
-    "criu_bundle": _Key("criu_bundle", _path, "--criu-bundle"),
+    "store": _Key("store", values.store_url, "--store"),
+    "stores": _Key("stores", values.stores, "--stores"),
+    "criu": _Key("criu", values.path, "--criu"),
+    "work_dir": _Key("work_dir", values.path, "--work-dir"),
+    "criu_bundle": _Key("criu_bundle", values.path, "--criu-bundle"),
     "output": _Key("output", _output, "--output"),
-    "dump_deadline": _Key("dump_deadline_s", duration_s, "--deadline"),
-    "restore_deadline": _Key("restore_deadline_s", duration_s, "--deadline"),
-    "ghost_limit": _Key("ghost_limit_bytes", size_bytes, "--ghost-limit"),
-    "precopy": _Key("precopy", _yes, "--precopy"),
-    "criu_log_level": _Key("criu_log_level", _level, "--criu-log-level"),
-    "keep_last": _Key("keep_last", count, "--keep-last"),
-    "keep_within": _Key("keep_within_s", duration_s, "--keep-within"),
-    "use_cluster": _Key("use_cluster", _yes, "kubectl ckpt"),
-    "kubeconfig": _Key("kubeconfig", _path, "--kubeconfig"),
-    "context": _Key("context", _word, "--context"),
-    "namespace": _Key("namespace", _word, "--namespace"),
-    "agent_namespace": _Key("agent_namespace", _word, "--agent-namespace"),
-    "agent_selector": _Key("agent_selector", _word, "--agent-selector"),
-    "agent_address": _Key("agent_address", _word, "--agent-address"),
-    "agent_ca": _Key("agent_ca", _path, "--agent-ca"),
-    "schedule_deadline": _Key("schedule_deadline_s", duration_s, "--schedule-deadline"),
-    "image": _Key("image", _word, "--image"),
-    "leaf_lifetime": _Key("leaf_lifetime_s", duration_s, "--leaf-lifetime"),
-    "leaf_renew_before": _Key("leaf_renew_before_s", duration_s, "--leaf-renew-before"),
-    "ca_lifetime": _Key("ca_lifetime_s", duration_s, "--ca-lifetime"),
-    "ca_renew_before": _Key("ca_renew_before_s", duration_s, "--ca-renew-before"),
-    "trust_overlap": _Key("trust_overlap_s", duration_s, "--trust-overlap"),
-    "node_name": _Key("node_name", _word, "--node-name"),
-    "runtime_socket": _Key("runtime_socket", _path, "--runtime-socket"),
-    "tls_dir": _Key("tls_dir", _path, "--tls-dir"),
-    "token_port": _Key("token_port", _port, "--token-port"),
-    "certificate_port": _Key("certificate_port", _port, "--certificate-port"),
-    "kubelet_address": _Key("kubelet_address", _word, "--kubelet-address"),
-    "kubelet_trust": _Key("kubelet_trust", _word, "--kubelet-trust"),
-    "kubelet_checkpoints": _Key("kubelet_checkpoints", _path, "--kubelet-checkpoints"),
-    "runc_conf": _Key("runc_conf", _path, "--runc-conf"),
-    "probe_port": _Key("probe_port", _port, "--probe-port"),
-    "work_kept_free": _Key("work_kept_free_percent", percent, "--work-kept-free"),
-    "parallel": _Key("parallel", count, "--parallel"),
-    "shutdown_grace": _Key("shutdown_grace_s", duration_s, "--shutdown-grace"),
+    "dump_deadline": _Key("dump_deadline_s", values.duration_s, "--deadline"),
+    "restore_deadline": _Key("restore_deadline_s", values.duration_s, "--deadline"),
+    "ghost_limit": _Key("ghost_limit_bytes", values.size_bytes, "--ghost-limit"),
+    "precopy": _Key("precopy", values.yes, "--precopy"),
+    "criu_log_level": _Key("criu_log_level", values.criu_log_level, "--criu-log-level"),
+    "keep_last": _Key("keep_last", values.count, "--keep-last"),
+    "keep_within": _Key("keep_within_s", values.duration_s, "--keep-within"),
+    "use_cluster": _Key("use_cluster", values.yes, "kubectl ckpt"),
+    "kubeconfig": _Key("kubeconfig", values.path, "--kubeconfig"),
+    "context": _Key("context", values.word, "--context"),
+    "namespace": _Key("namespace", values.word, "--namespace"),
+    "agent_namespace": _Key("agent_namespace", values.word, "--agent-namespace"),
+    "agent_selector": _Key("agent_selector", values.word, "--agent-selector"),
+    "agent_address": _Key("agent_address", values.word, "--agent-address"),
+    "agent_ca": _Key("agent_ca", values.path, "--agent-ca"),
+    "schedule_deadline": _Key("schedule_deadline_s", values.duration_s, "--schedule-deadline"),
+    "image": _Key("image", values.word, "--image"),
+    "leaf_lifetime": _Key("leaf_lifetime_s", values.duration_s, "--leaf-lifetime"),
+    "leaf_renew_before": _Key("leaf_renew_before_s", values.duration_s, "--leaf-renew-before"),
+    "ca_lifetime": _Key("ca_lifetime_s", values.duration_s, "--ca-lifetime"),
+    "ca_renew_before": _Key("ca_renew_before_s", values.duration_s, "--ca-renew-before"),
+    "trust_overlap": _Key("trust_overlap_s", values.duration_s, "--trust-overlap"),
+    "node_name": _Key("node_name", values.word, "--node-name"),
+    "runtime_socket": _Key("runtime_socket", values.path, "--runtime-socket"),
+    "tls_dir": _Key("tls_dir", values.path, "--tls-dir"),
+    "token_port": _Key("token_port", values.port, "--token-port"),
+    "certificate_port": _Key("certificate_port", values.port, "--certificate-port"),
+    "kubelet_address": _Key("kubelet_address", values.word, "--kubelet-address"),
+    "kubelet_trust": _Key("kubelet_trust", values.word, "--kubelet-trust"),
+    "kubelet_checkpoints": _Key("kubelet_checkpoints", values.path, "--kubelet-checkpoints"),
+    "runc_conf": _Key("runc_conf", values.path, "--runc-conf"),
+    "probe_port": _Key("probe_port", values.port, "--probe-port"),
+    "work_kept_free": _Key("work_kept_free_percent", values.percent, "--work-kept-free"),
+    "parallel": _Key("parallel", values.count, "--parallel"),
+    "shutdown_grace": _Key("shutdown_grace_s", values.duration_s, "--shutdown-grace"),
 }
 KEYS = tuple(_KEYS)
 

@@ -1,4 +1,4 @@
-"""From settings to objects: the one module that names a concrete volume and a concrete engine.
+"""From settings to objects: with podengines the one place that names a concrete volume or engine.
 
 Promises: nothing here decides anything; each function puts parts together and calls one of them.
 Does not: print, parse or exit.
@@ -7,7 +7,6 @@ Does not: print, parse or exit.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
@@ -15,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from agent import errors
+from agent import errors, podengines
 from agent.engines.base import CaptureOptions, Engine, RestoreOptions
 from agent.host import archivefile, memory, proc
 from agent.model import checkup, ids, storage
@@ -34,11 +33,6 @@ from agent.volumes.directory import DirectoryVolume
 if TYPE_CHECKING:
     from agent.cluster.archives import File as ArchiveFile
     from agent.cluster.session import Session
-    from agent.engines.container.engine import ContainerEngine
-    from agent.model.container import Container
-    from agent.model.pods import Pod
-    from agent.model.streams import MemberSource
-    from agent.node.pods import State
     from agent.node.service import Documents
 
 log = logging.getLogger(__name__)
@@ -82,7 +76,7 @@ def engine(settings: Settings) -> Engine:
     Raises:
         errors.CriuMissing: CRIU's Python messages are not installed.
     """
-    with _needing_pycriu():
+    with podengines.needing_pycriu():
         from agent.engines.criu.engine import CriuEngine
     return CriuEngine(criu=settings.criu, work_dir=settings.work_dir)
 
@@ -158,7 +152,7 @@ def take_in(settings: Settings, path: str, group: str | None) -> EpochSummary:
     """Store a checkpoint archive as an image. Raises what ``node.archives.take_in`` does, and
     ``errors.NotFound`` if there is no such file.
     """
-    with _needing_pycriu():
+    with podengines.needing_pycriu():
         from agent.engines.kubelet import intake
     with intake.opened(path) as archive:  # before the store, which is made if there is none
         return node_archives.take_in(store(settings, create=True), archive, group)
@@ -178,7 +172,7 @@ def archive_file(path: str) -> contextlib.AbstractContextManager[ArchiveFile]:
 
 def _formats() -> node_archives.Formats:
     """What knows checkpoint archives."""
-    with _needing_pycriu():
+    with podengines.needing_pycriu():
         from agent.engines.kubelet import export as kubelet_export
         from agent.engines.kubelet import intake
     return node_archives.Formats(archived=kubelet_export.Outgoing, opened=intake.of)
@@ -279,11 +273,11 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
             for name, path in places.items()
         }
         known = storages.Storages(by_name, lambda name: namespaces.read_annotations(api, name))
-        pods = Pods(watch, runtime, _hold_state, name)
+        pods = Pods(watch, runtime, podengines.hold_state, name)
         operations = Operations(settings.parallel)
         trail = interrupted.Trail(_TRAIL)
         teller = events.Happenings(api, name)
-        engines = stack.enter_context(_PodEngines(settings).prepared())
+        engines = stack.enter_context(podengines.PodEngines(settings).prepared())
         guard = access.Access(api)
         authorities = serve.Authorities(guard.client_authorities)
         parts = service.Parts(
@@ -359,113 +353,6 @@ def node_health(settings: Settings) -> None:
     health.check(target, authority, _SERVER_NAME, _HEALTH_S)
 
 
-class _PodEngines:
-    """The engines that dump and restore the containers of pods."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-
-    @contextlib.contextmanager
-    def prepared(self) -> Iterator[_PodEngines]:
-        """The node is told, within the context, what CRIU needs under a kubelet's checkpoint."""
-        if self._settings.kubelet_address is None:
-            yield self
-            return
-        with _needing_pycriu():
-            from agent.engines.kubelet import runcconf
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(runcconf.installed(self._settings.runc_conf))
-            except errors.EnvironmentUnfit as exc:
-                # Containers without open connections can be checkpointed all the same.
-                log.warning("%s; %s", exc.message, exc.hint)
-            yield self
-
-    def for_dump(self, wanted: str, pod: Pod, containers: Sequence[Container]) -> Engine:
-        """The engine that is wanted, else the container engine where it can, as it always must for
-        a pod that was opted in.
-        """
-        if wanted == "kubelet" or (not wanted and self._prefers_kubelet(containers)):
-            return self._kubelet(pod, containers)
-        return self._containers(containers)
-
-    def for_restore(self, pod: Pod, containers: Sequence[Container]) -> Engine:
-        """The container engine, for images that a kubelet's archive was taken into as well."""
-        with _needing_pycriu():
-            from agent.engines.kubelet import inner
-        return inner.RestoresInner(self._containers(containers))
-
-    def check_image(self, source: MemberSource) -> None:
-        """See whether the image has what a restore takes; raises if not."""
-        with _needing_pycriu():
-            from agent.engines.kubelet import inner
-        inner.of(source)
-
-    def plan(self, containers: Sequence[Container]) -> model_plan.Plan:
-        """What a dump of the containers would take."""
-        engine = self._containers(containers)
-        by_kubelet = self._prefers_kubelet(containers)
-        return node_plan.plan_containers(
-            containers,
-            lambda each: () if by_kubelet else engine.examine(each),
-            ghost_limit_bytes=self._settings.ghost_limit_bytes,
-        )
-
-    def recover(self) -> list[str]:
-        """Undo what killed agents left on this node; what that was, a line each."""
-        found = dataclasses.asdict(self._containers(()).recover())
-        lines = [f"{name}: {value}" for name, value in found.items() if value]
-        if self._settings.kubelet_address:
-            from agent.engines.kubelet import engine
-
-            archives = engine.recover(self._settings.kubelet_checkpoints)
-            lines += [f"archive: {name}" for name in archives]
-        return lines
-
-    def _prefers_kubelet(self, containers: Sequence[Container]) -> bool:
-        ordinary = [each for each in containers if _hold_state(each.pid) == "other"]
-        if self._settings.kubelet_address is None:
-            return False
-        engine = self._containers(containers)
-        return any(engine.examine(each) for each in ordinary)
-
-    def _containers(self, containers: Sequence[Container]) -> ContainerEngine:
-        with _needing_pycriu():
-            from agent.engines.container.engine import ContainerEngine
-        return ContainerEngine(
-            containers, bundle=self._settings.criu_bundle, work_dir=self._settings.work_dir
-        )
-
-    def _kubelet(self, pod: Pod, containers: Sequence[Container]) -> Engine:
-        if self._settings.kubelet_address is None:
-            raise errors.EnvironmentUnfit(
-                "this agent was not told how to reach the node's kubelet",
-                hint="set kubelet_address and kubelet_trust (CKPT_AGENT_KUBELET_ADDRESS, ...)",
-            )
-        with _needing_pycriu():
-            from agent.engines.kubelet import client, engine
-        kubelet = client.Kubelet(
-            self._settings.kubelet_address, client.Trust.parse(self._settings.kubelet_trust)
-        )
-        return engine.KubeletEngine(
-            kubelet,
-            pod.namespace,
-            pod.name,
-            containers,
-            directory=self._settings.kubelet_checkpoints,
-        )
-
-
-def _hold_state(pid: int) -> State:
-    """What a container's first process is."""
-    from agent.engines.container import holding
-
-    if holding.waits(pid):
-        return "waits"
-    # A hold that has just been started says nothing yet.
-    return "runs" if holding.follows(pid) else "other"
-
-
 @contextlib.contextmanager
 def cluster(settings: Settings) -> Iterator[Session]:
     """The cluster that ``settings`` mean, as this caller. Raises what ``cluster.session`` does."""
@@ -476,24 +363,8 @@ def cluster(settings: Settings) -> Iterator[Session]:
         yield made
 
 
-@contextlib.contextmanager
-def _needing_pycriu() -> Iterator[None]:
-    """Around imports of the engine: pycriu comes with CRIU, not with this package, and what does
-    not need CRIU works without.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as exc:
-        if (exc.name or "").partition(".")[0] != "pycriu":
-            raise
-        raise errors.CriuMissing(
-            "CRIU's Python messages (pycriu) are not installed for this Python",
-            hint="run scripts/setup as this user, or install python3-pycriu 4.2",
-        ) from exc
-
-
 def _criu(settings: Settings) -> checkup.Criu:
-    with _needing_pycriu():
+    with podengines.needing_pycriu():
         from agent.engines.criu import probe
     found = probe.probe(settings.criu)
     return checkup.Criu(found.path, found.version_text, found.lazy_pages)
@@ -501,7 +372,7 @@ def _criu(settings: Settings) -> checkup.Criu:
 
 def _leftovers(settings: Settings) -> list[str]:
     """What operations left whose agent is dead."""
-    with _needing_pycriu():
+    with podengines.needing_pycriu():
         from agent.engines.criu import journal
     places = journal.Places(work_dir=settings.work_dir)
     entries = places.entries()

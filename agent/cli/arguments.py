@@ -16,7 +16,7 @@ from click.shell_completion import CompletionItem
 
 from agent import errors, settings, wiring
 from agent.cli.invocation import Invocation
-from agent.model import ids
+from agent.model import ids, values
 
 OF_A_CLUSTER = "is for a cluster (-n, --context, --kubeconfig), not for a store of this host"
 
@@ -31,7 +31,7 @@ def pid(value: str) -> int:
 def span_s(value: str) -> float:
     """A time span such as 90s, 15m, 12h or 7d, in seconds."""
     try:
-        return settings.duration_s(value)
+        return values.duration_s(value)
     except errors.InvalidInput as exc:
         raise click.BadParameter(f"{exc.message}: {exc.hint}") from exc
 

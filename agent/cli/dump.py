@@ -88,9 +88,10 @@ def verb(
         from agent.cli import incluster
 
         if target.kind == "jobset":
-            of_a_pod = {"--container": containers, "--engine": engine}
+            # Nothing brings a whole JobSet back yet: ending it would be the end of it.
+            of_a_pod = {"--container": containers, "--engine": engine, "--stop": stop}
             arguments.refuse(of_a_pod, "is for a pod, not for a JobSet")
-            incluster.dump_jobset(invocation, settings, target.name, stop=stop)
+            incluster.dump_jobset(invocation, settings, target.name)
         else:
             incluster.dump(invocation, settings, target.name, containers, engine=engine, stop=stop)
         return

@@ -240,7 +240,7 @@ def dump(
     invocation.emit(document)
 
 
-def dump_jobset(invocation: Invocation, settings: Settings, name: str, *, stop: bool) -> None:
+def dump_jobset(invocation: Invocation, settings: Settings, name: str) -> None:
     """``dump`` of a JobSet: this program is the coordinator."""
     from agent.coordinator import checkpoint, jobsets
 
@@ -255,10 +255,8 @@ def dump_jobset(invocation: Invocation, settings: Settings, name: str, *, stop: 
         interrupts.caught(stop_asked),
         progress.for_epoch(invocation.quiet) as show,
     ):
-        done = jobsets.dump(
-            session, name, now_s=clock.wall_s(), stop=stop, control=control, watch=show
-        )
-        document = poddocuments.epoch_report(session.namespace, name, done, stopped=stop)
+        done = jobsets.dump(session, name, now_s=clock.wall_s(), control=control, watch=show)
+        document = poddocuments.epoch_report(session.namespace, name, done)
     invocation.say(
         f"captured {output.human_bytes(document['rawBytes'])} of {len(done.members)} pods at one"
         f" instant, stopped for {output.human_s(document['stopSeconds'])}, durable after"

@@ -52,7 +52,7 @@ def dump_report(namespace: str, pod: str, outcome: results.DumpOutcome) -> Docum
     )
 
 
-def epoch_report(namespace: str, jobset: str, done: Checkpoint, *, stopped: bool) -> Document:
+def epoch_report(namespace: str, jobset: str, done: Checkpoint) -> Document:
     """A committed checkpoint of a JobSet."""
     image = done.image
     return documents.document(
@@ -61,7 +61,7 @@ def epoch_report(namespace: str, jobset: str, done: Checkpoint, *, stopped: bool
         namespace=namespace,
         jobset=jobset,
         engine="container",
-        stopped=stopped,
+        stopped=False,
         stopSeconds=_seconds(done.stop_s),
         durableSeconds=_seconds(done.durable_s),
         storage=image.storage,

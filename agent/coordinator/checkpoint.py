@@ -116,7 +116,8 @@ def run(
         raise _failed(report, members)
     ends = _STANDING_TO_THE_END if State.ENDING in report.spans_s else _STANDING
     return Checkpoint(
-        image=session.any_agent(
+        image=decided[-1].image
+        or session.any_agent(
             lambda agent: agent.image(namespace, f"{group}@{epoch.name}", epoch.storage)
         ).image,
         members=tuple(members),

@@ -15,7 +15,7 @@ from agent.coordinator.machine import State
 from agent.kube import jobsets
 from agent.model import jobset
 from agent.model import storage as model_storage
-from agent.model.protocol import EVACUATE, LEAVE_RUNNING
+from agent.model.protocol import LEAVE_RUNNING
 
 
 def dump(
@@ -23,7 +23,6 @@ def dump(
     name: str,
     *,
     now_s: float,
-    stop: bool = False,
     storage: str = "",
     control: checkpoint.Control | None = None,
     watch: Callable[[State], None] = lambda state: None,
@@ -54,7 +53,7 @@ def dump(
         session,
         jobset.group(name),
         members,
-        EVACUATE if stop else LEAVE_RUNNING,
+        LEAVE_RUNNING,
         facts={"jobset": name, **made.facts},
         now_s=now_s,
         storage=storage or model_storage.agreed(said),

@@ -96,7 +96,8 @@ def dump(
         errors.Corrupt: likewise, what an engine without a cut gave or what was stored is damaged.
     """
     cancel = cancel or Cancel()
-    options = dataclasses.replace(options, kill=stop)
+    shared_bytes = options.held_bytes // max(1, len(members))
+    options = dataclasses.replace(options, kill=stop, held_bytes=shared_bytes)
     began_s = clock.monotonic_s()
 
     def attempt(options: CaptureOptions) -> DumpOutcome:

@@ -34,6 +34,8 @@ from agent.store.repository import Part, Store
 KEPT_S = 600.0
 # Whoever waits longer is no better off than one who asks again.
 _LONGEST_WAIT_S = 10.0
+# No capture takes a day, and clocks take no infinity.
+_LONGEST_S = 86400.0
 
 _COURSES = {
     api.COURSE_LEAVE_RUNNING: protocol.LEAVE_RUNNING,
@@ -80,13 +82,14 @@ class EpochService:
 
     def take_part(self, request: api.TakePartRequest, call: Call) -> api.TakePartResponse:
         """Hear a coordinator."""
+        del call
         step = _STEPS.get(request.step)
         course = _COURSES.get(request.course)
         if step is None or course is None or not request.pod_uid:
             raise errors.InvalidInput(
                 "the call lacks its step, its course or the pod's uid", hint="see epochs.proto"
             )
-        session = self._session(request, course, step, call)
+        session = self._session(request, course, step)
         if session is None:
             # Nothing of the epoch is here: what is to be given up already is.
             problem = "" if step is protocol.Step.ABORT else "this agent knows nothing of the epoch"
@@ -109,19 +112,11 @@ class EpochService:
             return api.DecideEpochResponse(decision=_DECISIONS[store.abandon(group, epoch)])
         return _commit(store, storage, group, epoch, request)
 
-    def close(self) -> None:
-        """Make every session take part no longer; they end by themselves."""
-        with self._lock:
-            taking = list(self._taking.values())
-        for each in taking:
-            each.session.leave()
-
     def _session(
         self,
         request: api.TakePartRequest,
         course: protocol.Course,
         step: protocol.Step,
-        call: Call,
     ) -> Session | None:
         key = request.namespace, request.pod_uid, request.epoch
         if (known := self._known(key)) or step is not protocol.Step.PREPARE:
@@ -129,7 +124,7 @@ class EpochService:
         with self._beginning:
             if known := self._known(key):
                 return known
-            session = self._begin(request, course, key, call)
+            session = self._begin(request, course, key)
             with self._lock:
                 self._taking[key] = _Taking(session)
             session.start()
@@ -141,9 +136,7 @@ class EpochService:
             taking = self._taking.get(key)
             return taking.session if taking else None
 
-    def _begin(
-        self, request: api.TakePartRequest, course: protocol.Course, key: Key, call: Call
-    ) -> Session:
+    def _begin(self, request: api.TakePartRequest, course: protocol.Course, key: Key) -> Session:
         parts = self._parts
         namespace = ids.namespace_name(request.namespace)
         group, epoch = ids.group_name(request.group), ids.epoch_id(request.epoch)
@@ -153,6 +146,8 @@ class EpochService:
             node_dump.Member(ids.member_name(f"{request.member}.{each.name}"), each.pid)
             for each in containers
         ]
+        store = parts.storages.make(namespace, request.storage)
+        about = {**podwork.facts(pod, containers), "member": request.member}
         leaving = _Leaving()
         with contextlib.ExitStack() as stack:
             stack.enter_context(parts.work.taking_part(pod, containers, leaving))
@@ -164,27 +159,30 @@ class EpochService:
                     hint="opt the pod in (docs/opting-in.md)",
                 )
             actions = JointDump(
-                parts.storages.make(namespace, request.storage),
+                store,
                 engine,
                 group,
                 epoch,
                 course,
                 members,
                 CaptureOptions(
-                    deadline_s=call.allowed_s(request.deadline_s, self._settings.dump_deadline_s)
-                    if request.deadline_s
-                    else self._settings.dump_deadline_s,
+                    deadline_s=self._allowed_s(request.deadline_s),
                     ghost_limit_bytes=self._settings.ghost_limit_bytes,
                     kill=course is protocol.EVACUATE,
                     log_level=self._settings.criu_log_level,
                 ),
                 place=pod.uid,
+                about=about,
+                # Last: from here on the session gives back what the operation holds.
                 owned=stack.pop_all(),
-                about={**podwork.facts(pod, containers), "member": request.member},
             )
         session = Session(f"{group}@{epoch}", course, actions, ended=lambda: self._ended(key))
         leaving.session = session
         return session
+
+    def _allowed_s(self, asked_s: float) -> float:
+        """How long a capture may take; the call that begins it ends long before."""
+        return min(asked_s, _LONGEST_S) if asked_s > 0 else self._settings.dump_deadline_s
 
     def _ended(self, key: Key) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ Does not: decide; ``participant`` does.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +62,8 @@ class JointDump:
         self._store, self._engine = store, engine
         self._group, self._epoch = group, epoch
         self._members = tuple(members)
-        self._options = options
+        shared_bytes = options.held_bytes // max(1, len(self._members))
+        self._options = dataclasses.replace(options, held_bytes=shared_bytes)
         self._ends = course is EVACUATE
         self._deadline = clock.Deadline.after(options.deadline_s)
         self._cut = SteppedCut(len(self._members))
@@ -145,7 +147,7 @@ class JointDump:
 
     def _capture(self, writer: JointWriter, member: Member) -> CaptureReport:
         try:
-            sink = _Noted(writer.member(member.name))
+            sink = _Noted(writer.member(member.name), self._cut)
             self._sinks[member.name] = sink
             return self._engine.capture(member.pid, sink, self._cut, self._options)
         except BaseException as exc:
@@ -157,8 +159,7 @@ class JointDump:
             raise errors.DumpFailed("nothing was captured")
         if not self._ends:
             # An engine may pass the rest on to the store when the processes run again.
-            for each in self._captures:
-                each.result(self._deadline.remaining_s)
+            self._await_captures()
         part = self._writer.finish().encode()
         return Contribution(
             part, tuple(self._connections()), tuple(self._stops()), dict(self._about)
@@ -185,20 +186,38 @@ class JointDump:
                 hint="this is a defect of the coordinator: report it",
             )
         self._cut.reach(Stage.RUNNING, self._deadline, kill=True)
+        self._await_captures()
+
+    def _await_captures(self) -> None:
+        """Wait until the engine is through; raise what a member failed with."""
         for each in self._captures:
-            each.result(self._deadline.remaining_s)
+            try:
+                each.result(self._deadline.remaining_s)
+            except TimeoutError as exc:
+                raise errors.DeadlineExceeded(
+                    "what was captured could not be stored in time",
+                    hint="allow more time, or find what is slow",
+                ) from exc
 
 
 class _Noted:
-    """A member's sink that remembers the facts, and counts memory."""
+    """A member's sink that remembers the facts, counts memory, and is where a capture that is
+    under way notices that it is to be given up.
+    """
 
-    def __init__(self, sink: MemberSink) -> None:
+    def __init__(self, sink: MemberSink, cut: SteppedCut) -> None:
         self._sink = sink
+        self._cut = cut
         self.known: dict[str, Any] = {}
         self.raw_bytes = 0
-        self.draft, self.metadata, self.file = sink.draft, sink.metadata, sink.file
+        self.metadata, self.file = sink.metadata, sink.file
+
+    def draft(self, space: AddressSpace, runs: Sequence[PageRun], data: memoryview) -> None:
+        self._cut.check()
+        self._sink.draft(space, runs, data)
 
     def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
+        self._cut.check()
         self.raw_bytes += len(data)
         self._sink.pages(space, run, data)
 

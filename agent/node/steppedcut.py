@@ -70,6 +70,11 @@ class SteppedCut:
             self._reached[Stage.RUNNING] += 1
             self._changed.notify_all()
 
+    def check(self) -> None:
+        """Raise if the members were told to give up, or one of them failed."""
+        if self._given_up:
+            raise _given_up()
+
     # Called by whoever decides.
 
     def reach(self, stage: Stage, deadline: clock.Deadline, *, kill: bool = False) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from agent import errors
 from agent.model.protocol import Answer, Course, Decision, Said, Told
-from agent.rpc import convert, status
+from agent.rpc import convert, results, status
 from agent.rpc.v1 import epochs_pb2, epochs_pb2_grpc
 
 Once = Callable[[Callable[..., Any], Any], Any]
@@ -51,9 +51,12 @@ class MemberStop:
 
 @dataclasses.dataclass(frozen=True)
 class Decided:
-    """What an epoch is. ``leaving`` are connections that lead out of the group, by pod uid."""
+    """What an epoch is. ``image`` is there for whoever committed it; ``leaving`` are connections
+    that lead out of the group, by pod uid.
+    """
 
     decision: Decision
+    image: results.Image | None
     connections: int
     leaving: tuple[tuple[str, str, str], ...]
     members: tuple[MemberStop, ...]
@@ -123,4 +126,5 @@ class Epochs:
             MemberStop(each.name, each.stop_s, each.raw_bytes, each.processes)
             for each in answer.members
         )
-        return Decided(Decision[name], answer.connections, leaving, members)
+        image = results.image(answer.image) if answer.HasField("image") else None
+        return Decided(Decision[name], image, answer.connections, leaving, members)

@@ -23,6 +23,7 @@ from agent.model.container import Container
 from agent.model.plan import Plan
 from agent.model.pods import Pod
 from agent.model.streams import MemberSource
+from agent.model.values import StoreUrl
 from agent.node import (
     archives,
     epochs,
@@ -39,7 +40,7 @@ from agent.node.pods import Pods, State
 from agent.rpc import client
 from agent.rpc.certificates import Certificates
 from agent.rpc.server import Ports, Server
-from agent.settings import Settings, StoreUrl
+from agent.settings import Settings
 from agent.volumes.directory import DirectoryVolume
 from tests.fakes import cri, nodeapi
 from tests.fakes.authority import Authority

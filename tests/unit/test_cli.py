@@ -200,6 +200,7 @@ def test_the_statuses_of_the_error_tree_are_those_of_the_table() -> None:
         ("dump", "--pid", "-5"),
         ("dump", "--pid", "99999999999999999999"),
         ("dump", "--pid", "1", "--deadline", "soon"),
+        ("dump", "jobset/train", "--stop"),
         ("restore",),
         ("restore", "x", "--files", "maybe"),
         ("show",),

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from agent import errors, settings
-from agent.settings import ConfigFile, Settings, StoreUrl
+from agent.model import values
+from agent.model.values import StoreUrl
+from agent.settings import ConfigFile, Settings
 
 
 def merged(
@@ -127,13 +129,13 @@ def test_relative_paths_are_taken_from_where_they_were_written() -> None:
     ],
 )
 def test_a_store_is_a_path_or_a_file_url(text: str, path: str) -> None:
-    assert settings.store_url(text, "/cwd") == StoreUrl("file", path)
+    assert values.store_url(text, "/cwd") == StoreUrl("file", path)
 
 
 @pytest.mark.parametrize("text", ["s3://bucket/x", "nfs://host/export", "://x"])
 def test_an_unknown_scheme_is_refused_with_what_is_supported(text: str) -> None:
     with pytest.raises(errors.InvalidInput) as caught:
-        settings.store_url(text, "/")
+        values.store_url(text, "/")
     assert "file:///" in caught.value.hint
 
 
@@ -142,24 +144,24 @@ def test_an_unknown_scheme_is_refused_with_what_is_supported(text: str) -> None:
 )
 def test_a_url_with_more_or_less_than_a_path_is_refused(text: str) -> None:
     with pytest.raises(errors.InvalidInput):
-        settings.store_url(text, "/")
+        values.store_url(text, "/")
 
 
 def test_a_store_url_read_again_is_the_same() -> None:
-    url = settings.store_url("/srv/a b%/ü", "/")
-    assert settings.store_url(str(url), "/") == url
+    url = values.store_url("/srv/a b%/ü", "/")
+    assert values.store_url(str(url), "/") == url
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "7 d", "d", "1y", "1e3", "inf", "nan", "٣d"])
 def test_what_is_no_time_span_is_refused(text: str) -> None:
     with pytest.raises(errors.InvalidInput):
-        settings.duration_s(text)
+        values.duration_s(text)
 
 
 @pytest.mark.parametrize("text", ["1GB", "-1", "1.5GiB", "GiB", ""])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(errors.InvalidInput):
-        settings.size_bytes(text)
+        values.size_bytes(text)
 
 
 def test_a_bad_value_names_its_flag_its_variable_or_its_file_and_line() -> None:

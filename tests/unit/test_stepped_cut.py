@@ -1,0 +1,88 @@
+"""A cut that goes on step by step, with threads in place of an engine's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from agent import errors
+from agent.engines.base import Disposition
+from agent.host import clock
+from agent.node.steppedcut import Stage, SteppedCut
+
+LONG = clock.Deadline.after(30.0)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as made:
+        yield made
+
+
+def engine(cut: SteppedCut) -> Disposition:
+    cut.ready()
+    cut.frozen()
+    cut.held()
+    disposition = cut.captured()
+    if disposition is Disposition.RESUME:
+        cut.released()
+    cut.running()
+    return disposition
+
+
+def begun(pool: ThreadPoolExecutor, cut: SteppedCut) -> list[Future[Disposition]]:
+    return [pool.submit(engine, cut) for _ in range(2)]
+
+
+def test_members_pass_a_stage_together_and_only_when_they_may(pool: ThreadPoolExecutor) -> None:
+    cut = SteppedCut(2)
+    members = begun(pool, cut)
+    for stage in Stage:
+        cut.reach(stage, LONG)
+    assert [each.result(10) for each in members] == [Disposition.RESUME] * 2
+
+
+def test_they_are_ended_where_they_were_read_if_that_is_wanted(pool: ThreadPoolExecutor) -> None:
+    cut = SteppedCut(2)
+    members = begun(pool, cut)
+    for stage in (Stage.READY, Stage.FROZEN, Stage.HELD, Stage.CAPTURED):
+        cut.reach(stage, LONG)
+    cut.reach(Stage.RUNNING, LONG, kill=True)
+    assert [each.result(10) for each in members] == [Disposition.KILL] * 2
+
+
+@pytest.mark.parametrize("at", [Stage.READY, Stage.HELD, Stage.CAPTURED])
+def test_giving_up_lets_all_go_wherever_they_stand(pool: ThreadPoolExecutor, at: Stage) -> None:
+    cut = SteppedCut(2)
+    members = begun(pool, cut)
+    for stage in Stage:
+        if stage <= at:
+            cut.reach(stage, LONG)
+    cut.check()
+    cut.give_up()
+    for each in members:
+        assert isinstance(each.exception(10), errors.DumpFailed)
+    with pytest.raises(errors.DumpFailed, match="given up"):
+        cut.check()
+
+
+def test_a_member_that_fails_is_told_to_whoever_waits(pool: ThreadPoolExecutor) -> None:
+    cut = SteppedCut(2)
+    member = pool.submit(engine, cut)
+    failing = threading.Timer(0.05, cut.fail, [errors.CriuMissing("no CRIU")])
+    failing.start()
+    with pytest.raises(errors.CriuMissing):
+        cut.reach(Stage.READY, LONG)
+    assert isinstance(member.exception(10), errors.DumpFailed)
+
+
+def test_who_does_not_come_in_time_is_not_waited_for(pool: ThreadPoolExecutor) -> None:
+    cut = SteppedCut(2)
+    member = pool.submit(engine, cut)
+    with pytest.raises(errors.DeadlineExceeded, match="frozen in time"):
+        cut.reach(Stage.FROZEN, clock.Deadline.after(0.05))
+    cut.give_up()
+    assert isinstance(member.exception(10), errors.DumpFailed)
