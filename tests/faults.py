@@ -58,11 +58,12 @@ class FaultyVolume:
             if fault is not None:
                 self.hit += 1
                 self._ended = fault.ends_the_world
+        # An error that is raised again keeps all that its earlier tracebacks hold.
         if fault is not None and not fault.after:
-            raise fault.error
+            raise fault.error.with_traceback(None)
         yield
         if fault is not None:
-            raise fault.error
+            raise fault.error.with_traceback(None)
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[BlobWriter]:
