@@ -310,6 +310,17 @@ def maps(pid: int) -> list[Mapping]:
     return found
 
 
+def first_executable(pid: int) -> int | None:
+    """Where the first executable mapping begins. Reads no further than to there: quicker than
+    ``maps``.
+    """
+    with _process(pid), open(f"/proc/{pid}/maps", "rb") as lines:
+        for line in lines:
+            if (match := _MAPS_LINE.match(line)) and b"x" in match[3]:
+                return int(match[1], 16)
+    return None
+
+
 def open_files(pid: int) -> list[OpenFile]:
     """The descriptors in order; ones that are closed meanwhile are left out."""
     with _process(pid):

@@ -28,6 +28,7 @@ from pycriu import rpc_pb2
 from agent import errors
 from agent.engines.base import CaptureOptions, CaptureReport, Cut, Disposition
 from agent.engines.criu import (
+    codepages,
     held,
     hosttree,
     journal,
@@ -182,6 +183,7 @@ class _Capture:
         self._tree = subject.tree
         self._sink = sink
         self._held = held.HeldSink(sink, options.held_bytes)
+        self._code = codepages.CodePages()
         self._short: shortstop.ShortStop | None = None
         self._plain_because = ""
         self._cut = cut
@@ -345,6 +347,7 @@ class _Capture:
             self._cut.frozen()
             self._subject.frozen(self._pids, self._operation)
             self._cut.held()
+            self._code.note(self._pids)
             if self._short is not None:
                 self._short.frozen(self._pids)
             pids, states = self._pids, self._states
@@ -355,6 +358,7 @@ class _Capture:
     def _on_pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
         if self._noting is None:
             self._noting = _Beside("note", lambda: self._subject.memory_flows(self._operation))
+        self._code.put_back(space, run, data)
         if self._short is not None:
             self._short.pages(space, run, data)
         else:
