@@ -107,6 +107,14 @@ class DumpFailed(Failed):
     code = "dump-failed"
 
 
+class HookFailed(Failed):
+    """A hook of the job's owner failed or did not end in time; ``facts['output']`` are the last
+    lines of what it said.
+    """
+
+    code = "hook-failed"
+
+
 class CutTorn(DumpFailed):
     """What was captured of a group's members does not fit together; ``facts['reasons']`` names the
     connections.

@@ -34,6 +34,9 @@ STORAGE = f"{GROUP}/storage"
 """On a pod or a namespace: which of the agents' storages its images go to, by name
 (``storage.py``)."""
 
+HOOKS = f"{GROUP}/hooks"
+"""What is done around a checkpoint (``hooks.py``)."""
+
 NOT_HELD = f"{GROUP}/not-held"
 """Written by the webhook: which containers start as ordinary ones, and why."""
 
