@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent import errors
-from agent.engines.criu import journal, supervisor
+from agent.engines.criu import journal, recovery, supervisor
 from agent.host import proc
 
 
@@ -119,3 +119,17 @@ def test_the_pid_counter_of_an_isolated_tree_is_set_off_its_numbers() -> None:
     assert not {32700, 32767} & set(range(high, high + 300))
     crowded = supervisor.last_pid(set(range(300, 2000)) | {32767}, 32768)
     assert crowded == 2000
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_container_that_ends_while_it_is_looked_at_leaves_nothing_to_end(
+    places: journal.Places, monkeypatch: pytest.MonkeyPatch, nested: bool
+) -> None:
+    container = subprocess.Popen(["sleep", "60"])
+    gone = proc.identity(container.pid)
+    container.kill()
+    container.wait()
+    monkeypatch.setattr(proc, "alive", lambda who: who == gone)
+    about = journal.About(container=gone, numbers=(1,), nested=nested)
+    with places.operation("restore", [], about=about) as operation:
+        assert recovery.undo_restore(places, operation.entry).killed == []

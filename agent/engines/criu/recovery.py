@@ -146,25 +146,35 @@ def _made_inside(entry: journal.Entry) -> list[int]:
         return []
     if _adopted(about.container):
         return []  # the agent died when all was done
-    if about.nested:
-        # With its first process the kernel kills the whole namespace.
-        return [
-            pid
-            for pid in namespaces.firsts_below(about.container)
-            if proc.stat(pid).start_ticks >= about.began_ticks
-        ]
-    inside = proc.namespaces(about.container.pid)["pid"]
+    try:
+        if about.nested:
+            # With its first process the kernel kills the whole namespace.
+            return [
+                pid
+                for pid in namespaces.firsts_below(about.container)
+                if _began_since(pid, about.began_ticks)
+            ]
+        inside = proc.namespaces(about.container.pid)["pid"]
+    except errors.NotFound:
+        return []  # the container has just ended, and with it the kernel ends all in there
     found = []
     for pid in proc.pids():
         with contextlib.suppress(errors.NotFound, errors.PrivilegeMissing):
             number = proc.status(pid).ns_pids[-1]
             if (
                 number in about.numbers
-                and proc.stat(pid).start_ticks >= about.began_ticks
+                and _began_since(pid, about.began_ticks)
                 and proc.namespaces(pid)["pid"] == inside
             ):
                 found.append(pid)
     return found
+
+
+def _began_since(pid: int, ticks: int) -> bool:
+    try:
+        return proc.stat(pid).start_ticks >= ticks
+    except errors.NotFound:
+        return False
 
 
 def _adopted(init: proc.Identity) -> bool:
