@@ -16,7 +16,7 @@ from typing import Any
 
 from agent.coordinator import machine
 from agent.coordinator.machine import Coordination, State
-from agent.model.protocol import COURSES, Answer, Course, Decision, Step, Told
+from agent.model.protocol import COURSES, RESTORE, Answer, Course, Decision, Step, Told
 from agent.node import participant
 from agent.node.participant import Participant, Phase, Processes, Timer
 
@@ -26,16 +26,18 @@ _PROBLEM = "x"
 @dataclasses.dataclass(frozen=True, slots=True)
 class Member:
     """One member: its machine's fields, what was sent to and by it, what is under way, and what an
-    onlooker knows: whether it ``held`` before it was read, was ``captured``, or went on.
+    onlooker knows: whether it ``held`` before it was read, was ``captured``, or went on. One that
+    is restored was ``captured`` when it stood complete, and ``stands`` until that is undone.
     """
 
     machine: tuple[Any, ...]
     inbox: frozenset[Told] = frozenset()
     outbox: frozenset[Answer] = frozenset()
-    letting_go: bool = False
+    letting_go: participant.LetGo | None = None
     settling: bool = False
     held: bool = False
     captured: bool = False
+    stands: bool = False
     went_on: bool = False
     dropped: bool = False
     crashed: bool = False
@@ -109,7 +111,7 @@ def _fields(machine: Participant) -> tuple[Any, ...]:
 
 def begin(course: Course, members: int) -> World:
     """A coordinator has just begun an epoch."""
-    member = Member(_fields(Participant(course)))
+    member = Member(_fields(Participant.begin(course)))
     made = Coordination(course, members, token=1)
     commands = made.begin()
     world = World(course, (member,) * members, (Coordinator(made.state, 1, (False,) * members),))
@@ -195,7 +197,7 @@ def _carry_out(
             outbox = member.outbox | _of(said, heard)
             member = dataclasses.replace(member, outbox=outbox)
         elif isinstance(effect, participant.LetGo):
-            member = dataclasses.replace(member, letting_go=True)
+            member = dataclasses.replace(member, letting_go=effect)
         elif isinstance(effect, participant.Settle):
             member = dataclasses.replace(member, settling=True)
         elif isinstance(effect, participant.Close):
@@ -207,6 +209,8 @@ def _carry_out(
             torn |= not _all_silent(world, but=which)
         elif isinstance(effect, participant.Do) and effect.step is Step.END:
             assert world.decision is Decision.COMMITTED, "told to end without a commit"
+        elif isinstance(effect, participant.Do) and effect.step is Step.RUN:
+            assert world.decision is Decision.COMMITTED, "told to run without a commit"
     members = list(world.members)
     members[which] = member
     return dataclasses.replace(world, members=tuple(members), torn=torn)
@@ -245,12 +249,18 @@ def _take_over(world: World) -> World:
 
 
 def _crash(world: World, which: int) -> World:
-    """The member's agent dies: its processes go on, a new agent knows nothing of the epoch."""
+    """The member's agent dies: its processes go on, but not what was only restored; a new agent
+    knows nothing of the epoch.
+    """
+    before = world.members[which]
     fresh = Participant(world.course, phase=Phase.CLOSED, problem=_PROBLEM)
+    if world.course.name == RESTORE.name:
+        fresh.processes = before.participant().processes
     member = dataclasses.replace(
-        world.members[which],
+        before,
         machine=_fields(fresh),
-        letting_go=False,
+        letting_go=None,
+        stands=fresh.processes is Processes.RUNNING and before.stands,
         settling=False,
         went_on=True,
         crashed=True,
@@ -270,9 +280,7 @@ def _member_steps(world: World, which: int, member: Member) -> Iterator[tuple[bo
                 made = member.participant()
                 yield True, _carry_out(world, which, made, made.expired(timer))
     if member.letting_go:
-        made = member.participant()
-        effects = made.let_go()
-        yield True, _carry_out(world, which, made, effects, letting_go=False, went_on=True)
+        yield from _let_go_steps(world, which, member, member.letting_go)
     elif now.busy is not None:
         yield from _effect_steps(world, which, member, now.busy)
     if member.settling:
@@ -282,11 +290,32 @@ def _member_steps(world: World, which: int, member: Member) -> Iterator[tuple[bo
         yield True, _carry_out(settled, which, made, made.settled(decision), settling=False)
 
 
+def _let_go_steps(
+    world: World, which: int, member: Member, how: participant.LetGo
+) -> Iterator[tuple[bool, World]]:
+    made = member.participant()
+    if world.course.name != RESTORE.name:
+        yield True, _carry_out(world, which, made, made.let_go(), letting_go=None, went_on=True)
+        return
+    if how.committed and member.stands:
+        yield True, _carry_out(world, which, made, made.let_go(), letting_go=None)
+        made = member.participant()
+    # Undone, or found to be gone.
+    effects = made.let_go(running=False)
+    sound = not (how.committed and member.stands)
+    yield sound, _carry_out(world, which, made, effects, letting_go=None, stands=False)
+
+
 def _effect_steps(
     world: World, which: int, member: Member, busy: Step
 ) -> Iterator[tuple[bool, World]]:
     made = member.participant()
-    yield False, _carry_out(world, which, made, made.could_not(busy, _PROBLEM))
+    broken = world.course.name == RESTORE.name
+    for stands in {False, member.stands} if broken else {member.stands}:
+        # A restored tree may be gone, or the store could not be asked.
+        made = member.participant()
+        effects = made.could_not(busy, _PROBLEM)
+        yield False, _carry_out(world, which, made, effects, stands=stands)
     made = member.participant()
     known = {}
     if busy is Step.HOLD:
@@ -297,6 +326,10 @@ def _effect_steps(
         world = dataclasses.replace(world, torn=torn)
     elif busy in (Step.RELEASE, Step.RESUME):
         known = {"went_on": True}
+    elif busy is Step.STAND:
+        known = {"captured": True, "stands": True}
+    elif busy is Step.RUN and not member.stands:
+        return
     yield True, _carry_out(world, which, made, made.did(busy), **known)
 
 
@@ -331,6 +364,9 @@ def check(world: World) -> None:
     committed = world.decision is Decision.COMMITTED
     for member in world.members:
         made = member.participant()
+        if made.processes is Processes.RUNNING and world.course.name == RESTORE.name:
+            assert committed, "runs without a commit"
+            assert member.stands, "runs, and does not stand"
         if committed:
             assert member.captured, "committed without a member"
             assert not member.dropped, "committed, and a member's part is gone"
@@ -343,7 +379,7 @@ def check(world: World) -> None:
         assert State.ABORTED not in states, "committed, and somebody was told that it failed"
         assert State.ABORTING not in states, "committed, and members are told to abort"
     else:
-        after = {State.ENDING, State.FINISHING, State.COMMITTED}
+        after = {State.ENDING, State.RUNNING, State.FINISHING, State.COMMITTED}
         assert after.isdisjoint(states), "told as committed, and is not"
 
 
@@ -364,5 +400,7 @@ def settled(world: World) -> bool:
         made = member.participant()
         idle = made.phase is Phase.TAKING_PART and made.done == 0 and made.busy is None
         if made.stopped or not (made.phase is Phase.CLOSED or idle):
+            return False
+        if member.stands and made.processes is Processes.ABSENT:
             return False
     return all(each is None or each.state in machine.FINAL for each in world.coordinators)

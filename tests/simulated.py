@@ -6,6 +6,7 @@ given, in the order of their arrival, and may be lost; nothing sleeps.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import random
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 from agent import errors
 from agent.coordinator.driver import Answered, Event, Settled
-from agent.model.protocol import Answer, Course, Decision, Said, Step, Told
+from agent.model.protocol import RESTORE, Answer, Course, Decision, Said, Step, Told
 from agent.node import participant
 from agent.node.participant import Participant, Timer
 
@@ -35,7 +36,8 @@ class World:
         spend_s: Callable[[Step], float] = lambda step: 0.01,
         lose: float = 0.0,
     ) -> None:
-        self.members = [Participant(course) for _ in range(members)]
+        self._back = course is RESTORE
+        self.members = [Participant.begin(course) for _ in range(members)]
         self.decision: Decision | None = None
         self.frozen_s: dict[int, float] = {}
         self.longest_stop_s = 0.0
@@ -98,8 +100,10 @@ class World:
                 case participant.Do(step):
                     span_s = self._spend_s(step) * self._random.uniform(0.5, 1.5)
                     self._after(span_s, lambda step=step: self._act(which, made.did(step)))  # type: ignore[misc]
-                case participant.LetGo():
-                    self._after(0.001, lambda: self._act(which, made.let_go()))
+                case participant.LetGo(committed):
+                    running = committed or not self._back
+                    go = functools.partial(made.let_go, running=running)
+                    self._after(0.001, lambda go=go: self._act(which, go()))  # type: ignore[misc]
                 case participant.Settle():
                     self._after(self._delay_s, lambda: self._told_decision(which))
                 case participant.Arm(timer):

@@ -108,12 +108,17 @@ def run(
         decided.append(found)
         return found.decision
 
-    token = (int(now_s) << _TOKEN_BITS) + secrets.randbits(_TOKEN_BITS)
-    made = Coordination(course, len(members), token)
+    made = Coordination(course, len(members), token(now_s))
     with Links(control.mailbox, [call_of(each) for each in members], decide).open() as links:
         report = Driver(made, links, control.mailbox, limits or Limits(), watch).run()
     if not report.committed:
-        raise _failed(report, members)
+        raise failed(
+            report,
+            members,
+            errors.DumpFailed,
+            "the checkpoint was given up",
+            "every pod of the group goes on",
+        )
     ends = _STANDING_TO_THE_END if State.ENDING in report.spans_s else _STANDING
     return Checkpoint(
         image=decided[-1].image
@@ -134,16 +139,22 @@ def _sum(report: Report, states: Sequence[State]) -> float:
     return sum(report.spans_s.get(state, 0.0) for state in states)
 
 
-def _failed(report: Report, members: Sequence[Member]) -> errors.CkptError:
-    """The error of an epoch that was given up."""
+def token(now_s: float) -> int:
+    """What orders a coordinator that begins at ``now_s``, wall time."""
+    return (int(now_s) << _TOKEN_BITS) + secrets.randbits(_TOKEN_BITS)
+
+
+def failed(
+    report: Report, members: Sequence[Member], kind: type[errors.Failed], what: str, hint: str
+) -> errors.CkptError:
+    """The error of what was given up: that of the member that failed first, with its name, or if
+    no member did, one of ``kind`` that says ``what``, with ``hint``.
+    """
     error = report.error
     where = f" at {members[report.at].name}" if report.at is not None else ""
     if error is None:
-        kind = errors.Interrupted if report.cause == "interrupted" else errors.DumpFailed
-        return kind(
-            f"the checkpoint was given up{where}: {report.cause}",
-            hint="every pod of the group goes on",
-        )
+        kind = errors.Interrupted if report.cause == "interrupted" else kind
+        return kind(f"{what}{where}: {report.cause}", hint=hint)
     found = type(error)(f"{error.message}{where}", hint=error.hint)
     found.facts.update(error.facts)
     if report.at is not None:

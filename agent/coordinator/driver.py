@@ -16,7 +16,7 @@ from typing import Protocol
 from agent import errors
 from agent.coordinator import machine
 from agent.coordinator.machine import Coordination, State
-from agent.model.protocol import Decision, Said, Step, Told
+from agent.model.protocol import Answer, Decision, Said, Step, Told
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +49,9 @@ class Cancelled:
 
     why: str
 
+
+# Where a problem comes too late to change what was decided.
+_AFTER = (State.ENDING, State.RUNNING, State.FINISHING)
 
 Event = Answered | Lost | Settled | Cancelled
 
@@ -91,6 +94,9 @@ class Limits:
             State.QUIESCING: 60.0,
             State.CAPTURING: 600.0,
             State.PERSISTING: 3600.0,
+            State.FILLING: 600.0,
+            State.STANDING: 600.0,
+            State.RUNNING: 60.0,
             # A second try is better than a long wait: whoever holds the volume up holds up the job.
             State.COMMITTING: 30.0,
             State.SETTLING: 5.0,
@@ -107,8 +113,9 @@ class Limits:
 @dataclasses.dataclass(frozen=True)
 class Report:
     """How an epoch ended. ``cause`` is the first thing that went wrong, with the member it went
-    wrong at (None: none in particular); ``silent`` are members that did not confirm the end;
-    ``spans_s`` is how long each state lasted.
+    wrong at (None: none in particular); ``silent`` are members that did not confirm the end,
+    ``late`` those that failed when it was committed already; ``spans_s`` is how long each state
+    lasted.
     """
 
     committed: bool
@@ -117,6 +124,7 @@ class Report:
     error: errors.CkptError | None
     silent: tuple[int, ...]
     spans_s: dict[State, float]
+    late: dict[int, errors.CkptError] = dataclasses.field(default_factory=dict)
 
 
 class Driver:
@@ -136,6 +144,7 @@ class Driver:
         self._limits = limits
         self._watch = watch
         self._parts: dict[int, bytes] = {}
+        self._late: dict[int, errors.CkptError] = {}
         self._spans_s: dict[State, float] = {}
         self._entered_s = mailbox.now_s()
         self._deadline_s = self._entered_s
@@ -166,6 +175,7 @@ class Driver:
             error=None if committed else self._error,
             silent=made.silent,
             spans_s=self._spans_s,
+            late=self._late if committed else {},
         )
 
     def _told(self, event: Event) -> list[machine.Command]:
@@ -173,11 +183,14 @@ class Driver:
         blamed = bool(made.cause)
         match event:
             case Answered(member, said):
-                if said.answer.step is Step.PERSIST and not said.answer.problem:
+                if said.part and not said.answer.problem:
                     self._parts[member] = said.part
+                self._note_late(member, said.answer, said.error)
                 commands = made.answer(member, said.answer)
                 self._blame(blamed, member, said.error)
             case Lost(member, error):
+                if made.state in _AFTER:
+                    self._late[member] = error
                 commands = made.lost(member, error.message)
                 self._blame(blamed, member, error)
             case Settled(None, error):
@@ -188,6 +201,12 @@ class Driver:
             case Cancelled(why):
                 commands = made.cancel(why)
         return commands
+
+    def _note_late(self, member: int, answer: Answer, error: errors.CkptError | None) -> None:
+        if answer.problem and self._machine.state in _AFTER:
+            self._late[member] = error or errors.Failed(answer.problem)
+        elif answer.step is Step.FINISH:
+            self._late.pop(member, None)  # it came to its end after all
 
     def _blame(self, blamed: bool, member: int | None, error: errors.CkptError | None) -> None:
         if self._machine.cause and not blamed:

@@ -14,7 +14,7 @@ import dataclasses
 import enum
 from collections.abc import Iterable, Mapping
 
-from agent.model.protocol import EVACUATE, LEAVE_RUNNING, Answer, Course, Decision, Step, Told
+from agent.model.protocol import COURSES, Answer, Course, Decision, Step, Told
 
 
 class State(enum.Enum):
@@ -28,9 +28,12 @@ class State(enum.Enum):
     RELEASING = "releasing"
     RESUMING = "resuming"
     PERSISTING = "persisting"
+    FILLING = "filling"
+    STANDING = "standing"
     COMMITTING = "committing"
     SETTLING = "settling"
     ENDING = "ending"
+    RUNNING = "running"
     FINISHING = "finishing"
     ABORTING = "aborting"
     COMMITTED = "committed"
@@ -58,7 +61,10 @@ ASKS: Mapping[State, Step] = {
     State.RELEASING: Step.RELEASE,
     State.RESUMING: Step.RESUME,
     State.PERSISTING: Step.PERSIST,
+    State.FILLING: Step.FILL,
+    State.STANDING: Step.STAND,
     State.ENDING: Step.END,
+    State.RUNNING: Step.RUN,
     State.FINISHING: Step.FINISH,
     State.ABORTING: Step.ABORT,
 }
@@ -96,7 +102,7 @@ def _transitions(course: Course) -> dict[tuple[State, Input], State]:
 
 
 TRANSITIONS: Mapping[str, Mapping[tuple[State, Input], State]] = {
-    course.name: _transitions(course) for course in (LEAVE_RUNNING, EVACUATE)
+    course.name: _transitions(course) for course in COURSES.values()
 }
 """For each course what a state and an input lead to."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from agent.model.streams import MemberSink, MemberSource
@@ -119,6 +120,8 @@ class RestoreOptions:
     refuse, roll back to the image (the other is kept aside under another name), or keep.
     ``stdin|stdout|stderr``: open descriptors that replace the tree's own, or None.
     ``accept_changed``: paths whose changed size or time is accepted (binaries, libraries).
+    ``moved``: addresses of all hosts of a group, old to new, where its members move together;
+    connections between them go on.
     """
 
     isolate: bool = False
@@ -129,6 +132,7 @@ class RestoreOptions:
     deadline_s: float = 600.0
     accept_changed: bool = False
     log_level: int = 2
+    moved: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Gate(Protocol):

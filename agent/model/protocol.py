@@ -1,11 +1,13 @@
-"""The words of the protocol that cuts a group: what a coordinator asks of members, in what order.
+"""The words of the protocol that cuts a group, or brings one back: what a coordinator asks of
+members, in what order.
 
 An epoch of a group follows a *course*: steps that every member does before the commit, and steps
 that follow it. All members finish a step before any is told the next. The commit is a decision in
 the store that is made once: the epoch's name is taken either by its manifest (committed) or by a
 blob that says it never will be (abandoned). Whoever must know the outcome of an epoch whose
 coordinator is silent takes the name for "abandoned" himself, and learns from a failure that it is
-committed. So nobody ever waits for a dead coordinator, and no two can disagree.
+committed. So nobody ever waits for a dead coordinator, and no two can disagree. An attempt to
+restore an epoch follows a course as well, and is decided in the same way under a name of its own.
 
 Promises: pure data; both halves (``coordinator.machine``, ``node.participant``) are built on it.
 Does not: know how messages travel, or how long anything may take.
@@ -49,11 +51,24 @@ class Step(enum.Enum):
     END = "end"
     """End the processes; told only when the epoch is committed, and checked once more."""
 
+    FILL = "fill"
+    """Put the member's files in place; none of its processes exists."""
+
+    STAND = "stand"
+    """Make the processes, complete and silent; none of them runs."""
+
+    RUN = "run"
+    """Let traffic through and the processes run; told only when the attempt is committed, and
+    checked once more.
+    """
+
     FINISH = "finish"
     """The epoch is committed: nothing of it needs protection any more."""
 
     ABORT = "abort"
-    """Let the processes go on as if nothing had been, and drop what was stored."""
+    """Let the processes go on as if nothing had been, and drop what was stored; of a restore,
+    leave nothing of them.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +111,18 @@ EVACUATE = Course(
 )
 """A move: the job stands still from FREEZE on and is ended once its image is committed."""
 
-COURSES = {course.name: course for course in (LEAVE_RUNNING, EVACUATE)}
+RESTORE = Course(
+    "restore",
+    before=(Step.PREPARE, Step.FILL, Step.STAND),
+    after=(Step.RUN, Step.FINISH),
+)
+"""The way back: nothing runs before all of it stands and the attempt is committed."""
+
+COURSES = {course.name: course for course in (LEAVE_RUNNING, EVACUATE, RESTORE)}
 
 
 class Decision(enum.Enum):
-    """What became of an epoch; made once, in the store."""
+    """What became of an epoch, or of an attempt to restore one; made once, in the store."""
 
     COMMITTED = "committed"
     ABANDONED = "abandoned"
@@ -128,8 +150,9 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Said:
-    """An answer with what belongs to it: the error behind a problem, and for PERSIST the ``part``
-    that the commit needs of this member, which only the store reads.
+    """An answer with what belongs to it: the error behind a problem, and the ``part`` that a step
+    gave: for PERSIST what the commit needs of this member, which only the store reads; for STAND
+    what a restore has to tell of it.
     """
 
     answer: Answer

@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import ipaddress
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from agent import errors
-from agent.engines.base import CaptureOptions
+from agent.engines.base import CaptureOptions, RestoreOptions
 from agent.host import clock
 from agent.model import cut, ids, protocol
 from agent.model.protocol import Answer, Decision, Said, Told
 from agent.node import dump as node_dump
 from agent.node import podwork, service
+from agent.node.attempts import Attempt
 from agent.node.contribution import Contribution
 from agent.node.joint import JointDump
+from agent.node.jointrestore import JointRestore, Order
 from agent.node.session import Session
+from agent.node.storages import Found
 from agent.rpc import convert, status
 from agent.rpc.calls import Call
 from agent.rpc.v1 import epochs_pb2 as api
@@ -40,6 +44,7 @@ _LONGEST_S = 86400.0
 _COURSES = {
     api.COURSE_LEAVE_RUNNING: protocol.LEAVE_RUNNING,
     api.COURSE_EVACUATE: protocol.EVACUATE,
+    api.COURSE_RESTORE: protocol.RESTORE,
 }
 _STEPS = {
     number: protocol.Step[name.removeprefix("STEP_")] for name, number in api.Step.items() if number
@@ -93,10 +98,10 @@ class EpochService:
         if session is None:
             # Nothing of the epoch is here: what is to be given up already is.
             problem = "" if step is protocol.Step.ABORT else "this agent knows nothing of the epoch"
-            return _response(Said(Answer(step, problem)))
+            return _response(Said(Answer(step, problem)), course)
         wait_s = min(max(0.0, request.wait_s), _LONGEST_WAIT_S)
         said = session.tell(Told(step, request.token), wait_s)
-        return api.TakePartResponse() if said is None else _response(said)
+        return api.TakePartResponse() if said is None else _response(said, course)
 
     def decide_epoch(self, request: api.DecideEpochRequest, call: Call) -> api.DecideEpochResponse:
         """Commit or abandon."""
@@ -112,19 +117,48 @@ class EpochService:
             return api.DecideEpochResponse(decision=_DECISIONS[store.abandon(group, epoch)])
         return _commit(store, storage, group, epoch, request)
 
+    def decide_restore(
+        self, request: api.DecideRestoreRequest, call: Call
+    ) -> api.DecideRestoreResponse:
+        """Commit or abandon."""
+        del call
+        wish = _WISHES.get(request.wish)
+        if wish is None:
+            raise errors.InvalidInput("the call does not say what it wishes")
+        _, attempt = self._attempt(request)
+        if wish is Decision.ABANDONED:
+            return api.DecideRestoreResponse(decision=_DECISIONS[attempt.abandon()])
+        found = attempt.commit(list(request.pod_uids), again=request.attempt.again)
+        return api.DecideRestoreResponse(decision=_DECISIONS[found])
+
+    def _attempt(
+        self, request: api.TakePartRequest | api.DecideRestoreRequest
+    ) -> tuple[Found, Attempt]:
+        """The image and the attempt that a request is about."""
+        group, epoch = ids.group_name(request.group), ids.epoch_id(request.epoch)
+        found = self._parts.storages.find(
+            ids.namespace_name(request.namespace), ids.image_name(group, epoch), request.storage
+        )
+        volume = found.store.volume
+        return found, Attempt(volume, found.group, found.epoch, request.attempt.id)
+
     def _session(
         self,
         request: api.TakePartRequest,
         course: protocol.Course,
         step: protocol.Step,
     ) -> Session | None:
-        key = request.namespace, request.pod_uid, request.epoch
+        # Who may only dump has no say in a restore, nor the other way round.
+        back = course is protocol.RESTORE
+        name = f"restore {request.attempt.id}" if back else request.epoch
+        key = request.namespace, request.pod_uid, name
         if (known := self._known(key)) or step is not protocol.Step.PREPARE:
             return known
         with self._beginning:
             if known := self._known(key):
                 return known
-            session = self._begin(request, course, key)
+            begin = self._begin_restore if back else self._begin
+            session = begin(request, course, key)
             with self._lock:
                 self._taking[key] = _Taking(session)
             session.start()
@@ -150,7 +184,7 @@ class EpochService:
         about = {**podwork.facts(pod, containers), "member": request.member}
         leaving = _Leaving()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(parts.work.taking_part(pod, containers, leaving))
+            stack.enter_context(parts.work.taking_part("dump", pod, containers, leaving))
             engine = parts.work.engine(pod, containers)
             if not engine.promises.cuts:
                 raise errors.TargetUnsuitable(
@@ -166,7 +200,7 @@ class EpochService:
                 course,
                 members,
                 CaptureOptions(
-                    deadline_s=self._allowed_s(request.deadline_s),
+                    deadline_s=self._allowed_s(request.deadline_s, self._settings.dump_deadline_s),
                     ghost_limit_bytes=self._settings.ghost_limit_bytes,
                     kill=course is protocol.EVACUATE,
                     log_level=self._settings.criu_log_level,
@@ -180,9 +214,39 @@ class EpochService:
         leaving.session = session
         return session
 
-    def _allowed_s(self, asked_s: float) -> float:
-        """How long a capture may take; the call that begins it ends long before."""
-        return min(asked_s, _LONGEST_S) if asked_s > 0 else self._settings.dump_deadline_s
+    def _begin_restore(
+        self, request: api.TakePartRequest, course: protocol.Course, key: Key
+    ) -> Session:
+        found, attempt = self._attempt(request)
+        asked = request.attempt
+        try:
+            moved = {
+                str(ipaddress.ip_address(old)): str(ipaddress.ip_address(new))
+                for old, new in asked.addresses.items()
+            }
+        except ValueError as exc:
+            raise errors.InvalidInput(f"no map of addresses: {exc}") from exc
+        order = Order(
+            namespace=ids.namespace_name(request.namespace),
+            pod=request.pod,
+            pod_uid=request.pod_uid,
+            member=request.member,
+            again=asked.again,
+            options=RestoreOptions(
+                deadline_s=self._allowed_s(request.deadline_s, self._settings.restore_deadline_s),
+                log_level=self._settings.criu_log_level,
+                moved=moved,
+            ),
+        )
+        leaving = _Leaving()
+        actions = JointRestore(found, attempt, order, self._parts.pods, self._parts.work, leaving)
+        session = Session(found.image, course, actions, ended=lambda: self._ended(key))
+        leaving.session = session
+        return session
+
+    def _allowed_s(self, asked_s: float, default_s: float) -> float:
+        """How long the engine may take; the call that begins it ends long before."""
+        return min(asked_s, _LONGEST_S) if asked_s > 0 else default_s
 
     def _ended(self, key: Key) -> None:
         with self._lock:
@@ -272,8 +336,12 @@ def _facts(
     }
 
 
-def _response(said: Said) -> api.TakePartResponse:
-    made = api.TakePartResponse(answered=True, problem=said.answer.problem, contribution=said.part)
+def _response(said: Said, course: protocol.Course) -> api.TakePartResponse:
+    made = api.TakePartResponse(answered=True, problem=said.answer.problem)
+    if course is protocol.RESTORE:
+        made.lost.extend(said.part.decode().splitlines())
+    else:
+        made.contribution = said.part
     if said.error is not None:
         made.error.CopyFrom(status.message(said.error))
     return made

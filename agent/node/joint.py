@@ -89,14 +89,16 @@ class JointDump:
             self._end()
         return b""
 
-    def let_go(self) -> None:
+    def let_go(self, *, committed: bool) -> bool:
         """See ``session.Actions``."""
+        del committed
         with self._lock:
             self._over = True
         self._cut.give_up()
         for each in self._captures:
             # Why it failed was told by the step; the engine has let the processes go on.
             each.exception()
+        return True
 
     def settle(self) -> Decision:
         """See ``session.Actions``."""
@@ -185,7 +187,7 @@ class JointDump:
                 f"epoch {self._epoch} is not committed: nothing was ended",
                 hint="this is a defect of the coordinator: report it",
             )
-        self._cut.reach(Stage.RUNNING, self._deadline, kill=True)
+        self._cut.end(self._deadline)
         self._await_captures()
 
     def _await_captures(self) -> None:

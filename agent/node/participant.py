@@ -1,9 +1,10 @@
 """A member's half of the protocol: events in, effects out.
 
 Promises: pure; whatever arrives, and whenever it stops arriving, the member's processes run again
-after ``SILENCE`` or ``STOPPED`` has expired, unless they were ended for a committed epoch; steps
-are done in the order of the course, each once; nothing is captured or answered for an epoch that
-was given up; a coordinator older than one heard of is not obeyed.
+after ``SILENCE`` or ``STOPPED`` has expired, unless they were ended for a committed epoch; those
+of a restore never run unless the store says that it is committed; steps are done in the order of
+the course, each once; nothing is captured or answered for an epoch that was given up; a coordinator
+older than one heard of is not obeyed.
 Does not: keep time or touch a process. An effect that is asked for while another one still runs
 makes that one give up: whoever carries effects out sees to it, and reports each end once.
 """
@@ -31,6 +32,8 @@ class Processes(enum.Enum):
     RUNNING = "running"
     STOPPED = "stopped"
     ENDED = "ended"
+    ABSENT = "absent"
+    """Of a restore: none has run so far, or what stood was undone."""
 
 
 class Timer(enum.Enum):
@@ -53,8 +56,11 @@ class Do:
 @dataclasses.dataclass(frozen=True, slots=True)
 class LetGo:
     """Release the hold, let the processes run, run the post hooks; ``let_go`` follows. Always
-    possible, and a no-op for what already runs.
+    possible, and a no-op for what already runs. Those of a restore run if it is ``committed``, and
+    are undone otherwise.
     """
+
+    committed: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,6 +98,9 @@ class Reply:
     answer: Answer
 
 
+# Told only when the decision is made; nothing but their own end can follow.
+_PAST_THE_DECISION = (Step.END, Step.RUN)
+
 Effect = Do | LetGo | Settle | Close | Arm | Disarm | Reply
 
 
@@ -109,6 +118,12 @@ class Participant:
     processes: Processes = Processes.RUNNING
     problem: str = ""
     outcome: Decision | None = None
+
+    @classmethod
+    def begin(cls, course: Course) -> Participant:
+        """One that has heard nothing so far."""
+        back = Step.RUN in course
+        return cls(course, processes=Processes.ABSENT if back else Processes.RUNNING)
 
     def told(self, told: Told) -> list[Effect]:
         """A coordinator spoke."""
@@ -150,6 +165,8 @@ class Participant:
         if step is Step.END:
             self.processes, self.outcome = Processes.ENDED, Decision.COMMITTED
             effects.append(Disarm(Timer.STOPPED))
+        if step is Step.RUN:
+            self.processes, self.outcome = Processes.RUNNING, Decision.COMMITTED
         return effects
 
     def could_not(self, step: Step, why: str) -> list[Effect]:
@@ -160,11 +177,14 @@ class Participant:
         if step is Step.END:
             # Committed, and not ended: the job goes on where it is.
             self.outcome = Decision.COMMITTED
+        if step is Step.RUN:
+            # Only the store knows whether what still stands is to run.
+            return [*self._settle(why), Reply(Answer(step, why))]
         return [*self._let_go(why), Reply(Answer(step, why))]
 
     def expired(self, timer: Timer) -> list[Effect]:
         """A timer ran out."""
-        if self.phase in (Phase.LETTING_GO, Phase.CLOSED) or self.busy is Step.END:
+        if self.phase in (Phase.LETTING_GO, Phase.CLOSED) or self.busy in _PAST_THE_DECISION:
             return []
         why = {
             Timer.SILENCE: "the coordinator was silent",
@@ -173,12 +193,12 @@ class Participant:
         if self.outcome:
             return self._close(self.outcome)  # ended, and nobody came to say FINISH
         if self.phase is Phase.SETTLING:
-            # The store does not answer either: the job comes first, the epoch can wait.
+            # The store does not answer either: the job comes first, the epoch can wait. What is
+            # being restored waits with it: others may run.
             return [LetGo()] if self.stopped else []
         if not self._may_be_committed():
             return self._let_go(why)
-        self.phase, self.problem = Phase.SETTLING, why
-        return [Settle(), *([Arm(Timer.SILENCE)] if self.stopped else [])]
+        return self._settle(why)
 
     def settled(self, decision: Decision) -> list[Effect]:
         """The store said what the epoch is."""
@@ -187,13 +207,16 @@ class Participant:
         self.outcome = decision
         return self._let_go(self.problem)
 
-    def let_go(self) -> list[Effect]:
-        """The processes run and their traffic flows."""
-        self.processes = Processes.RUNNING
+    def let_go(self, *, running: bool = True) -> list[Effect]:
+        """The processes run and their traffic flows; if not ``running``, nothing of them is left,
+        and it was a restore.
+        """
+        self.processes = Processes.RUNNING if running else Processes.ABSENT
         if self.phase is not Phase.LETTING_GO:
             return []
         answer = Step.FINISH if self.outcome is Decision.COMMITTED else Step.ABORT
-        return [*self._close(self.outcome or Decision.ABANDONED), Reply(Answer(answer))]
+        problem = self._missing if answer is Step.FINISH else ""
+        return [*self._close(self.outcome or Decision.ABANDONED), Reply(Answer(answer, problem))]
 
     @property
     def stopped(self) -> bool:
@@ -204,28 +227,46 @@ class Participant:
         """Whether all that a commit needs of this member was answered for."""
         return self.done >= len(self.course.before)
 
+    @property
+    def _missing(self) -> str:
+        """Why nothing runs of a restore that is committed; "" if it does, or is none."""
+        if self.processes is not Processes.ABSENT:
+            return ""
+        return self.problem or "the restored processes are gone"
+
+    def _settle(self, why: str) -> list[Effect]:
+        self.phase, self.problem = Phase.SETTLING, why
+        return [Settle(), *([Arm(Timer.SILENCE)] if self.stopped else [])]
+
     def _abort(self) -> list[Effect]:
         if self.phase is Phase.CLOSED:
             problem = "it is committed" if self.outcome is Decision.COMMITTED else ""
             return [Reply(Answer(Step.ABORT, problem))]
-        if self.phase is Phase.LETTING_GO or self.outcome or self.busy is Step.END:
+        if self.phase is Phase.LETTING_GO or self.outcome or self.busy in _PAST_THE_DECISION:
             return []  # the end of that is the answer
         return self._let_go("the coordinator gave the epoch up")
 
     def _finish(self) -> list[Effect]:
         if self.phase is Phase.CLOSED:
-            problem = "" if self.outcome is Decision.COMMITTED else self.problem
+            problem = self._missing if self.outcome is Decision.COMMITTED else self.problem
             return [Reply(Answer(Step.FINISH, problem))]
         if self.phase is Phase.LETTING_GO or self.busy:
             return []
         if not self._may_be_committed():
             return [Reply(Answer(Step.FINISH, "this member was not captured"))]
+        if self.processes is Processes.ABSENT:
+            # It never heard that it may run, or could not; the store knows whether it may.
+            return [] if self.phase is Phase.SETTLING else self._settle("")
         self.outcome = Decision.COMMITTED
         if self.stopped:
             return self._let_go("")
         return [*self._close(Decision.COMMITTED), Reply(Answer(Step.FINISH))]
 
     def _refuse(self, step: Step) -> list[Effect]:
+        if step is Step.RUN:
+            # What becomes of it is the answer: it may still run.
+            closed = self.phase is Phase.CLOSED
+            return [Reply(Answer(step, self._missing))] if closed else []
         if self.phase is Phase.CLOSED:
             return [Reply(Answer(step, self.problem or "the epoch is over"))]
         return [Reply(Answer(step, self.problem))] if self.problem else []
@@ -233,7 +274,7 @@ class Participant:
     def _let_go(self, why: str) -> list[Effect]:
         self.phase, self.busy = Phase.LETTING_GO, None
         self.problem = self.problem or why
-        return [LetGo()]
+        return [LetGo(committed=self.outcome is Decision.COMMITTED)]
 
     def _close(self, decision: Decision) -> list[Effect]:
         self.phase, self.outcome = Phase.CLOSED, decision

@@ -179,20 +179,32 @@ class PodWork:
 
     @contextmanager
     def taking_part(
-        self, pod: Pod, containers: Sequence[Container], cancel: node_dump.Cancel
+        self,
+        kind: interrupted.Kind,
+        pod: Pod,
+        containers: Sequence[Container],
+        cancel: node_dump.Cancel,
     ) -> Iterator[None]:
-        """Count the pod's part in an epoch of several pods as a dump of it; ``cancel`` is asked to
-        give it up. Raises as ``Operations.begin``.
+        """Count the pod's part in an epoch of several pods as a dump or a restore of it;
+        ``cancel`` is asked to give it up. Raises as ``Operations.begin``.
         """
         with (
-            self._operations.begin("dump", f"pod {pod}", _keys(pod, containers), cancel),
-            self._trail.noted("dump", pod),
+            self._operations.begin(kind, f"pod {pod}", _keys(pod, containers), cancel),
+            self._trail.noted(kind, pod),
         ):
             yield
+
+    def tell(self, pod: Pod, reason: Reason, note: str) -> None:
+        """Put an event on the pod; returns at once."""
+        self._teller.tell(pod, reason, note)
 
     def engine(self, pod: Pod, containers: Sequence[Container]) -> Engine:
         """The engine that captures these containers; raises as ``Engines.for_dump``."""
         return self._engines.for_dump("", pod, containers)
+
+    def engine_for_restore(self, pod: Pod, containers: Sequence[Container]) -> Engine:
+        """The engine that restores into these placeholders; raises as ``Engines.for_restore``."""
+        return self._engines.for_restore(pod, containers)
 
     def restore(
         self,
@@ -209,7 +221,7 @@ class PodWork:
         found = self._storages.find(order.namespace, order.image, order.storage)
         store, image = found.store, found.image
         reader = store.read(found.group, found.epoch)
-        _check_ours(reader.facts, image)
+        check_ours(reader.facts, image)
         members = reader.members
         progress("waiting")
         try:
@@ -276,7 +288,7 @@ class PodWork:
         """Why an epoch with these facts and members can be restored into no pod; every reason."""
         found = []
         try:
-            _check_ours(facts, "")
+            check_ours(facts, "")
         except errors.RestoreConflict as exc:
             found += _reasons(exc)
         for source in sources:
@@ -330,7 +342,7 @@ def _reasons(exc: errors.CkptError) -> list[str]:
     return [str(each) for each in found] if isinstance(found, list | tuple) else [exc.message]
 
 
-def _check_ours(facts: Mapping[str, Any], image: str) -> None:
+def check_ours(facts: Mapping[str, Any], image: str) -> None:
     """Refuse an image that came from outside: CRIU gives processes what their images say, with the
     agent's own rights, and whoever may import is not trusted with those.
     """

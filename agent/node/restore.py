@@ -62,7 +62,7 @@ def restore(
     try:
         reader = store.read(group, epoch)
         sources = [(name, reader.member(name)) for name in reader.members]
-        _check_all(engine, sources, options, began_s)
+        check_all(engine, sources, options, began_s)
         for _, source in sources:
             source.check()
     except errors.DataError as exc:
@@ -80,13 +80,15 @@ def restore(
     )
 
 
-def _check_all(
+def check_all(
     engine: Engine,
     sources: Sequence[tuple[ids.MemberName, MemberSource]],
     options: RestoreOptions,
     began_s: float,
 ) -> None:
-    """Refuse with the reasons of all members together."""
+    """Refuse with the reasons of all members together, and with how long that took since
+    ``began_s``, on the monotonic clock; raises as ``Engine.check_restore``.
+    """
     found: list[tuple[ids.MemberName, errors.RestoreConflict]] = []
     for name, source in sources:
         try:

@@ -19,7 +19,7 @@ from agent.model.container import Container
 from agent.model.plan import Finding, Plan
 from agent.model.pods import Placement, Pod
 from agent.model.streams import FileEntry
-from agent.node import claims, podwork
+from agent.node import attempts, claims, podwork
 from agent.node import dump as node_dump
 from agent.node.operations import Operations
 from agent.node.pods import Pods
@@ -347,6 +347,7 @@ class NodeService:
 def _forgotten(store: Store, report: PruneReport) -> PruneReport:
     for group, epoch in report.removed:
         claims.forget(store.volume, group, epoch)
+        attempts.forget(store.volume, group, epoch)
     return report
 
 

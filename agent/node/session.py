@@ -9,6 +9,7 @@ Does not: know what a step does; ``Actions`` does. Nor how a coordinator's words
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
@@ -44,14 +45,16 @@ class Actions(Protocol):
             errors.CkptError: it could not be done; nothing of it stays but what ``let_go`` undoes.
         """
 
-    def let_go(self) -> None:
-        """Let the processes run and their traffic flow. Never fails for good."""
+    def let_go(self, *, committed: bool) -> bool:
+        """Let the processes run and their traffic flow. Never fails for good. Those of a restore
+        run only if it is ``committed``, and are undone otherwise. Tell whether they run.
+        """
 
     def settle(self) -> Decision:
         """Abandon the epoch unless it is committed, and say which it is.
 
         Raises:
-            errors.VolumeError: it cannot be told now.
+            errors.VolumeError | errors.DataError: it cannot be told now.
         """
 
     def close(self, decision: Decision) -> None:
@@ -71,7 +74,7 @@ class Session:
         ended: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
-        self._participant = Participant(course)
+        self._participant = Participant.begin(course)
         self._actions = actions
         self._timers_s = timers_s or {Timer.SILENCE: SILENCE_S, Timer.STOPPED: STOPPED_S}
         self._ended = ended
@@ -138,8 +141,9 @@ class Session:
             match effect:
                 case participant.Do(step):
                     self._beside(f"{step.value} {self.name}", lambda step=step: self._do(step))  # type: ignore[misc]
-                case participant.LetGo():
-                    self._beside(f"let go {self.name}", self._let_go)
+                case participant.LetGo(committed):
+                    let_go = functools.partial(self._let_go, committed=committed)
+                    self._beside(f"let go {self.name}", let_go)
                 case participant.Settle():
                     self._beside(f"settle {self.name}", self._settle)
                 case participant.Close(decision):
@@ -185,9 +189,9 @@ class Session:
 
         self._events.put(failed)
 
-    def _let_go(self) -> None:
-        self._actions.let_go()
-        self._events.put(self._participant.let_go)
+    def _let_go(self, *, committed: bool) -> None:
+        running = self._actions.let_go(committed=committed)
+        self._events.put(lambda: self._participant.let_go(running=running))
 
     def _settle(self) -> None:
         actions = self._actions
@@ -203,7 +207,7 @@ class Session:
     def _decision(self, actions: Actions) -> Decision | None:
         try:
             return actions.settle()
-        except errors.VolumeError as exc:
+        except (errors.VolumeError, errors.DataError) as exc:
             _log.warning("cannot learn what became of epoch %s: %s", self.name, exc.message)
             return None
 

@@ -1,21 +1,17 @@
 """A cut that goes on step by step, as somebody far away says.
 
-The engine's threads, one a container, stop at each stage until it is allowed. ``reach`` allows one
-stage and waits until all threads stand at the next.
-
-Promises: no thread passes a stage that was not allowed; ``give_up`` makes every thread that waits,
-or comes to wait, fail, so that the engine lets the processes go on.
+Promises: as ``stepped``; a capture that is given up lets the processes go on.
 Does not: keep time; whoever calls ``reach`` gives a deadline.
 """
 
 from __future__ import annotations
 
 import enum
-import threading
 
 from agent import errors
 from agent.engines.base import Disposition
 from agent.host import clock
+from agent.node.stepped import Stepped
 
 
 class Stage(enum.IntEnum):
@@ -29,17 +25,17 @@ class Stage(enum.IntEnum):
     RUNNING = 5
 
 
-class SteppedCut:
-    """The cut of ``parties`` members that are captured at once."""
+class SteppedCut(Stepped[Stage]):
+    """The cut of ``parties`` members that are captured at once; see ``engines.base.Cut``."""
 
     def __init__(self, parties: int) -> None:
-        self._parties = parties
-        self._reached = dict.fromkeys(Stage, 0)
-        self._allowed: Stage | None = None
+        super().__init__(parties, Stage.READY, _given_up)
         self._kill = False
-        self._failure: BaseException | None = None
-        self._given_up = False
-        self._changed = threading.Condition()
+
+    def end(self, deadline: clock.Deadline) -> None:
+        """As ``reach`` for ``RUNNING``, but the members leave ``CAPTURED`` by being ended."""
+        self._kill = True
+        self.reach(Stage.RUNNING, deadline)
 
     # Called by the engine.
 
@@ -66,66 +62,7 @@ class SteppedCut:
 
     def running(self) -> None:
         """Be counted."""
-        with self._changed:
-            self._reached[Stage.RUNNING] += 1
-            self._changed.notify_all()
-
-    def check(self) -> None:
-        """Raise if the members were told to give up, or one of them failed."""
-        if self._given_up:
-            raise _given_up()
-
-    # Called by whoever decides.
-
-    def reach(self, stage: Stage, deadline: clock.Deadline, *, kill: bool = False) -> None:
-        """Let all members leave the stage before and wait until they stand at ``stage``. ``kill``
-        lets them leave ``CAPTURED`` by being ended.
-
-        Raises:
-            errors.DeadlineExceeded: not all came there in time.
-            BaseException: what a member failed with.
-        """
-        with self._changed:
-            self._kill = kill
-            if stage is not Stage.READY:
-                self._allowed = Stage(stage - 1)
-            self._changed.notify_all()
-            came = self._changed.wait_for(
-                lambda: self._failure or self._given_up or self._reached[stage] >= self._parties,
-                deadline.remaining_s,
-            )
-            if self._failure is not None:
-                raise self._failure
-            if self._given_up:
-                raise _given_up()
-        if not came:
-            raise errors.DeadlineExceeded(
-                f"not all containers were {stage.name.lower()} in time",
-                hint="allow more time, or find what is slow",
-            )
-
-    def fail(self, failure: BaseException) -> None:
-        """A member failed: none goes on."""
-        with self._changed:
-            self._failure = self._failure or failure
-            self._given_up = True
-            self._changed.notify_all()
-
-    def give_up(self) -> None:
-        """Let nobody go on."""
-        with self._changed:
-            self._given_up = True
-            self._changed.notify_all()
-
-    def _pass(self, stage: Stage) -> None:
-        with self._changed:
-            self._reached[stage] += 1
-            self._changed.notify_all()
-            self._changed.wait_for(
-                lambda: self._given_up or (self._allowed is not None and self._allowed >= stage)
-            )
-            if self._given_up:
-                raise _given_up()
+        self._arrive(Stage.RUNNING)
 
 
 def _given_up() -> errors.DumpFailed:

@@ -62,6 +62,22 @@ class Decided:
     members: tuple[MemberStop, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """An attempt to restore an epoch: its ``name`` (16 hexadecimal digits), the addresses of the
+    group's pods when it was cut, each with the new one, and whether it may have been restored
+    before.
+    """
+
+    name: str
+    addresses: Mapping[str, str]
+    again: bool = False
+
+    def message(self) -> epochs_pb2.Attempt:
+        """As the API has it."""
+        return epochs_pb2.Attempt(id=self.name, addresses=self.addresses, again=self.again)
+
+
 class Epochs:
     """The calls of one agent."""
 
@@ -76,9 +92,19 @@ class Epochs:
         return Epoch(namespace, group, answer.epoch, answer.storage)
 
     def take_part(
-        self, epoch: Epoch, course: Course, pod: Pod, told: Told, wait_s: float, deadline_s: float
+        self,
+        epoch: Epoch,
+        course: Course,
+        pod: Pod,
+        told: Told,
+        wait_s: float,
+        deadline_s: float,
+        attempt: Attempt | None = None,
     ) -> Said | None:
-        """Say a word to the agent of a pod; its answer, None if there is none yet."""
+        """Say a word to the agent of a pod; its answer, None if there is none yet. A restore is an
+        ``attempt``; what it gives for STAND are the peers of connections that are reset, a line
+        each.
+        """
         request = epochs_pb2.TakePartRequest(
             namespace=epoch.namespace,
             group=epoch.group,
@@ -93,12 +119,14 @@ class Epochs:
             step=f"STEP_{told.step.name}",
             wait_s=wait_s,
             deadline_s=deadline_s,
+            attempt=attempt.message() if attempt else None,
         )
         answer = self._once(self._stub.TakePart, request)
         if not answer.answered:
             return None
         error = status.rebuilt(answer.error) if answer.HasField("error") else None
-        return Said(Answer(told.step, answer.problem), error, answer.contribution)
+        part = "\n".join(answer.lost).encode() or answer.contribution
+        return Said(Answer(told.step, answer.problem), error, part)
 
     def decide(
         self,
@@ -118,13 +146,34 @@ class Epochs:
             facts=convert.to_struct(facts or {}),
         )
         answer = self._once(self._stub.DecideEpoch, request)
-        if answer.decision == epochs_pb2.DECISION_UNSPECIFIED:
-            raise errors.AgentDefect("the agent did not say what the epoch is")
-        name = epochs_pb2.Decision.Name(answer.decision).removeprefix("DECISION_")
+        decision = _decision(answer)
         leaving = tuple((each.pod_uid, each.local, each.remote) for each in answer.leaving)
         members = tuple(
             MemberStop(each.name, each.stop_s, each.raw_bytes, each.processes)
             for each in answer.members
         )
         image = results.image(answer.image) if answer.HasField("image") else None
-        return Decided(Decision[name], image, answer.connections, leaving, members)
+        return Decided(decision, image, answer.connections, leaving, members)
+
+    def decide_restore(
+        self, epoch: Epoch, attempt: Attempt, wish: Decision, pod_uids: Sequence[str] = ()
+    ) -> Decision:
+        """Commit the restore of the epoch into these pods, or abandon it; what it then is."""
+        request = epochs_pb2.DecideRestoreRequest(
+            namespace=epoch.namespace,
+            group=epoch.group,
+            epoch=epoch.name,
+            storage=epoch.storage,
+            attempt=attempt.message(),
+            wish=f"DECISION_{wish.name}",
+            pod_uids=pod_uids,
+        )
+        return _decision(self._once(self._stub.DecideRestore, request))
+
+
+def _decision(
+    answer: epochs_pb2.DecideEpochResponse | epochs_pb2.DecideRestoreResponse,
+) -> Decision:
+    if answer.decision == epochs_pb2.DECISION_UNSPECIFIED:
+        raise errors.AgentDefect("the agent did not say what the epoch is")
+    return Decision[epochs_pb2.Decision.Name(answer.decision).removeprefix("DECISION_")]

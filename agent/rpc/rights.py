@@ -13,6 +13,7 @@ from typing import Any
 from agent import errors
 from agent.model import ids
 from agent.model.access import Right
+from agent.rpc.v1 import epochs_pb2
 
 IMAGES = "images"
 NODES = "nodes"
@@ -24,6 +25,20 @@ def _images(verb: str) -> Callable[[Any, str], Right]:
         # A role may name single images, but only where the whole name is asked for.
         image = getattr(request, "image", "")
         return Right(verb, IMAGES, namespace, image)
+
+    return needed
+
+
+def _taking_part(request: Any, node: str) -> Right:
+    restores = request.course == epochs_pb2.COURSE_RESTORE
+    return _of_epoch("restore")(request, node) if restores else _images("create")(request, node)
+
+
+def _of_epoch(verb: str) -> Callable[[Any, str], Right]:
+    def needed(request: Any, node: str) -> Right:
+        namespace = ids.namespace_name(request.namespace)
+        group, epoch = ids.group_name(request.group), ids.epoch_id(request.epoch)
+        return Right(verb, IMAGES, namespace, ids.image_name(group, epoch))
 
     return needed
 
@@ -42,8 +57,9 @@ _RIGHTS: dict[str, Callable[[Any, str], Right]] = {
     "DeleteImage": _images("delete"),
     "PruneImages": _images("delete"),
     "NewEpoch": _images("create"),
-    "TakePart": _images("create"),
+    "TakePart": _taking_part,
     "DecideEpoch": _images("create"),
+    "DecideRestore": _of_epoch("restore"),
     "Examine": lambda request, node: Right("get", NODES, name=node),
 }
 

@@ -128,18 +128,22 @@ class Node:
 @contextlib.contextmanager
 def running(
     folder: Path,
-    engine: Engine,
+    engine: Engine | None,
     *,
     parallel: int = 2,
     state: Callable[[int], State] | None = None,
+    engines: Any = None,
+    shared: Path | None = None,
 ) -> Iterator[Node]:
-    """Start an agent whose files are in ``folder``."""
+    """Start an agent whose files are in ``folder``, and its stores there or in ``shared``, which
+    several agents may share. ``engines`` gives engines in place of ``engine``.
+    """
     authority, cluster_authority = Authority("ckpt-agent"), Authority("cluster")
     tls = folder / "tls"
     tls.mkdir()
     certify(tls, authority)
-    root = folder / "stores"
-    root.mkdir()
+    root = shared or folder / "stores"
+    root.mkdir(exist_ok=True)
     fast = folder / "fast"
     fast.mkdir()
     settings = Settings(
@@ -169,11 +173,11 @@ def running(
             },
             lambda name: namespaces.read_annotations(cluster, name),
         )
-        pods = Pods(watch, runtime, lambda pid: states.get(pid, "other"), NODE)
+        pods = Pods(watch, runtime, state or (lambda pid: states.get(pid, "other")), NODE)
         operations = Operations(parallel)
         teller = events.Happenings(cluster, NODE)
         stack.callback(teller.close, 5.0)
-        engines = Engines(engine)
+        engines = engines or Engines(engine)  # type: ignore[arg-type]
         trail = interrupted.Trail(str(folder / "trail"))
         parts = service.Parts(
             settings=settings,

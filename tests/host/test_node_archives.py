@@ -26,7 +26,7 @@ from tests.host.nodes import SERVER_NAME, VERBS, Node, wait_for
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
     # No process is touched here: an engine would be a mistake.
-    with nodes.running(tmp_path, None) as found:  # type: ignore[arg-type]
+    with nodes.running(tmp_path, None) as found:
         yield found
 
 

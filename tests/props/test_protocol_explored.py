@@ -14,12 +14,12 @@ import pytest
 from agent.coordinator import machine
 from agent.coordinator.machine import Input, State
 from agent.model import protocol
-from agent.model.protocol import EVACUATE, LEAVE_RUNNING, Course, Step
+from agent.model.protocol import COURSES, LEAVE_RUNNING, Course, Step
 from agent.node.participant import Effect, Participant, Timer
 from tests import protocol_world
 from tests.protocol_world import World
 
-BOTH = pytest.mark.parametrize("course", [LEAVE_RUNNING, EVACUATE], ids=lambda each: each.name)
+EACH = pytest.mark.parametrize("course", COURSES.values(), ids=lambda each: each.name)
 
 
 @dataclasses.dataclass
@@ -64,7 +64,7 @@ def explore(start: World, *, crashes: int, coordinators: int) -> Explored:
     return found
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize(
     ("members", "crashes", "coordinators"), [(1, 1, 2), (2, 1, 1)], ids=["takeover", "crash"]
 )

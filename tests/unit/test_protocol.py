@@ -210,7 +210,7 @@ def test_a_silent_coordinator_does_not_keep_the_processes(step: Step, timer: Tim
 def test_what_is_durable_may_be_committed_so_the_store_is_asked_first() -> None:
     made = member(until=Step.PERSIST)
     assert made.expired(Timer.SILENCE) == [Settle()]
-    assert made.settled(Decision.COMMITTED) == [LetGo()]
+    assert made.settled(Decision.COMMITTED) == [LetGo(committed=True)]
     assert Close(Decision.COMMITTED) in made.let_go()
 
 
@@ -229,7 +229,7 @@ def test_what_cannot_be_ended_runs_on_and_its_image_stays() -> None:
     made = member(EVACUATE, until=Step.PERSIST)
     made.told(Told(Step.END, 1))
     effects = made.could_not(Step.END, "a process would not die")
-    assert effects == [LetGo(), Reply(Answer(Step.END, "a process would not die"))]
+    assert effects == [LetGo(committed=True), Reply(Answer(Step.END, "a process would not die"))]
     assert Close(Decision.COMMITTED) in made.let_go()
 
 

@@ -21,6 +21,7 @@ class Recorded:
         self.done: list[str] = []
         self.stuck: set[Step] = set()
         self.broken: set[Step] = set()
+        self.back = False
         self.decision: list[Decision | errors.VolumeError] = [Decision.ABANDONED]
         self._gone = threading.Event()
 
@@ -32,9 +33,10 @@ class Recorded:
             raise errors.VolumeFull("no room")
         return b"a part" if step is Step.PERSIST else b""
 
-    def let_go(self) -> None:
+    def let_go(self, *, committed: bool) -> bool:
         self._gone.set()
-        self.done.append("let go")
+        self.done.append("let go, committed" if committed else "let go")
+        return committed or not self.back
 
     def settle(self) -> Decision:
         found = self.decision.pop()
@@ -149,7 +151,7 @@ def test_what_may_be_committed_is_asked_of_the_store_until_it_tells(
     session = start(EVACUATE, silence_s=0.3)
     through(session, EVACUATE, Step.PERSIST)
     assert session.join(10)
-    assert "let go" in actions.done
+    assert actions.done[-2] == "let go, committed"
     assert actions.done[-1] == "committed"
 
 

@@ -13,7 +13,11 @@ from agent.engines.base import Disposition
 from agent.host import clock
 from agent.node.steppedcut import Stage, SteppedCut
 
-LONG = clock.Deadline.after(30.0)
+LONG_S = 30.0
+
+
+def long() -> clock.Deadline:
+    return clock.Deadline.after(LONG_S)
 
 
 @pytest.fixture
@@ -41,7 +45,7 @@ def test_members_pass_a_stage_together_and_only_when_they_may(pool: ThreadPoolEx
     cut = SteppedCut(2)
     members = begun(pool, cut)
     for stage in Stage:
-        cut.reach(stage, LONG)
+        cut.reach(stage, long())
     assert [each.result(10) for each in members] == [Disposition.RESUME] * 2
 
 
@@ -49,8 +53,8 @@ def test_they_are_ended_where_they_were_read_if_that_is_wanted(pool: ThreadPoolE
     cut = SteppedCut(2)
     members = begun(pool, cut)
     for stage in (Stage.READY, Stage.FROZEN, Stage.HELD, Stage.CAPTURED):
-        cut.reach(stage, LONG)
-    cut.reach(Stage.RUNNING, LONG, kill=True)
+        cut.reach(stage, long())
+    cut.end(long())
     assert [each.result(10) for each in members] == [Disposition.KILL] * 2
 
 
@@ -60,7 +64,7 @@ def test_giving_up_lets_all_go_wherever_they_stand(pool: ThreadPoolExecutor, at:
     members = begun(pool, cut)
     for stage in Stage:
         if stage <= at:
-            cut.reach(stage, LONG)
+            cut.reach(stage, long())
     cut.check()
     cut.give_up()
     for each in members:
@@ -75,7 +79,7 @@ def test_a_member_that_fails_is_told_to_whoever_waits(pool: ThreadPoolExecutor) 
     failing = threading.Timer(0.05, cut.fail, [errors.CriuMissing("no CRIU")])
     failing.start()
     with pytest.raises(errors.CriuMissing):
-        cut.reach(Stage.READY, LONG)
+        cut.reach(Stage.READY, long())
     assert isinstance(member.exception(10), errors.DumpFailed)
 
 

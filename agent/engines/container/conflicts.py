@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from agent import errors
@@ -64,8 +64,11 @@ def incomplete() -> errors.Corrupt:
     )
 
 
-def find(known: dict[str, Any], memory_bytes: int, container: Container) -> list[str]:
-    """The reasons why the tree of these facts cannot be restored into this container.
+def find(
+    known: dict[str, Any], memory_bytes: int, container: Container, moved: Mapping[str, str]
+) -> list[str]:
+    """The reasons why the tree of these facts cannot be restored into this container. ``moved`` are
+    addresses of its group, old to new.
 
     Raises:
         errors.Corrupt: the facts do not make sense.
@@ -81,7 +84,7 @@ def find(known: dict[str, Any], memory_bytes: int, container: Container) -> list
             *_mounts(known, container),
             *_memory(known, memory_bytes, container),
             *_stdio(known, container),
-            *_addresses(known, container),
+            *_addresses(known, container, moved),
         ]
         if not reasons:
             _let_execs_end(known, container)
@@ -222,9 +225,12 @@ def _is_exec(pid: int) -> bool:
         return False
 
 
-def _addresses(known: dict[str, Any], container: Container) -> Iterator[str]:
+def _addresses(
+    known: dict[str, Any], container: Container, moved: Mapping[str, str]
+) -> Iterator[str]:
     here = addresses.of(container.pid)
-    for address in connections.Moved(known["container"]["addresses"], here).homeless(known):
+    found = connections.Moved(known["container"]["addresses"], here, moved)
+    for address in found.homeless(known):
         yield f"sockets use the old pod's address {address}, and this pod has none of its kind"
 
 

@@ -1,12 +1,13 @@
 """Sockets of a tree that comes up in a pod with another address.
 
 The pod's own address is rewritten in the images: listeners, and connections between processes of
-the pod, go on at the new one. A connection to somebody outside cannot: its peer knows the old
-address. It comes back and is then reset, so that the program sees what it would see if its peer
-had vanished, at once, and not at some later time or never. If the address stays the same, its peer
-may still be there, and it stays as it is.
+the pod, go on at the new one. So are the addresses of pods that were cut with it and move at the
+same time, on both ends by one map, and connections between them go on as well. A connection to
+somebody else cannot: its peer knows the old address. It comes back and is then reset, so that the
+program sees what it would see if its peer had vanished, at once, and not at some later time or
+never. If the address stays the same, its peer may still be there, and it stays as it is.
 
-Promises: only addresses that were the old pod's own change.
+Promises: only addresses that were those of the old pod or of its group change.
 Does not: move the address itself, or change what the programs remember of it.
 """
 
@@ -16,7 +17,7 @@ import ctypes
 import dataclasses
 import ipaddress
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from agent import errors
@@ -40,14 +41,20 @@ class Lost:
 
 
 class Moved:
-    """What becomes of addresses when a pod with the addresses ``old`` comes up with ``new``."""
+    """What becomes of addresses when a pod with the addresses ``old`` comes up with ``new``, and of
+    those of its ``group``, which has a new one for each old one, the pod's own among them.
+    """
 
-    def __init__(self, old: Iterable[str], new: Iterable[str]) -> None:
+    def __init__(
+        self, old: Iterable[str], new: Iterable[str], group: Mapping[str, str] | None = None
+    ) -> None:
         here = [ipaddress.ip_address(each) for each in new]
         self._here = {str(each) for each in here}
-        self._own = {str(ipaddress.ip_address(each)) for each in old}
-        self._new = {}
-        for each in sorted(self._own):
+        self._own = {_plain(each) for each in old}
+        told = {_plain(each): _plain(there) for each, there in (group or {}).items()}
+        self._inside = self._own | told.keys()
+        self._new = {each: there for each, there in told.items() if each != there}
+        for each in sorted(self._own - told.keys()):
             address = ipaddress.ip_address(each)
             same = [other for other in here if other.version == address.version]
             if address not in here and same:
@@ -72,7 +79,7 @@ class Moved:
             ends = facts.connections({"sockets": [each]})
             for local, remote in ends:
                 here, there = conflicts.endpoint(local)[0], conflicts.endpoint(remote)[0]
-                inside = there in self._own or ipaddress.ip_address(there).is_loopback
+                inside = there in self._inside or ipaddress.ip_address(there).is_loopback
                 if not inside and here not in self._here and (remote, local) not in live:
                     found.append(Lost(int(each["pid"]), int(each["fd"]), remote))
         return found
@@ -107,6 +114,10 @@ class Moved:
             with open(path, "wb") as file:
                 file.write(images.dump("files", entries))
         return count
+
+
+def _plain(address: str) -> str:
+    return str(ipaddress.ip_address(address))
 
 
 def _words(address: str) -> tuple[int, ...]:

@@ -93,13 +93,12 @@ class ContainerEngine:
         """Look at what a container's processes find in the placeholder; see
         ``agent.engines.base.Engine``.
         """
-        del options
         preflight.privileges()
         self._places.prepare()
         recovery.recover(self._places)
         known = source.facts()
         conflicts.numbers(known)
-        self._refuse_conflicts(source, known, self._placeholder(known))
+        self._refuse_conflicts(source, known, self._placeholder(known), options)
 
     def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:
         """Bring a container's processes back in its placeholder; see
@@ -115,7 +114,7 @@ class ContainerEngine:
         container = self._placeholder(known)
         init = proc.identity(container.pid)
         with self._places.locked([init]):
-            self._refuse_conflicts(source, known, container)
+            self._refuse_conflicts(source, known, container, options)
             files.inspect(source, known)
             self._places.note_filled(init, files.fingerprint(known))
             # Containers of a pod share volumes: each is filled once, and before anything opens
@@ -124,13 +123,17 @@ class ContainerEngine:
                 files.put_back(container, init, source, known, deadline, self._filled)
             gate.filled()
             kind = NestedPlaceholder if conflicts.whole(known) else Placeholder
-            site = kind(bundle, container, init, known, deadline)
+            site = kind(bundle, container, init, known, deadline, options.moved)
             return restore.run(self._places, site, [], source, known, options, gate, deadline)
 
     def _refuse_conflicts(
-        self, source: MemberSource, known: dict[str, Any], container: Container
+        self,
+        source: MemberSource,
+        known: dict[str, Any],
+        container: Container,
+        options: RestoreOptions,
     ) -> None:
-        reasons = conflicts.find(known, feed.memory_bytes(source), container)
+        reasons = conflicts.find(known, feed.memory_bytes(source), container, options.moved)
         there = self._places.filled(proc.identity(container.pid))
         if there not in ("", files.fingerprint(known)):
             reasons.append(

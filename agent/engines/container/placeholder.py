@@ -35,7 +35,9 @@ class Placeholder:
         init: proc.Identity,
         known: dict[str, Any],
         deadline: clock.Deadline,
+        moved: Mapping[str, str],
     ) -> None:
+        """``moved`` are the addresses of all pods of the group, old to new."""
         self._bundle = bundle
         self._container = container
         self._init = init
@@ -46,7 +48,9 @@ class Placeholder:
         self._host_pids: dict[int, int] = {}
         self._tree: Adopted | None = None
         self._hold: hold.Held | None = None
-        self._moved = connections.Moved(known["container"]["addresses"], addresses.of(init.pid))
+        self._moved = connections.Moved(
+            known["container"]["addresses"], addresses.of(init.pid), moved
+        )
 
     def entry(self) -> journal.About:
         """The container, and the numbers in there that come from this restore."""

@@ -14,6 +14,7 @@ class Course(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COURSE_UNSPECIFIED: _ClassVar[Course]
     COURSE_LEAVE_RUNNING: _ClassVar[Course]
     COURSE_EVACUATE: _ClassVar[Course]
+    COURSE_RESTORE: _ClassVar[Course]
 
 class Step(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -29,6 +30,9 @@ class Step(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STEP_END: _ClassVar[Step]
     STEP_FINISH: _ClassVar[Step]
     STEP_ABORT: _ClassVar[Step]
+    STEP_FILL: _ClassVar[Step]
+    STEP_STAND: _ClassVar[Step]
+    STEP_RUN: _ClassVar[Step]
 
 class Decision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -38,6 +42,7 @@ class Decision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 COURSE_UNSPECIFIED: Course
 COURSE_LEAVE_RUNNING: Course
 COURSE_EVACUATE: Course
+COURSE_RESTORE: Course
 STEP_UNSPECIFIED: Step
 STEP_PREPARE: Step
 STEP_QUIESCE: Step
@@ -50,6 +55,9 @@ STEP_PERSIST: Step
 STEP_END: Step
 STEP_FINISH: Step
 STEP_ABORT: Step
+STEP_FILL: Step
+STEP_STAND: Step
+STEP_RUN: Step
 DECISION_UNSPECIFIED: Decision
 DECISION_COMMITTED: Decision
 DECISION_ABANDONED: Decision
@@ -73,7 +81,7 @@ class NewEpochResponse(_message.Message):
     def __init__(self, epoch: _Optional[str] = ..., storage: _Optional[str] = ...) -> None: ...
 
 class TakePartRequest(_message.Message):
-    __slots__ = ("namespace", "group", "epoch", "storage", "course", "pod", "pod_uid", "containers", "member", "token", "step", "wait_s", "deadline_s")
+    __slots__ = ("namespace", "group", "epoch", "storage", "course", "pod", "pod_uid", "containers", "member", "token", "step", "wait_s", "deadline_s", "attempt")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +95,7 @@ class TakePartRequest(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     group: str
     epoch: str
@@ -100,19 +109,39 @@ class TakePartRequest(_message.Message):
     step: Step
     wait_s: float
     deadline_s: float
-    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., course: _Optional[_Union[Course, str]] = ..., pod: _Optional[str] = ..., pod_uid: _Optional[str] = ..., containers: _Optional[_Iterable[str]] = ..., member: _Optional[str] = ..., token: _Optional[int] = ..., step: _Optional[_Union[Step, str]] = ..., wait_s: _Optional[float] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    attempt: Attempt
+    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., course: _Optional[_Union[Course, str]] = ..., pod: _Optional[str] = ..., pod_uid: _Optional[str] = ..., containers: _Optional[_Iterable[str]] = ..., member: _Optional[str] = ..., token: _Optional[int] = ..., step: _Optional[_Union[Step, str]] = ..., wait_s: _Optional[float] = ..., deadline_s: _Optional[float] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ...) -> None: ...
+
+class Attempt(_message.Message):
+    __slots__ = ("id", "addresses", "again")
+    class AddressesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    addresses: _containers.ScalarMap[str, str]
+    again: bool
+    def __init__(self, id: _Optional[str] = ..., addresses: _Optional[_Mapping[str, str]] = ..., again: _Optional[bool] = ...) -> None: ...
 
 class TakePartResponse(_message.Message):
-    __slots__ = ("answered", "problem", "error", "contribution")
+    __slots__ = ("answered", "problem", "error", "contribution", "lost")
     ANSWERED_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
     answered: bool
     problem: str
     error: _node_pb2.Error
     contribution: bytes
-    def __init__(self, answered: _Optional[bool] = ..., problem: _Optional[str] = ..., error: _Optional[_Union[_node_pb2.Error, _Mapping]] = ..., contribution: _Optional[bytes] = ...) -> None: ...
+    lost: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, answered: _Optional[bool] = ..., problem: _Optional[str] = ..., error: _Optional[_Union[_node_pb2.Error, _Mapping]] = ..., contribution: _Optional[bytes] = ..., lost: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DecideEpochRequest(_message.Message):
     __slots__ = ("namespace", "group", "epoch", "storage", "wish", "contributions", "facts")
@@ -145,6 +174,30 @@ class DecideEpochResponse(_message.Message):
     leaving: _containers.RepeatedCompositeFieldContainer[Leaving]
     members: _containers.RepeatedCompositeFieldContainer[_node_pb2.MemberOutcome]
     def __init__(self, decision: _Optional[_Union[Decision, str]] = ..., image: _Optional[_Union[_node_pb2.Image, _Mapping]] = ..., connections: _Optional[int] = ..., leaving: _Optional[_Iterable[_Union[Leaving, _Mapping]]] = ..., members: _Optional[_Iterable[_Union[_node_pb2.MemberOutcome, _Mapping]]] = ...) -> None: ...
+
+class DecideRestoreRequest(_message.Message):
+    __slots__ = ("namespace", "group", "epoch", "storage", "attempt", "wish", "pod_uids")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    WISH_FIELD_NUMBER: _ClassVar[int]
+    POD_UIDS_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    group: str
+    epoch: str
+    storage: str
+    attempt: Attempt
+    wish: Decision
+    pod_uids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., wish: _Optional[_Union[Decision, str]] = ..., pod_uids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DecideRestoreResponse(_message.Message):
+    __slots__ = ("decision",)
+    DECISION_FIELD_NUMBER: _ClassVar[int]
+    decision: Decision
+    def __init__(self, decision: _Optional[_Union[Decision, str]] = ...) -> None: ...
 
 class Leaving(_message.Message):
     __slots__ = ("pod_uid", "local", "remote")

@@ -49,6 +49,11 @@ class EpochsStub:
                 request_serializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideEpochRequest.SerializeToString,
                 response_deserializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideEpochResponse.FromString,
                 _registered_method=True)
+        self.DecideRestore = channel.unary_unary(
+                '/agent.rpc.v1.Epochs/DecideRestore',
+                request_serializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideRestoreRequest.SerializeToString,
+                response_deserializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideRestoreResponse.FromString,
+                _registered_method=True)
 
 
 class EpochsServicer:
@@ -79,6 +84,15 @@ class EpochsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DecideRestore(self, request, context):
+        """Decides an attempt to restore an epoch, once: commits it, unless the image was already restored
+        elsewhere, or abandons it. Of attempts at the same image at the same time at most one is
+        committed. Any agent on the same store answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EpochsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +110,11 @@ def add_EpochsServicer_to_server(servicer, server):
                     servicer.DecideEpoch,
                     request_deserializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideEpochRequest.FromString,
                     response_serializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideEpochResponse.SerializeToString,
+            ),
+            'DecideRestore': grpc.unary_unary_rpc_method_handler(
+                    servicer.DecideRestore,
+                    request_deserializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideRestoreRequest.FromString,
+                    response_serializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideRestoreResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +198,33 @@ class Epochs:
             '/agent.rpc.v1.Epochs/DecideEpoch',
             agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideEpochRequest.SerializeToString,
             agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideEpochResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DecideRestore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agent.rpc.v1.Epochs/DecideRestore',
+            agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideRestoreRequest.SerializeToString,
+            agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideRestoreResponse.FromString,
             options,
             channel_credentials,
             insecure,
