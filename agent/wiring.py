@@ -240,7 +240,9 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
     from agent.node import (
         abandoned,
         epochs,
+        hookcalls,
         interrupted,
+        podhooks,
         podwork,
         readiness,
         serve,
@@ -284,7 +286,10 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
             settings=settings,
             node=name,
             pods=pods,
-            work=podwork.PodWork(pods, engines, known, operations, trail, teller),
+            work=podwork.PodWork(
+                *(pods, engines, known, operations, trail, teller),
+                podhooks.PodHooks(hookcalls.Calls(runtime), teller),
+            ),
             operations=operations,
             storages=known,
             transfers=node_transfers.Transfers(_formats(), settings, operations),

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -29,8 +30,12 @@ _CONTAINER_NAME = "io.kubernetes.container.name"
 _CALL_S = 10.0
 # Specifications with many mounts; the kubelet allows 16 MiB as well.
 _ANSWER_BYTES = 16 << 20
+# Beyond a command's own time: for the runtime to start it, and to tell how it ended.
+_AROUND_S = 5.0
 # A runtime that restarts is back within seconds; gRPC would wait for up to two minutes.
 _RECONNECT_MS = 2000
+
+_TOLD_CHARACTERS = 500
 
 # Where containerd's shim keeps what it runs, below its state directory; the last part is the
 # containerd namespace of everything that comes through the CRI.
@@ -56,6 +61,15 @@ class Version:
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """How a command in a container ended: exit status (128 + N if signal N ended it), output."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
 
 
 class Runtime:
@@ -150,6 +164,37 @@ class Runtime:
             terminal=spec.mapping("process").flag("terminal"),
             args=spec.mapping("process").words("args"),
         )
+
+    def execute(self, container_id: str, argv: Sequence[str], timeout_s: float) -> Executed:
+        """Run a command in a container to its end, as the runtime starts a probe's: with the
+        user, rights, environment and limits that the container was given, and no more.
+
+        Raises:
+            errors.NotFound: the container is gone.
+            errors.DeadlineExceeded: it was killed; what it started itself may run on.
+            errors.DumpFailed: it could not be started.
+        """
+        request = api_pb2.ExecSyncRequest(
+            container_id=container_id, cmd=argv, timeout=math.ceil(timeout_s)
+        )
+        with self._answering("the container"):
+            try:
+                done = self._stub.ExecSync(request, timeout=timeout_s + _AROUND_S)
+            except grpc.RpcError as exc:
+                code = exc.code() if isinstance(exc, grpc.Call) else None
+                if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise errors.DeadlineExceeded(
+                        f"{argv[0]} did not end in time", hint="allow more time"
+                    ) from exc
+                if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
+                    # The runtime's words, in which an OCI runtime tells why it started nothing.
+                    raise errors.DumpFailed(
+                        "the container runtime could not run the command",
+                        hint="is there such a program in the container, and a shell's env?",
+                        output=(exc.details() or "")[-_TOLD_CHARACTERS:],
+                    ) from exc
+                raise
+        return Executed(done.exit_code, done.stdout, done.stderr)
 
     def _info(self, info: Mapping[str, str]) -> _Said:
         try:

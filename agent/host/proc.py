@@ -77,6 +77,18 @@ class Status:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rights:
+    """What decides whether a process may do something: who it is as it acts, and its effective
+    capabilities.
+    """
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    capabilities: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Mapping:
     """One line of /proc/PID/maps. ``path`` is "" for anonymous memory; ``deleted`` says that the
     file has no name any more.
@@ -226,6 +238,17 @@ def status(pid: int) -> Status:
         | int(fields["CapInh"], 16)
         | int(fields.get("CapAmb", "0"), 16),
         threads=int(fields["Threads"]),
+    )
+
+
+def rights(pid: int) -> Rights:
+    """The part of /proc/PID/status that decides what a process, or a thread, may do."""
+    fields = _status_fields(pid)
+    return Rights(
+        uid=int(fields["Uid"].split()[1]),
+        gid=int(fields["Gid"].split()[1]),
+        groups=tuple(int(each) for each in fields["Groups"].split()),
+        capabilities=int(fields["CapEff"], 16),
     )
 
 

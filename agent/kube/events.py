@@ -24,7 +24,9 @@ from agent.model.pods import Pod
 
 _log = logging.getLogger(__name__)
 
-Reason = Literal["CheckpointCompleted", "CheckpointFailed", "RestoreCompleted", "RestoreFailed"]
+Reason = Literal[
+    "CheckpointCompleted", "CheckpointFailed", "RestoreCompleted", "RestoreFailed", "HookFailed"
+]
 
 # The API server refuses longer ones.
 _NOTE_CHARS = 1024

@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from agent import errors
 from agent.engines.base import CaptureOptions, CaptureReport, Disposition, Engine
@@ -55,6 +55,26 @@ class DumpOutcome:
     stopped: bool
 
 
+class Around(Protocol):
+    """What is done around the stop (``podhooks``)."""
+
+    def before(self, check: Callable[[], None]) -> None:
+        """All members run and are stopped next, also where an earlier try was given up; ``check``
+        may raise in the middle. Raising gives the dump up.
+        """
+
+    def running(self) -> None:
+        """All members run again; returns at once."""
+
+
+class _Nothing:
+    def before(self, check: Callable[[], None]) -> None:
+        pass
+
+    def running(self) -> None:
+        pass
+
+
 class Cancel:
     """Asks an operation to give up at its next step; safe to set from a signal handler.
     ``given_up`` is what then is told of it.
@@ -85,8 +105,10 @@ def dump(
     facts: Mapping[str, Any] | None = None,
     cancel: Cancel | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    around: Around | None = None,
 ) -> DumpOutcome:
-    """Dump ``members`` as one epoch of ``group``; ``facts`` are kept with the epoch.
+    """Dump ``members`` as one epoch of ``group``; ``facts`` are kept with the epoch. ``around`` is
+    not told of members that were ended.
 
     A capture that copied memory ahead and failed is made once more without.
 
@@ -101,7 +123,18 @@ def dump(
     began_s = clock.monotonic_s()
 
     def attempt(options: CaptureOptions) -> DumpOutcome:
-        return _dump(store, engine, group, members, options, began_s, facts or {}, cancel, progress)
+        return _dump(
+            store,
+            engine,
+            group,
+            members,
+            options,
+            began_s,
+            facts or {},
+            cancel,
+            progress,
+            around or _Nothing(),
+        )
 
     try:
         return attempt(options)
@@ -124,15 +157,20 @@ def _dump(
     facts: Mapping[str, Any],
     cancel: Cancel,
     progress: Callable[[Progress], None],
+    around: Around,
 ) -> DumpOutcome:
     stop = options.kill
     with store.begin(group, now_s=clock.wall_s()) as writer:
-        cut = _GroupCut(len(members), options.deadline_s, cancel)
+        cut = _GroupCut(len(members), options.deadline_s, cancel, around)
         known = {**facts, "engine": engine.name, "stop": stop}
         if stop:
             cut.before_kill = lambda: cut.note_committed(_commit(writer, known, cancel))
         meter = _Meter(progress, cancel)
+        if not engine.promises.cuts:
+            around.before(cancel.check)
         reports = _capture_all(engine, members, writer, cut, meter, options)
+        if not engine.promises.cuts:
+            around.running()
         progress(Progress("persist", meter.raw_bytes))
         epoch = cut.committed or _commit(writer, known, cancel)
     if not engine.promises.cuts:
@@ -209,10 +247,12 @@ class _GroupCut:
     were read. One broken member breaks it for all.
     """
 
-    def __init__(self, parties: int, deadline_s: float, cancel: Cancel) -> None:
+    def __init__(self, parties: int, deadline_s: float, cancel: Cancel, around: Around) -> None:
+        self._parties = parties
         self._deadline_s = deadline_s
         self._cancel = cancel
-        self._ready = threading.Barrier(parties)
+        self._around = around
+        self._ready = threading.Barrier(parties, action=lambda: around.before(cancel.check))
         self._frozen = threading.Barrier(parties)
         self._held = threading.Barrier(parties)
         self._captured = threading.Barrier(parties, action=self._all_captured)
@@ -220,6 +260,7 @@ class _GroupCut:
         self._lock = threading.Lock()
         self._first_frozen_s: float | None = None
         self._last_running_s = 0.0
+        self._running = 0
         self.before_kill: Callable[[], None] | None = None
         self.committed: EpochSummary | None = None
         self.committed_at_s = 0.0
@@ -259,6 +300,10 @@ class _GroupCut:
     def running(self) -> None:
         with self._lock:
             self._last_running_s = clock.monotonic_s()
+            self._running += 1
+            all_run = self._running == self._parties and self.committed is None
+        if all_run:
+            self._around.running()
 
     def stop_s(self) -> float:
         return self._last_running_s - (self._first_frozen_s or self._last_running_s)

@@ -21,12 +21,14 @@ from agent.host import addresses, clock
 from agent.kube.events import Reason
 from agent.model import ids, pods
 from agent.model.container import Container
+from agent.model.hooks import Outcome
 from agent.model.pods import Placement, Pod
 from agent.model.streams import MemberSource
 from agent.node import archives, claims, interrupted
 from agent.node import dump as node_dump
 from agent.node import restore as node_restore
 from agent.node.operations import Operations
+from agent.node.podhooks import Around, PodHooks
 from agent.node.pods import Pods
 from agent.node.storages import Found, Storages
 from agent.store.repository import EpochReader, EpochSummary
@@ -82,7 +84,7 @@ class DumpOrder:
 @dataclasses.dataclass(frozen=True)
 class PodDump:
     """A committed dump, the pod it is of with what makes another like it, and the storage that the
-    image lies in.
+    image lies in; ``problems`` are of hooks that fail nothing.
     """
 
     outcome: node_dump.DumpOutcome
@@ -90,6 +92,7 @@ class PodDump:
     template_json: str
     engine: str
     storage: str
+    problems: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +110,9 @@ class RestoreOrder:
 
 @dataclasses.dataclass(frozen=True)
 class PodRestore:
-    """A placeholder that runs the image's processes now; seconds from the request."""
+    """A placeholder that runs the image's processes now; seconds from the request; ``problems`` as
+    for ``PodDump``.
+    """
 
     outcome: node_restore.RestoreOutcome
     was: Placement
@@ -115,6 +120,7 @@ class PodRestore:
     storage: str
     waited_s: float
     running_s: float
+    problems: tuple[str, ...] = ()
 
 
 class PodWork:
@@ -128,6 +134,7 @@ class PodWork:
         operations: Operations,
         trail: interrupted.Trail,
         teller: Teller,
+        hooks: PodHooks,
     ) -> None:
         self._pods = pods
         self._engines = engines
@@ -135,6 +142,7 @@ class PodWork:
         self._operations = operations
         self._trail = trail
         self._teller = teller
+        self._hooks = hooks
 
     def dump(
         self,
@@ -157,25 +165,34 @@ class PodWork:
             wanted = order.engine or ("container" if order.stop else "")
             engine = self._engines.for_dump(wanted, pod, containers)
             known = facts(pod, containers)
-            outcome = node_dump.dump(
-                self._storages.make(order.namespace, storage),
-                engine,
-                ids.group_name(pod.name),
-                [node_dump.Member(ids.member_name(each.name), each.pid) for each in containers],
-                order.options,
-                stop=order.stop,
-                facts=known,
-                cancel=cancel,
-                progress=progress,
-            )
+            around = self._hooks.around(pod, containers)
+            try:
+                outcome = node_dump.dump(
+                    self._storages.make(order.namespace, storage),
+                    engine,
+                    ids.group_name(pod.name),
+                    [node_dump.Member(ids.member_name(each.name), each.pid) for each in containers],
+                    order.options,
+                    stop=order.stop,
+                    facts=known,
+                    cancel=cancel,
+                    progress=progress,
+                    around=around,
+                )
+            except BaseException:
+                around.after(Outcome.ABORTED)
+                raise
             image = ids.image_name(outcome.epoch.group, outcome.epoch.epoch)
+            if not order.stop:
+                around.after(Outcome.COMMITTED, image)
             self._teller.tell(
                 pod,
                 "CheckpointCompleted",
                 f"Image {image} of {', '.join(each.name for each in containers)}, stopped for"
                 f" {outcome.stop_s:.3f} s, durable after {outcome.durable_s:.1f} s",
             )
-            return PodDump(outcome, pod, template_json(known), engine.name, storage)
+            template = template_json(known)
+            return PodDump(outcome, pod, template, engine.name, storage, around.problems)
 
     @contextmanager
     def taking_part(
@@ -197,6 +214,12 @@ class PodWork:
     def tell(self, pod: Pod, reason: Reason, note: str) -> None:
         """Put an event on the pod; returns at once."""
         self._teller.tell(pod, reason, note)
+
+    def hooks(
+        self, pod: Pod, containers: Sequence[Container], *, leads: bool, image: str
+    ) -> Around:
+        """The pod's hooks around a checkpoint; raises as ``PodHooks.around``."""
+        return self._hooks.around(pod, containers, leads=leads, image=image)
 
     def engine(self, pod: Pod, containers: Sequence[Container]) -> Engine:
         """The engine that captures these containers; raises as ``Engines.for_dump``."""
@@ -259,7 +282,8 @@ class PodWork:
                 pod, "RestoreCompleted", f"Image {image}, running after {running_s:.1f} s"
             )
             was, now = _was(outcome.epoch), _now(pod, containers)
-            return PodRestore(outcome, was, now, found.storage, waited_s, running_s)
+            problems = self._hooks.restored(pod, containers, image, was)
+            return PodRestore(outcome, was, now, found.storage, waited_s, running_s, problems)
 
     def _already(self, order: RestoreOrder, found: Found, reader: EpochReader) -> PodRestore | None:
         """The answer to a restore that was done already in the very containers that run now: its

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,6 +35,10 @@ class FakeContainer:
     root: str = "rootfs"
     mounts: tuple[dict[str, Any], ...] = ()
     info: dict[str, Any] | None = None
+    execute: Callable[[list[str], int], tuple[int, bytes, bytes]] | None = None
+    """Runs a command in it, for at most some seconds: status, output and errors. Raises
+    ``TimeoutError`` after these, ``ChildProcessError`` if it cannot be started.
+    """
 
     @property
     def id(self) -> str:
@@ -121,6 +125,22 @@ class Cri(api_pb2_grpc.RuntimeServiceServicer):
                     ),
                     info={"info": json.dumps(said)} if request.verbose else {},
                 )
+        context.abort(grpc.StatusCode.NOT_FOUND, f"container {request.container_id} not found")
+        raise AssertionError
+
+    def ExecSync(
+        self, request: api_pb2.ExecSyncRequest, context: grpc.ServicerContext
+    ) -> api_pb2.ExecSyncResponse:
+        """Run a command, with containerd's codes where it does not end or begin."""
+        for each in self.containers:
+            if each.id == request.container_id and each.execute is not None:
+                try:
+                    status, out, err = each.execute(list(request.cmd), request.timeout)
+                except TimeoutError:
+                    context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "timeout exceeded")
+                except ChildProcessError as exc:
+                    context.abort(grpc.StatusCode.UNKNOWN, f"failed to exec in container: {exc}")
+                return api_pb2.ExecSyncResponse(stdout=out, stderr=err, exit_code=status)
         context.abort(grpc.StatusCode.NOT_FOUND, f"container {request.container_id} not found")
         raise AssertionError
 

@@ -246,6 +246,18 @@ class Box:
         assert not check or done.returncode == 0, done.stderr
         return done.stdout
 
+    def execute(self, argv: list[str], timeout_s: int) -> tuple[int, bytes, bytes]:
+        """As a runtime does it for a probe (``fakes.cri.FakeContainer.execute``)."""
+        command = ["runc", "--root", str(self.boxes.state), "exec", self.id, *argv]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=timeout_s)
+        except subprocess.TimeoutExpired as exc:
+            raise TimeoutError from exc
+        # What runc says for itself, as distinct from the command.
+        if done.returncode == 255 and b"exec failed" in done.stderr:
+            raise ChildProcessError(done.stderr.decode())
+        return done.returncode, done.stdout, done.stderr
+
     def wait(self, timeout_s: float = 20) -> int:
         return self.popen.wait(timeout_s)
 

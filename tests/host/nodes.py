@@ -27,8 +27,10 @@ from agent.model.values import StoreUrl
 from agent.node import (
     archives,
     epochs,
+    hookcalls,
     interrupted,
     plan,
+    podhooks,
     podwork,
     service,
     storages,
@@ -183,7 +185,10 @@ def running(
             settings=settings,
             node=NODE,
             pods=pods,
-            work=podwork.PodWork(pods, engines, known, operations, trail, teller),
+            work=podwork.PodWork(
+                *(pods, engines, known, operations, trail, teller),
+                podhooks.PodHooks(hookcalls.Calls(runtime), teller),
+            ),
             operations=operations,
             storages=known,
             transfers=transfers.Transfers(

@@ -335,8 +335,8 @@ class _Capture:
             os.close(descriptor)
         if stage == "pre-dump":
             self._subject.about_to_freeze(self._operation)
-            self._states = {each: _state(each) for each in proc.tree(self._root.pid)}
             self._cut.ready()
+            self._states = {each: _state(each) for each in proc.tree(self._root.pid)}
             if self._short is not None:
                 self._short.about_to_freeze()
             self._held.hold()
