@@ -49,6 +49,7 @@ def dump_report(namespace: str, pod: str, outcome: results.DumpOutcome) -> Docum
             }
             for member in outcome.members
         ],
+        hookProblems=list(outcome.hook_problems),
     )
 
 
@@ -105,6 +106,7 @@ def restore_report(namespace: str, restored: Restored) -> Document:
         was=_placement(outcome.was),
         now=_placement(outcome.now),
         members=[],
+        hookProblems=list(outcome.hook_problems),
     )
 
 

@@ -93,7 +93,8 @@ def run(
     decided: list[epochclient.Decided] = []
 
     def call_of(member: Member) -> Call:
-        pod = epochclient.Pod(member.name, member.pod, member.uid)
+        leads = member is members[0]
+        pod = epochclient.Pod(member.name, member.pod, member.uid, leads=leads)
         epochs = agents[member.node].epochs
         deadline_s = session.settings.dump_deadline_s
 

@@ -91,7 +91,8 @@ class Limits:
     states_s: Mapping[State, float] = dataclasses.field(
         default_factory=lambda: {
             State.PREPARING: 600.0,
-            State.QUIESCING: 60.0,
+            # What hooks.LONGEST_S allows those of a pod, and the way there and back.
+            State.QUIESCING: 330.0,
             State.CAPTURING: 600.0,
             State.PERSISTING: 3600.0,
             State.FILLING: 600.0,

@@ -74,7 +74,8 @@ def run(
     stood: dict[int, bytes] = {}
 
     def call_of(member: checkpoint.Member) -> Call:
-        pod = epochclient.Pod(member.name, member.pod, member.uid)
+        leads = member is members[0]
+        pod = epochclient.Pod(member.name, member.pod, member.uid, leads=leads)
         epochs = agents[member.node].epochs
 
         def call(told: Told, wait_s: float) -> Said | None:

@@ -207,6 +207,9 @@ class EpochService:
                 ),
                 place=pod.uid,
                 about=about,
+                hooks=parts.work.hooks(
+                    pod, containers, leads=request.leads, image=ids.image_name(group, epoch)
+                ),
                 # Last: from here on the session gives back what the operation holds.
                 owned=stack.pop_all(),
             )

@@ -22,10 +22,12 @@ from agent.engines.base import CaptureOptions, CaptureReport, Engine
 from agent.host import clock
 from agent.model import ids
 from agent.model.cut import End
+from agent.model.hooks import Outcome
 from agent.model.protocol import EVACUATE, Course, Decision, Step
 from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSink, PageRun
 from agent.node.contribution import Contribution, Stop
 from agent.node.dump import Member
+from agent.node.podhooks import Around
 from agent.node.steppedcut import Stage, SteppedCut
 from agent.store.repository import JointWriter, Store
 
@@ -55,9 +57,10 @@ class JointDump:
         place: str,
         owned: contextlib.ExitStack | None = None,
         about: Mapping[str, Any] | None = None,
+        hooks: Around | None = None,
     ) -> None:
         """``place`` names the pod, ``owned`` is what the operation holds as long as it lasts,
-        ``about`` goes with the contribution.
+        ``about`` goes with the contribution, ``hooks`` are those of the pod.
         """
         self._store, self._engine = store, engine
         self._group, self._epoch = group, epoch
@@ -69,18 +72,21 @@ class JointDump:
         self._cut = SteppedCut(len(self._members))
         self._place, self._about = place, about or {}
         self._owned = owned or contextlib.ExitStack()
+        self._hooks = hooks
         self._lock = threading.Lock()
         self._writer: JointWriter | None = None
         self._captures: list[Future[CaptureReport]] = []
         self._sinks: dict[ids.MemberName, _Noted] = {}
         self._freezing_s = self._frozen_s = self._running_s = 0.0
-        self._over = False
+        self._over = self._given = self._ended = False
 
     def do(self, step: Step) -> bytes:
         """See ``session.Actions``."""
         if step is Step.PREPARE:
             self._begin()
             self._cut.reach(Stage.READY, self._deadline)
+        elif step is Step.QUIESCE and self._hooks is not None:
+            self._hooks.before(self._cut.check)
         elif step in _STAGES:
             self._go(step)
         elif step is Step.PERSIST:
@@ -98,6 +104,9 @@ class JointDump:
         for each in self._captures:
             # Why it failed was told by the step; the engine has let the processes go on.
             each.exception()
+        if self._hooks is not None and self._given:
+            # It may be long until it is known what became of the epoch.
+            self._hooks.running()
         return True
 
     def settle(self) -> Decision:
@@ -106,15 +115,19 @@ class JointDump:
 
     def close(self, decision: Decision) -> None:
         """See ``session.Actions``."""
-        with self._owned:
-            if self._writer is None:
-                return
-            try:
-                self._settle_part(self._writer, decision)
-            except (errors.VolumeError, errors.DataError) as exc:
-                _log.warning(
-                    "leftovers of the epoch stay on the volume until a prune: %s", exc.message
-                )
+        with contextlib.ExitStack() as owned:
+            owned.enter_context(self._owned.pop_all())
+            if self._writer is not None:
+                try:
+                    self._settle_part(self._writer, decision)
+                except (errors.VolumeError, errors.DataError) as exc:
+                    _log.warning(
+                        "leftovers of the epoch stay on the volume until a prune: %s", exc.message
+                    )
+            if self._hooks is not None and self._hooks.give_up() and not self._ended:
+                # Nobody waits for them, but nothing else is done to the pod meanwhile.
+                rest = owned.pop_all(), self._hooks, decision
+                threading.Thread(target=_tell, args=rest, name="post hooks").start()
 
     def _settle_part(self, writer: JointWriter, decision: Decision) -> None:
         if decision is Decision.ABANDONED:
@@ -133,6 +146,8 @@ class JointDump:
             self._freezing_s, self._frozen_s = began_s, clock.monotonic_s()
         elif step is Step.RESUME:
             self._running_s = clock.monotonic_s()
+            if self._hooks is not None:
+                self._hooks.running()
 
     def _begin(self) -> None:
         with self._lock:
@@ -162,6 +177,7 @@ class JointDump:
         if not self._ends:
             # An engine may pass the rest on to the store when the processes run again.
             self._await_captures()
+        self._given = True
         part = self._writer.finish().encode()
         return Contribution(
             part, tuple(self._connections()), tuple(self._stops()), dict(self._about)
@@ -189,6 +205,7 @@ class JointDump:
             )
         self._cut.end(self._deadline)
         self._await_captures()
+        self._ended = True
 
     def _await_captures(self) -> None:
         """Wait until the engine is through; raise what a member failed with."""
@@ -200,6 +217,13 @@ class JointDump:
                     "what was captured could not be stored in time",
                     hint="allow more time, or find what is slow",
                 ) from exc
+
+
+def _tell(owned: contextlib.ExitStack, hooks: Around, decision: Decision) -> None:
+    """Run the post hooks that are left, and give back what the operation holds."""
+    with owned:
+        committed = decision is Decision.COMMITTED
+        hooks.after(Outcome.COMMITTED if committed else Outcome.ABORTED)
 
 
 class _Noted:

@@ -99,7 +99,7 @@ class Around:
         self._hooks = hooks
         self._where = where
         self._image = where.image
-        self._turn = threading.Lock()
+        self._turn, self._state = threading.Lock(), threading.Lock()
         self._begun = False
         self._given_up = False
         self._resuming: threading.Thread | None = None
@@ -109,6 +109,12 @@ class Around:
     def problems(self) -> tuple[str, ...]:
         """What failed and was not to give the checkpoint up, a text for people each."""
         return tuple(self._problems)
+
+    def give_up(self) -> bool:
+        """Begin no more pre hooks; whether post hooks have to follow."""
+        with self._state:
+            self._given_up = True
+            return self._begun and bool(self._hooks.post)
 
     def before(self, check: Callable[[], None] = lambda: None) -> None:
         """Run the pre hooks, unless they were run and nothing has followed; ``check`` may raise
@@ -126,12 +132,16 @@ class Around:
                 return
             for step in self._hooks.pre:
                 check()
-                if self._given_up:
-                    raise errors.DumpFailed("the epoch was given up", hint="the job goes on")
-                self._begun = True
+                self._begin()
                 for hook, failure in self._run(step, Phase.PRE, None):
                     if hook.aborts:
                         raise failure
+            self._begin()
+
+    def _begin(self) -> None:
+        with self._state:
+            if self._given_up:
+                raise errors.DumpFailed("the epoch was given up", hint="the job goes on")
             self._begun = True
 
     def running(self) -> None:
@@ -145,7 +155,7 @@ class Around:
 
     def after(self, outcome: Outcome, image: str = "") -> tuple[str, ...]:
         """Run the post hooks that are left, if any pre hook was begun; gives ``problems``."""
-        self._given_up = True
+        self.give_up()
         with self._turn:
             self._image = image or self._image
             if self._begun:

@@ -161,6 +161,7 @@ class NodeService:
                 running_s=done.running_s,
                 was=_placement(done.was),
                 now=_placement(done.now),
+                hook_problems=done.problems,
             )
             tell(api.RestoreEvent(outcome=outcome))
 
@@ -404,4 +405,5 @@ def _dumped(done: podwork.PodDump) -> api.DumpOutcome:
             for name, report in outcome.members
         ],
         pod_template_json=done.template_json,
+        hook_problems=done.problems,
     )

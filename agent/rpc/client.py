@@ -154,6 +154,7 @@ class Agent:
                 for each in found.members
             ),
             pod_template=self._template(found.pod_template_json),
+            hook_problems=tuple(found.hook_problems),
         )
 
     def restore(
@@ -198,6 +199,7 @@ class Agent:
             running_s=found.running_s,
             was=results.placement(found.was),
             now=results.placement(found.now),
+            hook_problems=tuple(found.hook_problems),
         )
 
     def plan(self, namespace: str, pod: str, containers: tuple[str, ...] = ()) -> dict[str, Any]:

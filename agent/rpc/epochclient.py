@@ -31,12 +31,13 @@ class Epoch:
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """A pod that takes part as ``member``."""
+    """A pod that takes part as ``member``; the one that ``leads`` runs the hooks of the group."""
 
     member: str
     name: str
     uid: str
     containers: tuple[str, ...] = ()
+    leads: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,7 @@ class Epochs:
             pod_uid=pod.uid,
             containers=pod.containers,
             member=pod.member,
+            leads=pod.leads,
             token=told.token,
             step=f"STEP_{told.step.name}",
             wait_s=wait_s,

@@ -66,7 +66,7 @@ class Captured:
 
 @dataclasses.dataclass(frozen=True)
 class DumpOutcome:
-    """A committed dump of a pod."""
+    """A committed dump of a pod; ``hook_problems`` are of hooks that gave nothing up."""
 
     image: Image
     stop_s: float
@@ -75,6 +75,7 @@ class DumpOutcome:
     stopped: bool
     members: tuple[Captured, ...]
     pod_template: dict[str, Any] | None
+    hook_problems: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,7 @@ class RestoreOutcome:
     running_s: float
     was: Placement
     now: Placement
+    hook_problems: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

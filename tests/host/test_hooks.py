@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from agent import errors
 from agent.model import optin
 from agent.podengines import hold_state
 from tests.fakes import cri
@@ -105,3 +106,131 @@ def test_commands_run_before_the_stop_and_after_it_each_once_and_in_order(jobs: 
     ]
     assert outcome.stop_s < 10
     job.goes_on()
+
+
+def test_an_epoch_that_a_hook_gives_up_costs_nothing_and_later_hooks_do_not_begin(
+    jobs: Jobs,
+) -> None:
+    job = jobs.start(
+        "job",
+        {
+            "pre": [
+                noting("first"),
+                noting("bad", more="echo no; echo why >&2; exit 3"),
+                noting("x"),
+            ],
+            "post": [noting("resume"), noting("report", when="decided")],
+        },
+    )
+    with pytest.raises(errors.HookFailed) as failed:
+        job.dump()
+    assert "'bad' failed: it ended with status 3" in failed.value.message
+    assert failed.value.facts["output"] == "why"
+    assert job.noted == ["first pre", "bad pre", "resume post aborted", "report post aborted"]
+    job.goes_on()
+
+
+def test_a_failure_that_is_ignored_and_one_after_the_stop_are_told_and_fail_nothing(
+    jobs: Jobs,
+) -> None:
+    job = jobs.start(
+        "job",
+        {
+            "pre": [noting("bad", more="exit 3", onFailure="ignore")],
+            "post": [noting("resume", more="echo secret; exit 4"), noting("last")],
+        },
+    )
+    outcome = job.dump()
+    assert job.noted == ["bad pre", "resume post captured", "last post captured"]
+    assert [text.splitlines() for text in outcome.hook_problems] == [
+        ["the hook 'bad' failed: it ended with status 3"],
+        ["the hook 'resume' failed: it ended with status 4", "secret"],
+    ]
+    told = [event for event in jobs.node.api.events if event["reason"] == "HookFailed"]
+    wait_for(lambda: len(jobs.node.api.events) >= 3)
+    assert [event["type"] for event in told] == ["Warning", "Warning"]
+    assert "secret" not in json.dumps(jobs.node.api.events)
+    job.goes_on()
+
+
+@pytest.mark.parametrize("policy", ["abort", "ignore"])
+def test_a_hook_that_hangs_is_killed_at_its_deadline_with_all_that_it_started(
+    jobs: Jobs, policy: str
+) -> None:
+    # One that ignores being asked, and one that has left for a session of its own.
+    hang = "trap '' TERM; setsid sh -c 'sleep 1000 & sleep 1000' & while :; do sleep 1; done"
+    hook = noting("hang", more=hang, deadlineSeconds=0.7, onFailure=policy)
+    job = jobs.start("job", {"pre": [hook], "post": [noting("resume")]})
+    if policy == "abort":
+        with pytest.raises(errors.HookFailed, match=r"'hang' did not end within 0\.7 s"):
+            job.dump()
+        assert job.noted == ["hang pre", "resume post aborted"]
+    else:
+        job.dump()
+        assert job.noted == ["hang pre", "resume post captured"]
+    job.goes_on()
+
+
+def test_what_a_hook_leaves_behind_is_ended(jobs: Jobs) -> None:
+    leaving = noting("leaves", more="(sleep 1000 >/dev/null 2>&1 &)")
+    job = jobs.start("job", {"pre": [leaving]})
+    job.dump()
+    job.goes_on()
+
+
+def test_hooks_of_one_step_run_at_once(jobs: Jobs) -> None:
+    # Each waits until the other is there.
+    def meets(name: str, other: str) -> dict[str, Any]:
+        wait = f"touch /disk/{name}; until [ -e /disk/{other} ]; do sleep 0.05; done"
+        return {"name": name, "exec": ["sh", "-c", wait]}
+
+    job = jobs.start("job", {"pre": [[meets("a", "b"), meets("b", "a")], noting("then")]})
+    job.dump()
+    assert job.noted == ["then pre"]
+    job.goes_on()
+
+
+def test_a_hook_that_kills_its_container_is_a_failure_of_the_dump_and_of_nothing_else(
+    jobs: Jobs,
+) -> None:
+    killing = noting(
+        "kills", more="kill -9 $(ps -o ppid= -p 3 2>/dev/null) 2>/dev/null; kill -9 -1"
+    )
+    job = jobs.start("job", {"pre": [killing], "post": [noting("resume")]})
+    with pytest.raises(errors.CkptError):
+        job.dump()
+    job.box.wait()
+    other = jobs.start("other", {"pre": [noting("first")]})
+    other.dump()
+    other.goes_on()
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        "{",
+        '{"pre": [{"name": "x"}]}',
+        '{"pre": [{"name": "x", "exec": ["true"], "container": "no"}]}',
+    ],
+)
+def test_hooks_that_make_no_sense_refuse_the_dump_before_anything_is_touched(
+    jobs: Jobs, hooks: str
+) -> None:
+    job = jobs.start("job", hooks)
+    with pytest.raises(errors.InvalidInput, match=r"annotation ckpt-agent\.dev/hooks") as refused:
+        job.dump()
+    assert refused.value.hint
+    job.goes_on()
+
+
+def test_a_command_has_no_more_rights_than_its_container_and_knows_where_it_is(jobs: Jobs) -> None:
+    show = "id -u; grep -E 'CapEff|Seccomp:|NoNewPrivs' /proc/self/status; echo $OWN"
+    told = "echo $CKPT_AGENT_POD $CKPT_AGENT_NAMESPACE $CKPT_AGENT_NODE $CKPT_AGENT_IMAGE"
+    hook = {"name": "show", "exec": ["sh", "-c", f"({show}; {told}) > /disk/shown"]}
+    job = jobs.start("job", {"post": [hook]}, env=["OWN=container's"], capabilities=["CAP_KILL"])
+    job.dump()
+    shown = job.box.root("/disk/shown").read_text().splitlines()
+    job.boxes.runc("exec", job.box.id, "sh", "-c", f"({show}) > /disk/plain")
+    assert shown[:-1] == job.box.root("/disk/plain").read_text().splitlines()
+    assert "CapEff:\t0000000000000020" in shown
+    assert shown[-1] == "job default n1"

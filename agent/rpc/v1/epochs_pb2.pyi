@@ -81,7 +81,7 @@ class NewEpochResponse(_message.Message):
     def __init__(self, epoch: _Optional[str] = ..., storage: _Optional[str] = ...) -> None: ...
 
 class TakePartRequest(_message.Message):
-    __slots__ = ("namespace", "group", "epoch", "storage", "course", "pod", "pod_uid", "containers", "member", "token", "step", "wait_s", "deadline_s", "attempt")
+    __slots__ = ("namespace", "group", "epoch", "storage", "course", "pod", "pod_uid", "containers", "member", "token", "step", "wait_s", "deadline_s", "attempt", "leads")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class TakePartRequest(_message.Message):
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    LEADS_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     group: str
     epoch: str
@@ -110,7 +111,8 @@ class TakePartRequest(_message.Message):
     wait_s: float
     deadline_s: float
     attempt: Attempt
-    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., course: _Optional[_Union[Course, str]] = ..., pod: _Optional[str] = ..., pod_uid: _Optional[str] = ..., containers: _Optional[_Iterable[str]] = ..., member: _Optional[str] = ..., token: _Optional[int] = ..., step: _Optional[_Union[Step, str]] = ..., wait_s: _Optional[float] = ..., deadline_s: _Optional[float] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ...) -> None: ...
+    leads: bool
+    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., course: _Optional[_Union[Course, str]] = ..., pod: _Optional[str] = ..., pod_uid: _Optional[str] = ..., containers: _Optional[_Iterable[str]] = ..., member: _Optional[str] = ..., token: _Optional[int] = ..., step: _Optional[_Union[Step, str]] = ..., wait_s: _Optional[float] = ..., deadline_s: _Optional[float] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., leads: _Optional[bool] = ...) -> None: ...
 
 class Attempt(_message.Message):
     __slots__ = ("id", "addresses", "again")

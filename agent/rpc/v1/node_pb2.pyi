@@ -55,7 +55,7 @@ class DumpProgress(_message.Message):
     def __init__(self, phase: _Optional[str] = ..., raw_bytes: _Optional[int] = ...) -> None: ...
 
 class DumpOutcome(_message.Message):
-    __slots__ = ("image", "stop_s", "durable_s", "engine", "stopped", "members", "pod_template_json")
+    __slots__ = ("image", "stop_s", "durable_s", "engine", "stopped", "members", "pod_template_json", "hook_problems")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     STOP_S_FIELD_NUMBER: _ClassVar[int]
     DURABLE_S_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +63,7 @@ class DumpOutcome(_message.Message):
     STOPPED_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     POD_TEMPLATE_JSON_FIELD_NUMBER: _ClassVar[int]
+    HOOK_PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     image: Image
     stop_s: float
     durable_s: float
@@ -70,7 +71,8 @@ class DumpOutcome(_message.Message):
     stopped: bool
     members: _containers.RepeatedCompositeFieldContainer[MemberOutcome]
     pod_template_json: str
-    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., stop_s: _Optional[float] = ..., durable_s: _Optional[float] = ..., engine: _Optional[_Union[Engine, str]] = ..., stopped: _Optional[bool] = ..., members: _Optional[_Iterable[_Union[MemberOutcome, _Mapping]]] = ..., pod_template_json: _Optional[str] = ...) -> None: ...
+    hook_problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., stop_s: _Optional[float] = ..., durable_s: _Optional[float] = ..., engine: _Optional[_Union[Engine, str]] = ..., stopped: _Optional[bool] = ..., members: _Optional[_Iterable[_Union[MemberOutcome, _Mapping]]] = ..., pod_template_json: _Optional[str] = ..., hook_problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class MemberOutcome(_message.Message):
     __slots__ = ("name", "stop_s", "freeze_s", "raw_bytes", "processes")
@@ -119,20 +121,22 @@ class RestoreProgress(_message.Message):
     def __init__(self, phase: _Optional[str] = ...) -> None: ...
 
 class RestoreOutcome(_message.Message):
-    __slots__ = ("image", "waited_s", "verified_s", "running_s", "was", "now")
+    __slots__ = ("image", "waited_s", "verified_s", "running_s", "was", "now", "hook_problems")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     WAITED_S_FIELD_NUMBER: _ClassVar[int]
     VERIFIED_S_FIELD_NUMBER: _ClassVar[int]
     RUNNING_S_FIELD_NUMBER: _ClassVar[int]
     WAS_FIELD_NUMBER: _ClassVar[int]
     NOW_FIELD_NUMBER: _ClassVar[int]
+    HOOK_PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     image: Image
     waited_s: float
     verified_s: float
     running_s: float
     was: Placement
     now: Placement
-    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., waited_s: _Optional[float] = ..., verified_s: _Optional[float] = ..., running_s: _Optional[float] = ..., was: _Optional[_Union[Placement, _Mapping]] = ..., now: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
+    hook_problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., waited_s: _Optional[float] = ..., verified_s: _Optional[float] = ..., running_s: _Optional[float] = ..., was: _Optional[_Union[Placement, _Mapping]] = ..., now: _Optional[_Union[Placement, _Mapping]] = ..., hook_problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("pod", "pod_uid", "node", "addresses")
