@@ -257,10 +257,11 @@ def test_more_than_the_image_says_is_refused(place: Place) -> None:
     place.apply(raw, limits=unpack.Limits(20, 2000))
 
 
-def test_a_header_that_would_fill_the_memory_is_refused_unread(place: Place) -> None:
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_that_would_fill_the_memory_is_refused_unread(place: Place, kind: bytes) -> None:
     """Its size is only announced: whoever allocated it would be gone."""
     info = tarfile.TarInfo("././@PaxHeader")
-    info.type = tarfile.XHDTYPE
+    info.type = kind
     info.size = 1 << 32
     raw = info.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 16)
     with pytest.raises(errors.Corrupt, match="too long"):

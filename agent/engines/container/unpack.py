@@ -65,17 +65,6 @@ class _Entry:
         return OPAQUE in self.xattrs
 
 
-class _TarInfo(tarfile.TarInfo):
-    """As the library's, but an extended header that would fill the memory is refused."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _TarInfo:
-        info = super().frombuf(buf, encoding, errors)
-        if info.type not in _KINDS and info.size > _HEADER_BYTES:
-            raise tarfile.HeaderError("an extended header is too long")
-        return info
-
-
 class _Pieces(io.RawIOBase):
     """An iterator of bytes as a file."""
 
@@ -98,6 +87,33 @@ class _Pieces(io.RawIOBase):
         target[:count] = self._rest[:count]
         self._rest = self._rest[count:]
         return count
+
+
+class _Forward:
+    """Pieces as a file that is read once, from front to end, and not much of it at a time: the
+    library would read an extended header at once however long it says it is. Content is read in
+    pieces.
+    """
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._raw = io.BufferedReader(_Pieces(pieces), _PIECE_BYTES)
+        self._at = 0
+
+    def read(self, size: int) -> bytes:
+        if size > max(_HEADER_BYTES, _PIECE_BYTES):
+            raise tarfile.HeaderError("an extended header is too long")
+        data = self._raw.read(size)
+        self._at += len(data)
+        return data
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, position: int) -> None:
+        if position < self._at:
+            raise tarfile.StreamError("an entry lies before the one that it follows")
+        while self._at < position and self.read(min(_PIECE_BYTES, position - self._at)):
+            pass
 
 
 def inspect(name: str, pieces: Iterable[bytes], limits: Limits, *, whiteouts: bool) -> None:
@@ -224,10 +240,10 @@ def _beneath(root: int, path: str) -> int:
 
 @contextlib.contextmanager
 def _opened(name: str, pieces: Iterable[bytes]) -> Iterator[tarfile.TarFile]:
-    raw = cast("BinaryIO", io.BufferedReader(_Pieces(pieces), _PIECE_BYTES))
+    raw = cast("BinaryIO", _Forward(pieces))
     try:
         with tarfile.open(
-            fileobj=raw, mode="r|", tarinfo=_TarInfo, encoding="utf-8", errors="surrogateescape"
+            fileobj=raw, mode="r:", encoding="utf-8", errors="surrogateescape"
         ) as stream:
             yield stream
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as exc:
