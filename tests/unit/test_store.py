@@ -540,6 +540,8 @@ def test_a_volume_that_takes_nothing_does_not_hold_a_job_for_ever(
     volume: Volume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "_STALLED_S", 0.2)
+    # On any number of cores less than what is written.
+    monkeypatch.setattr(packing, "_BUFFERS", 1)
     released = threading.Event()
 
     def plan(number: int, method: str, name: str) -> None:
