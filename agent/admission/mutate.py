@@ -5,6 +5,9 @@ first start and the placeholder that an image is restored into. For that the pod
 init container that copies ``hold`` into it, and each chosen container its mount, two environment
 variables and ``hold auto`` before its command. Nothing else of the pod is touched.
 
+A pod of a JobSet that shall come back from an image (``model.intent``) is made to wait for it from
+its first moment, on the node that was chosen for it if one was.
+
 Promises: a pod without the label is left as it is; whatever cannot be held starts as an ordinary
 pod or container, with a warning that names the reason (it can still be dumped, and restored into
 a pod made for it); the patch of a patched pod is empty, also after other webhooks have added
@@ -21,7 +24,8 @@ from typing import Any
 
 from agent.admission.holdable import is_ours, place, unholdable, unsuitable, variables
 from agent.admission.podfields import entries, mapping
-from agent.model import optin
+from agent.model import affinity, jobset, optin
+from agent.model.intent import Intent
 
 Patch = list[dict[str, Any]]
 
@@ -30,7 +34,7 @@ _MIRROR = "kubernetes.io/config.mirror"
 # Volumes that keep no node from being scaled down; to Cluster Autoscaler any other emptyDir does.
 _SAFE_TO_EVICT = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes"
 # An API server cuts warnings beyond 256 characters where there are several.
-_WARNING_CHARACTERS = 250
+WARNING_CHARACTERS = 250
 # For copying one small file. Requests equal limits, so that a Guaranteed pod stays one.
 _INIT_RESOURCES = {"cpu": "100m", "memory": "64Mi"}
 # Seen within a second; given up by whoever waits for the restore, not by the kubelet (68 years).
@@ -49,9 +53,9 @@ class Mutation:
     warnings: tuple[str, ...] = ()
 
 
-def mutate(pod: Mapping[str, Any], *, image: str) -> Mutation:
+def mutate(pod: Mapping[str, Any], *, image: str, intent: Intent | None = None) -> Mutation:
     """Return what makes ``pod`` one whose chosen containers are held. ``image`` is the agent's
-    image, which carries ``hold``.
+    image, which carries ``hold``; ``intent`` is what its JobSet shall come back as, if it shall.
 
     Raises:
         errors.InvalidInput: this is not a pod, or one of its annotations does not make sense.
@@ -93,6 +97,7 @@ def mutate(pod: Mapping[str, Any], *, image: str) -> Mutation:
             patch += [
                 change | {"path": f"/spec/{field}/{at}{change['path']}"} for change in changes
             ]
+        patch += _waiting(pod, intent, patch)
     return _told(metadata, patch, not_held)
 
 
@@ -173,6 +178,26 @@ def _volume(metadata: Mapping[str, Any], spec: Mapping[str, Any]) -> Patch:
         )
     if not any(volume.get("name") == optin.VOLUME for volume in volumes):
         patch += _append("/spec/volumes", volumes, [{"name": optin.VOLUME, "emptyDir": {}}])
+    return patch
+
+
+def _waiting(pod: Mapping[str, Any], intent: Intent | None, before: Patch) -> Patch:
+    """The mark of a placeholder, and the node that was chosen for it; ``before`` is the rest of the
+    patch.
+    """
+    if intent is None:
+        return []
+    metadata, spec = mapping(pod, "metadata"), mapping(pod, "spec")
+    annotations = mapping(metadata, "annotations")
+    patch: Patch = []
+    if annotations.get(optin.RESTORE) != intent.image:
+        made = any(change["path"] == _ANNOTATIONS for change in before)
+        patch += _annotate(annotations or made, optin.RESTORE, intent.image)
+    node = intent.nodes.get(jobset.identity(pod))
+    if node:
+        wanted = affinity.pinned(spec, node)
+        if wanted != spec.get("affinity"):
+            patch += _add("/spec/affinity", wanted)
     return patch
 
 
@@ -261,7 +286,7 @@ def _told(metadata: Mapping[str, Any], patch: Patch, not_held: Mapping[str, str]
     elif not text and optin.NOT_HELD in annotations:
         patch = [*patch, {"op": "remove", "path": _pointer(optin.NOT_HELD)}]
     warnings = tuple(
-        f"ckpt-agent: {name} starts as usual, not held: {reason}"[:_WARNING_CHARACTERS]
+        f"ckpt-agent: {name} starts as usual, not held: {reason}"[:WARNING_CHARACTERS]
         for name, reason in not_held.items()
     )
     return Mutation(patch, warnings)

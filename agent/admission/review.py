@@ -1,8 +1,9 @@
 """AdmissionReview v1, as bytes in and bytes out: what the API server asks and what it is told.
 
 Promises: a review that is one is always allowed; what goes wrong inside becomes a warning to the
-person and an ordinary pod, since a job must not fail to start for being opted in; a dry run is
-answered as a real one, since answering does nothing.
+person and an ordinary pod, since a job must not fail to start for being opted in; a pod whose
+JobSet cannot be looked at is held as any other, and does not wait; a dry run is answered as a real
+one, since answering does nothing.
 Does not: keep anything.
 """
 
@@ -11,18 +12,26 @@ from __future__ import annotations
 import base64
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from agent import errors
 from agent.admission import mutate
+from agent.admission.podfields import mapping
+from agent.model import jobset, optin
+from agent.model.intent import Intent
 
 logger = logging.getLogger(__name__)
 
 API_VERSION = "admission.k8s.io/v1"
 _KIND = "AdmissionReview"
 
+Intents = Callable[[str, str], Intent | None]
+"""What the JobSet of a namespace shall come back as; None if it just runs, or there is none. Raises
+``errors.CkptError`` if that cannot be known."""
 
-def respond(body: bytes, *, image: str) -> bytes:
+
+def respond(body: bytes, *, image: str, intents: Intents) -> bytes:
     """Answer the review in ``body``.
 
     Raises:
@@ -31,7 +40,7 @@ def respond(body: bytes, *, image: str) -> bytes:
     request = _request(body)
     response: dict[str, Any] = {"uid": request["uid"], "allowed": True}
     try:
-        mutation = _mutation(request, image)
+        mutation = _mutation(request, image, intents)
     except errors.InvalidInput as exc:
         mutation = mutate.Mutation([], (_ordinary(exc.message),))
     except Exception:  # a defect here must not keep a pod from starting; the log tells
@@ -69,7 +78,7 @@ def _request(body: bytes) -> dict[str, Any]:
     return request
 
 
-def _mutation(request: dict[str, Any], image: str) -> mutate.Mutation:
+def _mutation(request: dict[str, Any], image: str, intents: Intents) -> mutate.Mutation:
     resource = request.get("resource")
     pods = isinstance(resource, dict) and (resource.get("group"), resource.get("resource")) == (
         "",
@@ -83,7 +92,9 @@ def _mutation(request: dict[str, Any], image: str) -> mutate.Mutation:
         or not isinstance(pod, dict)
     ):
         return mutate.Mutation([])
-    mutation = mutate.mutate(pod, image=image)
+    intent, warnings = _intent(request, pod, intents)
+    mutation = mutate.mutate(pod, image=image, intent=intent)
+    mutation = mutate.Mutation(mutation.patch, (*warnings, *mutation.warnings))
     logger.info(
         "pod in %s: %s%s",
         request.get("namespace"),
@@ -91,3 +102,19 @@ def _mutation(request: dict[str, Any], image: str) -> mutate.Mutation:
         f", {len(mutation.warnings)} warnings" if mutation.warnings else "",
     )
     return mutation
+
+
+def _intent(
+    request: dict[str, Any], pod: dict[str, Any], intents: Intents
+) -> tuple[Intent | None, tuple[str, ...]]:
+    """What the pod shall wait for, and warnings."""
+    labels = mapping(mapping(pod, "metadata"), "labels")
+    name = labels.get(jobset.NAME_LABEL)
+    if labels.get(optin.LABEL) != optin.ENABLED or not name:
+        return None, ()
+    try:
+        return intents(str(request.get("namespace")), str(name)), ()
+    except errors.CkptError as exc:
+        logger.warning("JobSet %s/%s: %s", request.get("namespace"), name, exc)
+        reason = f"ckpt-agent: the pod does not wait for an image, if it should: {exc.message}"
+        return None, (reason[: mutate.WARNING_CHARACTERS],)

@@ -20,7 +20,7 @@ from agent.admission.keeper import Keeper, names
 from agent.admission.server import Server
 from agent.host import clock
 from agent.host.clock import Deadline
-from agent.kube import objects
+from agent.kube import jobsets, objects
 from agent.kube.connection import Connection
 from agent.kube.leases import Lease
 
@@ -76,7 +76,8 @@ class Admission:
             duration_s=options.lease_s,
         )
         self._shown: Pair | None = None
-        answer = functools.partial(review.respond, image=options.image)
+        intents = functools.partial(jobsets.intent, connection)
+        answer = functools.partial(review.respond, image=options.image, intents=intents)
         self.server = Server(options.port, answer)
 
     def run(self, stop: threading.Event) -> None:

@@ -18,6 +18,7 @@ from agent import errors, settings, wiring
 from agent.cli.invocation import Invocation
 from agent.model import ids, values
 
+_JOBSETS = ("jobset", "jobsets")
 OF_A_CLUSTER = "is for a cluster (-n, --context, --kubeconfig), not for a store of this host"
 
 
@@ -105,9 +106,29 @@ class Target:
 def target(value: str) -> Target:
     """``pod/NAME`` or ``jobset/NAME``; anything else is wrong usage."""
     kind, _, name = value.partition("/")
-    if kind in ("jobset", "jobsets") and name and "/" not in name:
+    if kind in _JOBSETS and name and "/" not in name:
         return Target("jobset", name)
     return Target("pod", pod(value))
+
+
+def jobset_image(value: str) -> tuple[str, str] | None:
+    """The name and the epoch ("" for the newest) in ``jobset/NAME[@EPOCH]``; None if it is
+    something else.
+    """
+    kind, slash, image = value.partition("/")
+    if not slash or kind not in _JOBSETS:
+        return None
+    name, at, epoch = image.partition("@")
+    if not name or "/" in image or (at and not epoch):
+        raise click.BadParameter(f"{value!r} is not a JobSet's image, such as jobset/train")
+    return name, epoch
+
+
+def one_node(nodes: Sequence[str], flag: str) -> str | None:
+    """The node of a verb that takes one."""
+    if len(nodes) > 1:
+        raise click.UsageError(f"a pod runs on one node: name one {flag}")
+    return nodes[0] if nodes else None
 
 
 def containers(verb: Callable[..., Any]) -> Callable[..., Any]:

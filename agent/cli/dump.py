@@ -88,10 +88,11 @@ def verb(
         from agent.cli import incluster
 
         if target.kind == "jobset":
-            # Nothing brings a whole JobSet back yet: ending it would be the end of it.
-            of_a_pod = {"--container": containers, "--engine": engine, "--stop": stop}
+            from agent.cli import injobset
+
+            of_a_pod = {"--container": containers, "--engine": engine}
             arguments.refuse(of_a_pod, "is for a pod, not for a JobSet")
-            incluster.dump_jobset(invocation, settings, target.name)
+            injobset.dump(invocation, settings, target.name, stop=stop)
         else:
             incluster.dump(invocation, settings, target.name, containers, engine=engine, stop=stop)
         return

@@ -19,7 +19,7 @@ from agent.cluster import doctor as cluster_doctor
 from agent.cluster import move as cluster_move
 from agent.cluster import pods
 from agent.cluster.session import Session
-from agent.host import archivefile, clock
+from agent.host import archivefile
 from agent.model import ids, move
 from agent.model.archives import Written
 from agent.rpc import results
@@ -35,7 +35,7 @@ _STEPS = {
 
 
 @contextlib.contextmanager
-def _session(settings: Settings) -> Iterator[Session]:
+def connected(settings: Settings) -> Iterator[Session]:
     """The cluster; whoever asks to stop ends the verb, but closes the way to the agents first."""
 
     def leave(number: int) -> None:
@@ -48,7 +48,7 @@ def _session(settings: Settings) -> Iterator[Session]:
 def list_images(invocation: Invocation, settings: Settings, group: str | None, storage: str) -> int:
     """``list`` of a namespace."""
     wanted = ids.group_name(group) if group else ""
-    with _session(settings) as session:
+    with connected(settings) as session:
         found = session.any_agent(lambda agent: agent.listing(session.namespace, wanted, storage))
         document = documents.image_list(session.namespace, found.images, found.unread)
         if not found.images:
@@ -67,14 +67,14 @@ def _read_all(invocation: Invocation, document: output.Document) -> int:
 
 def show(invocation: Invocation, settings: Settings, image: str, storage: str) -> None:
     """``show`` of an image."""
-    with _session(settings) as session:
+    with connected(settings) as session:
         found = session.any_agent(lambda agent: agent.image(session.namespace, image, storage))
         invocation.emit(poddocuments.as_sent(found.document, session.namespace))
 
 
 def verify(invocation: Invocation, settings: Settings, image: str | None, storage: str) -> int:
     """``verify`` of an image, or of all of the namespace."""
-    with _session(settings) as session:
+    with connected(settings) as session:
         namespace = session.namespace
         if image is None:
             found = session.any_agent(lambda agent: agent.listing(namespace, "", storage))
@@ -111,7 +111,7 @@ def export(
 ) -> Written:
     """``export`` of an image."""
     with (
-        _session(settings) as session,
+        connected(settings) as session,
         _given_up(invocation, "stopping; no file is left") as cancel,
         progress.for_reading(invocation.quiet, image) as bar,
     ):
@@ -126,7 +126,7 @@ def take_in(
     """``import`` of an archive."""
     with (
         wiring.archive_file(path) as archive,
-        _session(settings) as session,
+        connected(settings) as session,
         _given_up(invocation, "stopping; nothing is stored") as cancel,
         progress.for_reading(invocation.quiet, "sending") as bar,
     ):
@@ -152,7 +152,7 @@ def _given_up(invocation: Invocation, message: str) -> Iterator[threading.Event]
 
 def delete(invocation: Invocation, settings: Settings, image: str, storage: str) -> None:
     """``delete`` of an image."""
-    with _session(settings) as session:
+    with connected(settings) as session:
         found = session.any_agent(lambda agent: agent.delete(session.namespace, image, storage))
         _pruned(invocation, poddocuments.as_sent(found, session.namespace))
 
@@ -162,7 +162,7 @@ def prune(
 ) -> int:
     """``prune`` of a namespace."""
     wanted = ids.group_name(group) if group else ""
-    with _session(settings) as session:
+    with connected(settings) as session:
         found = session.any_agent(
             lambda agent: agent.prune(
                 session.namespace,
@@ -191,7 +191,7 @@ def _pruned(invocation: Invocation, document: output.Document) -> None:
 
 def plan(invocation: Invocation, settings: Settings, pod: str, containers: Sequence[str]) -> int:
     """``plan`` of a pod."""
-    with _session(settings) as session:
+    with connected(settings) as session:
         document = pods.plan(session, pod, containers) | {"name": f"pod/{pod}"}
         invocation.emit(document)
         return exits.DONE if document.get("feasible") else exits.REFUSED
@@ -199,7 +199,7 @@ def plan(invocation: Invocation, settings: Settings, pod: str, containers: Seque
 
 def doctor(invocation: Invocation, settings: Settings) -> int:
     """``doctor`` of a cluster."""
-    with _session(settings) as session:
+    with connected(settings) as session:
         document = documents.doctor_report(session.api.name, cluster_doctor.examine(session))
         invocation.emit(document)
         return exits.ENVIRONMENT if document["status"] == "missing" else exits.DONE
@@ -222,7 +222,7 @@ def dump(
         invocation.say("stopping; the job goes on")
 
     with (
-        _session(settings) as session,
+        connected(settings) as session,
         interrupts.caught(stop_asked),
         progress.for_pod(invocation.quiet) as show,
     ):
@@ -237,36 +237,13 @@ def dump(
         )
         document = poddocuments.dump_report(session.namespace, pod, outcome)
     _said_dumped(invocation, document)
+    _said_hooks(invocation, document)
     invocation.emit(document)
 
 
-def dump_jobset(invocation: Invocation, settings: Settings, name: str) -> None:
-    """``dump`` of a JobSet: this program is the coordinator."""
-    from agent.coordinator import checkpoint, jobsets
-
-    control = checkpoint.Control()
-
-    def stop_asked(number: int) -> None:
-        control.cancel()
-        invocation.say("stopping; the job goes on")
-
-    with (
-        _session(settings) as session,
-        interrupts.caught(stop_asked),
-        progress.for_epoch(invocation.quiet) as show,
-    ):
-        done = jobsets.dump(session, name, now_s=clock.wall_s(), control=control, watch=show)
-        document = poddocuments.epoch_report(session.namespace, name, done)
-    invocation.say(
-        f"captured {output.human_bytes(document['rawBytes'])} of {len(done.members)} pods at one"
-        f" instant, stopped for {output.human_s(document['stopSeconds'])}, durable after"
-        f" {output.human_s(document['durableSeconds'])}; {done.connections} connections between"
-        f" them fit together"
-    )
-    for pod_uid, local, remote in done.leaving:
-        pod = next((each.pod for each in done.members if each.uid == pod_uid), pod_uid)
-        invocation.say(f"pod {pod} is connected to {remote}, outside of the JobSet (from {local})")
-    invocation.emit(document)
+def _said_hooks(invocation: Invocation, document: output.Document) -> None:
+    for problem in document["hookProblems"]:
+        invocation.say(f"warning: {problem}")
 
 
 def _said_dumped(invocation: Invocation, document: output.Document) -> None:
@@ -291,7 +268,7 @@ def restore(
     again: bool,
 ) -> None:
     """``restore`` on a node, or into a pod that waits."""
-    with _session(settings) as session, _watched(invocation) as watch:
+    with connected(settings) as session, _watched(invocation) as watch:
         if node is not None:
             done = cluster_move.restore_on(
                 session, image, node, storage=storage, replace=replace, again=again, watch=watch
@@ -310,6 +287,7 @@ def restore(
         f"pod {done.pod} runs {document['name']} on {done.node} after"
         f" {output.human_s(document['runningSeconds'])}"
     )
+    _said_hooks(invocation, document)
     invocation.emit(document)
 
 
@@ -317,7 +295,7 @@ def migrate(
     invocation: Invocation, settings: Settings, pod: str, node: str, *, engine: str | None
 ) -> None:
     """``migrate`` of a pod."""
-    with _session(settings) as session, _watched(invocation) as watch:
+    with connected(settings) as session, _watched(invocation) as watch:
         done = cluster_move.migrate(session, pod, node, engine=engine, watch=watch)
         document = poddocuments.move_report(session.namespace, pod, done)
     invocation.say(

@@ -1,4 +1,4 @@
-"""``ckpt-agent migrate``: move a pod to another node of a cluster."""
+"""``ckpt-agent migrate``: move a pod, or a JobSet, to other nodes of a cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
 @click.command(
     "migrate",
     cls=Verb,
-    short_help="Move a pod to another node.",
+    short_help="Move a pod or a JobSet to other nodes.",
     status=(
         exits.REFUSED,
         exits.FAILED,
@@ -25,15 +25,19 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
     example="ckpt-agent migrate pod/trainer-0 --to node-2 -n research",
 )
 @click.argument(
-    "pod", metavar="pod/NAME", type=arguments.pod, shell_complete=arguments.complete_pod
+    "target",
+    metavar="pod/NAME|jobset/NAME",
+    type=arguments.target,
+    shell_complete=arguments.complete_pod,
 )
 @click.option(
     "--to",
-    "node",
+    "nodes",
     required=True,
+    multiple=True,
     metavar="NODE",
     shell_complete=arguments.complete_node,
-    help="The node to move it to.",
+    help="The node to move it to; for a JobSet, repeat it.",
 )
 @arguments.engine
 @click.option(
@@ -44,7 +48,11 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
 )
 @pass_invocation
 def verb(
-    invocation: Invocation, pod: str, node: str, engine: str | None, deadline: float | None
+    invocation: Invocation,
+    target: arguments.Target,
+    nodes: tuple[str, ...],
+    engine: str | None,
+    deadline: float | None,
 ) -> None:
     """Checkpoint a pod, stop it, and bring it back on another node under its own name, with its
     memory, its files and its output going on.
@@ -52,8 +60,18 @@ def verb(
     What stands against the move is looked for while the pod still runs, and nothing is deleted
     before the image is committed. If a later step fails, the message says what exists where and
     which command goes on.
+
+    The pods of a JobSet move at one instant. Those that are on one node stay together; the nodes
+    that they are on, in the order of the pods, go to the named ones in turn.
     """
     settings = invocation.settings(dump_deadline=deadline, restore_deadline=deadline)
+    if target.kind == "jobset":
+        from agent.cli import injobset
+
+        arguments.refuse({"--engine": engine}, "is for a pod, not for a JobSet")
+        injobset.migrate(invocation, settings, target.name, nodes)
+        return
+    node = arguments.one_node(nodes, "--to") or ""
     from agent.cli import incluster
 
-    incluster.migrate(invocation, settings, pod, node, engine=engine)
+    incluster.migrate(invocation, settings, target.name, node, engine=engine)

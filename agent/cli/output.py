@@ -117,6 +117,12 @@ _MOVED = (
     Column("AWAY", lambda item, now_s: human_s(item["awaySeconds"]), right=True),
     Column("IMAGE", _text("name")),
 )
+_BACK = (
+    Column("POD", _text("member")),
+    Column("FROM", lambda item, now_s: item["was"]["node"]),
+    Column("TO", lambda item, now_s: item["now"]["node"]),
+    Column("NOW", lambda item, now_s: item["now"]["pod"]),
+)
 _COMPARED = (
     Column("MEMBER", _text("name")),
     Column("SAME", _size("sameBytes"), right=True),
@@ -262,12 +268,16 @@ def _dump_report(document: Document, wide: bool, now_s: float) -> list[str]:
 
 
 def _restore_report(document: Document, wide: bool, now_s: float) -> list[str]:
+    if document.get("jobset"):
+        return table(_BACK, document["pods"], now_s)
     if document.get("pod"):
         return table(_RESTORED_POD, [document], now_s)
     return table(_RESTORED, document["members"], now_s)
 
 
 def _move_report(document: Document, wide: bool, now_s: float) -> list[str]:
+    if document.get("jobset"):
+        return table(_BACK, document["pods"], now_s)
     return table(_MOVED, [document], now_s)
 
 
@@ -344,6 +354,7 @@ def _error(document: Document, wide: bool, now_s: float) -> list[str]:
     lines += [f"  - {_printable(str(reason))}" for reason in facts.get("reasons", ())]
     tail = facts.get("log_tail", ())
     lines += [f"  | {line}" for line in (tail.splitlines() if isinstance(tail, str) else tail)]
+    lines += [f"  | {_printable(line)}" for line in str(facts.get("output", "")).splitlines()]
     if document["hint"]:
         lines.append(f"hint: {document['hint']}")
     return lines

@@ -12,12 +12,12 @@ from typing import Any
 from agent.cli import documents
 from agent.cli.output import Document
 from agent.cluster.move import Moved, Restored
-from agent.coordinator.checkpoint import Checkpoint
 from agent.model.pods import Placement
 from agent.rpc import results
 
 
-def _seconds(span_s: float) -> float:
+def seconds(span_s: float) -> float:
+    """A span as it is printed."""
     return round(span_s, 6)
 
 
@@ -31,8 +31,8 @@ def dump_report(namespace: str, pod: str, outcome: results.DumpOutcome) -> Docum
         pod=pod,
         engine=outcome.engine,
         stopped=outcome.stopped,
-        stopSeconds=_seconds(outcome.stop_s),
-        durableSeconds=_seconds(outcome.durable_s),
+        stopSeconds=seconds(outcome.stop_s),
+        durableSeconds=seconds(outcome.durable_s),
         storage=image.storage,
         processes=sum(member.processes for member in outcome.members),
         rawBytes=image.raw_bytes,
@@ -44,47 +44,12 @@ def dump_report(namespace: str, pod: str, outcome: results.DumpOutcome) -> Docum
                 # Numbers of processes mean something on their node only.
                 "pids": [],
                 "processes": member.processes,
-                "stopSeconds": _seconds(member.stop_s),
+                "stopSeconds": seconds(member.stop_s),
                 "rawBytes": member.raw_bytes,
             }
             for member in outcome.members
         ],
         hookProblems=list(outcome.hook_problems),
-    )
-
-
-def epoch_report(namespace: str, jobset: str, done: Checkpoint) -> Document:
-    """A committed checkpoint of a JobSet."""
-    image = done.image
-    return documents.document(
-        "DumpReport",
-        documents.image_name(image),
-        namespace=namespace,
-        jobset=jobset,
-        engine="container",
-        stopped=False,
-        stopSeconds=_seconds(done.stop_s),
-        durableSeconds=_seconds(done.durable_s),
-        storage=image.storage,
-        processes=sum(each.processes for each in done.stops),
-        rawBytes=image.raw_bytes,
-        newBytes=image.new_bytes,
-        storedBytes=image.stored_bytes,
-        connections=done.connections,
-        leaving=[
-            {"podUid": uid, "local": local, "remote": remote} for uid, local, remote in done.leaving
-        ],
-        stepSeconds={state.value: _seconds(span_s) for state, span_s in done.spans_s.items()},
-        members=[
-            {
-                "name": each.name,
-                "pids": [],
-                "processes": each.processes,
-                "stopSeconds": _seconds(each.stop_s),
-                "rawBytes": each.raw_bytes,
-            }
-            for each in done.stops
-        ],
     )
 
 
@@ -100,17 +65,18 @@ def restore_report(namespace: str, restored: Restored) -> Document:
         node=restored.node,
         storage=outcome.image.storage,
         isolated=False,
-        waitedSeconds=_seconds(outcome.waited_s),
-        verifiedSeconds=_seconds(outcome.verified_s),
-        runningSeconds=_seconds(outcome.running_s),
-        was=_placement(outcome.was),
-        now=_placement(outcome.now),
+        waitedSeconds=seconds(outcome.waited_s),
+        verifiedSeconds=seconds(outcome.verified_s),
+        runningSeconds=seconds(outcome.running_s),
+        was=placement(outcome.was),
+        now=placement(outcome.now),
         members=[],
         hookProblems=list(outcome.hook_problems),
     )
 
 
-def _placement(found: Placement) -> dict[str, Any]:
+def placement(found: Placement) -> dict[str, Any]:
+    """Where a pod is, or was."""
     return {
         "pod": found.pod,
         "podUid": found.pod_uid,
@@ -130,13 +96,13 @@ def move_report(namespace: str, pod: str, moved: Moved) -> Document:
         source=moved.source,
         target=moved.target,
         storage=moved.dump.image.storage,
-        awaySeconds=_seconds(moved.away_s),
-        stopSeconds=_seconds(moved.dump.stop_s),
-        durableSeconds=_seconds(moved.dump.durable_s),
-        runningSeconds=_seconds(moved.restore.running_s),
-        was=_placement(moved.restore.was),
-        now=_placement(moved.restore.now),
-        stepSeconds={name: _seconds(span_s) for name, span_s in moved.steps.items()},
+        awaySeconds=seconds(moved.away_s),
+        stopSeconds=seconds(moved.dump.stop_s),
+        durableSeconds=seconds(moved.dump.durable_s),
+        runningSeconds=seconds(moved.restore.running_s),
+        was=placement(moved.restore.was),
+        now=placement(moved.restore.now),
+        stepSeconds={name: seconds(span_s) for name, span_s in moved.steps.items()},
         rawBytes=moved.dump.image.raw_bytes,
         newBytes=moved.dump.image.new_bytes,
         storedBytes=moved.dump.image.stored_bytes,

@@ -36,11 +36,18 @@ _OUTPUT_MODE = 0o600
 @click.argument("image", shell_complete=arguments.complete_image)
 @click.option(
     "--node",
+    "nodes",
+    multiple=True,
+    metavar="NODE",
     shell_complete=arguments.complete_node,
-    help="In a cluster: start the image's pod on this node.",
+    help="In a cluster: start the image's pod on this node; for a JobSet, repeat it.",
 )
 @click.option("--pod", help="In a cluster: restore into this pod, which waits for the image.")
-@click.option("--replace", is_flag=True, help="With --node: delete a pod of that name first.")
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="With --node: delete a pod of that name first; of a JobSet, end what runs of it.",
+)
 @click.option("--again", is_flag=True, help="In a cluster: even if the image was restored before.")
 @arguments.storage
 @click.option("--isolate", is_flag=True, help="Use fresh pid and mount namespaces.")
@@ -74,7 +81,7 @@ _OUTPUT_MODE = 0o600
 def verb(
     invocation: Invocation,
     image: str,
-    node: str | None,
+    nodes: tuple[str, ...],
     pod: str | None,
     replace: bool,
     again: bool,
@@ -92,9 +99,12 @@ def verb(
 
     The image is read and verified whole before any process starts. Everything in the way is
     named at once, and nothing is changed then. In a cluster say where: --node or --pod.
+
+    jobset/NAME[@EPOCH] brings back all pods of a JobSet at one instant, on the nodes that --node
+    names or where the scheduler likes.
     """
     of_a_cluster = {
-        "--node": node,
+        "--node": nodes,
         "--pod": pod,
         "--replace": replace,
         "--again": again,
@@ -110,8 +120,19 @@ def verb(
         "--accept-changed": accept_changed,
     }
     settings = invocation.settings(restore_deadline=deadline)
+    of_a_jobset = arguments.jobset_image(image)
+    if of_a_jobset is not None:
+        arguments.refuse(of_a_host | {"--pod": pod, "--again": again}, "is not for a JobSet")
+        from agent.cli import injobset
+
+        name, epoch = of_a_jobset
+        injobset.restore(
+            invocation, settings, name, epoch, storage=storage, nodes=nodes, replace=replace
+        )
+        return exits.DONE
     if invocation.in_cluster(settings) or any(of_a_cluster.values()):
         arguments.refuse(of_a_host, "is for processes on this host, not for pods in a cluster")
+        node = arguments.one_node(nodes, "--node")
         if (node is None) == (pod is None):
             raise click.UsageError("say where: --node NODE or --pod NAME")
         if replace and node is None:

@@ -117,7 +117,7 @@ def migrate(
     template = dumped.pod_template or model_pods.template(found)
     with _incomplete(steps, plan, image), steps.timed(move.Step.DELETE):
         uid = str(found["metadata"]["uid"])
-        _retried(lambda: objects.delete_pod(session.api, session.namespace, name, uid, _GRACE_S))
+        retried(lambda: objects.delete_pod(session.api, session.namespace, name, uid, _GRACE_S))
         objects.await_gone(session.api, session.namespace, name, uid, _GRACE_S, watch.check)
     restored = _bring_up(session, template, plan, dumped.image, steps, watch, again=False)
     return Moved(
@@ -149,7 +149,7 @@ def _committed_after_all(
         new = [_name(image) for image in after if _name(image) not in known]
         if not new:
             raise
-        raise _told(
+        raise told(
             move.incomplete(move.Step.DUMP, plan, new[-1], exc.message), new[-1], exc
         ) from exc
 
@@ -207,7 +207,7 @@ def restore_on(
             hint="--replace deletes it first; --pod restores into it if it waits for this image",
             reasons=[],
         )
-    _check_node(session, template, node)
+    check_node(session, template, node)
     _try(session, template, detail.image.members, node, pod)
     session.agent_of(node).images(session.namespace, pod)
     plan = move.Move(session.namespace, pod, "", node)
@@ -261,7 +261,7 @@ def _check(session: Session, found: Json, node: str, agent: client.Agent) -> Non
             reasons=reasons,
         )
     template = model_pods.template(found)
-    _check_node(session, template, node)
+    check_node(session, template, node)
     blockers = agent.plan(session.namespace, name).get("blockers") or []
     if blockers:
         raise errors.TargetUnsuitable(
@@ -272,7 +272,12 @@ def _check(session: Session, found: Json, node: str, agent: client.Agent) -> Non
     _try(session, template, move.members(found), node, name)
 
 
-def _check_node(session: Session, template: Json, node: str) -> None:
+def check_node(session: Session, template: move.Json, node: str) -> None:
+    """Return if a pod of ``template`` may run on ``node``, as far as the caller can see.
+
+    Raises:
+        errors.TargetUnsuitable: it could not; every reason is told.
+    """
     try:
         target = objects.node(session.api, node)
     except errors.Forbidden:
@@ -287,11 +292,22 @@ def _check_node(session: Session, template: Json, node: str) -> None:
 
 
 def _check_rights(session: Session, *, dump: bool) -> None:
-    wanted = [
-        objects.Right(verb, resource, group, session.namespace)
-        for verb, resource, group in _RIGHTS
-        if dump or (verb, group) != ("create", access.API_GROUP)
-    ]
+    check_rights(
+        session,
+        [
+            objects.Right(verb, resource, group, session.namespace)
+            for verb, resource, group in _RIGHTS
+            if dump or (verb, group) != ("create", access.API_GROUP)
+        ],
+    )
+
+
+def check_rights(session: Session, wanted: Sequence[objects.Right]) -> None:
+    """Return if the caller has all of these rights.
+
+    Raises:
+        errors.Forbidden: one is missing; every one that is, is named.
+    """
     missing = [str(right) for right in wanted if not objects.may(session.api, right)]
     if missing:
         raise errors.Forbidden(
@@ -351,12 +367,12 @@ def _bring_up(
     with _incomplete(steps, plan, name):
         with steps.timed(move.Step.CREATE):
             body = move.replacement(template, image=name, members=image.members, node=plan.target)
-            uid = _retried(lambda: _created(session, body, image.members))
+            uid = retried(lambda: _created(session, body, image.members))
         with steps.timed(move.Step.SCHEDULE):
             deadline = clock.Deadline.after(session.settings.schedule_deadline_s)
             node = objects.await_scheduled(api, namespace, plan.pod, uid, deadline, watch.check)
         with steps.timed(move.Step.RESTORE):
-            outcome = _retried(
+            outcome = retried(
                 lambda: _restore(
                     session, name, image.storage, plan.pod, uid, node, again=again, watch=watch
                 )
@@ -411,7 +427,7 @@ def _restore(
     )
 
 
-def _retried(act: Callable[[], Any]) -> Any:
+def retried(act: Callable[[], Any]) -> Any:
     """Do what the job now waits for, again where that may help."""
     for _ in range(_TRIES - 1):
         try:
@@ -455,10 +471,11 @@ def _incomplete(steps: _Steps, plan: move.Move, image: str) -> Iterator[None]:
         yield
     except errors.CkptError as exc:
         found = move.incomplete(steps.now, plan, image, exc.message)
-        raise _told(found, image, exc) from exc
+        raise told(found, image, exc) from exc
 
 
-def _told(found: move.Incomplete, image: str, cause: errors.CkptError) -> errors.MoveIncomplete:
+def told(found: move.Incomplete, image: str, cause: errors.CkptError) -> errors.MoveIncomplete:
+    """The error that tells people what stands where, because of ``cause``."""
     return errors.MoveIncomplete(
         found.message,
         hint=_commands(found.next, cause.hint),

@@ -1,7 +1,7 @@
 """Checkpoints of JobSets: who belongs to one, and what its image tells of it.
 
 Promises: as ``checkpoint``.
-Does not: restore.
+Does not: restore; ``jobsetrestore`` does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from agent.coordinator.machine import State
 from agent.kube import jobsets
 from agent.model import jobset
 from agent.model import storage as model_storage
-from agent.model.protocol import LEAVE_RUNNING
+from agent.model.protocol import EVACUATE, LEAVE_RUNNING
 
 
 def dump(
@@ -24,10 +24,12 @@ def dump(
     *,
     now_s: float,
     storage: str = "",
+    stop: bool = False,
     control: checkpoint.Control | None = None,
     watch: Callable[[State], None] = lambda state: None,
 ) -> checkpoint.Checkpoint:
-    """Checkpoint all pods of the JobSet ``name`` at one instant.
+    """Checkpoint all pods of the JobSet ``name`` at one instant. ``stop``: they are ended once that
+    is committed, and wait where they are.
 
     Raises:
         errors.NotFound | errors.TargetUnsuitable: there is none, or not all of its pods run.
@@ -53,8 +55,8 @@ def dump(
         session,
         jobset.group(name),
         members,
-        LEAVE_RUNNING,
-        facts={"jobset": name, **made.facts},
+        EVACUATE if stop else LEAVE_RUNNING,
+        facts={"jobset": name, "jobset_template": jobset.template(found), **made.facts},
         now_s=now_s,
         storage=storage or model_storage.agreed(said),
         control=control,

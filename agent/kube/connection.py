@@ -140,19 +140,21 @@ class Connection:
         read_s: float = _READ_S,
     ) -> Json:
         """Send one request and return the object that came back. ``what`` names the thing for
-        messages, such as ``pod ns/name``.
+        messages, such as ``pod ns/name``. The body of a PATCH is a merge patch (RFC 7386).
 
         Raises:
             errors.NotFound | errors.Unauthenticated | errors.Forbidden | errors.Conflict |
             errors.InvalidInput | errors.Unreachable: as the API server answered.
         """
         url = self.url + path + (f"?{urllib.parse.urlencode(query)}" if query else "")
-        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        headers = {"Accept": "application/json", "Content-Type": kind}
         bearer = self.authorization()
         if bearer:
             headers["authorization"] = bearer
         with self.reached():
-            answer = self._account.send(method, url, headers, body, (_CONNECT_S, read_s))
+            timeout = (min(_CONNECT_S, read_s), read_s)
+            answer = self._account.send(method, url, headers, body, timeout)
             content = answer.data
         found = parsed(content)
         if answer.status >= _HTTP_REFUSED:

@@ -10,11 +10,13 @@ Does not: read anything.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agent import errors
+from agent.model import optin
 
 API = "jobset.x-k8s.io/v1alpha2"
 NAME_LABEL = "jobset.sigs.k8s.io/jobset-name"
@@ -22,6 +24,7 @@ _REPLICATED_JOB = "jobset.sigs.k8s.io/replicatedjob-name"
 _JOB_INDEX = "jobset.sigs.k8s.io/job-index"
 _ATTEMPT = "jobset.sigs.k8s.io/restart-attempt"
 _COMPLETION = "batch.kubernetes.io/job-completion-index"
+_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 
 Json = Mapping[str, Any]
 
@@ -63,6 +66,12 @@ def identity(pod: Json) -> str:
     return "-".join(str(each) for each in found) if all(found) else ""
 
 
+def marks(name: str, job: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The labels and annotations by which the first pod of a replicated job is known."""
+    found = {_REPLICATED_JOB: job, _JOB_INDEX: "0", _COMPLETION: "0"}
+    return {NAME_LABEL: name, **found}, {_COMPLETION: "0"}
+
+
 def membership(jobset: Json, pods: Sequence[Json]) -> Membership:
     """The pods that make up ``jobset``.
 
@@ -88,7 +97,7 @@ def membership(jobset: Json, pods: Sequence[Json]) -> Membership:
         members.append(Member(identity(pod), metadata["name"], metadata["uid"], node))
     twice = {each.identity for each in members if _count(members, each.identity) > 1}
     reasons += [f"two pods run as {each}" for each in sorted(twice)]
-    wanted = _wanted(jobset)
+    wanted = len(identities(jobset))
     if not reasons and len(members) != wanted:
         reasons.append(f"{len(members)} of its {wanted} pods run")
     if reasons:
@@ -120,10 +129,45 @@ def _count(members: Sequence[Member], name: str) -> int:
     return sum(each.identity == name for each in members)
 
 
-def _wanted(jobset: Json) -> int:
-    total = 0
-    for job in (jobset.get("spec") or {}).get("replicatedJobs") or ():
-        template = (job.get("template") or {}).get("spec") or {}
-        pods = template.get("completions") or template.get("parallelism") or 1
-        total += int(job.get("replicas") or 1) * int(pods)
-    return total
+def identities(jobset: Json) -> tuple[str, ...]:
+    """What each of the pods is called that a JobSet wants."""
+    return tuple(
+        f"{job.get('name')}-{index}-{completion}"
+        for job in replicated_jobs(jobset)
+        for index in range(int(job.get("replicas", 1)))
+        for completion in range(_completions(job))
+    )
+
+
+def replicated_jobs(jobset: Json) -> list[Json]:
+    """Its replicated jobs."""
+    return list((jobset.get("spec") or {}).get("replicatedJobs") or ())
+
+
+def pod_template(job: Json) -> Json:
+    """The pods of a replicated job, as its Job makes them."""
+    found: Json = ((job.get("template") or {}).get("spec") or {}).get("template") or {}
+    return found
+
+
+def template(jobset: Json) -> dict[str, Any]:
+    """The JobSet to create for another one like it: without what the API server and others added,
+    and who owned it.
+    """
+    metadata = jobset["metadata"]
+    annotations = {
+        key: value
+        for key, value in (metadata.get("annotations") or {}).items()
+        if key not in (_APPLIED, optin.RESTORE)
+    }
+    kept = {"name": metadata["name"], "annotations": annotations}
+    if metadata.get("labels"):
+        kept["labels"] = metadata["labels"]
+    made = {"apiVersion": API, "kind": "JobSet", "metadata": kept, "spec": jobset.get("spec") or {}}
+    return copy.deepcopy(made)
+
+
+def _completions(job: Json) -> int:
+    """How many pods each of its Jobs has."""
+    spec = (job.get("template") or {}).get("spec") or {}
+    return int(spec.get("completions") or spec.get("parallelism") or 1)

@@ -18,12 +18,11 @@ import enum
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from agent.model import optin, pods
+from agent.model import affinity, optin, pods
 from agent.model.container import HOLD
 
 Json = Mapping[str, Any]
 
-_PIN = "metadata.name"
 _MIRROR = "kubernetes.io/config.mirror"
 # The labels by which Jobs and ReplicaSets tell their own pods from others.
 _OF_A_CONTROLLER = ("controller-uid", "batch.kubernetes.io/controller-uid", "pod-template-hash")
@@ -141,7 +140,7 @@ def node_objections(template: Json, node: Json) -> list[str]:
     for key, value in (spec.get("nodeSelector") or {}).items():
         if labels.get(key) != value:
             found.append(f"the pod's nodeSelector wants the label {key}={value}")
-    terms = _terms(spec)
+    terms = affinity.terms(spec)
     if terms and not any(_matches(term, labels) for term in terms):
         found.append("the pod's node affinity does not match its labels")
     return found
@@ -163,13 +162,6 @@ def _tolerated(taint: Json, tolerations: Any) -> bool:
         )
 
     return any(tolerates(each) for each in tolerations)
-
-
-def _terms(spec: Json) -> list[Json]:
-    """The alternatives of a required node affinity."""
-    affinity = (spec.get("affinity") or {}).get("nodeAffinity") or {}
-    required = affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}
-    return list(required.get("nodeSelectorTerms") or ())
 
 
 def _matches(term: Json, labels: Json) -> bool:
@@ -211,12 +203,7 @@ def replacement(
     _opt_in(metadata, spec, members)
     _stand_alone(metadata)
     spec.pop("nodeName", None)
-    pinned = [{**term, "matchFields": _pinned(term, node)} for term in _terms(spec) or [{}]]
-    affinity = spec.get("affinity") or {}
-    required = {"nodeSelectorTerms": pinned}
-    node_affinity = affinity.get("nodeAffinity") or {}
-    node_affinity["requiredDuringSchedulingIgnoredDuringExecution"] = required
-    spec["affinity"] = {**affinity, "nodeAffinity": node_affinity}
+    spec["affinity"] = affinity.pinned(spec, node)
     return made
 
 
@@ -250,12 +237,6 @@ def _stand_alone(metadata: dict[str, Any]) -> None:
     labels = metadata.get("labels") or {}
     for each in _OF_A_CONTROLLER:
         labels.pop(each, None)
-
-
-def _pinned(term: Json, node: str) -> list[Json]:
-    """A term's fields with the node's name; the name that an earlier move put there goes."""
-    kept = [each for each in term.get("matchFields") or () if each.get("key") != _PIN]
-    return [*kept, {"key": _PIN, "operator": "In", "values": [node]}]
 
 
 def trial_name(name: str) -> str:

@@ -386,6 +386,28 @@ def template_json(facts: Mapping[str, Any]) -> str:
     return json.dumps(template, separators=(",", ":")) if isinstance(template, dict) else ""
 
 
+def jobset_json(facts: Mapping[str, Any]) -> str:
+    """The JobSet that an epoch is of, from the epoch's facts; "" if it is of none."""
+    template = facts.get("jobset_template")
+    return json.dumps(template, separators=(",", ":")) if isinstance(template, dict) else ""
+
+
+def placements(facts: Mapping[str, Any]) -> list[tuple[str, Placement]]:
+    """Where each pod of an epoch of several was, by what the group calls it; what the epoch does
+    not say is empty.
+    """
+    told = facts.get("pods")
+    found = []
+    for each in told if isinstance(told, list) else ():
+        if isinstance(each, dict) and isinstance(each.get("member"), str):
+            metadata = (each.get("pod_template") or {}).get("metadata") or {}
+            known = [str(address) for address in each.get("addresses") or ()]
+            name, uid, node = metadata.get("name"), each.get("pod_uid"), each.get("node")
+            where = Placement(str(name or ""), str(uid or ""), str(node or ""), tuple(known))
+            found.append((each["member"], where))
+    return found
+
+
 class _Cancellable:
     """An engine whose restore asks once more before anything runs."""
 

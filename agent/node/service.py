@@ -227,6 +227,11 @@ class NodeService:
             node=_word(facts, "node"),
             restored_into=claims.holder(store.volume, found.image),
             obstacles=self._parts.work.obstacles(facts, [source for _, source in sources]),
+            pods=[
+                api.PodOfImage(member=member, was=_placement(was))
+                for member, was in podwork.placements(facts)
+            ],
+            jobset_json=podwork.jobset_json(facts),
         )
 
     def verify_image(

@@ -238,6 +238,8 @@ class Agent:
             node=answer.node,
             restored_into=answer.restored_into,
             obstacles=tuple(answer.obstacles),
+            pods={each.member: results.placement(each.was) for each in answer.pods},
+            jobset=self._template(answer.jobset_json),
         )
 
     def verify(
@@ -458,7 +460,7 @@ class Agent:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise errors.AgentDefect(f"{self.peer} sent a pod that is not JSON")
+            raise errors.AgentDefect(f"{self.peer} sent an object that is not JSON")
         return found
 
     def _error(

@@ -7,6 +7,7 @@ Does not: call anybody.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from agent.model.pods import Placement
@@ -42,7 +43,8 @@ class Listing:
 @dataclasses.dataclass(frozen=True)
 class ImageDetail:
     """One image with its document for people and what a move needs; ``pod_template`` is None if
-    it is not of a pod. ``obstacles`` are why it can be restored into no pod at all.
+    it is not of a pod. ``obstacles`` are why it can be restored into no pod at all; ``pods`` is
+    where each pod of a group was, by what the group calls it, and ``jobset`` what they were.
     """
 
     image: Image
@@ -52,6 +54,8 @@ class ImageDetail:
     node: str
     restored_into: str
     obstacles: tuple[str, ...] = ()
+    pods: Mapping[str, Placement] = dataclasses.field(default_factory=dict)
+    jobset: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from agent import errors
 from agent.admission import mutate
 from agent.model import optin
+from agent.model.intent import Intent
 from tests import jsonpatch
 
 IMAGE = "registry.example/ckpt-agent:1"
@@ -37,10 +38,10 @@ def container(name: str, command: list[str] | None = None, **more: Any) -> dict[
     return {"name": name, "image": "job:1", "command": command or ["/bin/work"], **more}
 
 
-def patched(before: Any) -> Any:
+def patched(before: Any, intent: Intent | None = None) -> Any:
     """The pod as the API server stores it; asserts that a second call changes nothing more."""
-    after = jsonpatch.apply(before, mutate.mutate(before, image=IMAGE).patch)
-    assert mutate.mutate(after, image=IMAGE).patch == []
+    after = jsonpatch.apply(before, mutate.mutate(before, image=IMAGE, intent=intent).patch)
+    assert mutate.mutate(after, image=IMAGE, intent=intent).patch == []
     return after
 
 
@@ -503,3 +504,70 @@ def test_any_held_container_finds_what_it_needs(before: Any) -> None:
         assert optin.INIT_CONTAINER in names(init[:position])
         assert {"name": "ckpt-agent", "mountPath": "/.ckpt-agent"} in part["volumeMounts"]
         assert {"CKPT_AGENT_RESTORE", "CKPT_AGENT_CONTAINER"} <= set(names(part["env"]))
+
+
+# JobSets that shall come back.
+
+
+def rank(completion: int, **spec: Any) -> Any:
+    """A pod as the Job controller makes it for a JobSet."""
+    found = pod(**spec)
+    found["metadata"]["labels"] |= {
+        "jobset.sigs.k8s.io/jobset-name": "train",
+        "jobset.sigs.k8s.io/replicatedjob-name": "worker",
+        "jobset.sigs.k8s.io/job-index": "0",
+    }
+    found["metadata"]["annotations"] = {"batch.kubernetes.io/job-completion-index": str(completion)}
+    return found
+
+
+IN_IMAGE = "jobset.train@20260131-235959-0a1b2c"
+
+
+def test_a_pod_of_a_jobset_that_shall_come_back_waits_on_its_own_node() -> None:
+    intent = Intent(IN_IMAGE, nodes={"worker-0-0": "n2", "worker-0-1": "n1"})
+    for completion, node in ((0, "n2"), (1, "n1")):
+        after = patched(rank(completion), intent)
+        assert after["metadata"]["annotations"][optin.RESTORE] == IN_IMAGE
+        required = after["spec"]["affinity"]["nodeAffinity"][
+            "requiredDuringSchedulingIgnoredDuringExecution"
+        ]
+        pin = {"key": "metadata.name", "operator": "In", "values": [node]}
+        assert required == {"nodeSelectorTerms": [{"matchFields": [pin]}]}
+
+
+def test_a_pod_without_a_node_of_its_own_goes_where_the_scheduler_likes() -> None:
+    after = patched(rank(2), Intent(IN_IMAGE, nodes={"worker-0-0": "n2"}))
+    assert after["metadata"]["annotations"][optin.RESTORE] == IN_IMAGE
+    assert "affinity" not in after["spec"]
+
+
+def test_a_pod_of_which_nothing_can_be_held_is_not_said_to_wait() -> None:
+    after = patched(rank(0, hostPID=True), Intent(IN_IMAGE))
+    assert optin.RESTORE not in after["metadata"]["annotations"]
+
+
+def test_what_a_pod_requires_of_its_node_stays_beside_the_node() -> None:
+    zone = {"key": "zone", "operator": "In", "values": ["a"]}
+    spread = {"preferredDuringSchedulingIgnoredDuringExecution": []}
+    affinity = {
+        "podAntiAffinity": spread,
+        "nodeAffinity": {
+            "requiredDuringSchedulingIgnoredDuringExecution": {
+                "nodeSelectorTerms": [
+                    {"matchExpressions": [zone]},
+                    {"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["n9"]}]},
+                ]
+            }
+        },
+    }
+    after = patched(rank(0, affinity=affinity), Intent(IN_IMAGE, nodes={"worker-0-0": "n2"}))
+    pin = {"key": "metadata.name", "operator": "In", "values": ["n2"]}
+    found = after["spec"]["affinity"]
+    assert found["podAntiAffinity"] == spread
+    assert found["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] == {
+        "nodeSelectorTerms": [
+            {"matchExpressions": [zone], "matchFields": [pin]},
+            {"matchFields": [pin]},
+        ]
+    }

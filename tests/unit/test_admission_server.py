@@ -21,6 +21,7 @@ from agent.admission import certificates, keeper, mutate, review, rotation, serv
 from agent.admission.certificates import Pair
 from agent.host.clock import Deadline
 from agent.model import optin
+from agent.model.intent import Intent
 from tests import jsonpatch
 from tests.fakes.objects import Objects
 
@@ -30,6 +31,10 @@ POD = {
     "spec": {"containers": [{"name": "main", "image": "i", "command": ["/bin/work"]}]},
 }
 DAY_S = 86400.0
+
+
+def no_intents(namespace: str, name: str) -> None:
+    """No JobSet shall come back."""
 
 
 def asking(pod: Any = POD, **more: Any) -> dict[str, Any]:
@@ -47,7 +52,7 @@ def asking(pod: Any = POD, **more: Any) -> dict[str, Any]:
 
 def answer(body: Any) -> dict[str, Any]:
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
-    found = json.loads(review.respond(text, image=IMAGE))
+    found = json.loads(review.respond(text, image=IMAGE, intents=no_intents))
     assert (found["apiVersion"], found["kind"]) == (review.API_VERSION, "AdmissionReview")
     return dict(found["response"])
 
@@ -125,7 +130,43 @@ MALFORMED = [
 @pytest.mark.parametrize("body", MALFORMED, ids=lambda body: repr(body[:20]))
 def test_what_is_no_review_is_refused(body: bytes) -> None:
     with pytest.raises(errors.InvalidInput):
-        review.respond(body, image=IMAGE)
+        review.respond(body, image=IMAGE, intents=no_intents)
+
+
+def of_a_jobset(**labels: str) -> Any:
+    metadata = POD["metadata"]
+    marks = {"jobset.sigs.k8s.io/jobset-name": "train", **labels}
+    return {**POD, "metadata": {**metadata, "labels": {**metadata["labels"], **marks}}}
+
+
+def test_a_pod_of_a_jobset_that_shall_come_back_waits_for_its_image() -> None:
+    asked = []
+
+    def intents(namespace: str, name: str) -> Intent:
+        asked.append((namespace, name))
+        return Intent("jobset.train@20260131-235959-0a1b2c")
+
+    body = json.dumps(asking(of_a_jobset())).encode()
+    response = json.loads(review.respond(body, image=IMAGE, intents=intents))["response"]
+    after = jsonpatch.apply(of_a_jobset(), json.loads(base64.b64decode(response["patch"])))
+    assert after["metadata"]["annotations"][optin.RESTORE] == "jobset.train@20260131-235959-0a1b2c"
+    assert "warnings" not in response
+    # Who is not opted in, or is of no JobSet, costs no look at one.
+    for pod in (POD, of_a_jobset(**{optin.LABEL: "no"})):
+        review.respond(json.dumps(asking(pod)).encode(), image=IMAGE, intents=intents)
+    assert asked == [("team", "train")]
+
+
+def test_a_pod_whose_jobset_cannot_be_looked_at_is_held_and_its_maker_warned() -> None:
+    def intents(namespace: str, name: str) -> None:
+        raise errors.Forbidden(f"JobSet {namespace}/{name}: not for you")
+
+    body = json.dumps(asking(of_a_jobset())).encode()
+    response = json.loads(review.respond(body, image=IMAGE, intents=intents))["response"]
+    after = jsonpatch.apply(of_a_jobset(), json.loads(base64.b64decode(response["patch"])))
+    assert after["spec"]["containers"][0]["command"][0] == "/.ckpt-agent/hold"
+    assert optin.RESTORE not in after["metadata"].get("annotations", {})
+    assert "not for you" in response["warnings"][0]
 
 
 # The server.
@@ -141,7 +182,9 @@ def leaf(ca: Pair) -> Pair:
 
 @contextlib.contextmanager
 def serving(pair: Pair, respond: Callable[[bytes], bytes] | None = None) -> Iterator[server.Server]:
-    made = server.Server(0, respond or functools.partial(review.respond, image=IMAGE))
+    made = server.Server(
+        0, respond or functools.partial(review.respond, image=IMAGE, intents=no_intents)
+    )
     made.present(pair)
     made.ready = True
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})

@@ -20,6 +20,7 @@ import pytest
 
 from agent import errors
 from agent.cli import exits, main
+from agent.host.clock import Deadline, wait_until
 from agent.model import optin
 from agent.model.container import HOLD
 from tests.fakes import apiserver, nodeagent
@@ -529,15 +530,21 @@ def test_a_replacement_without_a_node_is_told_with_the_schedulers_words(
 
 
 def test_a_restore_that_may_succeed_later_is_tried_again(run: Any, world: World) -> None:
-    def once() -> None:
-        del world.agents.fails["Restore"]
-        raise RuntimeError("an agent that broke off")
+    refused = threading.Event()
+
+    def free_again() -> None:
+        deadline = Deadline.after(60)
+        wait_until(lambda: bool(world.called("Restore")) or refused.is_set(), deadline)
+        world.agents.fails.pop("Restore")
 
     world.agents.fails["Restore"] = errors.TargetBusy("another restore runs")
-    timer = threading.Timer(1.0, lambda: world.agents.fails.pop("Restore"))
-    timer.start()
-    assert run("migrate", "pod/job", "--to", "n2").status == 0
-    timer.join()
+    other = threading.Thread(target=free_again)
+    other.start()
+    try:
+        assert run("migrate", "pod/job", "--to", "n2").status == 0
+    finally:
+        refused.set()
+        other.join()
     assert len(world.called("Restore")) > 1
 
 
@@ -756,7 +763,7 @@ def test_a_plugin_of_kubectl_always_means_the_cluster(world: World) -> None:
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        (("mig",), ["migrate\tMove a pod to another node.", ":4"]),
+        (("mig",), ["migrate\tMove a pod or a JobSet to other nodes.", ":4"]),
         (("dump", "po"), ["pod/job", ":4"]),
         (("migrate", "pod/job", "--to", ""), ["n1", "n2", ":4"]),
         (("restore", "job@"), ["job@20260131-235901-0a1b2c", ":4"]),

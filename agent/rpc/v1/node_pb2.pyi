@@ -237,7 +237,7 @@ class GetImageRequest(_message.Message):
     def __init__(self, namespace: _Optional[str] = ..., image: _Optional[str] = ..., storage: _Optional[str] = ...) -> None: ...
 
 class GetImageResponse(_message.Message):
-    __slots__ = ("image", "detail", "pod_template_json", "pod_uid", "node", "restored_into", "obstacles")
+    __slots__ = ("image", "detail", "pod_template_json", "pod_uid", "node", "restored_into", "obstacles", "pods", "jobset_json")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     POD_TEMPLATE_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -245,6 +245,8 @@ class GetImageResponse(_message.Message):
     NODE_FIELD_NUMBER: _ClassVar[int]
     RESTORED_INTO_FIELD_NUMBER: _ClassVar[int]
     OBSTACLES_FIELD_NUMBER: _ClassVar[int]
+    PODS_FIELD_NUMBER: _ClassVar[int]
+    JOBSET_JSON_FIELD_NUMBER: _ClassVar[int]
     image: Image
     detail: _struct_pb2.Struct
     pod_template_json: str
@@ -252,7 +254,17 @@ class GetImageResponse(_message.Message):
     node: str
     restored_into: str
     obstacles: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., detail: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., pod_template_json: _Optional[str] = ..., pod_uid: _Optional[str] = ..., node: _Optional[str] = ..., restored_into: _Optional[str] = ..., obstacles: _Optional[_Iterable[str]] = ...) -> None: ...
+    pods: _containers.RepeatedCompositeFieldContainer[PodOfImage]
+    jobset_json: str
+    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., detail: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., pod_template_json: _Optional[str] = ..., pod_uid: _Optional[str] = ..., node: _Optional[str] = ..., restored_into: _Optional[str] = ..., obstacles: _Optional[_Iterable[str]] = ..., pods: _Optional[_Iterable[_Union[PodOfImage, _Mapping]]] = ..., jobset_json: _Optional[str] = ...) -> None: ...
+
+class PodOfImage(_message.Message):
+    __slots__ = ("member", "was")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    WAS_FIELD_NUMBER: _ClassVar[int]
+    member: str
+    was: Placement
+    def __init__(self, member: _Optional[str] = ..., was: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
 
 class VerifyImageRequest(_message.Message):
     __slots__ = ("namespace", "image", "storage")
