@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agent import errors
-from agent.admission import mutate
+from agent.admission import hooked, mutate
 from agent.admission.podfields import mapping
 from agent.model import jobset, optin
 from agent.model.intent import Intent
@@ -95,6 +95,7 @@ def _mutation(request: dict[str, Any], image: str, intents: Intents) -> mutate.M
     intent, warnings = _intent(request, pod, intents)
     mutation = mutate.mutate(pod, image=image, intent=intent)
     mutation = mutate.Mutation(mutation.patch, (*warnings, *mutation.warnings))
+    mutation = mutate.Mutation(mutation.patch, (*mutation.warnings, *hooked.warnings(pod)))
     logger.info(
         "pod in %s: %s%s",
         request.get("namespace"),

@@ -1,0 +1,297 @@
+"""Hooks as a pod's owner writes them, and what of them is run when."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from agent import errors
+from agent.admission import hooked
+from agent.model import hooks, optin
+from agent.model.container import Container
+from agent.model.hooks import Hook, Outcome, Phase, Told
+from agent.model.pods import Placement, Pod
+from agent.node.podhooks import Around, PodHooks
+
+RUN = {"name": "run", "exec": ["/bin/true"]}
+
+
+def read(value: Any, containers: Sequence[str] = ("main", "proxy")) -> hooks.Hooks:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return hooks.read({optin.HOOKS: text}, containers)
+
+
+def names(steps: hooks.Steps) -> list[list[str]]:
+    return [[hook.name for hook in step] for step in steps]
+
+
+class TestAnnotation:
+    def test_a_pod_that_says_nothing_has_no_hooks(self) -> None:
+        assert hooks.read({}, ("main",)) == hooks.Hooks()
+
+    def test_every_kind_is_understood_with_what_it_says_and_what_it_leaves_open(self) -> None:
+        found = read(
+            {
+                "pre": [
+                    [RUN | {"container": "proxy"}, {"name": "ask", "http": {"port": 80}}],
+                    {
+                        "name": "tell",
+                        "unix": {"socket": "/run/s", "path": "/quiesce?now=1"},
+                        "deadlineSeconds": 2.5,
+                        "onFailure": "ignore",
+                        "scope": "group",
+                    },
+                    {"name": "drop", "action": "drop-caches", "path": "/data"},
+                ],
+                "post": [RUN | {"when": "decided"}, {"name": "sync", "action": "sync"}],
+            }
+        )
+        assert names(found.pre) == [["run", "ask"], ["tell"], ["drop"]]
+        run, ask, tell, drop = (hook for step in found.pre for hook in step)
+        assert (run.container, run.means) == ("proxy", hooks.Exec(("/bin/true",)))
+        assert (run.deadline_s, run.aborts, run.scope) == (10.0, True, hooks.Scope.MEMBER)
+        assert ask.means == hooks.Http(80, "/")
+        assert tell.means == hooks.Unix("/run/s", "/quiesce?now=1")
+        assert (tell.deadline_s, tell.aborts, tell.scope) == (2.5, False, hooks.Scope.GROUP)
+        assert drop.means == hooks.Builtin(hooks.Action.DROP_CACHES, "/data")
+        decided, sync = (hook for step in found.post for hook in step)
+        assert (decided.when, sync.when) == (hooks.When.DECIDED, hooks.When.RUNNING)
+        assert not decided.aborts
+        assert found.names == {"run", "ask", "tell", "drop"}
+
+    @pytest.mark.parametrize(
+        ("value", "word"),
+        [
+            ("{", "not JSON"),
+            ("[" * 100000, "not JSON"),
+            ([], "not a JSON object"),
+            ({"before": []}, "'before'"),
+            ({"pre": {}}, "pre is not a list"),
+            ({"pre": [[]]}, r"pre\[0\] is an empty list"),
+            ({"pre": [RUN, 7]}, r"pre\[1\] is not a JSON object"),
+            ({"pre": [[RUN, [RUN]]]}, r"pre\[0\] is not a JSON object"),
+            ({"pre": [{"exec": ["x"]}]}, r"pre\[0\] has no name"),
+            ({"pre": [RUN | {"name": "Bad Name"}]}, "has no name"),
+            ({"pre": [RUN, RUN]}, "two hooks of pre are called 'run'"),
+            ({"pre": [{"name": "x"}]}, "says nothing that it does"),
+            ({"pre": [RUN | {"http": {"port": 1}}]}, "both exec and http"),
+            ({"pre": [RUN | {"exec": []}]}, "no list of words"),
+            ({"pre": [RUN | {"exec": "true"}]}, "no list of words"),
+            ({"pre": [RUN | {"exec": ["a\0b"]}]}, "no list of words"),
+            ({"pre": [RUN | {"exec": ["PATH=/tmp", "x"]}]}, "a program called 'PATH=/tmp'"),
+            ({"pre": [RUN | {"exec": ["-S", "x"]}]}, "a program called '-S'"),
+            ({"pre": [{"name": "x", "http": {"port": 0}}]}, "no port"),
+            ({"pre": [{"name": "x", "http": {"port": True}}]}, "no port"),
+            ({"pre": [{"name": "x", "http": {"port": 1, "host": "10.0.0.1"}}]}, "'host'"),
+            ({"pre": [{"name": "x", "http": {"port": 1, "path": "/a b"}}]}, "path of"),
+            ({"pre": [{"name": "x", "http": {"port": 1, "path": "/a\r\nX: y"}}]}, "path of"),
+            ({"pre": [{"name": "x", "http": {"port": 1}, "container": "main"}]}, "container of"),
+            ({"pre": [{"name": "x", "unix": {"socket": "run/s"}}]}, "no socket"),
+            ({"pre": [{"name": "x", "action": "reboot"}]}, "no action that there is"),
+            ({"pre": [{"name": "x", "action": "drop-caches"}]}, "whose caches"),
+            ({"pre": [{"name": "x", "action": "sync", "path": "data"}]}, "not absolute"),
+            ({"pre": [RUN | {"container": "other"}]}, "cannot be 'other'"),
+            ({"pre": [RUN | {"container": ["main"]}]}, "cannot be"),
+            ({"pre": [RUN | {"deadlineSeconds": 0}]}, "deadlineSeconds"),
+            ({"pre": [RUN | {"deadlineSeconds": "10s"}]}, "deadlineSeconds"),
+            ('{"pre": [{"name": "x", "exec": ["x"], "deadlineSeconds": NaN}]}', "deadlineSeconds"),
+            ({"pre": [RUN | {"deadlineSeconds": 301}]}, "deadlineSeconds"),
+            ({"pre": [RUN | {"onFailure": "retry"}]}, "onFailure"),
+            ({"post": [RUN | {"onFailure": "abort"}]}, "'onFailure'"),
+            ({"pre": [RUN | {"when": "decided"}]}, "'when'"),
+            ({"pre": [RUN | {"scope": "pod"}]}, "scope"),
+            ({"pre": [RUN | {"user": 0}]}, "'user'"),
+            ({"pre": [RUN | {"name": f"x{n}"} for n in range(33)]}, "33 hooks"),
+            (
+                {"pre": [RUN | {"name": f"x{n}", "deadlineSeconds": 160} for n in range(2)]},
+                "320 s together",
+            ),
+        ],
+    )
+    def test_what_makes_no_sense_is_named_with_the_way_out(self, value: Any, word: str) -> None:
+        with pytest.raises(errors.InvalidInput, match=word) as refused:
+            read(value)
+        assert optin.HOOKS in refused.value.message
+        assert refused.value.hint
+
+    def test_hooks_at_once_take_as_long_as_the_longest(self) -> None:
+        read({"pre": [[RUN | {"name": f"x{n}", "deadlineSeconds": 160} for n in range(2)]]})
+
+    def test_the_webhook_warns_of_hooks_that_make_no_sense_and_only_of_those(self) -> None:
+        def warned(text: str) -> tuple[str, ...]:
+            metadata = {"name": "p", "annotations": {optin.HOOKS: text}}
+            return hooked.warnings({"metadata": metadata, "spec": {"containers": [{"name": "a"}]}})
+
+        assert warned(json.dumps({"pre": [RUN]})) == ()
+        (said,) = warned(json.dumps({"pre": [RUN | {"container": "b"}]}))
+        assert "cannot be 'b'; there are a" in said
+        assert all(len(text) <= 250 for text in warned(json.dumps({"x" * 1000: 1})))
+        assert hooked.warnings({"metadata": None, "spec": 7}) == ()
+
+
+@dataclasses.dataclass
+class Calls:
+    """Notes what is called; some of it fails, or waits until it is told."""
+
+    failing: frozenset[str] = frozenset()
+    waits: frozenset[str] = frozenset()
+    done: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    told: list[Told] = dataclasses.field(default_factory=list)
+    entered: threading.Event = dataclasses.field(default_factory=threading.Event)
+    go: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def call(self, hook: Hook, containers: Sequence[Container], told: Told) -> None:
+        outcome = told.outcome.value if told.outcome else ""
+        self.done.append((hook.name, told.phase.value, outcome))
+        self.told.append(told)
+        if hook.name in self.waits:
+            self.entered.set()
+            assert self.go.wait(20)
+        if hook.name in self.failing:
+            raise errors.HookFailed(f"the hook {hook.name!r} failed", output="why")
+
+    def tell(self, pod: Pod, reason: Any, note: str) -> None:
+        self.done.append((reason, "", note.partition(" (")[0]))
+
+
+BOTH = {
+    "pre": [RUN | {"name": "a"}, RUN | {"name": "b"}],
+    "post": [RUN | {"name": "r"}, RUN | {"name": "d", "when": "decided"}],
+}
+
+
+def around(calls: Calls, wanted: Any = None, *, leads: bool = True) -> Around:
+    annotations = {optin.HOOKS: json.dumps(wanted or BOTH)}
+    pod = Pod("ns", "p", "u", "n", "Running", False, ("main",), annotations, "{}")
+    container = Container("id", "main", os.getpid(), "/")
+    return PodHooks(calls, calls).around(pod, [container], leads=leads, image="g@e")
+
+
+class TestAround:
+    def test_before_running_and_after_each_once(self) -> None:
+        calls = Calls()
+        made = around(calls)
+        made.before()
+        made.before()
+        made.running()
+        made.running()
+        assert made.after(Outcome.COMMITTED) == ()
+        assert made.after(Outcome.ABORTED) == ()
+        assert calls.done == [
+            ("a", "pre", ""),
+            ("b", "pre", ""),
+            ("r", "post", "captured"),
+            ("d", "post", "committed"),
+        ]
+
+    def test_no_post_hook_follows_where_no_pre_hook_was_begun(self) -> None:
+        calls = Calls()
+        made = around(calls)
+        made.running()
+        made.after(Outcome.ABORTED)
+        assert calls.done == []
+
+    def test_a_pod_with_post_hooks_only_is_told_as_well(self) -> None:
+        calls = Calls()
+        made = around(calls, {"post": BOTH["post"]})
+        made.before()
+        made.after(Outcome.COMMITTED)
+        assert [each[0] for each in calls.done] == ["r", "d"]
+
+    def test_a_hook_that_aborts_ends_the_pre_hooks_and_all_post_hooks_hear_of_it(self) -> None:
+        calls = Calls(failing=frozenset("a"))
+        made = around(calls)
+        with pytest.raises(errors.HookFailed):
+            made.before()
+        assert made.after(Outcome.ABORTED) == ()
+        assert calls.done == [("a", "pre", ""), ("r", "post", "aborted"), ("d", "post", "aborted")]
+
+    def test_a_hook_whose_failure_is_ignored_is_told_to_all_but_the_log_and_event_without_output(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        calls = Calls(failing=frozenset("ar"))
+        made = around(calls, {**BOTH, "pre": [RUN | {"name": "a", "onFailure": "ignore"}]})
+        made.before()
+        made.running()
+        problems = made.after(Outcome.COMMITTED)
+        assert problems == ("the hook 'a' failed\nwhy", "the hook 'r' failed\nwhy")
+        assert ("HookFailed", "", "the hook 'a' failed") in calls.done
+        assert "why" not in caplog.text
+        assert calls.done[-1] == ("d", "post", "committed")
+
+    def test_a_second_try_is_prepared_for_once_more_if_the_first_let_the_job_know(self) -> None:
+        calls = Calls()
+        made = around(calls)
+        made.before()
+        made.running()
+        made.before()
+        made.running()
+        made.after(Outcome.COMMITTED)
+        assert [each[0] for each in calls.done] == ["a", "b", "r", "a", "b", "r", "d"]
+
+    def test_post_hooks_wait_for_the_pre_hook_that_runs_and_no_other_begins(self) -> None:
+        calls = Calls(waits=frozenset("a"))
+        made = around(calls)
+        failures: list[BaseException] = []
+
+        def before() -> None:
+            try:
+                made.before()
+            except errors.DumpFailed as exc:
+                failures.append(exc)
+
+        pre = threading.Thread(target=before)
+        pre.start()
+        assert calls.entered.wait(20)
+        assert made.give_up()
+        post = threading.Thread(target=made.after, args=(Outcome.ABORTED,))
+        post.start()
+        calls.go.set()
+        pre.join(20)
+        post.join(20)
+        assert [each[0] for each in calls.done] == ["a", "r", "d"]
+        assert len(failures) == 1
+
+    def test_what_was_given_up_before_it_began_never_begins(self) -> None:
+        calls = Calls()
+        made = around(calls)
+        assert not made.give_up()
+        with pytest.raises(errors.DumpFailed):
+            made.before()
+        made.after(Outcome.ABORTED)
+        assert calls.done == []
+
+    def test_hooks_of_the_group_run_where_it_is_led(self) -> None:
+        wanted = {"pre": [RUN | {"name": "g", "scope": "group"}, RUN | {"name": "m"}]}
+        for leads, expected in ((True, ["g", "m"]), (False, ["m"])):
+            calls = Calls()
+            around(calls, wanted, leads=leads).before()
+            assert [each[0] for each in calls.done] == expected
+
+    def test_a_restored_pod_hears_where_it_was_and_is(self) -> None:
+        calls = Calls()
+        was = Placement("old", "u0", "n0", ("10.0.0.1",))
+        around(calls).restored(was)
+        assert calls.done == [("r", "post", "restored"), ("d", "post", "restored")]
+        told = calls.told[0]
+        assert (
+            told.environment()
+            | {
+                "CKPT_AGENT_OUTCOME": "restored",
+                "CKPT_AGENT_IMAGE": "g@e",
+                "CKPT_AGENT_POD": "p",
+                "CKPT_AGENT_NODE": "n",
+                "CKPT_AGENT_WAS_POD": "old",
+                "CKPT_AGENT_WAS_ADDRESSES": "10.0.0.1",
+            }
+            == told.environment()
+        )
+        document = told.document()
+        assert (document["phase"], document["was"]["node"]) == (Phase.POST.value, "n0")
+        assert document["now"]["pod"] == "p"
