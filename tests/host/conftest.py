@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -83,6 +84,21 @@ def own_network() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         # struct ifreq; SIOCSIFFLAGS, IFF_UP | IFF_RUNNING.
         fcntl.ioctl(control, 0x8914, struct.pack("16sh14x", b"lo", 0x41))
+
+
+@pytest.fixture(scope="session")
+def _only_new_garbage() -> None:
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _forgotten(_only_new_garbage: None) -> Iterator[None]:
+    """Errors hold the images of the tests that met them, in cycles; and the more memory this
+    process has, the longer takes each of its forks.
+    """
+    yield
+    gc.collect()
 
 
 class Target:
