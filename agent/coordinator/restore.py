@@ -18,6 +18,7 @@ from agent.coordinator import checkpoint
 from agent.coordinator.driver import Driver, Limits, Report
 from agent.coordinator.links import Call, Links
 from agent.coordinator.machine import Coordination, State
+from agent.host import clock
 from agent.model.protocol import RESTORE, Decision, Said, Told
 from agent.rpc import epochclient
 
@@ -71,6 +72,7 @@ def run(
     attempt = epochclient.Attempt(secrets.token_hex(_ATTEMPT_BYTES), moved, again)
     uids = [each.uid for each in members]
     deadline_s = session.settings.restore_deadline_s
+    deadline = clock.Deadline.after(deadline_s)
     stood: dict[int, bytes] = {}
 
     def call_of(member: checkpoint.Member) -> Call:
@@ -85,6 +87,9 @@ def run(
 
     def decide(wish: Decision, parts: Mapping[int, bytes]) -> Decision:
         stood.update(parts)
+        if wish is Decision.COMMITTED:
+            # No agent lets its processes stand for much longer.
+            deadline.check("the restore")
         return session.any_agent(
             lambda agent: agent.epochs.decide_restore(image, attempt, wish, uids)
         )

@@ -184,7 +184,11 @@ class EpochService:
         about = {**podwork.facts(pod, containers), "member": request.member}
         leaving = _Leaving()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(parts.work.taking_part("dump", pod, containers, leaving))
+            stack.enter_context(
+                parts.work.taking_part(
+                    "dump", pod, containers, leaving, ids.image_name(group, epoch)
+                )
+            )
             engine = parts.work.engine(pod, containers)
             if not engine.promises.cuts:
                 raise errors.TargetUnsuitable(

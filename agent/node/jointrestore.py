@@ -33,6 +33,9 @@ from agent.node.pods import Pods
 from agent.node.steppedgate import Stage, SteppedGate
 from agent.node.storages import Found
 
+# What stands when the time is over is decided by then: so long it must still be able to run.
+_DECIDED_S = 120.0
+
 _log = logging.getLogger(__name__)
 
 
@@ -147,7 +150,9 @@ class JointRestore:
         )
         self._pod = pod
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._work.taking_part("restore", pod, containers, self._cancel))
+            stack.enter_context(
+                self._work.taking_part("restore", pod, containers, self._cancel, found.image)
+            )
             engine = self._work.engine_for_restore(pod, containers)
             sources = [(name, reader.member(name)) for name in members]
             node_restore.check_all(engine, sources, order.options, self._began_s)
@@ -174,8 +179,8 @@ class JointRestore:
         self._gate.reach(Stage.FILLED, self._deadline)
 
     def _restore(self, engine: Engine, source: MemberSource) -> RestoredTree:
-        left_s = self._deadline.remaining_s
-        options = dataclasses.replace(self._order.options, deadline_s=left_s)
+        allowed_s = self._deadline.remaining_s + _DECIDED_S
+        options = dataclasses.replace(self._order.options, deadline_s=allowed_s)
         try:
             tree = engine.restore(source, options, self._gate)
         except BaseException as exc:

@@ -1,4 +1,5 @@
-"""What the agent is doing: one operation a container at a time, a limited number in all.
+"""What the agent is doing: one operation a container at a time, a limited number in all. What is
+done at the same instant to several pods counts as one: it could not be done one after the other.
 
 Promises: an operation that was let in is counted until it has ended, whatever became of its
 caller; while shutting down none is let in and each one is told to give up.
@@ -29,13 +30,16 @@ _NOUNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One that runs. ``what`` names it to people, ``keys`` are what nobody else may touch."""
+    """One that runs. ``what`` names it to people, ``keys`` are what nobody else may touch;
+    ``part_of`` names what it is done at one instant with, if it is.
+    """
 
     kind: Kind
     what: str
     keys: frozenset[Hashable]
     began_s: float
     cancel: Cancel
+    part_of: str = ""
 
 
 class Operations:
@@ -49,15 +53,21 @@ class Operations:
 
     @contextlib.contextmanager
     def begin(
-        self, kind: Kind, what: str, keys: Sequence[Hashable], cancel: Cancel
+        self,
+        kind: Kind,
+        what: str,
+        keys: Sequence[Hashable],
+        cancel: Cancel,
+        part_of: str = "",
     ) -> Iterator[Operation]:
         """Let an operation in until the context is left; ``cancel`` is set if it has to give up.
+        All of what they are ``part_of`` counts once.
 
         Raises:
             errors.TargetBusy: one of the keys is in use.
             errors.Overloaded: there are too many, or the agent is shutting down.
         """
-        operation = Operation(kind, what, frozenset(keys), clock.monotonic_s(), cancel)
+        operation = Operation(kind, what, frozenset(keys), clock.monotonic_s(), cancel, part_of)
         with self._changed:
             self._refuse(operation)
             self._running.append(operation)
@@ -100,9 +110,11 @@ class Operations:
                     f" {wanted.began_s - other.began_s:.0f} s",
                     hint="try again when it has ended",
                 )
-        if len(self._running) >= self._limit:
+        together = {each.part_of for each in self._running if each.part_of}
+        count = len(together) + sum(not each.part_of for each in self._running)
+        if count >= self._limit and wanted.part_of not in together:
             names = ", ".join(f"{each.kind} of {each.what}" for each in self._running)
             raise errors.Overloaded(
-                f"the agent does {len(self._running)} operations already: {names}",
+                f"the agent does {count} operations already: {names}",
                 hint="try again when one has ended, or allow more at once (parallel)",
             )

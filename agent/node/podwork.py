@@ -201,12 +201,14 @@ class PodWork:
         pod: Pod,
         containers: Sequence[Container],
         cancel: node_dump.Cancel,
+        image: str,
     ) -> Iterator[None]:
-        """Count the pod's part in an epoch of several pods as a dump or a restore of it;
+        """Count the pod's part in the epoch ``image`` of several pods as a dump or a restore of it;
         ``cancel`` is asked to give it up. Raises as ``Operations.begin``.
         """
+        keys, part_of = _keys(pod, containers), f"{kind} of {pod.namespace}/{image}"
         with (
-            self._operations.begin(kind, f"pod {pod}", _keys(pod, containers), cancel),
+            self._operations.begin(kind, f"pod {pod}", keys, cancel, part_of),
             self._trail.noted(kind, pod),
         ):
             yield

@@ -140,7 +140,7 @@ class Group:
 
     def __init__(self, boxes: Boxes, folder: Path, owned: contextlib.ExitStack) -> None:
         self.boxes = boxes
-        self._folder = folder
+        self.folder = folder
         self._owned = owned
         self.nodes: dict[str, Node] = {}
         self.clients: dict[str, client.Agent] = {}
@@ -159,7 +159,7 @@ class Group:
 
     def start_agent(self, name: str) -> None:
         """An agent with the group's one store."""
-        folder = self._folder / f"agent-{name}"
+        folder = self.folder / f"agent-{name}"
         folder.mkdir()
         node = self._owned.enter_context(
             nodes.running(
@@ -167,7 +167,7 @@ class Group:
                 None,
                 state=hold_state,
                 engines=BoxEngines(self.boxes, folder),
-                shared=self._folder / "stores",
+                shared=self.folder / "stores",
             )
         )
         self.nodes[name] = node
@@ -195,6 +195,11 @@ class Group:
         node.cri.containers.append(cri.FakeContainer(pod, uid, "main", box.pid, info=info))
         wait_for(lambda: (found := node.watch.get("default", pod)) and found.uid == uid)
         return Member(name, box, agent, uid, address)
+
+    def remove(self, member: Member) -> None:
+        """End the pod."""
+        member.box.close()
+        self.boxes.all.remove(member.box)
 
     def dump(self, members: Sequence[Member], course: Course = EVACUATE) -> checkpoint.Checkpoint:
         return checkpoint.run(

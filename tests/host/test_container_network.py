@@ -65,6 +65,13 @@ while True:
 
 @pytest.fixture
 def echo() -> Iterator[int]:
+    """``echoing`` for a test."""
+    with echoing() as port:
+        yield port
+
+
+@contextlib.contextmanager
+def echoing() -> Iterator[int]:
     """A peer outside of the pods, on the tests' own network; yields its port."""
     script = (
         "import socket,threading\n"

@@ -2,44 +2,238 @@
 
 from __future__ import annotations
 
+import dataclasses
+import secrets
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.host.boxes import Boxes
-from tests.host.groups import PROGRAM, Group, Member, group_in
-from tests.host.test_container_network import OUTSIDE, echo
+from agent import errors
+from agent.coordinator.machine import State
+from agent.engines.container import holding
+from agent.model.protocol import RESTORE, Answer, Decision, Said, Step, Told
+from agent.rpc import epochclient
+from tests.host.boxes import Boxes, boxes_in
+from tests.host.groups import GROUP, PROGRAM, Group, Member, group_in
+from tests.host.nodes import wait_for
+from tests.host.test_container_network import OUTSIDE, echoing
 
-__all__ = ["echo"]
+
+class _DiedError(Exception):
+    """The coordinator is gone."""
 
 
-@pytest.fixture
-def group(boxes: Boxes, tmp_path: Path) -> Iterator[Group]:
-    with group_in(boxes, tmp_path) as made:
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Boxes]:
+    with boxes_in(tmp_path_factory.mktemp("group")) as made:
         yield made
 
 
-def talking(group: Group, port: int) -> list[Member]:
-    """Two pods with a stream of numbers between them; the first also talks to somebody else."""
+@dataclasses.dataclass
+class Dumped:
+    """Two pods with a stream of numbers between them, of which the first also talked to somebody
+    outside, dumped at one instant and ended.
+    """
+
+    group: Group
+    epoch: str
+    members: list[Member]
+    lost: str
+    next_address: int = 4
+
+
+@pytest.fixture(scope="module")
+def dumped(boxes: Boxes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dumped]:
     run = ("python3", "-c", PROGRAM)
-    members = [
-        group.add("w-0-0", "a", "10.77.0.2", *run, "serve", "10.77.0.2", OUTSIDE, str(port)),
-        group.add("w-0-1", "b", "10.77.0.3", *run, "send", "10.77.0.2"),
+    with echoing() as port, group_in(boxes, tmp_path_factory.mktemp("agents")) as group:
+        serve = ("serve", "10.77.0.2", OUTSIDE, str(port))
+        members = [
+            group.add("w-0-0", "a", "10.77.0.2", *run, *serve),
+            group.add("w-0-1", "b", "10.77.0.3", *run, "send", "10.77.0.2"),
+        ]
+        for each in members:
+            each.flows()
+        epoch = group.dump(members).image.epoch
+        yield Dumped(group, epoch, members, f"{OUTSIDE}:{port}")
+
+
+@dataclasses.dataclass
+class Moving:
+    """The dumped group, and placeholders for it with addresses that nobody had before."""
+
+    dumped: Dumped
+    new: list[Member]
+
+    @property
+    def group(self) -> Group:
+        return self.dumped.group
+
+    @property
+    def moved(self) -> dict[str, str]:
+        pairs = zip(self.dumped.members, self.new, strict=True)
+        return {old.address: new.address for old, new in pairs}
+
+    def restore(self, *, die_at: State | None = None, again: bool = True) -> None:
+        def watch(state: State) -> None:
+            if state is die_at:
+                raise _DiedError
+
+        done = self.group.restore(self.dumped.epoch, self.new, self.moved, watch=watch, again=again)
+        assert done.lost == {"w-0-0": (self.dumped.lost,)}
+
+    def goes_on(self) -> None:
+        """The stream flows between the new pods, and nothing of it was lost or came twice."""
+        for before, after in zip(self.dumped.members, self.new, strict=True):
+            after.flows(10)
+            assert after.lines[0]["got"] > before.lines[-1]["got"]
+
+    def waits(self) -> None:
+        """Nothing of the image is in the placeholders, or of an operation on their nodes."""
+        for each in self.new:
+            wait_for(lambda each=each: holding.waits(each.box.pid))  # type: ignore[misc]
+            wait_for(lambda each=each: each.box.pids() == [each.box.pid])  # type: ignore[misc]
+            assert each.box.log.read_text() == ""
+        for node in self.group.nodes.values():
+            wait_for(lambda node=node: not node.operations.running())  # type: ignore[misc]
+            left = [*(node.folder / "run").glob("*/*"), *(node.folder / "work").glob("*")]
+            assert [path for path in left if path.parent.name in ("ops", "locks", "work")] == []
+        self.group.boxes.assert_clean()
+
+
+@pytest.fixture
+def moving(dumped: Dumped) -> Iterator[Moving]:
+    first = dumped.next_address
+    dumped.next_address += 2
+    # Each at the agent that had the other one.
+    new = [
+        dumped.group.add("w-0-0", "b", f"10.77.0.{first}"),
+        dumped.group.add("w-0-1", "a", f"10.77.0.{first + 1}"),
     ]
-    for each in members:
-        each.flows()
-    return members
+    yield Moving(dumped, new)
+    for each in new:
+        dumped.group.remove(each)
 
 
-def test_a_stream_between_pods_goes_on_at_other_addresses(group: Group, echo: int) -> None:
-    old = talking(group, echo)
-    epoch = group.dump(old).image.epoch
-    new = [group.add("w-0-0", "b", "10.77.0.4"), group.add("w-0-1", "a", "10.77.0.5")]
-    moved = {"10.77.0.2": "10.77.0.4", "10.77.0.3": "10.77.0.5"}
-    done = group.restore(epoch, new, moved)
-    assert done.lost == {"w-0-0": (f"{OUTSIDE}:{echo}",)}
-    for before, after in zip(old, new, strict=True):
-        after.flows(10)
-        assert after.lines[0]["got"] > before.lines[-1]["got"]
-        assert all("got" in line for line in after.lines)
+def test_a_stream_between_pods_goes_on_at_other_addresses(moving: Moving) -> None:
+    moving.restore()
+    moving.goes_on()
+    # Two groups with one memory are made only if somebody wants that.
+    with pytest.raises(errors.RestoreConflict, match="already restored"):
+        moving.restore(again=False)
+    moving.goes_on()
+
+
+def test_a_damaged_image_of_one_pod_lets_none_run_and_a_whole_one_follows(moving: Moving) -> None:
+    store = moving.group.folder / "stores" / "default"
+    *_, pack = sorted((store / "packs").rglob("0"))
+    whole = pack.read_bytes()
+    pack.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    with pytest.raises(errors.DataError, match="at w-0-"):
+        moving.restore()
+    moving.waits()
+    pack.write_bytes(whole)
+    moving.restore()
+    moving.goes_on()
+
+
+def test_every_reason_against_one_pod_is_told_before_anything_is_made(moving: Moving) -> None:
+    crowd = "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 1000 & done; wait"
+    popen = moving.group.boxes.popen_exec(moving.new[1].box, "sh", "-c", crowd)
+    wait_for(lambda: len(moving.new[1].box.pids()) > 12)
+    with pytest.raises(errors.RestoreConflict, match="at w-0-1") as refused:
+        moving.restore()
+    assert isinstance(refused.value.facts["reasons"], list)
+    assert refused.value.facts["member"] == "w-0-1"
+    popen.kill()
+    moving.new[1].box.exec("sh", "-c", "kill -9 -1", check=False)
+    moving.waits()
+
+
+@pytest.mark.parametrize("state", [State.FILLING, State.STANDING])
+def test_who_hears_nothing_of_the_coordinator_undoes_what_stands(
+    moving: Moving, monkeypatch: pytest.MonkeyPatch, state: State
+) -> None:
+    monkeypatch.setattr("agent.node.session.SILENCE_S", 1.0)
+    with pytest.raises(_DiedError):
+        moving.restore(die_at=state)
+    moving.waits()
+    moving.restore()
+    moving.goes_on()
+
+
+def test_who_hears_nothing_once_it_is_committed_runs(
+    moving: Moving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.node.session.SILENCE_S", 1.0)
+    with pytest.raises(_DiedError):
+        moving.restore(die_at=State.COMMITTING)
+    moving.goes_on()
+
+
+def test_an_agent_that_is_cut_off_keeps_all_from_running(
+    moving: Moving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.node.session.SILENCE_S", 1.0)
+    group = moving.group
+    group.start_agent("c")
+    group.remove(moving.new[0])
+    moving.new[0] = group.add("w-0-0", "c", "10.77.0.100")
+
+    def watch(state: State) -> None:
+        if state is State.STANDING:
+            group.nodes["c"].server.stop(0.0)
+
+    with pytest.raises(errors.Unreachable, match="at w-0-0"):
+        group.restore(moving.dumped.epoch, moving.new, moving.moved, watch=watch, again=True)
+    moving.waits()
+    del group.clients["c"]
+
+
+def test_a_word_said_twice_does_no_harm_and_none_runs_uncommitted(moving: Moving) -> None:
+    group = moving.group
+    image = epochclient.Epoch("default", GROUP, moving.dumped.epoch, "")
+    attempt = epochclient.Attempt(secrets.token_hex(8), moving.moved, again=True)
+
+    def told(step: Step) -> list[Answer]:
+        answers = []
+        for each in moving.new:
+            pod = epochclient.Pod(each.name, each.box.name, each.uid)
+            said: Said | None = None
+            while said is None:
+                said = group.clients[each.agent].epochs.take_part(
+                    image, RESTORE, pod, Told(step, 1), 5.0, 60.0, attempt
+                )
+            answers.append(said.answer)
+        return answers
+
+    for step in RESTORE.before:
+        for _ in range(2):
+            assert told(step) == [Answer(step)] * 2
+    uids = [each.uid for each in moving.new]
+    for name in ("a", "b"):
+        found = group.clients[name].epochs.decide_restore(image, attempt, Decision.COMMITTED, uids)
+        assert found is Decision.COMMITTED
+    for step in RESTORE.after:
+        for _ in range(2):
+            assert told(step) == [Answer(step)] * 2
+    moving.goes_on()
+    assert group.clients["a"].image("default", f"{GROUP}@{moving.dumped.epoch}").restored_into == (
+        ", ".join(sorted(uids))
+    )
+
+
+def test_the_word_to_run_is_refused_unless_the_store_says_that_it_is_committed(
+    moving: Moving,
+) -> None:
+    image = epochclient.Epoch("default", GROUP, moving.dumped.epoch, "")
+    attempt = epochclient.Attempt(secrets.token_hex(8), moving.moved, again=True)
+    each = moving.new[0]
+    pod = epochclient.Pod(each.name, each.box.name, each.uid)
+    epochs = moving.group.clients[each.agent].epochs
+    for step in (*RESTORE.before, Step.RUN):
+        said = epochs.take_part(image, RESTORE, pod, Told(step, 1), 5.0, 60.0, attempt)
+        assert said is not None
+    assert "is not committed" in said.answer.problem
+    moving.waits()
+    found = epochs.decide_restore(image, attempt, Decision.COMMITTED, [each.uid])
+    assert found is Decision.ABANDONED

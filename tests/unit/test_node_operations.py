@@ -36,6 +36,25 @@ def test_an_operation_that_failed_is_counted_out() -> None:
         assert [each.what for each in operations.running()] == ["a"]
 
 
+def test_what_is_done_at_one_instant_counts_once() -> None:
+    operations = Operations(1)
+    with (
+        operations.begin("dump", "a", ["a"], Cancel(), "an epoch"),
+        operations.begin("dump", "b", ["b"], Cancel(), "an epoch"),
+    ):
+        for other in ("", "another epoch"):
+            with (
+                pytest.raises(errors.Overloaded, match="does 1 operations already: dump of a, du"),
+                operations.begin("dump", "c", ["c"], Cancel(), other),
+            ):
+                pass
+        with (
+            pytest.raises(errors.TargetBusy),
+            operations.begin("dump", "b", ["b"], Cancel(), "an epoch"),
+        ):
+            pass
+
+
 def test_the_end_waits_for_who_gives_up() -> None:
     operations = Operations(1)
     cancel = Cancel()
