@@ -549,7 +549,7 @@ def test_a_pod_of_which_nothing_can_be_held_is_not_said_to_wait() -> None:
 
 def test_what_a_pod_requires_of_its_node_stays_beside_the_node() -> None:
     zone = {"key": "zone", "operator": "In", "values": ["a"]}
-    spread = {"preferredDuringSchedulingIgnoredDuringExecution": []}
+    spread: dict[str, Any] = {"preferredDuringSchedulingIgnoredDuringExecution": []}
     affinity = {
         "podAntiAffinity": spread,
         "nodeAffinity": {

@@ -134,7 +134,7 @@ def test_what_is_no_review_is_refused(body: bytes) -> None:
 
 
 def of_a_jobset(**labels: str) -> Any:
-    metadata = POD["metadata"]
+    metadata: Any = POD["metadata"]
     marks = {"jobset.sigs.k8s.io/jobset-name": "train", **labels}
     return {**POD, "metadata": {**metadata, "labels": {**metadata["labels"], **marks}}}
 
