@@ -30,7 +30,7 @@ PAGE_BYTES = 4096
 # linux/userfaultfd.h
 _UFFDIO_API, _UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
 _API = 0xAA
-_WP_UNPOPULATED, _WP_ASYNC = 1 << 13, 1 << 15
+_EVENT_REMAP, _WP_UNPOPULATED, _WP_ASYNC = 1 << 2, 1 << 13, 1 << 15
 _MODE_WP = 2
 # linux/fs.h
 _PAGEMAP_SCAN = 0xC0606610
@@ -148,6 +148,8 @@ class Pagemap:
 
 class WriteProtection:
     """Asynchronous write protection by ``descriptor``, a fresh userfaultfd, which it then owns.
+    Somebody must read what it tells of moved mappings (``moves.Moves``): who moves one waits for
+    that.
 
     Raises:
         errors.EnvironmentUnfit: this kernel does not know it.
@@ -155,7 +157,9 @@ class WriteProtection:
 
     def __init__(self, descriptor: int) -> None:
         self._fd = descriptor
-        request = bytearray(struct.pack("=QQQ", _API, _WP_ASYNC | _WP_UNPOPULATED, 0))
+        request = bytearray(
+            struct.pack("=QQQ", _API, _WP_ASYNC | _WP_UNPOPULATED | _EVENT_REMAP, 0)
+        )
         try:
             fcntl.ioctl(self._fd, _UFFDIO_API, request)
         except OSError as exc:

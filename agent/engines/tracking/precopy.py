@@ -24,6 +24,7 @@ from agent.engines.tracking.protected import Protected
 from agent.engines.tracking.untracked import Untracked
 from agent.host import clock, injection, pagemap, proc
 from agent.host.foreign import ForeignMemory
+from agent.host.moves import Moves
 from agent.host.pagemap import Ranges
 from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSink, PageRun
 
@@ -83,6 +84,7 @@ class Precopy:
     def __init__(self, sink: MemberSink, deadline: clock.Deadline) -> None:
         self._sink = sink
         self._deadline = deadline
+        self._moves = Moves()
         self._copies: dict[proc.Identity, _Copy] = {}
         self._settled: dict[AddressSpace, Ranges] = {}
         self.rounds: list[Round] = []
@@ -194,13 +196,14 @@ class Precopy:
         """Let go of all processes."""
         for copy in self._copies.values():
             copy.tracker.close()
+        self._moves.close()
 
     def _copy(self, who: proc.Identity) -> _Copy:
         found = self._copies.get(who)
         if found is None:
             tracker: Tracker
             try:
-                tracker = Protected(who)
+                tracker = Protected(who, self._moves)
             except (injection.InjectionRefused, errors.EnvironmentUnfit) as exc:
                 tracker = Untracked(who.pid, exc.message)
             found = self._copies[who] = _Copy(who, tracker)

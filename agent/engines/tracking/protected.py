@@ -18,6 +18,7 @@ import numpy as np
 
 from agent.engines.tracking import areas
 from agent.host import injection, pagemap, proc
+from agent.host.moves import Moves
 from agent.host.pagemap import Pagemap, Ranges, WriteProtection
 
 # What is given out at once: little enough that hardly any of it is written again before it is read.
@@ -25,7 +26,7 @@ _PIECE_BYTES = 64 << 20
 
 
 class Protected:
-    """Tracks ``who``.
+    """Tracks ``who``; ``moves`` reads what it moves.
 
     Raises:
         injection.InjectionRefused | errors.EnvironmentUnfit: it cannot be tracked.
@@ -34,12 +35,17 @@ class Protected:
 
     kind = "write-protect"
 
-    def __init__(self, who: proc.Identity) -> None:
+    def __init__(self, who: proc.Identity, moves: Moves) -> None:
         self.reason = areas.escapes(who.pid)
         if self.reason:
             raise injection.InjectionRefused(f"process {who.pid}: {self.reason}", pid=who.pid)
         self._who = who
-        self._protection = WriteProtection(injection.userfaultfd(who))
+        descriptor = injection.userfaultfd(who)
+        self._protection = WriteProtection(descriptor)
+        self._descriptor, self._moves = descriptor, moves
+        moves.add(descriptor)
+        # Where mappings came to lie whose pages have not been given out there.
+        self._arrived = pagemap.none()
         self._refused: set[tuple[int, int]] = set()
 
     def round(self) -> Iterator[Ranges]:
@@ -60,8 +66,9 @@ class Protected:
                 untold = untold_of[start]
                 for at in range(start, end, _PIECE_BYTES):
                     piece = np.array([[at, min(end, at + _PIECE_BYTES)]], dtype=np.int64)
+                    arrived = self._give_arrived(pages, piece)
                     taken = pages.take(*piece[0].tolist())
-                    yield pagemap.union(taken, pagemap.clip(untold, piece))
+                    yield pagemap.union(taken, pagemap.clip(untold, piece), arrived)
         finally:
             pages.close()
         self._look_for_escapes()
@@ -80,11 +87,27 @@ class Protected:
                     found.append(pagemap.without(area, pages.written(start, end)))
         finally:
             pages.close()
-        return np.concatenate(found)
+        self._look_for_arrivals()
+        return pagemap.without(np.concatenate(found), self._arrived)
 
     def close(self) -> None:
         """Drop all protection."""
+        if self._descriptor >= 0:
+            self._moves.remove(self._descriptor)
+            self._descriptor = -1
         self._protection.close()
+
+    def _look_for_arrivals(self) -> None:
+        self._arrived = pagemap.union(self._arrived, self._moves.arrived(self._descriptor))
+
+    def _give_arrived(self, pages: Pagemap, piece: Ranges) -> Ranges:
+        """Pages of ``piece`` that came by a move: what they hold was given out elsewhere."""
+        self._look_for_arrivals()
+        arrived = pagemap.clip(self._arrived, piece)
+        self._arrived = pagemap.without(self._arrived, piece)
+        return (
+            pagemap.clip(pages.existing(*piece[0].tolist()), arrived) if len(arrived) else arrived
+        )
 
     def _look_for_escapes(self) -> None:
         if not self.reason:
