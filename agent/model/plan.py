@@ -12,6 +12,8 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from agent.model import gpus
+
 
 @dataclasses.dataclass(frozen=True)
 class Descriptor:
@@ -274,21 +276,29 @@ def _of_process(process: Process, roots: Sequence[int], observer: Observer) -> I
                 f"it lives in another {kind} namespace, so it belongs to a container",
                 "this engine dumps processes of the host; use one for containers",
             )
+    devices = gpus.used((*process.mappings, *(one.link for one in process.descriptors)))
+    if devices:
+        yield Finding("gpu", label, f"it {gpus.reason(devices)}", gpus.CURE)
     for path in process.mappings:
-        if path.startswith("/SYSV"):
-            yield Finding(
-                "sysv-shared-memory",
-                label,
-                "it uses System V shared memory outside of an ipc namespace of its own",
-                "start the job with: unshare --ipc",
-            )
-        elif _MAPPED_DEVICE.match(path) or path == "anon_inode:[io_uring]":
-            yield Finding(
-                "device",
-                label,
-                f"it maps {path}, whose state is in the kernel or a device",
-                "let the job close it before the dump",
-            )
+        if path not in devices:
+            yield from _of_mapping(label, path)
+
+
+def _of_mapping(label: str, path: str) -> Iterator[Finding]:
+    if path.startswith("/SYSV"):
+        yield Finding(
+            "sysv-shared-memory",
+            label,
+            "it uses System V shared memory outside of an ipc namespace of its own",
+            "start the job with: unshare --ipc",
+        )
+    elif _MAPPED_DEVICE.match(path) or path == "anon_inode:[io_uring]":
+        yield Finding(
+            "device",
+            label,
+            f"it maps {path}, whose state is in the kernel or a device",
+            "let the job close it before the dump",
+        )
 
 
 def _of_descriptor(
@@ -307,7 +317,7 @@ def _of_descriptor(
             else "let the job close it before the dump",
         )
     device = descriptor.device
-    if device and device[0] not in _PLAIN_MAJORS:
+    if device and device[0] not in _PLAIN_MAJORS and not gpus.used([descriptor.link]):
         yield Finding(
             "device",
             subject,

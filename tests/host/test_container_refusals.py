@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -72,6 +73,17 @@ def test_io_uring(boxes: Boxes) -> None:
     box = boxes.start("source", "python3", "-c", IO_URING)
     wait_for(lambda: "ring" in box.log.read_text(), box.log.read_text())
     refused(boxes, box, "io_uring", errors.TargetUnsuitable)
+
+
+def test_a_gpu(boxes: Boxes) -> None:
+    """In the place of a GPU's file there is one of /dev/null under such a name."""
+    script = (
+        "until [ -c /dev/nvidia0 ]; do sleep 0.05; done; exec 3<>/dev/nvidia0; echo up; sleep 1000"
+    )
+    box = boxes.start("source", "sh", "-c", script)
+    os.mknod(box.root("/dev/nvidia0"), 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    wait_for(lambda: "up" in box.log.read_text(), box.log.read_text())
+    refused(boxes, box, r"uses a GPU \(/dev/nvidia0\)", errors.TargetUnsuitable)
 
 
 def test_sysv_shared_memory(boxes: Boxes) -> None:

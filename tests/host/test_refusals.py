@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import stat
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from agent import errors
 from agent.engines.base import CaptureOptions, RestoreOptions
 from agent.engines.criu.engine import CriuEngine
+from agent.engines.kubelet.engine import KubeletEngine
 from agent.host import proc
+from agent.model.container import Container
 from tests.conftest import NOT_TO_BE_HAD
 from tests.host.conftest import Cut, Gate, Host
 from tests.host.image import MemoryImage, MemorySource
@@ -91,6 +95,39 @@ def test_a_traced_process_names_its_tracer(host: Host) -> None:
     tracer.wait()
     assert host.dump(target).memory_bytes
     host.assert_running(target)
+
+
+@pytest.mark.parametrize("way", ["open", "mapped"])
+def test_a_process_that_uses_a_gpu_is_refused_unfrozen_with_the_files_named(
+    host: Host, way: str
+) -> None:
+    """In the place of a GPU's file there is one of /dev/zero under such a name."""
+    device = Path(f"/dev/nvidia-test-{os.getpid()}")
+    os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(1, 5))
+    try:
+        script = (
+            "import mmap,os,sys,time\n"
+            f"fd=os.open('{device}',os.O_RDWR)\n"
+            + ("area=mmap.mmap(fd,4096,mmap.MAP_PRIVATE);os.close(fd)\n" if way == "mapped" else "")
+            + "open(sys.argv[1],'w').close();time.sleep(1000)"
+        )
+        ready = host.folder / "ready"
+        popen = host.popen([sys.executable, "-c", script, str(ready)])
+        while not ready.exists():
+            assert popen.poll() is None
+            time.sleep(0.01)
+        refusal = refused(host, popen.pid)
+        assert isinstance(refusal, errors.TargetUnsuitable)
+        assert str(device) in refusal.message
+        assert refusal.facts["devices"] == [str(device)]
+        assert "cuda-checkpoint" in refusal.hint
+        # The kubelet is not even asked: there is none.
+        container = Container("c" * 64, "main", popen.pid, "")
+        engine = KubeletEngine(cast("Any", None), "team", "pod-1", [container])
+        with pytest.raises(errors.TargetUnsuitable, match="uses a GPU"):
+            engine.capture(popen.pid, MemoryImage(), Cut(), CaptureOptions())
+    finally:
+        device.unlink()
 
 
 def in_child(before: Callable[[], None], act: Callable[[], object]) -> str:

@@ -74,13 +74,14 @@ def test_an_ordinary_process_has_nothing_in_its_way() -> None:
         (planned(pid=800), "own-ancestor"),
         (planned(namespaces=_SPACES | {"pid": 9}), "other-container"),
         (planned(namespaces=_SPACES | {"mnt": 9}), "other-container"),
-        (planned(mappings=("/dev/nvidia0",)), "device"),
+        (planned(mappings=("/dev/nvidia0",)), "gpu"),
+        (planned(mappings=("/dev/vfio/7",)), "device"),
         (planned(mappings=("anon_inode:[io_uring]",)), "device"),
         (planned(mappings=("/SYSV0052e2c1",)), "sysv-shared-memory"),
         (planned(Descriptor(3, "anon_inode:[io_uring]")), "io-uring"),
         (planned(Descriptor(3, "anon_inode:[perf_event]")), "kernel-object"),
         (planned(Descriptor(3, "anon_inode:kvm-vcpu:0")), "kernel-object"),
-        (planned(Descriptor(3, "/dev/nvidia0", device=(195, 0))), "device"),
+        (planned(Descriptor(3, "/dev/nvidia0", device=(195, 0))), "gpu"),
         (planned(Descriptor(3, "/dev/sda", device=(8, 0))), "device"),
         (planned(Descriptor(3, "/dev/net/tun", device=(10, 200))), "device"),
         (planned(Descriptor(3, "socket:[9]", socket=9, protocol="MPTCP")), "socket-protocol"),
@@ -245,3 +246,15 @@ def test_a_process_that_does_not_run_is_not_found() -> None:
         ended.wait()
     with pytest.raises(errors.NotFound):
         plan_dump([ended.pid], ghost_limit_bytes=1)
+
+
+def test_a_gpu_is_one_blocker_a_process_with_all_its_files_and_no_other_device_is_hidden() -> None:
+    plan = planned(
+        Descriptor(3, "/dev/nvidiactl", device=(195, 255)),
+        Descriptor(4, "/dev/nvidia0", device=(195, 0)),
+        Descriptor(5, "/dev/net/tun", device=(10, 200)),
+        mappings=("/dev/nvidia-uvm", "/dev/nvidia0", "/dev/vfio/7"),
+    )
+    assert codes(plan) == ["gpu", "device", "device"]
+    assert "(/dev/nvidia-uvm, /dev/nvidia0, /dev/nvidiactl)" in plan.blockers[0].reason
+    assert "cuda-checkpoint" in plan.blockers[0].cure

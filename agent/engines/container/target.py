@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 
 from agent import errors
 from agent.engines.container import holding, inside, mountpoints, rights
+from agent.engines.criu import preflight
 from agent.host import cgroups, clock, proc
 from agent.model.container import Container
 
@@ -221,6 +222,7 @@ def _refuse_process(pid: int, inner: proc.Identity) -> None:
                 "run it without (Node.js: UV_USE_IO_URING=0; PostgreSQL: io_method=worker)",
                 pid=pid,
             )
+    preflight.refuse_gpus(pid)
     if any(mapping.path.startswith("/SYSV") for mapping in proc.maps(pid)):
         raise _unsuitable(
             f"process {pid} ({stat.comm}) uses System V shared memory, which cannot be dumped from "

@@ -6,10 +6,12 @@ Does not: predict everything; CRIU looks closer once the tree is frozen.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from agent import errors
 from agent.host import proc
+from agent.model import gpus
 
 # include/uapi/linux/capability.h. CRIU reads and writes other processes (SYS_PTRACE), their files
 # (DAC_OVERRIDE), their connections and the packet filter (NET_ADMIN), and much else (SYS_ADMIN).
@@ -98,6 +100,27 @@ def _suitable(pid: int, ours: dict[str, int]) -> None:
                 pid=pid,
                 namespace=kind,
             )
+    refuse_gpus(pid)
+
+
+def refuse_gpus(pid: int) -> None:
+    """Refuse a process that uses a GPU: what it holds there is in no page of its own.
+
+    Raises:
+        errors.NotFound: the process has ended.
+        errors.TargetUnsuitable: it uses one; the device files are named.
+    """
+    links = [each.path for each in proc.maps(pid)]
+    for number in proc.descriptors(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # closed since
+            links.append(proc.descriptor_link(pid, number))
+    if devices := gpus.used(links):
+        raise errors.TargetUnsuitable(
+            f"process {pid} ({_comm(pid)}) {gpus.reason(devices)}",
+            hint=gpus.CURE,
+            pid=pid,
+            devices=list(devices),
+        )
 
 
 def _comm(pid: int) -> str:

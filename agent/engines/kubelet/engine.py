@@ -30,6 +30,7 @@ from agent.engines.base import (
     RestoreOptions,
 )
 from agent.engines.criu import log as criu_log
+from agent.engines.criu import preflight
 from agent.engines.criu.facts import cpu_flags
 from agent.engines.kubelet import client, ingest, leftovers, pause, reports, resume
 from agent.engines.kubelet.archive import Archive
@@ -81,7 +82,7 @@ class KubeletEngine:
             raise errors.NotFound(f"process {pid} is no container's first", pid=pid)
         _check_options(options)
         _check_clock(container)
-        _check_stopped(container)
+        _check_processes(container)
         deadline = clock.Deadline.after(options.deadline_s)
         target = client.Target(self._namespace, self._pod, container.name)
         began_s = clock.monotonic_s()
@@ -201,12 +202,14 @@ def _check_clock(container: Container) -> None:
                 )
 
 
-def _check_stopped(container: Container) -> None:
+def _check_processes(container: Container) -> None:
     """Refuse a container with a process that somebody stopped (SIGSTOP): runc 1.3 then never ends
-    its checkpoint, and the container is held all the while.
+    its checkpoint, and the container is held all the while. One that uses a GPU would be held in
+    vain.
     """
     for pid in proc.tree(container.pid):
         with contextlib.suppress(errors.NotFound):
+            preflight.refuse_gpus(pid)
             if proc.stat(pid).state == "T":
                 raise errors.TargetUnsuitable(
                     f"process {pid} ({proc.stat(pid).comm}) is stopped, which a kubelet's"

@@ -15,6 +15,7 @@ import numpy as np
 from agent import errors
 from agent.host import proc
 from agent.host.pagemap import Ranges
+from agent.model import gpus
 
 # Below this, CRIU's own way costs less than one more question about a mapping.
 SMALLEST_BYTES = 1 << 20
@@ -24,7 +25,7 @@ _O_DIRECT = 0o40000
 # Descriptors through which devices or the kernel write into pages that they have pinned.
 _WRITERS = (
     *("anon_inode:[io_uring]", "anon_inode:[infiniband", "/dev/infiniband/", "/dev/vfio/"),
-    *("/dev/nvidia", "/dev/kfd", "/dev/dri/"),
+    *gpus.DEVICES,
 )
 
 
