@@ -104,14 +104,28 @@ def join(pid: int, groups: Iterable[str]) -> None:
     """
     for group in groups:
         try:
-            with open(os.path.join(group, "cgroup.procs"), "w", encoding="ascii") as file:
-                file.write(str(pid))
+            _join(pid, group)
         except OSError as exc:
             raise errors.EnvironmentUnfit(
                 f"cannot move a process into {group}: {exc.strerror}",
                 hint="mount the host's /sys/fs/cgroup here, writable",
                 path=group,
             ) from exc
+
+
+def _join(pid: int, group: str) -> None:
+    def write() -> None:
+        with open(os.path.join(group, "cgroup.procs"), "w", encoding="ascii") as file:
+            file.write(str(pid))
+
+    try:
+        write()
+    except FileNotFoundError:
+        # What version 2 says, mounted with nsdelegate as systemd does, of groups outside of the
+        # writer's own cgroup namespace, which a pod that is not privileged has.
+        if not os.path.isdir(group):
+            raise
+        namespaces.inside(proc.identity(1), ("cgroup",), write)
 
 
 def freeze(groups: Iterable[str]) -> None:
