@@ -8,7 +8,8 @@ takes a quarter of a millisecond.
 
 Promises: whatever goes wrong, the target runs on as before, and holds no descriptor of ours. Who
 cannot be stopped safely is left alone: traced or stopped processes, 32-bit programs, a thread in a
-restartable sequence, one that does not stop in time.
+restartable sequence, one that does not stop in time. A child that another thread forks meanwhile
+has the descriptor as well: ``inherited`` finds it, ``take_back`` closes it there.
 Does not: work on other machines than x86-64. If this program is killed by SIGKILL between two steps
 in that quarter of a millisecond, the target loses its registers: nothing can put them back then.
 """
@@ -17,12 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import platform
 import signal
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from agent import errors
 from agent.host import clock, proc
@@ -34,7 +36,8 @@ _O_SUSPEND_SECCOMP = 1 << 21
 _EVENT_STOP = 128
 _WALL = 0x40000000
 # asm/unistd_64.h
-_NR_CLOSE, _NR_USERFAULTFD, _NR_PIDFD_GETFD = 3, 323, 438
+_NR_CLOSE, _NR_KCMP, _NR_USERFAULTFD, _NR_PIDFD_GETFD = 3, 312, 323, 438
+_KCMP_FILE = 0  # linux/kcmp.h
 # linux/userfaultfd.h: no privilege is needed for faults of user mode only, and write protection
 # without anybody who is asked about faults (WP_ASYNC) covers the kernel's writes all the same.
 _USER_MODE_ONLY = 1
@@ -85,20 +88,63 @@ class InjectionRefused(errors.Refused):
     code = "injection-refused"
 
 
-def userfaultfd(who: proc.Identity) -> int:
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A userfaultfd: our descriptor, and the number that it had in there for a moment."""
+
+    descriptor: int
+    number: int
+
+
+def userfaultfd(who: proc.Identity) -> Made:
     """A userfaultfd of the address space of ``who``; the caller closes it.
 
     Raises:
         InjectionRefused: it cannot be had; the process is as before.
         errors.NotFound: the process has ended.
     """
+
+    def make(thread: _Thread, instruction: int, pidfd: int) -> Made:
+        return thread.userfaultfd(instruction, pidfd)
+
+    return _injected(who, make)
+
+
+def inherited(made: Made, pid: int) -> bool:
+    """Whether this process, forked at the wrong moment, holds ``made`` by its number."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, errors.NotFound):
+        if proc.descriptor_link(pid, made.number) == "anon_inode:[userfaultfd]":
+            pair = (made.descriptor, made.number)
+            order: int = _libc.syscall(_NR_KCMP, os.getpid(), pid, _KCMP_FILE, *pair)
+            return order == 0
+    return False
+
+
+def take_back(who: proc.Identity, made: Made) -> None:
+    """Close in ``who`` what it inherited.
+
+    Raises: as ``userfaultfd``.
+    """
+
+    def close(thread: _Thread, instruction: int, pidfd: int) -> Made:
+        del pidfd
+        thread.close(instruction, made.number)
+        return made
+
+    _injected(who, close)
+
+
+_Action = Callable[["_Thread", int, int], Made]
+
+
+def _injected(who: proc.Identity, action: _Action) -> Made:
     if platform.machine() != "x86_64":
         raise InjectionRefused(f"not known how on {platform.machine()}")
-    outcome: list[int | BaseException] = []
+    outcome: list[Made | BaseException] = []
 
     def run() -> None:
         try:
-            outcome.append(_userfaultfd(who))
+            outcome.append(_with_stopped(who, action))
         except BaseException as exc:  # noqa: BLE001 - carried to the caller
             outcome.append(exc)
 
@@ -115,7 +161,7 @@ def userfaultfd(who: proc.Identity) -> int:
     return found
 
 
-def _userfaultfd(who: proc.Identity) -> int:
+def _with_stopped(who: proc.Identity, action: _Action) -> Made:
     instruction = _instruction(who.pid)
     pidfd = os.pidfd_open(who.pid)
     try:
@@ -125,7 +171,7 @@ def _userfaultfd(who: proc.Identity) -> int:
             with _stopped(who.pid) as thread:
                 if thread.in_restartable_sequence():
                     continue  # it takes some nanoseconds: let it pass
-                return thread.userfaultfd(instruction, pidfd)
+                return action(thread, instruction, pidfd)
         raise InjectionRefused(f"process {who.pid} is in restartable sequences", pid=who.pid)
     finally:
         os.close(pidfd)
@@ -224,20 +270,31 @@ class _Thread:
             start, length = struct.unpack("=8xQQ", os.pread(memory.fileno(), 24, section))
         return bool(0 <= self._saved.rip - start < length)
 
-    def userfaultfd(self, instruction: int, pidfd: int) -> int:
+    def userfaultfd(self, instruction: int, pidfd: int) -> Made:
         """Let it make one; our copy of it."""
-        mask = ctypes.c_uint64()
-        _ptrace(_GETSIGMASK, self._pid, 8, ctypes.addressof(mask))
-        blocked = ctypes.c_uint64(2**64 - 1)
-        # No handler of a signal may run between our steps.
-        _ptrace(_SETSIGMASK, self._pid, 8, ctypes.addressof(blocked))
-        try:
+        with self._undisturbed():
             flags = os.O_CLOEXEC | os.O_NONBLOCK | _USER_MODE_ONLY
             number = self._call(instruction, _NR_USERFAULTFD, flags)
             try:
-                return _checked(_libc.syscall(_NR_PIDFD_GETFD, pidfd, number, 0))
+                ours = _checked(_libc.syscall(_NR_PIDFD_GETFD, pidfd, number, 0))
             finally:
                 self._call(instruction, _NR_CLOSE, number)
+        return Made(ours, number)
+
+    def close(self, instruction: int, number: int) -> None:
+        """Let it close a descriptor."""
+        with self._undisturbed():
+            self._call(instruction, _NR_CLOSE, number)
+
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """No handler of a signal runs between our steps; then everything is as before."""
+        mask = ctypes.c_uint64()
+        _ptrace(_GETSIGMASK, self._pid, 8, ctypes.addressof(mask))
+        blocked = ctypes.c_uint64(2**64 - 1)
+        _ptrace(_SETSIGMASK, self._pid, 8, ctypes.addressof(blocked))
+        try:
+            yield
         finally:
             # rax and orig_rax say that a call was interrupted: the kernel restarts it.
             _ptrace(_SETREGS, self._pid, 0, ctypes.addressof(self._saved))

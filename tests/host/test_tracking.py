@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from agent.engines.tracking.precopy import Precopy
-from agent.host import clock, proc
+from agent.host import clock, injection, proc
+from agent.host.pagemap import Pagemap
 from agent.model.streams import PAGE_BYTES, AddressSpace
 from tests.host.image import MemoryImage
 
 # Does each line of its input, and says what came of it. ``move`` answers 0 if it could.
 _PROGRAM = """
-import ctypes, sys
+import ctypes, os, signal, sys, threading, time
 libc = ctypes.CDLL(None)
 libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
 P, L, I = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
@@ -30,8 +32,12 @@ def map(at, size): libc.mmap(room + at * M, size * M, 3, 0x32, -1, 0)
 def fill(at, size, byte): ctypes.memset(room + at * M, byte, size * M)
 def move(at, size, to): return libc.mremap(room + at * M, size * M, size * M, 3, room + to * M) != room + to * M
 def protect(at, size, how): libc.mprotect(room + at * M, size * M, how)
-print(room, flush=True)
-for line in sys.stdin: print(int(eval(line) or 0), flush=True)
+def fork(): return os.fork() or time.sleep(1000)
+def serve():
+    print(room, flush=True)
+    for line in sys.stdin: print(int(eval(line) or 0), flush=True)
+threading.Thread(target=serve).start()
+while True: signal.pause()
 """  # noqa: E501
 
 
@@ -146,3 +152,39 @@ def test_a_mapping_can_be_moved_whole_though_it_was_protected_in_parts(program: 
     finally:
         copy.close()
     assert program.first_bytes(40, 4) == b"\1" * 1024
+
+
+def test_a_child_that_is_forked_while_its_parent_is_taken_on_keeps_nothing(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = injection._Thread._call
+    children: list[int] = []
+
+    def late(self: Any, instruction: int, number: int, argument: int) -> int:
+        if number == injection._NR_CLOSE and not children:
+            children.append(program.do("fork()"))
+        return call(self, instruction, number, argument)
+
+    monkeypatch.setattr(injection._Thread, "_call", late)
+    program.do("map(2, 4)")
+    program.do("fill(2, 4, 1)")
+    copy = Precopy(MemoryImage(), clock.Deadline.after(60))
+    try:
+        copy.round(program.pid)
+        (child,) = children
+        held = [link for link in links(child) if "userfaultfd" in link]
+        assert held, "it was not forked at that moment"
+    finally:
+        copy.close()
+    assert proc.exists(child)
+    assert [link for pid in (program.pid, child) for link in links(pid) if "fault" in link] == []
+    pages = Pagemap(program.pid)
+    try:
+        assert not pages.guarded(program.room + (2 << 20), program.room + (6 << 20))
+    finally:
+        pages.close()
+    os.kill(child, signal.SIGKILL)
+
+
+def links(pid: int) -> list[str]:
+    return [proc.descriptor_link(pid, number) for number in proc.descriptors(pid)]

@@ -39,5 +39,13 @@ class Tracker(Protocol):
         not written since they were given out. May name pages that do not exist.
         """
 
+    def take_back(self, pid: int) -> None:
+        """Leave nothing in this process, which was forked meanwhile and is seen for the first time.
+
+        Raises:
+            errors.InjectionRefused: it cannot be reached.
+            errors.NotFound: it has ended.
+        """
+
     def close(self) -> None:
         """Let go of the process; safe to repeat."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -27,6 +28,8 @@ from agent.host.foreign import ForeignMemory
 from agent.host.moves import Moves
 from agent.host.pagemap import Ranges
 from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSink, PageRun
+
+log = logging.getLogger(__name__)
 
 # As in the page server: few system calls a byte, and it stays in a core's cache.
 _BUFFER_BYTES = 2 << 20
@@ -87,6 +90,7 @@ class Precopy:
         self._moves = Moves()
         self._copies: dict[proc.Identity, _Copy] = {}
         self._settled: dict[AddressSpace, Ranges] = {}
+        self._root: int | None = None
         self.rounds: list[Round] = []
         self.cut_bytes = 0
 
@@ -122,9 +126,11 @@ class Precopy:
     def round(self, root: int) -> int:
         """Copy once what the trackers ask for; say how many bytes. Raises as ``run``."""
         began_s = clock.monotonic_s()
+        self._root = root
         total = 0
         for pid in proc.tree(root):
             with contextlib.suppress(errors.NotFound):
+                self._take_back(pid)
                 copy = self._copy(proc.identity(pid))
                 total += copy.round(self._sink, self._deadline)
         self.rounds.append(Round(total, clock.monotonic_s() - began_s))
@@ -193,10 +199,24 @@ class Precopy:
         return total
 
     def close(self) -> None:
-        """Let go of all processes."""
+        """Let go of all processes; safe to repeat."""
+        with contextlib.suppress(errors.NotFound):
+            for pid in () if self._root is None else proc.tree(self._root):
+                self._take_back(pid)
+        self._root = None
         for copy in self._copies.values():
             copy.tracker.close()
         self._moves.close()
+
+    def _take_back(self, pid: int) -> None:
+        """Leave nothing in a process that another one forked while it was being taken on."""
+        if proc.identity(pid) in self._copies:
+            return
+        for copy in self._copies.values():
+            try:
+                copy.tracker.take_back(pid)
+            except injection.InjectionRefused as exc:
+                log.warning("a descriptor of ours stays in process %d: %s", pid, exc.message)
 
     def _copy(self, who: proc.Identity) -> _Copy:
         found = self._copies.get(who)

@@ -40,10 +40,10 @@ class Protected:
         if self.reason:
             raise injection.InjectionRefused(f"process {who.pid}: {self.reason}", pid=who.pid)
         self._who = who
-        descriptor = injection.userfaultfd(who)
-        self._protection = WriteProtection(descriptor)
-        self._descriptor, self._moves = descriptor, moves
-        moves.add(descriptor)
+        self._made = injection.userfaultfd(who)
+        self._protection = WriteProtection(self._made.descriptor)
+        self._moves, self._closed = moves, False
+        moves.add(self._made.descriptor)
         # Where mappings came to lie whose pages have not been given out there.
         self._arrived = pagemap.none()
         self._refused: set[tuple[int, int]] = set()
@@ -92,13 +92,18 @@ class Protected:
 
     def close(self) -> None:
         """Drop all protection."""
-        if self._descriptor >= 0:
-            self._moves.remove(self._descriptor)
-            self._descriptor = -1
-        self._protection.close()
+        if not self._closed:
+            self._closed = True
+            self._moves.remove(self._made.descriptor)
+            self._protection.close()
+
+    def take_back(self, pid: int) -> None:
+        """See ``base.Tracker``."""
+        if pid != self._who.pid and injection.inherited(self._made, pid):
+            injection.take_back(proc.identity(pid), self._made)
 
     def _look_for_arrivals(self) -> None:
-        self._arrived = pagemap.union(self._arrived, self._moves.arrived(self._descriptor))
+        self._arrived = pagemap.union(self._arrived, self._moves.arrived(self._made.descriptor))
 
     def _give_arrived(self, pages: Pagemap, piece: Ranges) -> Ranges:
         """Pages of ``piece`` that came by a move: what they hold was given out elsewhere."""

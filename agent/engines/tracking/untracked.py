@@ -42,5 +42,8 @@ class Untracked:
         """None."""
         return pagemap.none()
 
+    def take_back(self, pid: int) -> None:
+        """Nothing was put there."""
+
     def close(self) -> None:
         """Nothing to do."""
