@@ -71,7 +71,8 @@ class Container:
     system where the caller sees it, without the container's own mounts in it (containerd:
     ``/run/containerd/io.containerd.runtime.v2.task/k8s.io/ID/rootfs``). ``image_digest`` is what
     the runtime resolved the image to (``sha256:...``), or "" if it does not say. ``terminal`` and
-    ``args`` are ``process.terminal`` and ``process.args`` of the OCI configuration.
+    ``args`` are ``process.terminal`` and ``process.args`` of the OCI configuration. ``hooks`` are
+    the names of what its pod does before it is stopped.
     """
 
     id: str
@@ -82,6 +83,7 @@ class Container:
     image_digest: str = ""
     terminal: bool = False
     args: tuple[str, ...] = ()
+    hooks: frozenset[str] = frozenset()
 
     @property
     def volumes(self) -> tuple[str, ...]:

@@ -8,13 +8,14 @@ Does not: start or stop anything.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from agent import errors
 from agent.cri.runtime import Listed, Version
 from agent.host import clock
-from agent.model import ids, optin
+from agent.model import hooks, ids, optin
 from agent.model.container import Container
 from agent.model.pods import Pod
 
@@ -90,7 +91,7 @@ class Pods:
         Raises:
             errors.NotFound: one that is named is none of its containers, or does not run.
             errors.TargetUnsuitable: none runs.
-            errors.InvalidInput: its owner's choice makes no sense.
+            errors.InvalidInput: its owner's choice, or hooks, make no sense.
         """
         chosen = tuple(dict.fromkeys(names)) or optin.chosen_containers(pod.annotations)
         for name in chosen or ():
@@ -107,7 +108,12 @@ class Pods:
                 hint="wait until it does, or name the containers that run",
             )
         wanted = [name for name in pod.containers if name in (chosen or pod.containers)]
-        found = [self._runtime.container(here[name]) for name in wanted if name in here]
+        before = hooks.read(pod.annotations, pod.containers).names
+        found = [
+            dataclasses.replace(self._runtime.container(here[name]), hooks=before)
+            for name in wanted
+            if name in here
+        ]
         if not found:
             raise errors.TargetUnsuitable(
                 f"no container of pod {pod} runs", hint="wait until the pod is running"

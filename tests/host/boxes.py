@@ -152,6 +152,9 @@ class Box:
             capabilities=dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
             rlimits=[],
         )
+        if user := self.options.get("user"):
+            config["process"]["user"] = {"uid": user, "gid": user}
+            os.chown(self.folder / EMPTY_DIR / "disk", user, user)
         config["root"] = {"path": "rootfs", "readonly": self.options.get("read_only", False)}
         config["hostname"] = self.name
         config["linux"]["cgroupsPath"] = f"/ckpt-agent-test/{self.id}"

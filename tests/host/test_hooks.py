@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import socket
+import stat
+import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from agent import errors
-from agent.model import optin
+from agent.host import proc
+from agent.model import hooks, optin
+from agent.model.pods import Placement
+from agent.node import hookcalls
 from agent.podengines import hold_state
 from tests.fakes import cri
 from tests.host import nodes
@@ -63,12 +71,12 @@ class Jobs:
         self.node = node
         self.boxes = boxes
 
-    def start(self, name: str, hooks: dict[str, Any] | str, *argv: str, **options: Any) -> Job:
+    def start(self, name: str, wanted: dict[str, Any] | str, *argv: str, **options: Any) -> Job:
         box = self.boxes.start(name, *(argv or ("sh", "-c", COUNTER)), **options)
-        return self.add(box, hooks)
+        return self.add(box, wanted)
 
-    def add(self, box: Box, hooks: dict[str, Any] | str) -> Job:
-        text = hooks if isinstance(hooks, str) else json.dumps(hooks)
+    def add(self, box: Box, wanted: dict[str, Any] | str) -> Job:
+        text = wanted if isinstance(wanted, str) else json.dumps(wanted)
         metadata = {"annotations": {optin.HOOKS: text}}
         uid = self.node.api.put(box.name, nodes.NODE, containers=("main",), metadata=metadata)
         config = json.loads((box.folder / "config.json").read_text())
@@ -206,7 +214,7 @@ def test_a_hook_that_kills_its_container_is_a_failure_of_the_dump_and_of_nothing
 
 
 @pytest.mark.parametrize(
-    "hooks",
+    "wanted",
     [
         "{",
         '{"pre": [{"name": "x"}]}',
@@ -214,9 +222,9 @@ def test_a_hook_that_kills_its_container_is_a_failure_of_the_dump_and_of_nothing
     ],
 )
 def test_hooks_that_make_no_sense_refuse_the_dump_before_anything_is_touched(
-    jobs: Jobs, hooks: str
+    jobs: Jobs, wanted: str
 ) -> None:
-    job = jobs.start("job", hooks)
+    job = jobs.start("job", wanted)
     with pytest.raises(errors.InvalidInput, match=r"annotation ckpt-agent\.dev/hooks") as refused:
         job.dump()
     assert refused.value.hint
@@ -234,3 +242,249 @@ def test_a_command_has_no_more_rights_than_its_container_and_knows_where_it_is(j
     assert shown[:-1] == job.box.root("/disk/plain").read_text().splitlines()
     assert "CapEff:\t0000000000000020" in shown
     assert shown[-1] == "job default n1"
+
+
+# Answers each request with the status in its path, and says so; "slow" trickles for ever.
+SERVER = """
+import http.server, os, socket, socketserver, sys, threading, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers['Content-Length']))
+        open('/disk/asked', 'ab').write(self.path.encode() + b' ' + body + b'\\n')
+        if self.path == '/slow':
+            while True:
+                self.wfile.write(b'H')
+                time.sleep(0.05)
+        if self.path == '/hangup':
+            return
+        if self.path == '/garbage':
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(os.urandom(300000))
+            return
+        self.send_response(int(self.path[1:]))
+        self.send_header('Location', '/200')
+        self.end_headers()
+        self.wfile.write(b'because')
+    def log_message(self, *args): pass
+class Unix(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    def get_request(self):
+        made, _ = super().get_request()
+        peer = made.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        open('/disk/peers', 'a').write('%d\\n' % int.from_bytes(peer[4:8], 'little'))
+        return made, ('unix', 0)
+servers = [
+    http.server.ThreadingHTTPServer(('127.0.0.1', 8000), Handler),
+    Unix('/disk/socket', Handler),
+]
+os.chmod('/disk/socket', int(sys.argv[1], 8))
+for each in servers:
+    threading.Thread(target=each.serve_forever, daemon=True).start()
+n = 0
+while True:
+    time.sleep(0.02)
+    n += 1
+    print(n, flush=True)
+"""
+BY: dict[str, dict[str, Any]] = {"http": {"port": 8000}, "unix": {"socket": "/disk/socket"}}
+
+
+def asking(name: str, by: str, path: str, **fields: Any) -> dict[str, Any]:
+    return {"name": name, by: BY[by] | {"path": path}, **fields}
+
+
+def serving(
+    jobs: Jobs, name: str, wanted: dict[str, Any], mode: str = "600", **options: Any
+) -> Job:
+    job = jobs.start(name, wanted, "python3", "-c", SERVER, mode, **options)
+    wait_for(lambda: job.box.log.read_text())
+    subprocess.run(["nsenter", "-t", str(job.box.pid), "-n", "ip", "link", "set", "lo", "up"])
+    return job
+
+
+@pytest.mark.parametrize("by", ["http", "unix"])
+def test_requests_tell_the_workload_what_happens_and_it_is_dumped_right_after(
+    jobs: Jobs, by: str
+) -> None:
+    job = serving(
+        jobs,
+        "job",
+        {
+            "pre": [asking("ask", by, "/200"), asking("odd", by, "/garbage")],
+            "post": [asking("go", by, "/204")],
+        },
+    )
+    outcome = job.dump()
+    assert outcome.hook_problems == ()
+    asked = [line.split(" ", 1) for line in job.box.root("/disk/asked").read_text().splitlines()]
+    assert [path for path, _ in asked] == ["/200", "/garbage", "/204"]
+    said = [json.loads(body) for _, body in asked]
+    assert [(each["phase"], each["outcome"]) for each in said] == [
+        ("pre", ""),
+        ("pre", ""),
+        ("post", "captured"),
+    ]
+    assert said[0]["now"] == {"pod": "job", "podUid": job.uid, "node": "n1", "addresses": []}
+    job.goes_on()
+
+
+@pytest.mark.parametrize("by", ["http", "unix"])
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        ("/500", "answered with 500"),
+        ("/302", "answered with 302"),
+        ("/hangup", "does not answer as an HTTP server does"),
+        ("/slow", "did not end within"),
+    ],
+)
+def test_requests_that_fail_give_the_epoch_up(jobs: Jobs, by: str, path: str, word: str) -> None:
+    hook = asking("ask", by, path, deadlineSeconds=1.5)
+    job = serving(jobs, "job", {"pre": [hook], "post": [asking("go", by, "/200")]})
+    with pytest.raises(errors.HookFailed, match=word) as failed:
+        job.dump()
+    if path == "/500":
+        assert failed.value.facts["output"] == "because"
+    assert '"outcome": "aborted"' in job.box.root("/disk/asked").read_text().splitlines()[-1]
+    job.goes_on()
+
+
+def test_a_request_where_nobody_listens_fails_at_once_and_reaches_nothing_of_the_node(
+    jobs: Jobs,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as here:
+        port = here.getsockname()[1]
+        away = {"name": "away", "http": {"port": port}, "onFailure": "ignore"}
+        missing = {"name": "missing", "unix": {"socket": "/disk/none"}, "onFailure": "ignore"}
+        out = {"name": "out", "unix": {"socket": "/disk/out"}, "onFailure": "ignore"}
+        file = {"name": "file", "unix": {"socket": "/etc/passwd"}, "onFailure": "ignore"}
+        job = jobs.start("job", {"pre": [[away, missing, out, file]]})
+        listener = socket.socket(socket.AF_UNIX)
+        outside = jobs.boxes.folder / "node-socket"
+        listener.bind(str(outside))
+        listener.listen()
+        job.box.root("/disk/out").symlink_to(outside)
+        outcome = job.dump()
+        listener.close()
+    said = "\n".join(outcome.hook_problems)
+    for word in (
+        f"port {port}",
+        "/disk/none",
+        "/disk/out",
+        "'file' failed: /etc/passwd is no socket",
+    ):
+        assert word in said
+    job.goes_on()
+
+
+@pytest.mark.parametrize("user", [0, 1234])
+def test_a_socket_is_asked_with_the_rights_of_the_containers_own_user(
+    boxes: Boxes, user: int
+) -> None:
+    box = boxes.start("box", "python3", "-c", SERVER, "600", user=user)
+    wait_for(lambda: box.log.read_text())
+    calls = hookcalls.Calls(cast("hookcalls.Executes", None))
+    hook = hooks.Hook("ask", hooks.Unix("/disk/socket", "/200"))
+    told = hooks.Told("ask", hooks.Phase.PRE, "default", Placement("p", "u", "n", ()))
+    calls.call(hook, [box.container], told)
+    assert box.root("/disk/peers").read_text() == f"{user}\n"
+    # Somebody else's socket, such as one of the node that the pod mounts: root without capabilities
+    # may not open it either.
+    os.chown(box.root("/disk/socket"), 4321, 4321)
+    with pytest.raises(errors.HookFailed, match="Permission denied"):
+        calls.call(hook, [box.container], told)
+    assert os.geteuid() == 0
+    assert proc.rights(threading.get_native_id()) == proc.rights(os.getpid())
+    assert os.stat("/proc/self/mem").st_uid == 0
+
+
+def test_the_agents_own_actions_reach_the_containers_files_and_no_others(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        real(fd)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    drop = {"name": "drop", "action": "drop-caches", "path": "/disk/data"}
+    # After the stop, in which the dump reads what it stores.
+    job = jobs.start(
+        "job", {"pre": [{"name": "all", "action": "sync"}], "post": [drop | {"when": "decided"}]}
+    )
+    folder = job.box.root("/disk/data")
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "big").write_bytes(bytes(1 << 22))
+    (folder / "away").symlink_to("/etc")
+    os.mkfifo(folder / "fifo")
+    assert cached(folder / "inner" / "big") > 0
+    job.dump()
+    assert synced.count("big") == 2
+    assert "passwd" not in synced
+    assert cached(folder / "inner" / "big") == 0
+    job.goes_on()
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [("/nowhere", "no /nowhere"), ("/proc/version", "holds no data"), ("/dev/null", "neither")],
+)
+def test_an_action_on_what_is_no_data_is_refused(jobs: Jobs, path: str, word: str) -> None:
+    job = jobs.start("job", {"pre": [{"name": "drop", "action": "drop-caches", "path": path}]})
+    with pytest.raises(errors.HookFailed, match=word):
+        job.dump()
+    job.goes_on()
+
+
+def cached(path: Path) -> int:
+    """Pages of a file that the kernel keeps."""
+    done = subprocess.run(
+        ["fincore", "--bytes", "--noheadings", "--output", "PAGES", str(path)],
+        capture_output=True,
+        check=True,
+    )
+    return int(done.stdout)
+
+
+# Has an RDMA device open until a file says otherwise, as a hook makes it let go.
+RDMA = """
+import os, time
+fd = os.open('/dev/infiniband/uverbs0', os.O_RDWR)
+n = 0
+while True:
+    if os.path.exists('/disk/down') and fd >= 0:
+        os.close(fd)
+        fd = -1
+        open('/disk/is-down', 'w')
+    time.sleep(0.02)
+    n += 1
+    print(n, flush=True)
+"""
+
+
+def test_rdma_in_use_is_refused_without_a_hook_and_let_go_of_by_one(jobs: Jobs) -> None:
+    waiting = "until [ -e /dev/infiniband/uverbs0 ]; do sleep 0.05; done; exec python3 -c"
+    argv = ("sh", "-c", f'{waiting} "$0"', RDMA)
+    box = jobs.boxes.start("job", *argv)
+    # No adapter is here; what counts is the file's name. The null device has no state.
+    box.root("/dev/infiniband").mkdir()
+    os.mknod(box.root("/dev/infiniband/uverbs0"), stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    wait_for(lambda: box.log.read_text())
+    other = {"name": "other", "exec": ["touch", "/disk/other"]}
+    job = jobs.add(box, {"pre": [other]})
+    with pytest.raises(errors.TargetUnsuitable, match="/dev/infiniband/uverbs0") as refused:
+        job.dump()
+    assert "teardown-rdma" in refused.value.hint
+    assert not box.root("/disk/other").exists()
+
+    lying = {"name": "teardown-rdma", "exec": ["true"]}
+    with pytest.raises(errors.DumpFailed, match="after the hook teardown-rdma, process"):
+        jobs.add(box, {"pre": [lying]}).dump()
+    job.goes_on()
+
+    down = "touch /disk/down; until [ -e /disk/is-down ]; do sleep 0.02; done"
+    teardown = {"name": "teardown-rdma", "exec": ["sh", "-c", down]}
+    jobs.add(box, {"pre": [teardown]}).dump()
+    job.goes_on()

@@ -21,6 +21,7 @@ from agent.engines.container import holding, inside, mountpoints, rights
 from agent.engines.criu import preflight
 from agent.host import cgroups, clock, proc
 from agent.model.container import Container
+from agent.model.hooks import TEARDOWN_RDMA
 
 _JOINED = ("ipc", "mnt", "net", "pid", "uts")
 # Probes and short commands come and go; an orphan stays.
@@ -71,6 +72,8 @@ def find(container: Container) -> Target:
     for pid in proc.tree(root):
         with contextlib.suppress(errors.NotFound):
             _refuse_process(pid, inner)
+            if TEARDOWN_RDMA not in container.hooks:
+                preflight.refuse_rdma(pid)
             tree.append(proc.identity(pid))
     if not tree:
         raise errors.TargetExited(f"the workload of container {container.name} has ended")

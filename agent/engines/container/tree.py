@@ -25,8 +25,9 @@ from agent import errors
 from agent.engines.base import CaptureOptions
 from agent.engines.container import facts, files, holding, inside, target
 from agent.engines.container.bundle import Bundle
-from agent.engines.criu import conflicts, journal, recovery, rpc
+from agent.engines.criu import conflicts, journal, preflight, recovery, rpc
 from agent.host import cgroups, clock, hold, namespaces, proc, sockets, subprocesses
+from agent.model.hooks import TEARDOWN_RDMA
 from agent.model.streams import MemberSink
 
 
@@ -82,9 +83,11 @@ class ContainerTree:
         """Look for processes that came since, and hold the tree's connections.
 
         Raises:
-            errors.DumpFailed: there is one outside of the tree.
+            errors.DumpFailed: there is one outside of the tree, or one that uses RDMA still.
         """
         self._refuse_strays(pids)
+        if TEARDOWN_RDMA in self._target.container.hooks:
+            self._refuse_rdma(pids)
         connections = [
             hold.Connection(*conflicts.endpoint(local), *conflicts.endpoint(remote))
             for local, remote in _live(pids)
@@ -148,6 +151,16 @@ class ContainerTree:
     def _stem(self) -> proc.Identity | None:
         """The root if it is hold's other half, of which a placeholder may have another version."""
         return self.tree[0] if self.criu_kills else None
+
+    def _refuse_rdma(self, pids: Sequence[int]) -> None:
+        """The hook that was to let go of it may have failed, or lied."""
+        for pid in pids:
+            try:
+                preflight.refuse_rdma(pid)
+            except errors.TargetUnsuitable as exc:
+                raise errors.DumpFailed(
+                    f"after the hook {TEARDOWN_RDMA}, {exc.message}", hint="look at that hook"
+                ) from exc
 
     def _refuse_strays(self, pids: Sequence[int]) -> None:
         left = target.strays(self._target.init, pids, self._target.groups)

@@ -12,7 +12,10 @@ import os
 from agent import errors
 from agent.host import proc
 from agent.model import gpus
+from agent.model.hooks import TEARDOWN_RDMA
 
+# The kernel's names for verbs (uverbs0) and the connection manager (rdma_cm).
+RDMA_DEVICES = "/dev/infiniband/"
 # include/uapi/linux/capability.h. CRIU reads and writes other processes (SYS_PTRACE), their files
 # (DAC_OVERRIDE), their connections and the packet filter (NET_ADMIN), and much else (SYS_ADMIN).
 _NEEDED = {"CAP_DAC_OVERRIDE": 1, "CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21}
@@ -110,10 +113,7 @@ def refuse_gpus(pid: int) -> None:
         errors.NotFound: the process has ended.
         errors.TargetUnsuitable: it uses one; the device files are named.
     """
-    links = [each.path for each in proc.maps(pid)]
-    for number in proc.descriptors(pid):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # closed since
-            links.append(proc.descriptor_link(pid, number))
+    links = _links(pid)
     if devices := gpus.used(links):
         raise errors.TargetUnsuitable(
             f"process {pid} ({_comm(pid)}) {gpus.reason(devices)}",
@@ -121,6 +121,35 @@ def refuse_gpus(pid: int) -> None:
             pid=pid,
             devices=list(devices),
         )
+
+
+def refuse_rdma(pid: int) -> None:
+    """Refuse a process that uses RDMA: its adapter writes to its memory, and knows it by numbers
+    that no other adapter has.
+
+    Raises:
+        errors.NotFound: the process has ended.
+        errors.TargetUnsuitable: it has a device open; the device files are named.
+    """
+    devices = sorted({link for link in _links(pid) if link.startswith(RDMA_DEVICES)})
+    if devices:
+        raise errors.TargetUnsuitable(
+            f"process {pid} ({_comm(pid)}) uses RDMA ({', '.join(devices)}), which cannot be"
+            " captured",
+            hint=f"give the pod a pre hook called {TEARDOWN_RDMA} that lets go of these files"
+            " (docs/hooks.md)",
+            pid=pid,
+            devices=devices,
+        )
+
+
+def _links(pid: int) -> list[str]:
+    """Paths and the like of all that a process has open or maps."""
+    links = [each.path for each in proc.maps(pid)]
+    for number in proc.descriptors(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # closed since
+            links.append(proc.descriptor_link(pid, number))
+    return links
 
 
 def _comm(pid: int) -> str:
