@@ -14,8 +14,8 @@ import pytest
 from agent.coordinator import machine
 from agent.coordinator.machine import Input, State
 from agent.model import protocol
-from agent.model.protocol import COURSES, LEAVE_RUNNING, Course, Step
-from agent.node.participant import Effect, Participant, Timer
+from agent.model.protocol import COURSES, LEAVE_RUNNING, RESTORE, Course, Decision, Step
+from agent.node.participant import Effect, LetGo, Participant, Phase, Timer
 from tests import protocol_world
 from tests.protocol_world import World
 
@@ -86,13 +86,18 @@ def test_nor_do_three_members_meet_one() -> None:
 # What the exploration is worth: breaches that are planted are found.
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, key: tuple[State, Input], there: State | None) -> None:
-    table = dict(machine.TRANSITIONS[LEAVE_RUNNING.name])
+def planted(
+    monkeypatch: pytest.MonkeyPatch,
+    key: tuple[State, Input],
+    there: State | None,
+    course: Course = LEAVE_RUNNING,
+) -> None:
+    table = dict(machine.TRANSITIONS[course.name])
     if there is None:
         del table[key]
     else:
         table[key] = there
-    monkeypatch.setitem(machine.TRANSITIONS, LEAVE_RUNNING.name, table)
+    monkeypatch.setitem(machine.TRANSITIONS, course.name, table)
 
 
 @pytest.mark.parametrize(
@@ -101,15 +106,23 @@ def planted(monkeypatch: pytest.MonkeyPatch, key: tuple[State, Input], there: St
         (State.RESUMING, Input.ALL_ANSWERED, State.COMMITTING, "a member's part is gone"),
         (State.COMMITTING, Input.UNDECIDED, State.ABORTING, "members are told to abort"),
         (State.COMMITTING, Input.EXPIRED, State.FINISHING, "told as committed, and is not"),
+        (State.FILLING, Input.ALL_ANSWERED, State.COMMITTING, "committed without a member"),
+        (State.STANDING, Input.ALL_ANSWERED, State.RUNNING, "told as committed, and is not"),
+        (State.SETTLING, Input.EXPIRED, State.RUNNING, "told as committed, and is not"),
     ],
-    ids=["commit before all is durable", "abort what may be committed", "finish what may not be"],
+    ids=[
+        *("commit before all is durable", "abort what may be committed", "finish what may not be"),
+        *("commit before all stand", "run before the commit", "run what may not be committed"),
+    ],
 )
 def test_a_wrong_transition_is_found(
     monkeypatch: pytest.MonkeyPatch, here: State, given: Input, there: State, complaint: str
 ) -> None:
-    planted(monkeypatch, (here, given), there)
+    back = here in (State.FILLING, State.STANDING) or there is State.RUNNING
+    course = RESTORE if back else LEAVE_RUNNING
+    planted(monkeypatch, (here, given), there, course)
     with pytest.raises(AssertionError, match=complaint):
-        explore(protocol_world.begin(LEAVE_RUNNING, 1), crashes=0, coordinators=1)
+        explore(protocol_world.begin(course, 1), crashes=0, coordinators=1)
 
 
 def test_a_coordinator_that_never_ends_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,12 +140,40 @@ def test_a_cut_without_a_hold_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         explore(protocol_world.begin(torn, 2), crashes=0, coordinators=1)
 
 
+@EACH
 def test_a_member_that_drops_what_may_be_committed_is_found(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, course: Course
 ) -> None:
     monkeypatch.setattr(Participant, "_may_be_committed", lambda self: False)
     with pytest.raises(AssertionError, match="a member's part is gone"):
-        explore(protocol_world.begin(LEAVE_RUNNING, 1), crashes=0, coordinators=1)
+        explore(protocol_world.begin(course, 1), crashes=0, coordinators=1)
+
+
+def test_a_member_that_runs_what_it_cannot_know_to_be_committed_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def impatient(self: Participant, timer: Timer) -> list[Effect]:
+        if self.phase is not Phase.TAKING_PART or not self._may_be_committed():
+            return []
+        self.phase = Phase.LETTING_GO
+        return [LetGo(committed=True)]
+
+    monkeypatch.setattr(Participant, "expired", impatient)
+    with pytest.raises(AssertionError, match="runs without a commit"):
+        explore(protocol_world.begin(RESTORE, 1), crashes=0, coordinators=1)
+
+
+def test_a_member_that_stands_and_believes_that_all_is_over_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def believing(self: Participant) -> list[Effect]:
+        if self.phase is Phase.TAKING_PART and self._may_be_committed():
+            return self._close(Decision.COMMITTED)
+        return []
+
+    monkeypatch.setattr(Participant, "_finish", believing)
+    found = explore(protocol_world.begin(RESTORE, 1), crashes=0, coordinators=1)
+    assert found.stuck > 0
 
 
 def test_a_member_that_waits_for_ever_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from agent import errors
 from agent.engines.container import connections, rights
-from agent.host import cgroups, confine, mounts
+from agent.host import cgroups, confine, hold, mounts
 from agent.model.container import Container, Mount
 
 POD = "/var/lib/kubelet/pods/1234"
@@ -173,6 +173,38 @@ def test_only_connections_to_outside_from_a_changed_address_are_lost() -> None:
     single = connections.Moved(["10.1.0.5", "fd00::5"], ["10.1.0.5"])
     assert single.homeless(facts) == ["fd00::5"]
     assert moved.homeless(facts) == same.homeless(facts) == []
+
+
+def test_what_moves_together_stays_connected_and_addresses_may_be_exchanged() -> None:
+    facts = known(
+        ("tcp", "10.1.0.5:1", "10.1.0.6:80"),
+        ("tcp6", "[::ffff:10.1.0.5]:2", "[::ffff:10.1.0.7]:80"),
+        ("tcp", "10.1.0.5:3", "10.9.9.9:80"),
+        ("tcp6", "[fd00::5]:4", "[fd00::6]:80"),
+    )
+    group = {
+        "10.1.0.5": "10.1.0.6",
+        "10.1.0.6": "10.1.0.5",
+        "10.1.0.7": "10.1.0.7",
+        "fd00::5": "fd00::77",
+        "fd00:0::6": "fd00::78",
+    }
+    moved = connections.Moved(["10.1.0.5", "fd00::5"], ["10.1.0.6", "fd00::77"], group)
+    assert set(moved.connections(facts)) >= {
+        hold.Connection("10.1.0.6", 1, "10.1.0.5", 80),
+        hold.Connection("10.1.0.6", 2, "10.1.0.7", 80),
+        hold.Connection("10.1.0.6", 3, "10.9.9.9", 80),
+        hold.Connection("fd00::77", 4, "fd00::78", 80),
+    }
+    assert [lost.remote for lost in moved.lost(facts)] == ["10.9.9.9:80"]
+    assert moved.homeless(facts) == []
+    # Where the pod itself stays, so does what it has with others.
+    here = ["10.1.0.5", "fd00::5"]
+    stays = connections.Moved(here, here, {each: each for each in here})
+    assert stays.lost(facts) == []
+    # A map that is not of this pod is noticed before anything is made.
+    wrong = connections.Moved(["10.1.0.5"], ["10.1.0.9"], {"10.1.0.5": "10.1.0.6"})
+    assert wrong.homeless(facts) == ["10.1.0.5"]
 
 
 def test_an_address_of_an_image_is_replaced_in_every_form() -> None:

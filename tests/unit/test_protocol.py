@@ -7,8 +7,10 @@ import pytest
 from agent.coordinator import machine
 from agent.coordinator.machine import Arm, Conclude, Coordination, Decide, State, Tell
 from agent.model.protocol import (
+    COURSES,
     EVACUATE,
     LEAVE_RUNNING,
+    RESTORE,
     Answer,
     Course,
     Decision,
@@ -16,9 +18,19 @@ from agent.model.protocol import (
     Told,
 )
 from agent.node import participant
-from agent.node.participant import Close, Do, LetGo, Participant, Phase, Reply, Settle, Timer
+from agent.node.participant import (
+    Close,
+    Do,
+    LetGo,
+    Participant,
+    Phase,
+    Processes,
+    Reply,
+    Settle,
+    Timer,
+)
 
-BOTH = pytest.mark.parametrize("course", [LEAVE_RUNNING, EVACUATE], ids=lambda each: each.name)
+EACH = pytest.mark.parametrize("course", COURSES.values(), ids=lambda each: each.name)
 
 
 def coordination(course: Course = LEAVE_RUNNING, members: int = 2) -> Coordination:
@@ -40,7 +52,7 @@ def through(made: Coordination, until: State) -> list[machine.Command]:
     return commands
 
 
-@BOTH
+@EACH
 def test_members_hear_every_step_of_the_course_and_then_it_is_committed(course: Course) -> None:
     made = Coordination(course, 2, token=7)
     commands, told = made.begin(), []
@@ -68,10 +80,20 @@ def test_an_answer_counts_once_and_only_for_what_is_asked_now() -> None:
     assert made.silent == (1,)
 
 
-@pytest.mark.parametrize("state", [machine._STATE_OF[step] for step in LEAVE_RUNNING.before])
+@pytest.mark.parametrize(
+    ("course", "state"),
+    [
+        (course, machine._STATE_OF[step])
+        for course in (LEAVE_RUNNING, RESTORE)
+        for step in course.before
+    ],
+    ids=lambda each: each.name if isinstance(each, Course) else each.value,
+)
 @pytest.mark.parametrize("how", ["fails", "expires", "is cancelled", "is lost"])
-def test_until_the_commit_whatever_goes_wrong_makes_all_abort(state: State, how: str) -> None:
-    made = coordination()
+def test_until_the_commit_whatever_goes_wrong_makes_all_abort(
+    course: Course, state: State, how: str
+) -> None:
+    made = coordination(course)
     through(made, state)
     commands = {
         "fails": lambda: made.answer(0, Answer(machine.ASKS[state], "no room")),
@@ -135,7 +157,7 @@ def test_a_deadline_of_a_state_that_is_past_changes_nothing() -> None:
 
 
 def member(course: Course = LEAVE_RUNNING, until: Step | None = None) -> Participant:
-    made = Participant(course)
+    made = Participant.begin(course)
     for step in course.before[: course.position(until) + 1] if until else ():
         made.told(Told(step, 1))
         made.did(step)
@@ -249,3 +271,63 @@ def test_a_late_end_of_a_step_changes_nothing_after_the_epoch_was_given_up() -> 
     made.told(Told(Step.ABORT, 1))
     assert made.did(Step.CAPTURE) == []
     assert made.could_not(Step.CAPTURE, "cancelled") == []
+
+
+# A member that is restored.
+
+
+def test_nothing_is_undone_or_run_before_the_store_has_said_which_it_is_to_be() -> None:
+    made = member(RESTORE, until=Step.STAND)
+    assert made.expired(Timer.SILENCE) == [Settle()]
+    # A store that does not answer is waited for: others may run.
+    assert made.expired(Timer.SILENCE) == []
+    assert made.settled(Decision.ABANDONED) == [LetGo()]
+    effects = made.let_go(running=False)
+    assert Close(Decision.ABANDONED) in effects
+    assert made.processes is Processes.ABSENT
+
+
+@pytest.mark.parametrize("step", [Step.PREPARE, Step.FILL])
+def test_what_does_not_stand_yet_is_undone_without_a_question(step: Step) -> None:
+    assert member(RESTORE, until=step).expired(Timer.SILENCE) == [LetGo()]
+
+
+def test_who_hears_nothing_runs_what_is_committed_and_says_so_when_asked() -> None:
+    made = member(RESTORE, until=Step.STAND)
+    made.expired(Timer.SILENCE)
+    assert made.told(Told(Step.RUN, 1)) == []
+    assert made.settled(Decision.COMMITTED) == [LetGo(committed=True)]
+    effects = made.let_go()
+    assert effects[-2:] == [Close(Decision.COMMITTED), Reply(Answer(Step.FINISH))]
+    for step in RESTORE.after:
+        assert made.told(Told(step, 1)) == [Reply(Answer(step))]
+
+
+def test_the_word_that_it_is_over_does_not_let_run_what_never_heard_to_run() -> None:
+    made = member(RESTORE, until=Step.STAND)
+    assert made.told(Told(Step.FINISH, 1)) == [Settle()]
+    assert made.told(Told(Step.FINISH, 1)) == []
+    assert made.settled(Decision.COMMITTED) == [LetGo(committed=True)]
+
+
+def test_what_is_committed_and_cannot_run_is_told_whenever_it_is_asked() -> None:
+    made = member(RESTORE, until=Step.STAND)
+    assert Do(Step.RUN) in made.told(Told(Step.RUN, 1))
+    assert made.expired(Timer.SILENCE) == []
+    effects = made.could_not(Step.RUN, "CRIU died")
+    assert effects == [Settle(), Reply(Answer(Step.RUN, "CRIU died"))]
+    made.settled(Decision.COMMITTED)
+    assert Reply(Answer(Step.FINISH, "CRIU died")) in made.let_go(running=False)
+    for step in RESTORE.after:
+        assert made.told(Told(step, 1)) == [Reply(Answer(step, "CRIU died"))]
+
+
+def test_what_runs_is_left_alone_whatever_comes_later() -> None:
+    made = member(RESTORE, until=Step.STAND)
+    made.told(Told(Step.RUN, 1))
+    made.did(Step.RUN)
+    assert made.told(Told(Step.ABORT, 1)) == []
+    effects = made.expired(Timer.SILENCE)
+    assert Close(Decision.COMMITTED) in effects
+    assert not [each for each in effects if isinstance(each, LetGo)]
+    assert made.processes is Processes.RUNNING
