@@ -53,17 +53,12 @@ class Frozen:
 
     def __init__(self, root: int) -> None:
         self.pages: dict[AddressSpace, dict[int, bytes]] = {}
-        # What the agent copies itself. The rest is CRIU's, which works in there meanwhile.
-        self.copied: dict[AddressSpace, list[tuple[int, int]]] = {}
+        self.maps: dict[AddressSpace, list[proc.Mapping]] = {}
         for pid in proc.tree(root):
             if proc.stat(pid).state not in "ZX":
                 space = AddressSpace("process", pid)
-                self.pages[space] = dict(_private_pages(pid))
-                self.copied[space] = [
-                    (each.start, each.end)
-                    for each in proc.maps(pid)
-                    if not each.inode and not each.shared and each.end - each.start >= 1 << 20
-                ]
+                self.maps[space] = [each for each in proc.maps(pid) if not _kernels(each)]
+                self.pages[space] = dict(_private_pages(pid, self.maps[space]))
 
     def assert_equal(self, image: MemoryImage) -> None:
         for space, pages in self.pages.items():
@@ -72,14 +67,29 @@ class Frozen:
                 for number in range(run.pages):
                     at = number * PAGE_BYTES
                     stored[run.address + at] = data[at : at + PAGE_BYTES]
-            # A page of zeros may be left out: untouched memory reads the same.
-            wrong = [
-                hex(page)
-                for page in pages.keys() | stored.keys()
-                if any(low <= page < high for low, high in self.copied[space])
-                and pages.get(page, _ZEROS) != stored.get(page, _ZEROS)
-            ]
+            wrong = []
+            for mapping in self.maps[space]:
+                for page in range(mapping.start, mapping.end, PAGE_BYTES):
+                    was, is_now = pages.get(page), stored.get(page)
+                    if was != is_now and (was or _untouched(mapping, page)) != (
+                        is_now or _untouched(mapping, page)
+                    ):
+                        wrong.append(f"{page:#x} in {mapping}")
             assert wrong == [], f"{space}: {len(wrong)} of {len(pages)} pages"
+
+
+def _kernels(mapping: proc.Mapping) -> bool:
+    """CRIU stores the vDSO, which a restore replaces by that of the kernel it runs on."""
+    return mapping.path.startswith(("[v", "/[aio]"))
+
+
+def _untouched(mapping: proc.Mapping, page: int) -> bytes:
+    """What a page reads as that is not the process's own."""
+    if mapping.path.startswith("/") and not mapping.deleted:
+        with open(mapping.path, "rb") as file:
+            file.seek(mapping.offset + page - mapping.start)
+            return file.read(PAGE_BYTES).ljust(PAGE_BYTES, b"\0")
+    return _ZEROS
 
 
 def looked_at(root: int, seen: list[Frozen]) -> Callable[[], None]:
@@ -87,11 +97,11 @@ def looked_at(root: int, seen: list[Frozen]) -> Callable[[], None]:
     return lambda: seen.append(Frozen(root))
 
 
-def _private_pages(pid: int) -> Iterator[tuple[int, bytes]]:
+def _private_pages(pid: int, maps: list[proc.Mapping]) -> Iterator[tuple[int, bytes]]:
     """Documentation/admin-guide/mm/pagemap.rst: bit 63 present, 62 swapped, 61 of a file."""
     with open(f"/proc/{pid}/pagemap", "rb") as table, open(f"/proc/{pid}/mem", "rb", 0) as memory:
-        for mapping in proc.maps(pid):
-            if mapping.shared or mapping.path.startswith(("[v", "/[aio]")):
+        for mapping in maps:
+            if mapping.shared:
                 continue
             table.seek(mapping.start // PAGE_BYTES * 8)
             entries = np.frombuffer(
