@@ -96,6 +96,7 @@ def _mutation(request: dict[str, Any], image: str, intents: Intents) -> mutate.M
     mutation = mutate.mutate(pod, image=image, intent=intent)
     mutation = mutate.Mutation(mutation.patch, (*warnings, *mutation.warnings))
     mutation = mutate.Mutation(mutation.patch, (*mutation.warnings, *hooked.warnings(pod)))
+    mutation = mutate.Mutation(mutation.patch, (*mutation.warnings, *hooked.warnings(pod)))
     logger.info(
         "pod in %s: %s%s",
         request.get("namespace"),
