@@ -22,7 +22,8 @@ from agent import errors
 from agent.engines.base import Engine, RestoredTree, RestoreOptions
 from agent.host import clock
 from agent.model import cut, ids
-from agent.model.pods import Pod
+from agent.model.container import Container
+from agent.model.pods import Placement, Pod
 from agent.model.protocol import Decision, Step
 from agent.model.streams import MemberSource
 from agent.node import dump as node_dump
@@ -47,6 +48,7 @@ class Order:
     pod: str
     pod_uid: str
     member: str
+    leads: bool
     again: bool
     options: RestoreOptions
 
@@ -72,6 +74,9 @@ class JointRestore:
         self._over = False
         self._owned = contextlib.ExitStack()
         self._pod: Pod | None = None
+        self._containers: Sequence[Container] = ()
+        self._was = Placement("", "", "", ())
+        self._telling: threading.Thread | None = None
         self._engine: Engine | None = None
         self._sources: Sequence[MemberSource] = ()
         self._gate = SteppedGate(0)
@@ -87,7 +92,11 @@ class JointRestore:
             elif step is Step.STAND:
                 self._gate.reach(Stage.RESTORED, self._deadline)
                 return "\n".join(self._lost()).encode()
+            elif step is Step.RELEASE:
+                self._check_committed()
+                self._gate.reach(Stage.RELEASED, self._deadline)
             elif step is Step.RUN:
+                self._check_committed()
                 self._run()
         except errors.CkptError as exc:
             self._tell_failed(exc)
@@ -100,6 +109,7 @@ class JointRestore:
             self._over = True
         if committed and self._trees:
             try:
+                self._gate.reach(Stage.RELEASED, self._deadline)
                 self._gate.reach(Stage.RUNNING, self._deadline)
             except errors.CkptError as exc:
                 _log.error(
@@ -112,6 +122,7 @@ class JointRestore:
         # The engine has undone what failed; why was told by the step.
         failed = [each for each in self._trees if each.exception()]
         if self._trees and not failed:
+            self._tell_restored()
             return True
         for each in self._trees:
             if each not in failed:
@@ -125,9 +136,13 @@ class JointRestore:
     def close(self, decision: Decision) -> None:
         """See ``session.Actions``."""
         del decision
-        with self._lock:
-            owned = self._owned.pop_all()
-        with owned:
+        with contextlib.ExitStack() as owned:
+            with self._lock:
+                owned.enter_context(self._owned.pop_all())
+            if self._telling is not None:
+                # Nobody waits for hooks, but nothing else is done to the pod meanwhile.
+                rest = self._telling, owned.pop_all()
+                threading.Thread(target=_close_after, args=rest, name="post hooks").start()
             _log.info("the restore of image %s in pod %s is over", self._found.image, self._pod)
 
     def _prepare(self) -> None:
@@ -148,7 +163,9 @@ class JointRestore:
         pod, containers = self._pods.holding(
             order.namespace, order.pod, order.pod_uid, names, self._deadline, self._check
         )
-        self._pod = pod
+        self._pod, self._containers = pod, containers
+        was = dict(podwork.placements(reader.facts))
+        self._was = was.get(order.member, self._was)
         with contextlib.ExitStack() as stack:
             stack.enter_context(
                 self._work.taking_part("restore", pod, containers, self._cancel, found.image)
@@ -189,17 +206,33 @@ class JointRestore:
         self._gate.running()
         return tree
 
-    def _run(self) -> None:
+    def _check_committed(self) -> None:
         if self._attempt.decision() is not Decision.COMMITTED:
             raise errors.RestoreFailed(
                 f"the restore of image {self._found.image} is not committed: nothing runs",
                 hint="this is a defect of the coordinator: report it",
             )
+
+    def _run(self) -> None:
         self._gate.reach(Stage.RUNNING, self._deadline)
         if self._pod is not None:
             running_s = clock.monotonic_s() - self._began_s
             note = f"Image {self._found.image}, running after {running_s:.1f} s"
             self._work.tell(self._pod, "RestoreCompleted", note)
+        self._tell_restored()
+
+    def _tell_restored(self) -> None:
+        """Let the processes know that they run again, and where; returns at once."""
+        pod, image = self._pod, self._found.image
+        if pod is None or self._telling is not None:
+            return
+        self._telling = threading.Thread(
+            target=self._work.tell_restored,
+            args=(pod, self._containers, image, self._was),
+            kwargs={"leads": self._order.leads},
+            name="post hooks",
+        )
+        self._telling.start()
 
     def _lost(self) -> Iterator[str]:
         """The peers of connections that are reset."""
@@ -219,3 +252,8 @@ class JointRestore:
     def _tell_failed(self, exc: errors.CkptError) -> None:
         if self._pod is not None and not self._over:
             self._work.tell(self._pod, "RestoreFailed", f"{exc.message} ({exc.code})")
+
+
+def _close_after(telling: threading.Thread, owned: contextlib.ExitStack) -> None:
+    with owned:
+        telling.join()

@@ -66,11 +66,17 @@ class PodHooks:
         return Around(self._calls, self._teller, found, about)
 
     def restored(
-        self, pod: Pod, containers: Sequence[Container], image: str, was: Placement
+        self,
+        pod: Pod,
+        containers: Sequence[Container],
+        image: str,
+        was: Placement,
+        *,
+        leads: bool = True,
     ) -> tuple[str, ...]:
         """Run the post hooks of a pod that runs an image's processes; what failed."""
         try:
-            around = self.around(pod, containers, image=image)
+            around = self.around(pod, containers, leads=leads, image=image)
         except errors.InvalidInput as exc:
             # The pod runs: it is too late to refuse anything.
             self._teller.tell(pod, "HookFailed", exc.message)

@@ -17,6 +17,7 @@ from agent.coordinator import checkpoint, restore
 from agent.engines.base import Engine
 from agent.engines.container.engine import ContainerEngine
 from agent.engines.kubelet import inner
+from agent.model import optin
 from agent.model.container import Container
 from agent.model.plan import Plan
 from agent.model.pods import Pod
@@ -144,6 +145,8 @@ class Group:
         self._owned = owned
         self.nodes: dict[str, Node] = {}
         self.clients: dict[str, client.Agent] = {}
+        self.hooks: dict[str, Any] = {}
+        """Of the pods that are added (``model.hooks``)."""
 
     # What a coordinator asks a session.
 
@@ -188,11 +191,14 @@ class Group:
             else self.boxes.placeholder(pod, **options)
         )
         node = self.nodes[agent]
-        uid = node.api.put(pod, nodes.NODE, containers=("main",))
+        metadata = {"annotations": {optin.HOOKS: json.dumps(self.hooks)}}
+        uid = node.api.put(pod, nodes.NODE, containers=("main",), metadata=metadata)
         config = json.loads((box.folder / "config.json").read_text())
         config["root"]["path"] = str(box.rootfs)
         info = {"sandboxID": uid, "pid": box.pid, "runtimeSpec": config}
-        node.cri.containers.append(cri.FakeContainer(pod, uid, "main", box.pid, info=info))
+        node.cri.containers.append(
+            cri.FakeContainer(pod, uid, "main", box.pid, info=info, execute=box.execute)
+        )
         wait_for(lambda: (found := node.watch.get("default", pod)) and found.uid == uid)
         return Member(name, box, agent, uid, address)
 
