@@ -238,6 +238,7 @@ class EpochService:
             pod=request.pod,
             pod_uid=request.pod_uid,
             member=request.member,
+            leads=request.leads,
             again=asked.again,
             options=RestoreOptions(
                 deadline_s=self._allowed_s(request.deadline_s, self._settings.restore_deadline_s),

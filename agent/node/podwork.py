@@ -223,6 +223,18 @@ class PodWork:
         """The pod's hooks around a checkpoint; raises as ``PodHooks.around``."""
         return self._hooks.around(pod, containers, leads=leads, image=image)
 
+    def tell_restored(
+        self,
+        pod: Pod,
+        containers: Sequence[Container],
+        image: str,
+        was: Placement,
+        *,
+        leads: bool,
+    ) -> None:
+        """Run the post hooks of a pod that runs a group's image now."""
+        self._hooks.restored(pod, containers, image, was, leads=leads)
+
     def engine(self, pod: Pod, containers: Sequence[Container]) -> Engine:
         """The engine that captures these containers; raises as ``Engines.for_dump``."""
         return self._engines.for_dump("", pod, containers)
