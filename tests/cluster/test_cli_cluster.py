@@ -44,9 +44,9 @@ class Ran:
         return found
 
 
-def ckpt(cluster: Cluster, *arguments: str, kubeconfig: Path | None = None) -> Ran:
-    """Run the program as a user of the cluster would."""
-    environment = {"PYTHONPATH": str(CHECKOUT), "CKPT_AGENT_OUTPUT": "json"}
+def ckpt(cluster: Cluster, *arguments: str, kubeconfig: Path | None = None, **more: str) -> Ran:
+    """Run the program as a user of the cluster would; ``more`` goes into its environment."""
+    environment = {"PYTHONPATH": str(CHECKOUT), "CKPT_AGENT_OUTPUT": "json"} | more
     if kubeconfig:
         environment["KUBECONFIG"] = str(kubeconfig)
     done = cluster.run_in_control_plane(

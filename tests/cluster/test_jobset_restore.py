@@ -1,0 +1,219 @@
+"""A JobSet that comes back: on exchanged nodes, with new addresses, made by the real controller."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+from agent.cli import exits
+from agent.model import optin
+from tests.cluster import leftovers
+from tests.cluster.cluster import Cluster
+from tests.cluster.test_cli_cluster import ckpt
+from tests.cluster.test_jobset import jobset
+
+Json = dict[str, Any]
+
+RANKS = ("worker-0-0", "worker-0-1")
+STEPS = 250
+
+
+def training(namespace: str, steps: int) -> Json:
+    """Two ranks, one on each node, that end after ``steps``."""
+    document = jobset(namespace)
+    (job,) = document["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    container["env"].append({"name": "STEPS", "value": str(steps)})
+    return document
+
+
+def uninterrupted(namespace: str, steps: int) -> Json:
+    """Both ranks in one pod, as fast as they can."""
+    env = {"WORLD_SIZE": "2", "PACE_S": "0", "STEPS": str(steps), "MASTER_ADDR": "localhost"}
+    containers = [
+        {
+            "name": f"worker-0-{rank}",
+            "image": "localhost/np:1",
+            "command": ["python3", "-u", "/opt/trainer.py"],
+            "env": [
+                {"name": key, "value": value}
+                for key, value in {**env, "JOB_COMPLETION_INDEX": str(rank)}.items()
+            ],
+        }
+        for rank in (0, 1)
+    ]
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "uninterrupted", "namespace": namespace},
+        "spec": {"restartPolicy": "Never", "containers": containers},
+    }
+
+
+def pods(cluster: Cluster, namespace: str) -> dict[str, Json]:
+    """The JobSet's pods, by what they are called in it."""
+    found = cluster.get("pods", "-n", namespace, "-l", "jobset.sigs.k8s.io/jobset-name=train")
+    completion = "batch.kubernetes.io/job-completion-index"
+    return {
+        f"worker-0-{each['metadata']['labels'][completion]}": each
+        for each in found["items"]
+        if not each["metadata"].get("deletionTimestamp")
+    }
+
+
+def steps_of(cluster: Cluster, namespace: str, rank: str) -> dict[int, str]:
+    """What a rank has said of each step."""
+    found = pods(cluster, namespace).get(rank)
+    if found is None or found["status"]["phase"] == "Pending":
+        return {}
+    return steps_in(cluster.logs(found["metadata"]["name"], namespace, "-c", "trainer"))
+
+
+def steps_in(text: str) -> dict[int, str]:
+    """What is said of each step; nothing is said twice or left out."""
+    lines = [line for line in text.splitlines() if line.startswith("step ")]
+    numbers = [int(line.split()[1]) for line in lines]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else True
+    return dict(zip(numbers, lines, strict=True))
+
+
+def await_step(cluster: Cluster, namespace: str, step: int) -> None:
+    cluster.wait_for(
+        f"step {step} of both ranks",
+        lambda: all(max(steps_of(cluster, namespace, rank), default=0) >= step for rank in RANKS),
+        90,
+    )
+
+
+def suspended(cluster: Cluster, namespace: str) -> bool:
+    return bool(cluster.get("jobset", "train", "-n", namespace)["spec"].get("suspend"))
+
+
+def intent(cluster: Cluster, namespace: str) -> str | None:
+    metadata = cluster.get("jobset", "train", "-n", namespace)["metadata"]
+    return (metadata.get("annotations") or {}).get(optin.RESTORE)
+
+
+def follow_on(cluster: Cluster, namespace: str, whole: dict[str, dict[int, str]]) -> None:
+    """Every step that the pods of now have said is as in the run that nothing interrupted."""
+    for rank in RANKS:
+        said = steps_of(cluster, namespace, rank)
+        assert said
+        assert said == {step: whole[rank][step] for step in said}
+
+
+def test_a_jobset_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
+    agents: Cluster, namespace: str
+) -> None:
+    before = leftovers.of_all(agents)
+    document = training(namespace, STEPS)
+    # A lost pod makes JobSet start all over, as it would for a user.
+    document["spec"]["failurePolicy"] = {"maxRestarts": 3}
+    agents.apply([document, uninterrupted(namespace, STEPS)])
+    await_step(agents, namespace, 20)
+    image = ckpt(agents, "dump", "jobset/train", "-n", namespace).document()["name"]
+    cut = max(steps_of(agents, namespace, "worker-0-0"))
+    await_step(agents, namespace, cut + random.randrange(1, 20))
+    lost = pods(agents, namespace)
+    names = [each["metadata"]["name"] for each in lost.values()]
+    agents.kubectl("delete", "pods", "-n", namespace, "--grace-period=0", "--force", *names)
+
+    ran = ckpt(agents, "restore", "jobset/train", "-n", namespace).error()
+    assert (ran["code"], "--replace" in ran["hint"]) == ("restore-conflict", True)
+    here, there = (lost[rank]["spec"]["nodeName"] for rank in RANKS)
+    words = ("restore", "jobset/train", "-n", namespace, "--replace")
+    report = ckpt(agents, *words, "--node", there, "--node", here).document()
+    assert (report["name"], report["created"], report["passedOver"]) == (image, False, [])
+    for each in report["pods"]:
+        old, new = each["was"], each["now"]
+        assert old["pod"] == lost[each["member"]]["metadata"]["name"]
+        assert {old["node"], new["node"]} == {here, there}
+        assert set(old["addresses"]).isdisjoint(new["addresses"])
+    agents.wait_for_pod("uninterrupted", namespace, "Succeeded", timeout_s=60)
+    whole = {rank: steps_in(agents.logs("uninterrupted", namespace, "-c", rank)) for rank in RANKS}
+    await_step(agents, namespace, cut + 10)
+    assert min(steps_of(agents, namespace, "worker-0-0")) <= cut + 1
+    follow_on(agents, namespace, whole)
+
+    words = ("migrate", "jobset/train", "-n", namespace, "--to", here, "--to", there)
+    moved = ckpt(agents, *words)
+    assert [each["was"] for each in moved.document()["pods"]] == [
+        each["now"] for each in report["pods"]
+    ]
+    follow_on(agents, namespace, whole)
+    assert intent(agents, namespace) is None
+    agents.wait_for(
+        "the end of the training",
+        lambda: all(
+            each["status"]["phase"] == "Succeeded" for each in pods(agents, namespace).values()
+        ),
+        90,
+    )
+    follow_on(agents, namespace, whole)
+    assert all(max(steps_of(agents, namespace, rank)) == STEPS for rank in RANKS)
+    leftovers.assert_none(agents, before)
+
+
+def damage(cluster: Cluster, namespace: str, image: str) -> None:
+    """Change a byte in the middle of everything that only this image has."""
+    epoch = image.partition("@")[2]
+    store = cluster.node("n1").root / "srv/shared/store" / namespace
+    packs = [path for path in store.glob(f"packs/{epoch}-*/*") if path.stat().st_size]
+    assert packs
+    for path in packs:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content)
+
+
+def test_a_deleted_jobset_is_made_again_waits_for_room_and_comes_back_from_an_image_that_is_whole(
+    agents: Cluster, namespace: str
+) -> None:
+    document = training(namespace, 0)
+    template = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    apart = {
+        "topologyKey": "kubernetes.io/hostname",
+        "labelSelector": {"matchLabels": {"jobset.sigs.k8s.io/jobset-name": "train"}},
+    }
+    template["spec"]["affinity"] = {
+        "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [apart]}
+    }
+    agents.apply(document)
+    await_step(agents, namespace, 5)
+    older = ckpt(agents, "dump", "jobset/train", "-n", namespace).document()["name"]
+    await_step(agents, namespace, max(steps_of(agents, namespace, RANKS[0])) + 5)
+    newer = ckpt(agents, "dump", "jobset/train", "-n", namespace).document()["name"]
+    damage(agents, namespace, newer)
+    agents.kubectl("delete", "jobset", "train", "-n", namespace)
+    agents.wait_for("no pods", lambda: not pods(agents, namespace), 30)
+
+    # One node has no room for both of its pods.
+    short = {"CKPT_AGENT_SCHEDULE_DEADLINE": "4s"}
+    ran = ckpt(agents, "restore", "jobset/train", "-n", namespace, "--node", "n1", **short)
+    # After what it says on its way.
+    error = json.loads(ran.err[ran.err.index("{") :])
+    assert (ran.status, error["code"]) == (exits.MOVE_INCOMPLETE, "move-incomplete")
+    assert any("has no node" in reason for reason in error["facts"]["reasons"])
+    command = f"ckpt-agent restore jobset/train@{newer.partition('@')[2]} -n {namespace} --node n1"
+    assert error["facts"]["next"] == [command]
+    assert suspended(agents, namespace)
+    assert newer in (intent(agents, namespace) or "")
+
+    report = ckpt(agents, "restore", "jobset/train", "-n", namespace).document()
+    assert report["name"] == older
+    assert [each["name"] for each in report["passedOver"]] == [newer]
+    # The nodes that were chosen before count no more.
+    assert {each["now"]["node"] for each in report["pods"]} == {"n1", "n2"}
+    last = max(steps_of(agents, namespace, RANKS[0]), default=0)
+    await_step(agents, namespace, last + 5)
+    weights = [
+        {
+            step: line.split(" params ")[1]
+            for step, line in steps_of(agents, namespace, rank).items()
+        }
+        for rank in RANKS
+    ]
+    both = weights[0].keys() & weights[1].keys()
+    assert len(both) > 3
+    assert all(weights[0][step] == weights[1][step] for step in both)
