@@ -146,9 +146,10 @@ class Paused:
         self.container = Container(id=self.id, name="c", pid=pid, rootfs="")
 
     def end(self) -> list[str]:
-        os.kill(self.container.pid, signal.SIGKILL)
-        self.popen.kill()
-        self.popen.wait()
+        if self.popen.poll() is None:  # the container is nobody's to wait for, and may be gone then
+            os.kill(self.container.pid, signal.SIGKILL)
+            self.popen.kill()
+            self.popen.wait()
         return [] if self.out.closed else self.popen.communicate()[0].splitlines()
 
 

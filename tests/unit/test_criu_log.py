@@ -51,6 +51,7 @@ def test_the_reply_speaks_where_the_log_is_empty_but_noise_does_not() -> None:
         ("Error (criu/files-reg.c:1): Can't open file x on restore: No such file", "not here"),
         ("Error (compel/x.c:1): Unable to interrupt task: 7 (Operation not permitted)", "tracer"),
         ("Error (criu/sk-inet.c:1): inet: Can't bind inet socket: Address already in use", "taken"),
+        ("Error (criu/proc_parse.c:118): handle_device_vma plugin failed: No such file", "a GPU"),
         ("Error (criu/sk-inet.c:1): Connected TCP socket, consider using --x", "live TCP"),
     ],
 )

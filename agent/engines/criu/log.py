@@ -63,8 +63,9 @@ _HINTS = (
     (r"Can't bind|Address already in use", "a listening address of the tree is taken here"),
     (r"hugetlb|huge page", "the tree uses huge pages that cannot be had here"),
     (
-        r"Unsupported file type|Can't dump file|unsupported fd|anon_inode:\[(?!event)",
-        "the tree holds a descriptor that CRIU cannot dump (a device, a GPU handle, ...)",
+        r"Unsupported file type|Can't dump file|unsupported fd|anon_inode:\[(?!event)"
+        r"|handle_device_vma|non-regular mapping",
+        "the tree holds or maps something that CRIU cannot dump (a device, a GPU, ...)",
     ),
     (
         r"cpu|CPU|xsave|fpu",
