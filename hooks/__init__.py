@@ -1,4 +1,5 @@
-"""Pre and post hooks of a dump: their contract and the built-in ones.
+"""What workloads import for their part in a checkpoint; the agent itself uses nothing of it.
 
-Hooks see ``agent.errors`` and ``agent.model`` only, and nothing below the command line knows them.
+Each module is one file that needs the standard library only: it can be copied beside a training
+script, whose image then needs no ckpt-agent.
 """

@@ -488,3 +488,51 @@ def test_rdma_in_use_is_refused_without_a_hook_and_let_go_of_by_one(jobs: Jobs) 
     teardown = {"name": "teardown-rdma", "exec": ["sh", "-c", down]}
     jobs.add(box, {"pre": [teardown]}).dump()
     job.goes_on()
+
+
+STEPS = """
+import sys, time
+sys.path.insert(0, '/hooks')
+from quiesce import Boundary
+with Boundary('/disk/quiesce.sock', longest_s=60) as boundary:
+    step = 0
+    while True:
+        step += 1
+        time.sleep(0.02)
+        print('step', step, flush=True)
+        if found := boundary.reached():
+            print('held', step, found.outcome, found.told['now']['pod'], flush=True)
+"""
+
+
+def test_a_training_loop_is_held_at_a_step_until_it_runs_again_here_and_in_another_pod(
+    jobs: Jobs,
+) -> None:
+    def calling(name: str) -> dict[str, Any]:
+        return {"name": name, "unix": {"socket": "/disk/quiesce.sock", "path": f"/{name}"}}
+
+    source = str(Path(__file__).parents[2] / "hooks")
+    mounts = [
+        {"destination": "/hooks", "type": "bind", "source": source, "options": ["bind", "ro"]}
+    ]
+    wanted = {"pre": [calling("quiesce")], "post": [calling("resume")]}
+    job = jobs.start("job", wanted, "python3", "-c", STEPS, mounts=mounts)
+    wait_for(lambda: "step 3" in job.box.log.read_text())
+    outcome = job.dump()
+    assert outcome.hook_problems == ()
+    wait_for(lambda: "held" in job.box.log.read_text())
+    held = next(line for line in job.box.log.read_text().splitlines() if "held" in line)
+    step = held.split()[1]
+    assert held == f"held {step} captured job"
+    job.goes_on()
+
+    box = jobs.boxes.placeholder("other", mounts=mounts)
+    other = jobs.add(box, wanted)
+    with jobs.node.caller(*nodes.VERBS) as agent:
+        image = f"job@{outcome.image.epoch}"
+        done = agent.restore("default", image, "other", pod_uid=other.uid, deadline_s=60.0)
+    assert done.hook_problems == ()
+    # It stood where it was asked to stand, and was told at once where it is now.
+    wait_for(lambda: len(box.log.read_text().splitlines()) > 3)
+    assert box.log.read_text().splitlines()[0] == f"held {step} restored other"
+    other.goes_on()
