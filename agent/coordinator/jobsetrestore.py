@@ -202,6 +202,7 @@ class _Course:
         self._watch = watch or Watch()
         self._uid = ""
         self._created = False
+        self._retried = False
         self._began_s = clock.monotonic_s()
         self._now = Step.DUMP
         self._passed: list[tuple[str, str]] = []
@@ -268,24 +269,40 @@ class _Course:
         Raises:
             errors.MoveIncomplete: it does not run.
         """
-        for image in images[:-1]:
-            with contextlib.suppress(_TryOlder):
-                return self._attempt(image, last=False)
-        return self._attempt(images[-1], last=True)
+        waiting = [*images]
+        while True:
+            image = waiting.pop(0)
+            try:
+                return self._attempt(image)
+            except errors.CkptError as exc:
+                name = jobsetchecks.name_of(image)
+                if self._may_retry(exc):
+                    waiting.insert(0, image)
+                elif waiting and isinstance(exc, (errors.DataError, errors.RestoreFailed)):
+                    self._passed.append((name, exc.message))
+                    self._watch.passed_over(name, exc.message)
+                else:
+                    raise self._told(name, exc) from exc
 
-    def _attempt(self, image: results.Image, *, last: bool) -> Returned:
-        name = jobsetchecks.name_of(image)
+    def _may_retry(self, exc: errors.CkptError) -> bool:
+        """Whether the same image is tried once more: the restore, not the image, met with something
+        that passes, such as an agent that was replaced.
+        """
+        passing = exc.retryable or bool(exc.facts.get("committed"))
+        if self._retried or not passing or self._now is not Step.RESTORE:
+            return False
+        if isinstance(exc, errors.MoveIncomplete):
+            return False
+        self._retried = True
+        return True
+
+    def _attempt(self, image: results.Image) -> Returned:
         try:
             return self._brought_back(jobsetchecks.detail_of(self._session, image))
-        except (errors.DataError, errors.RestoreFailed) as exc:
-            if last:
-                raise self._told(name, exc) from exc
-            self._passed.append((name, exc.message))
-            self._watch.passed_over(name, exc.message)
-            raise _TryOlder from exc
-        except errors.CkptError as exc:
-            raise self._told(name, exc) from exc
+        except errors.CkptError:
+            raise
         except BaseException:
+            # A defect, or a person who does not wait: it shall not start over behind their back.
             self._rest()
             raise
 
@@ -424,10 +441,6 @@ class _Course:
         except errors.CkptError:
             return False
         return True
-
-
-class _TryOlder(Exception):
-    """This image cannot be restored, and there is an older one."""
 
 
 class _StillIntended(errors.MoveIncomplete):

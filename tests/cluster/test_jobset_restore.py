@@ -136,8 +136,8 @@ def test_a_jobset_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
     assert min(steps_of(agents, namespace, "worker-0-0")) <= cut + 1
     follow_on(agents, namespace, whole)
 
-    words = ("migrate", "jobset/train", "-n", namespace, "--to", here, "--to", there)
-    moved = ckpt(agents, *words)
+    back = ("migrate", "jobset/train", "-n", namespace, "--to", here, "--to", there)
+    moved = ckpt(agents, *back)
     assert [each["was"] for each in moved.document()["pods"]] == [
         each["now"] for each in report["pods"]
     ]
@@ -189,8 +189,8 @@ def test_a_deleted_jobset_is_made_again_waits_for_room_and_comes_back_from_an_im
     agents.wait_for("no pods", lambda: not pods(agents, namespace), 30)
 
     # One node has no room for both of its pods.
-    short = {"CKPT_AGENT_SCHEDULE_DEADLINE": "4s"}
-    ran = ckpt(agents, "restore", "jobset/train", "-n", namespace, "--node", "n1", **short)
+    words = ("restore", "jobset/train", "-n", namespace, "--node", "n1")
+    ran = ckpt(agents, *words, CKPT_AGENT_SCHEDULE_DEADLINE="4s")
     # After what it says on its way.
     error = json.loads(ran.err[ran.err.index("{") :])
     assert (ran.status, error["code"]) == (exits.MOVE_INCOMPLETE, "move-incomplete")

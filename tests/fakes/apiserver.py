@@ -1,7 +1,8 @@
 """An API server for tests: real HTTP over real TLS, port-forward over real websockets.
 
-Knows pods, nodes, ConfigMaps and reviews of rights, as far as a caller of ours asks for them.
-``pods`` and ``nodes`` are the objects it serves; ``backends`` says where a pod's port leads.
+Knows pods, nodes, JobSets, ConfigMaps and reviews of rights, as far as a caller of ours asks for
+them. ``pods``, ``nodes`` and ``jobsets`` are the objects it serves; ``backends`` says where a pod's
+port leads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import struct
 import threading
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tests.fakes.authority import Authority
@@ -44,6 +45,11 @@ class ApiServer:
         # Called when a pod was created, as a scheduler and a kubelet would be.
         self.on_create: Any = lambda pod: None
         self.refuse_create = ""
+        # What admission makes of a pod; called when a JobSet was created or changed, as its
+        # controller would be.
+        self.admit: Callable[[str, Any], Any] = lambda namespace, pod: pod
+        self.on_jobset: Callable[[Any], None] = lambda jobset: None
+        self.jobsets: dict[tuple[str, str], dict[str, Any]] = {}
         self.hold_deletions = False
 
     def add_pod(self, name: str, node: str, *, namespace: str = "default", **more: Any) -> str:
@@ -155,6 +161,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer("POST")
 
+    def do_PATCH(self) -> None:
+        assert self.headers["content-type"] == "application/merge-patch+json"
+        self._answer("PATCH")
+
     def do_DELETE(self) -> None:
         self._answer("DELETE")
 
@@ -211,7 +221,29 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 return self._create(space, query, body)
             case ("DELETE", "api", "v1", "namespaces", space, "pods", name):
                 return self._delete(space, name, body)
+            case (_, "apis", "jobset.x-k8s.io", "v1alpha2", "namespaces", space, "jobsets", *name):
+                return self._jobset(method, space, name, body)
         return 404, _status("the server could not find the requested resource")
+
+    def _jobset(self, method: str, space: str, name: list[str], body: Any) -> tuple[int, Any]:
+        if method == "POST":
+            found = copy.deepcopy(body)
+            found["metadata"] |= {"uid": str(uuid.uuid4()), "namespace": space}
+            self.api.jobsets[space, found["metadata"]["name"]] = found
+            self.api.on_jobset(found)
+            return 201, found
+        found = self.api.jobsets.get((space, name[0]))
+        if found is None:
+            return 404, _status(f'jobsets "{name[0]}" not found')
+        wanted = body.get("preconditions") or body.get("metadata") or {}
+        if wanted.get("uid", found["metadata"]["uid"]) != found["metadata"]["uid"]:
+            return 409, _status("the UID in the precondition does not match")
+        if method == "PATCH":
+            _merge(found, body)
+            self.api.on_jobset(found)
+        elif method == "DELETE":
+            del self.api.jobsets[space, name[0]]
+        return 200, found
 
     def _is_denied(self, body: Any) -> bool:
         wanted = body["spec"]["resourceAttributes"]
@@ -229,6 +261,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         made = copy.deepcopy(body)
         made["metadata"] |= {"uid": str(uuid.uuid4()), "namespace": space}
         made["status"] = {"phase": "Pending"}
+        made = self.api.admit(space, made)
         if query.get("dryRun") != "All":
             self.api.pods[space, name] = made
             self.api.on_create(made)
@@ -276,6 +309,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.close_connection = True
         _Bridge(self.rfile, self.wfile).run(self.api.backends.get((pod, port)), port)
+
+
+def _merge(found: dict[str, Any], patch: dict[str, Any]) -> None:
+    """RFC 7386."""
+    for key, value in patch.items():
+        if value is None:
+            found.pop(key, None)
+        elif isinstance(value, dict):
+            _merge(found.setdefault(key, {}), value)
+        else:
+            found[key] = value
 
 
 class _Bridge:
