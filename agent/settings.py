@@ -82,7 +82,7 @@ class Settings:
     """Largest unlinked open file that travels with an image, in bytes. CRIU's own 1 MiB fails for
     ordinary temporary files; above 1 GiB something is usually wrong."""
 
-    precopy: bool = False
+    precopy: bool = True
     """Whether a job's memory is copied while it runs, so that it stops only for what it wrote last.
     Where that cannot be done, a dump takes the plain way by itself."""
 

@@ -108,9 +108,11 @@ def _member(name: str, facts: Mapping[str, Any], files: Sequence[FileEntry]) -> 
         kind: sum(_number(_mapping(p.get("memory")).get(f"{kind}_bytes")) for p in processes)
         for kind in kinds
     }
+    stop = _mapping(facts.get("stop"))
     return {
         "name": name,
         "engine": _word(facts.get("engine") or facts.get("layout")),
+        "stop": {"path": _word(stop.get("path")), "because": _word(stop.get("because"))},
         "processes": [_process_of_facts(process) for process in processes],
         "memory": _memory(totals["anon"], totals["shmem"], totals["swap"], totals["file"]),
         "files": [

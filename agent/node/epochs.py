@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import ipaddress
 import threading
 from collections.abc import Sequence
@@ -75,6 +76,8 @@ class EpochService:
         self._lock = threading.Lock()
         self._beginning = threading.Lock()
         self._taking: dict[Key, _Taking] = {}
+        # Pods whose memory is not copied ahead the next time, since that failed the last time.
+        self._plain: set[str] = set()
 
     def new_epoch(self, request: api.NewEpochRequest, call: Call) -> api.NewEpochResponse:
         """Name an epoch to come."""
@@ -207,8 +210,10 @@ class EpochService:
                     deadline_s=self._allowed_s(request.deadline_s, self._settings.dump_deadline_s),
                     ghost_limit_bytes=self._settings.ghost_limit_bytes,
                     kill=course is protocol.EVACUATE,
+                    precopy=self._precopy(pod.uid),
                     log_level=self._settings.criu_log_level,
                 ),
+                short_stop_failed=functools.partial(self._plain.add, pod.uid),
                 place=pod.uid,
                 about=about,
                 hooks=parts.work.hooks(
@@ -220,6 +225,12 @@ class EpochService:
         session = Session(f"{group}@{epoch}", course, actions, ended=lambda: self._ended(key))
         leaving.session = session
         return session
+
+    def _precopy(self, pod_uid: str) -> bool:
+        if pod_uid in self._plain:
+            self._plain.discard(pod_uid)
+            return False
+        return self._settings.precopy
 
     def _begin_restore(
         self, request: api.TakePartRequest, course: protocol.Course, key: Key

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -56,11 +56,13 @@ class JointDump:
         options: CaptureOptions,
         place: str,
         owned: contextlib.ExitStack | None = None,
+        short_stop_failed: Callable[[], None] = lambda: None,
         about: Mapping[str, Any] | None = None,
         hooks: Around | None = None,
     ) -> None:
         """``place`` names the pod, ``owned`` is what the operation holds as long as it lasts,
-        ``about`` goes with the contribution, ``hooks`` are those of the pod.
+        ``about`` goes with the contribution, ``hooks`` are those of the pod; ``short_stop_failed``
+        hears that the epoch is given up for having copied memory ahead.
         """
         self._store, self._engine = store, engine
         self._group, self._epoch = group, epoch
@@ -72,6 +74,7 @@ class JointDump:
         self._cut = SteppedCut(len(self._members))
         self._place, self._about = place, about or {}
         self._owned = owned or contextlib.ExitStack()
+        self._short_stop_failed = short_stop_failed
         self._hooks = hooks
         self._lock = threading.Lock()
         self._writer: JointWriter | None = None
@@ -167,6 +170,15 @@ class JointDump:
             sink = _Noted(writer.member(member.name), self._cut)
             self._sinks[member.name] = sink
             return self._engine.capture(member.pid, sink, self._cut, self._options)
+        except errors.ShortStopFailed as exc:
+            self._short_stop_failed()
+            told = errors.ShortStopFailed(
+                exc.message,
+                hint="ask for it again: the next time no memory is copied ahead",
+                **exc.facts,
+            )
+            self._cut.fail(told)
+            raise told from exc
         except BaseException as exc:
             self._cut.fail(exc)
             raise

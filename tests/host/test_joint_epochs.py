@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from agent.coordinator.driver import Cancelled, Driver, Limits, Report
 from agent.coordinator.links import Links, Mailbox
 from agent.coordinator.machine import Coordination, State
 from agent.engines.base import CaptureOptions
+from agent.engines.criu import hiding
 from agent.host import clock
 from agent.model import cut, ids
 from agent.model.protocol import EVACUATE, LEAVE_RUNNING, Course, Decision
@@ -72,15 +74,27 @@ class Epoch:
 
 
 @contextlib.contextmanager
-def epoch(job: Job, pids: list[int], course: Course = LEAVE_RUNNING) -> Iterator[Epoch]:
+def epoch(
+    job: Job,
+    pids: list[int],
+    course: Course = LEAVE_RUNNING,
+    short_stop_failed: Callable[[], None] = lambda: None,
+) -> Iterator[Epoch]:
     store: Store = job.store
     name = store.new_epoch(GROUP, now_s=clock.wall_s())
     sessions = []
     for number, pid in enumerate(pids):
         member = node_dump.Member(ids.member_name(f"tree-{number}"), pid)
-        options = CaptureOptions(kill=course is EVACUATE)
         actions = JointDump(
-            store, job.host.engine, GROUP, name, course, [member], options, place="here"
+            store,
+            job.host.engine,
+            GROUP,
+            name,
+            course,
+            [member],
+            CaptureOptions(kill=course is EVACUATE, precopy=True),
+            place="here",
+            short_stop_failed=short_stop_failed,
         )
         sessions.append(Session(f"tree-{number}", course, actions))
     for each in sessions:
@@ -113,6 +127,49 @@ def test_trees_that_are_moved_are_ended_when_their_image_is_committed(
     for popen in stream.ends.values():
         popen.wait(10)
     job.restore()
+    stream.flows()
+
+
+@pytest.mark.parametrize("course", [LEAVE_RUNNING, EVACUATE], ids=lambda each: each.name)
+def test_the_memory_of_each_is_copied_while_it_runs(job: Job, course: Course) -> None:
+    targets = [job.host.start("memory", MEMORY_MIB="24") for _ in range(2)]
+    pids = [each.pid for each in targets]
+    with epoch(job, pids, course) as made:
+        report = made.run()
+    assert report.committed, report
+    reader = job.store.read(GROUP, made.epoch)
+    for name in reader.members:
+        assert reader.member(name).facts()["stop"]["path"] == "precopy"
+    for each in targets:
+        if course is LEAVE_RUNNING:
+            job.host.assert_running(each)
+        job.host.kill(each)
+    job.restore()
+    for each in targets:
+        each.check()
+
+
+def test_one_whose_memory_cannot_be_copied_ahead_says_so_and_all_go_on(
+    job: Job, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is to be done without is then known to who asks for the next epoch."""
+    answered = hiding.Hiding._answer
+
+    def spoiled(self: Any, call: Any) -> int | None:
+        return None if answered(self, call) is None else -1
+
+    monkeypatch.setattr(hiding.Hiding, "_answer", spoiled)
+    large = job.host.start("memory", MEMORY_MIB="24")
+    told: list[str] = []
+    with epoch(
+        job, [*stream.pids, large.pid], short_stop_failed=lambda: told.append("large")
+    ) as made:
+        report = made.run()
+    assert not report.committed
+    assert told == ["large"]
+    assert isinstance(report.error, errors.ShortStopFailed)
+    assert job.epochs() == []
+    job.host.assert_running(large)
     stream.flows()
 
 

@@ -55,7 +55,7 @@ def test_every_setting_can_come_from_flag_environment_and_file() -> None:
         "dump_deadline": ("2m", 120.0),
         "restore_deadline": ("90", 90.0),
         "ghost_limit": ("2GiB", 2 << 30),
-        "precopy": ("true", True),
+        "precopy": ("false", False),
         "criu_log_level": ("4", 4),
         "keep_last": ("3", 3),
         "keep_within": ("7d", 604800.0),

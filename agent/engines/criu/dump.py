@@ -286,7 +286,7 @@ class _Capture:
 
     def _choose(self) -> None:
         if not self._options.precopy:
-            self._plain_because = "it was not asked for"
+            self._plain_because = "it was not asked for, or failed before"
             return
         self._plain_because = shortstop.unsuited(self._subject.criu, self._pids)
         if not self._plain_because:
