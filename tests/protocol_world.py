@@ -207,10 +207,8 @@ def _carry_out(
                 assert world.decision is Decision.COMMITTED, "kept what is not committed"
         elif isinstance(effect, participant.Do) and effect.step is Step.CAPTURE:
             torn |= not _all_silent(world, but=which)
-        elif isinstance(effect, participant.Do) and effect.step is Step.END:
-            assert world.decision is Decision.COMMITTED, "told to end without a commit"
-        elif isinstance(effect, participant.Do) and effect.step is Step.RUN:
-            assert world.decision is Decision.COMMITTED, "told to run without a commit"
+        elif isinstance(effect, participant.Do) and effect.step in world.course.after:
+            assert world.decision is Decision.COMMITTED, "does what follows a commit without one"
     members = list(world.members)
     members[which] = member
     return dataclasses.replace(world, members=tuple(members), torn=torn)
@@ -310,12 +308,12 @@ def _effect_steps(
     world: World, which: int, member: Member, busy: Step
 ) -> Iterator[tuple[bool, World]]:
     made = member.participant()
-    broken = world.course.name == RESTORE.name
-    for stands in {False, member.stands} if broken else {member.stands}:
-        # A restored tree may be gone, or the store could not be asked.
-        made = member.participant()
-        effects = made.could_not(busy, _PROBLEM)
-        yield False, _carry_out(world, which, made, effects, stands=stands)
+    restores = world.course.name == RESTORE.name
+    made = member.participant()
+    # A tree may be gone when it is to run; before that, the store could not be asked.
+    stands = member.stands and busy is not Step.RUN
+    effects = made.could_not(busy, _PROBLEM)
+    yield False, _carry_out(world, which, made, effects, stands=stands)
     made = member.participant()
     known = {}
     if busy is Step.HOLD:
@@ -324,12 +322,13 @@ def _effect_steps(
         known = {"captured": True}
         torn = world.torn or not _all_silent(world, but=which)
         world = dataclasses.replace(world, torn=torn)
+    elif restores and busy in RESTORE.after:
+        if not member.stands:
+            return
     elif busy in (Step.RELEASE, Step.RESUME):
         known = {"went_on": True}
     elif busy is Step.STAND:
         known = {"captured": True, "stands": True}
-    elif busy is Step.RUN and not member.stands:
-        return
     yield True, _carry_out(world, which, made, made.did(busy), **known)
 
 
@@ -379,7 +378,7 @@ def check(world: World) -> None:
         assert State.ABORTED not in states, "committed, and somebody was told that it failed"
         assert State.ABORTING not in states, "committed, and members are told to abort"
     else:
-        after = {State.ENDING, State.RUNNING, State.FINISHING, State.COMMITTED}
+        after = {machine._STATE_OF[step] for step in world.course.after} | {State.COMMITTED}
         assert after.isdisjoint(states), "told as committed, and is not"
 
 

@@ -50,9 +50,6 @@ class Cancelled:
     why: str
 
 
-# Where a problem comes too late to change what was decided.
-_AFTER = (State.ENDING, State.RUNNING, State.FINISHING)
-
 Event = Answered | Lost | Settled | Cancelled
 
 
@@ -190,7 +187,7 @@ class Driver:
                 commands = made.answer(member, said.answer)
                 self._blame(blamed, member, said.error)
             case Lost(member, error):
-                if made.state in _AFTER:
+                if self._decided:
                     self._late[member] = error
                 commands = made.lost(member, error.message)
                 self._blame(blamed, member, error)
@@ -203,8 +200,13 @@ class Driver:
                 commands = made.cancel(why)
         return commands
 
+    @property
+    def _decided(self) -> bool:
+        """Whether a problem comes too late to change what was decided."""
+        return machine.ASKS.get(self._machine.state) in self._machine.course.after
+
     def _note_late(self, member: int, answer: Answer, error: errors.CkptError | None) -> None:
-        if answer.problem and self._machine.state in _AFTER:
+        if answer.problem and self._decided:
             self._late[member] = error or errors.Failed(answer.problem)
         elif answer.step is Step.FINISH:
             self._late.pop(member, None)  # it came to its end after all

@@ -39,7 +39,7 @@ class Restored:
 
 _UNTIL_RUNNING = (
     *(State.PREPARING, State.FILLING, State.STANDING),
-    *(State.COMMITTING, State.SETTLING, State.RUNNING),
+    *(State.COMMITTING, State.SETTLING, State.RELEASING, State.RUNNING),
 )
 
 

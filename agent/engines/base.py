@@ -146,6 +146,11 @@ class Gate(Protocol):
     def restored(self) -> None:
         """The tree stands complete, its sockets still silent, and none of it has run yet."""
 
+    def released(self) -> None:
+        """Its sockets hear others again, and the tree runs next: what a member says that runs
+        before another one hears would be lost, and said again only a second later.
+        """
+
 
 class RestoredTree(Protocol):
     """A tree that runs again. Closing it lets go of it; the tree runs on."""

@@ -58,8 +58,8 @@ class Step(enum.Enum):
     """Make the processes, complete and silent; none of them runs."""
 
     RUN = "run"
-    """Let traffic through and the processes run; told only when the attempt is committed, and
-    checked once more.
+    """Let the processes run. Like RELEASE in a restore it is told only when the attempt is
+    committed, and that is checked once more.
     """
 
     FINISH = "finish"
@@ -114,9 +114,11 @@ EVACUATE = Course(
 RESTORE = Course(
     "restore",
     before=(Step.PREPARE, Step.FILL, Step.STAND),
-    after=(Step.RUN, Step.FINISH),
+    after=(Step.RELEASE, Step.RUN, Step.FINISH),
 )
-"""The way back: nothing runs before all of it stands and the attempt is committed."""
+"""The way back: nothing runs before all of it stands, the attempt is committed, and all hear: what
+is said to somebody who does not hear yet is said again only a second later.
+"""
 
 COURSES = {course.name: course for course in (LEAVE_RUNNING, EVACUATE, RESTORE)}
 

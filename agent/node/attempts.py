@@ -24,7 +24,6 @@ from agent import errors
 from agent.host import clock
 from agent.model import ids
 from agent.model.protocol import Decision
-from agent.node import claims
 from agent.volumes.base import Volume
 
 _PREFIX = "restoring/"
@@ -56,8 +55,12 @@ class Attempt:
             errors.RestoreConflict: the image was restored already, and ``again`` is not set.
             errors.VolumeError: it cannot be written down.
         """
-        with contextlib.suppress(errors.BlobExists):
-            self._volume.put(f"{self._folder}{self.name}{_BEGUN}", b"{}")
+        blob = f"{self._folder}{self.name}{_BEGUN}"
+        try:
+            self._volume.info(blob)
+        except errors.BlobNotFound:
+            with contextlib.suppress(errors.BlobExists):
+                self._volume.put(blob, b"{}")
         if not again:
             for other in self._others():
                 if _decision(self._volume, f"{self._folder}{other}{_DECIDED}") is _COMMITTED:
@@ -74,7 +77,9 @@ class Attempt:
         """
         self.begin(again=again)
         for other in self._others():
-            theirs = self._decide(other, {"decision": _ABANDONED.value})
+            # Nothing changes a decision, and a look is cheaper than another try to make one.
+            theirs = _decision(self._volume, f"{self._folder}{other}{_DECIDED}")
+            theirs = theirs or self._decide(other, {"decision": _ABANDONED.value})
             if theirs is _COMMITTED and not again:
                 raise self._taken(other)
         body = {
@@ -82,10 +87,7 @@ class Attempt:
             "pod_uids": sorted(pod_uids),
             "at_s": clock.wall_s(),
         }
-        found = self._decide(self.name, body)
-        if found is _COMMITTED:
-            claims.replace(self._volume, self._image, pod_uids)
-        return found
+        return self._decide(self.name, body)
 
     def abandon(self) -> Decision:
         """Decide that the attempt is never committed, unless it is decided; return what it is.
@@ -115,8 +117,8 @@ class Attempt:
 
     def _others(self) -> list[str]:
         names = [each.name.removeprefix(self._folder) for each in self._volume.list(self._folder)]
-        begun = {name.removesuffix(_BEGUN) for name in names if name.endswith(_BEGUN)}
-        return sorted(begun - {self.name})
+        known = {name.removesuffix(_BEGUN).removesuffix(_DECIDED) for name in names}
+        return sorted(known - {self.name})
 
     def _taken(self, other: str) -> errors.RestoreConflict:
         return errors.RestoreConflict(
@@ -128,6 +130,18 @@ class Attempt:
 
 
 _COMMITTED, _ABANDONED = Decision.COMMITTED, Decision.ABANDONED
+
+
+def holders(volume: Volume, group: ids.GroupName, epoch: ids.EpochId) -> list[str]:
+    """The uids of the pods that an image was last restored into; none if it never was."""
+    found: list[tuple[float, list[str]]] = []
+    for each in volume.list(_folder(group, epoch)):
+        if each.name.endswith(_DECIDED):
+            with contextlib.suppress(errors.BlobNotFound, ValueError, KeyError, TypeError):
+                body = json.loads(volume.read(each.name))
+                if body["decision"] == _COMMITTED.value:
+                    found.append((float(body["at_s"]), [str(uid) for uid in body["pod_uids"]]))
+    return max(found)[1] if found else []
 
 
 def forget(volume: Volume, group: ids.GroupName, epoch: ids.EpochId) -> None:

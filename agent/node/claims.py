@@ -80,21 +80,6 @@ def claimed(
         raise
 
 
-def replace(volume: Volume, image: str, pod_uids: Sequence[str]) -> None:
-    """Note that ``image``, of a group, was restored into these pods, whoever had it before; what
-    may be restored is decided elsewhere (``attempts``).
-
-    Raises:
-        errors.VolumeError: it cannot be written down.
-    """
-    name = _name(image)
-    content = json.dumps({"pod_uid": ", ".join(sorted(pod_uids)), "at_s": clock.wall_s()})
-    volume.delete(name)
-    # Somebody else who may do so was faster, in this very instant.
-    with contextlib.suppress(errors.BlobExists):
-        volume.put(name, content.encode())
-
-
 def forget(volume: Volume, group: ids.GroupName, epoch: ids.EpochId) -> None:
     """Drop the claim on an image that is deleted; a no-op if there is none."""
     volume.delete(_name(ids.image_name(group, epoch)))

@@ -98,9 +98,6 @@ class Reply:
     answer: Answer
 
 
-# Told only when the decision is made; nothing but their own end can follow.
-_PAST_THE_DECISION = (Step.END, Step.RUN)
-
 Effect = Do | LetGo | Settle | Close | Arm | Disarm | Reply
 
 
@@ -122,8 +119,10 @@ class Participant:
     @classmethod
     def begin(cls, course: Course) -> Participant:
         """One that has heard nothing so far."""
-        back = Step.RUN in course
-        return cls(course, processes=Processes.ABSENT if back else Processes.RUNNING)
+        made = cls(course)
+        if made._restores:
+            made.processes = Processes.ABSENT
+        return made
 
     def told(self, told: Told) -> list[Effect]:
         """A coordinator spoke."""
@@ -177,14 +176,14 @@ class Participant:
         if step is Step.END:
             # Committed, and not ended: the job goes on where it is.
             self.outcome = Decision.COMMITTED
-        if step is Step.RUN:
+        if self._restores and step in self.course.after:
             # Only the store knows whether what still stands is to run.
             return [*self._settle(why), Reply(Answer(step, why))]
         return [*self._let_go(why), Reply(Answer(step, why))]
 
     def expired(self, timer: Timer) -> list[Effect]:
         """A timer ran out."""
-        if self.phase in (Phase.LETTING_GO, Phase.CLOSED) or self.busy in _PAST_THE_DECISION:
+        if self.phase in (Phase.LETTING_GO, Phase.CLOSED) or self._past_the_decision:
             return []
         why = {
             Timer.SILENCE: "the coordinator was silent",
@@ -228,6 +227,15 @@ class Participant:
         return self.done >= len(self.course.before)
 
     @property
+    def _restores(self) -> bool:
+        return Step.RUN in self.course
+
+    @property
+    def _past_the_decision(self) -> bool:
+        """Whether it is doing what is told only when the decision is made."""
+        return self.busy in self.course.after
+
+    @property
     def _missing(self) -> str:
         """Why nothing runs of a restore that is committed; "" if it does, or is none."""
         if self.processes is not Processes.ABSENT:
@@ -242,7 +250,7 @@ class Participant:
         if self.phase is Phase.CLOSED:
             problem = "it is committed" if self.outcome is Decision.COMMITTED else ""
             return [Reply(Answer(Step.ABORT, problem))]
-        if self.phase is Phase.LETTING_GO or self.outcome or self.busy in _PAST_THE_DECISION:
+        if self.phase is Phase.LETTING_GO or self.outcome or self._past_the_decision:
             return []  # the end of that is the answer
         return self._let_go("the coordinator gave the epoch up")
 
@@ -263,7 +271,7 @@ class Participant:
         return [*self._close(Decision.COMMITTED), Reply(Answer(Step.FINISH))]
 
     def _refuse(self, step: Step) -> list[Effect]:
-        if step is Step.RUN:
+        if self._restores and step in self.course.after:
             # What becomes of it is the answer: it may still run.
             closed = self.phase is Phase.CLOSED
             return [Reply(Answer(step, self._missing))] if closed else []

@@ -454,3 +454,6 @@ class _AskingGate:
     def restored(self) -> None:
         self._cancel.check()
         self._gate.restored()
+
+    def released(self) -> None:
+        self._gate.released()

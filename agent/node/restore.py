@@ -144,13 +144,14 @@ class _TornGate(errors.RestoreFailed):
 
 
 class _Gate:
-    """Where members wait for each other: with their files in place, and again when restored but not
-    yet running.
+    """Where members wait for each other: with their files in place, when restored, and when their
+    sockets hear each other, but none runs yet.
     """
 
     def __init__(self, parties: int, deadline_s: float) -> None:
         self._filled = threading.Barrier(parties)
         self._restored = threading.Barrier(parties)
+        self._released = threading.Barrier(parties)
         self._deadline_s = deadline_s
 
     def filled(self) -> None:
@@ -159,9 +160,13 @@ class _Gate:
     def restored(self) -> None:
         self._wait(self._restored)
 
+    def released(self) -> None:
+        self._wait(self._released)
+
     def abort(self) -> None:
         self._filled.abort()
         self._restored.abort()
+        self._released.abort()
 
     def _wait(self, barrier: threading.Barrier) -> None:
         try:

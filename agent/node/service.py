@@ -225,7 +225,8 @@ class NodeService:
             pod_template_json=podwork.template_json(facts),
             pod_uid=_word(facts, "pod_uid"),
             node=_word(facts, "node"),
-            restored_into=claims.holder(store.volume, found.image),
+            restored_into=claims.holder(store.volume, found.image)
+            or ", ".join(attempts.holders(store.volume, found.group, found.epoch)),
             obstacles=self._parts.work.obstacles(facts, [source for _, source in sources]),
             pods=[
                 api.PodOfImage(member=member, was=_placement(was))

@@ -51,7 +51,7 @@ class Stepped(Generic[StageT]):
             BaseException: what a member failed with.
         """
         with self._changed:
-            self._allowed = stage - 1
+            self._allowed = max(self._allowed, stage - 1)
             self._changed.notify_all()
             came = self._changed.wait_for(
                 lambda: self._failure or self._given_up or self._reached[stage] >= self._parties,

@@ -17,7 +17,8 @@ class Stage(enum.IntEnum):
 
     FILLED = 0
     RESTORED = 1
-    RUNNING = 2
+    RELEASED = 2
+    RUNNING = 3
 
 
 class SteppedGate(Stepped[Stage]):
@@ -31,8 +32,12 @@ class SteppedGate(Stepped[Stage]):
         self._pass(Stage.FILLED)
 
     def restored(self) -> None:
-        """Wait for the others to stand complete, and for the word to run."""
+        """Wait for the others to stand complete, and for the word to go on."""
         self._pass(Stage.RESTORED)
+
+    def released(self) -> None:
+        """Wait for the others to hear."""
+        self._pass(Stage.RELEASED)
 
     def running(self) -> None:
         """Be counted: the engine has brought the member back, and it runs."""

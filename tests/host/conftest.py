@@ -171,6 +171,9 @@ class Gate:
     def restored(self) -> None:
         self._restored()
 
+    def released(self) -> None:
+        """Nobody waits."""
+
 
 class Host:
     """An engine with directories of its own, and everything that a test started."""

@@ -222,7 +222,7 @@ def test_a_word_said_twice_does_no_harm_and_none_runs_uncommitted(moving: Moving
     )
 
 
-def test_the_word_to_run_is_refused_unless_the_store_says_that_it_is_committed(
+def test_the_word_to_go_on_is_refused_unless_the_store_says_that_it_is_committed(
     moving: Moving,
 ) -> None:
     image = epochclient.Epoch("default", GROUP, moving.dumped.epoch, "")
@@ -230,10 +230,13 @@ def test_the_word_to_run_is_refused_unless_the_store_says_that_it_is_committed(
     each = moving.new[0]
     pod = epochclient.Pod(each.name, each.box.name, each.uid)
     epochs = moving.group.clients[each.agent].epochs
-    for step in (*RESTORE.before, Step.RUN):
+    problems = []
+    for step in (*RESTORE.before, Step.RELEASE):
         said = epochs.take_part(image, RESTORE, pod, Told(step, 1), 5.0, 60.0, attempt)
         assert said is not None
-    assert "is not committed" in said.answer.problem
+        problems.append(said.answer.problem)
+    assert problems[:-1] == [""] * 3
+    assert "is not committed" in problems[-1]
     moving.waits()
     found = epochs.decide_restore(image, attempt, Decision.COMMITTED, [each.uid])
     assert found is Decision.ABANDONED

@@ -13,13 +13,12 @@ import pytest
 from agent import errors
 from agent.model import ids
 from agent.model.protocol import Decision
-from agent.node import attempts, claims
+from agent.node import attempts
 from agent.node.attempts import Attempt
 from agent.volumes.base import Volume
 from agent.volumes.memory import MemoryVolume
 
 GROUP, EPOCH = ids.group_name("jobset.train"), ids.epoch_id("20260131-235959-0a1b2c")
-IMAGE = ids.image_name(GROUP, EPOCH)
 ONE, TWO = "1" * 16, "2" * 16
 
 
@@ -32,6 +31,10 @@ def attempt(volume: Volume, name: str = ONE) -> Attempt:
     return Attempt(volume, GROUP, EPOCH, name)
 
 
+def holders(volume: Volume) -> list[str]:
+    return attempts.holders(volume, GROUP, EPOCH)
+
+
 def test_an_attempt_is_decided_once_and_told_alike_to_all(volume: MemoryVolume) -> None:
     attempt(volume).begin(again=False)
     assert attempt(volume).decision() is None
@@ -39,13 +42,13 @@ def test_an_attempt_is_decided_once_and_told_alike_to_all(volume: MemoryVolume) 
         assert attempt(volume).commit(["b", "a"], again=False) is Decision.COMMITTED
         assert attempt(volume).abandon() is Decision.COMMITTED
     assert attempt(volume).decision() is Decision.COMMITTED
-    assert claims.holder(volume, IMAGE) == "a, b"
+    assert holders(volume) == ["a", "b"]
 
 
 def test_one_that_was_abandoned_is_never_committed(volume: MemoryVolume) -> None:
     assert attempt(volume).abandon() is Decision.ABANDONED
     assert attempt(volume).commit(["a"], again=False) is Decision.ABANDONED
-    assert claims.holder(volume, IMAGE) == ""
+    assert holders(volume) == []
     assert attempt(volume, TWO).commit(["b"], again=False) is Decision.COMMITTED
 
 
@@ -57,7 +60,7 @@ def test_an_image_is_restored_once_unless_it_is_wanted_again(volume: MemoryVolum
         attempt(volume, TWO).commit(["b"], again=False)
     assert attempt(volume, TWO).decision() is None
     assert attempt(volume, TWO).commit(["b"], again=True) is Decision.COMMITTED
-    assert claims.holder(volume, IMAGE) == "b"
+    assert holders(volume) == ["b"]
 
 
 def test_with_the_image_everything_of_its_attempts_goes(volume: MemoryVolume) -> None:
@@ -66,7 +69,6 @@ def test_with_the_image_everything_of_its_attempts_goes(volume: MemoryVolume) ->
     other = ids.epoch_id("20260131-235959-0a1b2d")
     Attempt(volume, GROUP, other, ONE).abandon()
     attempts.forget(volume, GROUP, EPOCH)
-    claims.forget(volume, GROUP, EPOCH)
     assert [each.name for each in volume.list()] == [f"restoring/{GROUP}/{other}/{ONE}.decided"]
 
 

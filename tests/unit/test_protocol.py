@@ -312,6 +312,8 @@ def test_the_word_that_it_is_over_does_not_let_run_what_never_heard_to_run() -> 
 
 def test_what_is_committed_and_cannot_run_is_told_whenever_it_is_asked() -> None:
     made = member(RESTORE, until=Step.STAND)
+    made.told(Told(Step.RELEASE, 1))
+    made.did(Step.RELEASE)
     assert Do(Step.RUN) in made.told(Told(Step.RUN, 1))
     assert made.expired(Timer.SILENCE) == []
     effects = made.could_not(Step.RUN, "CRIU died")
@@ -324,8 +326,9 @@ def test_what_is_committed_and_cannot_run_is_told_whenever_it_is_asked() -> None
 
 def test_what_runs_is_left_alone_whatever_comes_later() -> None:
     made = member(RESTORE, until=Step.STAND)
-    made.told(Told(Step.RUN, 1))
-    made.did(Step.RUN)
+    for step in (Step.RELEASE, Step.RUN):
+        made.told(Told(step, 1))
+        made.did(step)
     assert made.told(Told(Step.ABORT, 1)) == []
     effects = made.expired(Timer.SILENCE)
     assert Close(Decision.COMMITTED) in effects

@@ -24,6 +24,8 @@ def engine(gate: SteppedGate, told: list[str]) -> None:
     gate.filled()
     told.append("made")
     gate.restored()
+    told.append("hears")
+    gate.released()
     told.append("runs")
     gate.running()
 
@@ -39,13 +41,15 @@ def test_members_stand_and_run_together_and_only_when_they_may(pool: ThreadPoolE
     assert told == []
     gate.reach(Stage.RESTORED, LONG)
     assert told == ["made"] * 2
+    gate.reach(Stage.RELEASED, LONG)
+    assert told == ["made"] * 2 + ["hears"] * 2
     gate.reach(Stage.RUNNING, LONG)
-    assert told == ["made"] * 2 + ["runs"] * 2
+    assert told == ["made"] * 2 + ["hears"] * 2 + ["runs"] * 2
     for each in members:
         each.result(10)
 
 
-@pytest.mark.parametrize("at", [Stage.FILLED, Stage.RESTORED])
+@pytest.mark.parametrize("at", [Stage.FILLED, Stage.RESTORED, Stage.RELEASED])
 def test_giving_up_lets_none_run_wherever_they_stand(pool: ThreadPoolExecutor, at: Stage) -> None:
     gate, told = SteppedGate(2), list[str]()
     members = begun(pool, gate, told)

@@ -273,3 +273,4 @@ class _Restore:
             self._gate.restored()
             # All ends of the group are complete now.
             self._hold.close()
+            self._gate.released()
