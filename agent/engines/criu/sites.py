@@ -142,11 +142,15 @@ class Isolated(_Beside):
         """Below the supervisor."""
         return self._supervised.host_pid(number)
 
+    def complete(self, images: str) -> None:
+        """Know the root while it cannot end."""
+        self._supervised.stands()
+
     def settled(
         self, response: rpc.Response, worker: rpc.Worker, deadline: clock.Deadline
     ) -> RestoredTree:
-        """Find the root."""
-        self._supervised.settle(deadline)
+        """Let go of CRIU; the supervisor keeps the tree."""
+        self._supervised.settle()
         return self._supervised
 
     def undo(self, places: journal.Places, operation: journal.Operation) -> None:

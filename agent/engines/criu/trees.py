@@ -103,18 +103,18 @@ class Isolated:
         """The supervisor's outer process; the whole tree ends with it."""
         return self._child.pid
 
-    def settle(self, deadline: clock.Deadline) -> None:
-        """After a restore: let go of CRIU, and find the root's number on this host."""
-        self.worker.connection.close()
-        if not clock.wait_until(self._find_root, deadline.sooner(_DEATH_S)):
-            raise errors.RestoreFailed(
-                "the restored tree ended at once", hint="see what the program printed"
-            )
+    def stands(self) -> None:
+        """The tree is complete and has not run: find its root's number on this host, which may end
+        as soon as it runs.
 
-    def _find_root(self) -> bool:
-        with contextlib.suppress(errors.NotFound):
-            self._pid = self.host_pid(self._inner_root)
-        return self._pid > 0
+        Raises:
+            errors.NotFound: it is gone already.
+        """
+        self._pid = self.host_pid(self._inner_root)
+
+    def settle(self) -> None:
+        """After a restore: let go of CRIU."""
+        self.worker.connection.close()
 
     def host_pid(self, number: int) -> int:
         """The number on this host of the process that has ``number`` inside.
