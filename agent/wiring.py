@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 # Emptied at boot, like the processes that it tells of.
 _TRAIL = "/run/ckpt-agent/pods"
+_HOOKS_TRAIL = "/run/ckpt-agent/hooks"
 # The name in the agents' certificates, whatever their addresses.
 _SERVER_NAME = "ckpt-agent-node.ckpt-agent.svc"
 _HEALTH_S = 5.0
@@ -278,7 +279,9 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
         pods = Pods(watch, runtime, podengines.hold_state, name)
         operations = Operations(settings.parallel)
         trail = interrupted.Trail(_TRAIL)
+        hooks_trail = interrupted.Trail(_HOOKS_TRAIL)
         teller = events.Happenings(api, name)
+        pod_hooks = podhooks.PodHooks(hookcalls.Calls(runtime), teller, hooks_trail)
         engines = stack.enter_context(podengines.PodEngines(settings).prepared())
         guard = access.Access(api)
         authorities = serve.Authorities(guard.client_authorities)
@@ -286,10 +289,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
             settings=settings,
             node=name,
             pods=pods,
-            work=podwork.PodWork(
-                *(pods, engines, known, operations, trail, teller),
-                podhooks.PodHooks(hookcalls.Calls(runtime), teller),
-            ),
+            work=podwork.PodWork(pods, engines, known, operations, trail, teller, pod_hooks),
             operations=operations,
             storages=known,
             transfers=node_transfers.Transfers(_formats(), settings, operations),
@@ -337,6 +337,9 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
                 trail=trail,
                 teller=teller,
                 recover=engines.recover,
+                follow_up=lambda: pod_hooks.follow_up(
+                    lambda left: pods.with_containers(left.namespace, left.pod, left.uid)
+                ),
                 grace_s=settings.shutdown_grace_s,
             ),
             stop,

@@ -73,6 +73,8 @@ class Outcome(enum.Enum):
     COMMITTED = "committed"
     ABORTED = "aborted"
     RESTORED = "restored"
+    UNKNOWN = "unknown"
+    """The agent was killed in between, and its successor says so: the processes run."""
 
 
 class Action(enum.Enum):

@@ -3,12 +3,14 @@ their failures mean.
 
 Promises: where pre hooks were begun, post hooks follow, each exactly once, whatever became of the
 checkpoint; no post hook begins before the last pre hook has ended; nothing here is done while the
-job stands still; a post hook's failure is told and fails nothing.
+job stands still; a post hook's failure is told and fails nothing. Where an agent is killed before
+any post hook was begun, its successor runs them.
 Does not: know how a hook is carried out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -23,6 +25,7 @@ from agent.model import hooks as model_hooks
 from agent.model.container import Container
 from agent.model.hooks import Hook, Hooks, Outcome, Phase, Scope, Told, When
 from agent.model.pods import Placement, Pod
+from agent.node.interrupted import Left, Trail
 
 _log = logging.getLogger(__name__)
 
@@ -48,9 +51,28 @@ class Teller(Protocol):
 class PodHooks:
     """The hooks of pods of this node."""
 
-    def __init__(self, calls: Calls, teller: Teller) -> None:
+    def __init__(self, calls: Calls, teller: Teller, trail: Trail) -> None:
+        """``trail`` is for these notes only; those of a predecessor are taken."""
         self._calls = calls
         self._teller = teller
+        self._trail = trail
+        self._left = trail.take()
+
+    def follow_up(self, find: Callable[[Left], tuple[Pod, Sequence[Container]]]) -> None:
+        """Run the post hooks that a killed predecessor owes; returns at once. ``find`` gives the
+        pod and its containers, or raises ``errors.CkptError`` if they are no more.
+        """
+        left, self._left = self._left, []
+        for each in left:
+            threading.Thread(target=self._owed, args=(each, find), name="post hooks").start()
+
+    def _owed(self, left: Left, find: Callable[[Left], tuple[Pod, Sequence[Container]]]) -> None:
+        try:
+            pod, containers = find(left)
+            self.around(pod, containers).owed()
+        except errors.CkptError as exc:
+            name = f"{left.namespace}/{left.pod}"
+            _log.warning("post hooks of pod %s cannot be run any more: %s", name, exc.message)
 
     def around(
         self, pod: Pod, containers: Sequence[Container], *, leads: bool = True, image: str = ""
@@ -63,7 +85,7 @@ class PodHooks:
         """
         found = model_hooks.read(pod.annotations, pod.containers)
         about = Where(pod, tuple(containers), leads, image)
-        return Around(self._calls, self._teller, found, about)
+        return Around(self._calls, self._teller, self._trail, found, about)
 
     def restored(
         self,
@@ -99,9 +121,13 @@ class Around:
     outcome is known. Or one restore: ``restored``.
     """
 
-    def __init__(self, calls: Calls, teller: Teller, hooks: Hooks, where: Where) -> None:
+    def __init__(
+        self, calls: Calls, teller: Teller, trail: Trail, hooks: Hooks, where: Where
+    ) -> None:
         self._calls = calls
         self._teller = teller
+        self._trail = trail
+        self._noted = contextlib.ExitStack()
         self._hooks = hooks
         self._where = where
         self._image = where.image
@@ -148,6 +174,8 @@ class Around:
         with self._state:
             if self._given_up:
                 raise errors.DumpFailed("the epoch was given up", hint="the job goes on")
+            if not self._begun and self._hooks.post:
+                self._noted.enter_context(self._trail.noted("dump", self._where.pod))
             self._begun = True
 
     def running(self) -> None:
@@ -178,7 +206,12 @@ class Around:
         self._post(Outcome.RESTORED, tuple(When), was)
         return self.problems
 
+    def owed(self) -> None:
+        """Run the post hooks that another agent has not begun."""
+        self._post(Outcome.UNKNOWN, tuple(When))
+
     def _post(self, outcome: Outcome, due: Sequence[When], was: Placement | None = None) -> None:
+        self._noted.close()
         for step in self._hooks.post:
             self._run([hook for hook in step if hook.when in due], Phase.POST, outcome, was)
 

@@ -120,6 +120,11 @@ class Pods:
             )
         return found
 
+    def with_containers(self, namespace: str, name: str, uid: str) -> tuple[Pod, list[Container]]:
+        """``find`` and ``running`` in one."""
+        pod = self.find(namespace, name, uid)
+        return pod, self.running(pod)
+
     def holding(
         self,
         namespace: str,

@@ -112,7 +112,7 @@ class Authorities:
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """What an agent is made of. ``recover`` undoes what killed agents left and says what that
-    was, a line each.
+    was, a line each; ``follow_up`` does what they owe to pods that are known by then.
     """
 
     node: str
@@ -124,6 +124,7 @@ class Parts:
     trail: interrupted.Trail
     teller: Teller
     recover: Callable[[], Sequence[str]]
+    follow_up: Callable[[], None]
     grace_s: float
 
 
@@ -172,6 +173,7 @@ def _tell_left(parts: Parts, left: Sequence[interrupted.Left]) -> list[interrupt
         pod = parts.watch.get(each.namespace, each.pod)
         if pod is not None and pod.uid == each.uid:
             parts.teller.tell(pod, reason, note)
+    parts.follow_up()
     return []
 
 

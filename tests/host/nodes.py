@@ -181,13 +181,14 @@ def running(
         stack.callback(teller.close, 5.0)
         engines = engines or Engines(engine)  # type: ignore[arg-type]
         trail = interrupted.Trail(str(folder / "trail"))
+        hooks_trail = interrupted.Trail(str(folder / "hooks-trail"))
         parts = service.Parts(
             settings=settings,
             node=NODE,
             pods=pods,
             work=podwork.PodWork(
                 *(pods, engines, known, operations, trail, teller),
-                podhooks.PodHooks(hookcalls.Calls(runtime), teller),
+                podhooks.PodHooks(hookcalls.Calls(runtime), teller, hooks_trail),
             ),
             operations=operations,
             storages=known,

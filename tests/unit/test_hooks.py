@@ -6,7 +6,9 @@ import dataclasses
 import json
 import os
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from agent.model import hooks, optin
 from agent.model.container import Container
 from agent.model.hooks import Hook, Outcome, Phase, Told
 from agent.model.pods import Placement, Pod
+from agent.node.interrupted import Left, Trail
 from agent.node.podhooks import Around, PodHooks
 
 RUN = {"name": "run", "exec": ["/bin/true"]}
@@ -166,11 +169,22 @@ BOTH = {
 }
 
 
+CONTAINER = Container("id", "main", os.getpid(), "/")
+
+
+def pod_with(wanted: Any) -> Pod:
+    annotations = {optin.HOOKS: json.dumps(wanted)}
+    return Pod("ns", "p", "u", "n", "Running", False, ("main",), annotations, "{}")
+
+
 def around(calls: Calls, wanted: Any = None, *, leads: bool = True) -> Around:
-    annotations = {optin.HOOKS: json.dumps(wanted or BOTH)}
-    pod = Pod("ns", "p", "u", "n", "Running", False, ("main",), annotations, "{}")
-    container = Container("id", "main", os.getpid(), "/")
-    return PodHooks(calls, calls).around(pod, [container], leads=leads, image="g@e")
+    made = PodHooks(calls, calls, Trail("trail"))
+    return made.around(pod_with(wanted or BOTH), [CONTAINER], leads=leads, image="g@e")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 class TestAround:
@@ -295,3 +309,54 @@ class TestAround:
         document = told.document()
         assert (document["phase"], document["was"]["node"]) == (Phase.POST.value, "n0")
         assert document["now"]["pod"] == "p"
+
+
+class TestAfterAKill:
+    """What an agent owes that was killed is done by its successor, and nothing else is."""
+
+    def successor(self, find: Callable[[Left], tuple[Pod, Sequence[Container]]]) -> list[Any]:
+        calls = Calls()
+        made = PodHooks(calls, calls, Trail("trail"))
+        made.follow_up(find)
+        made.follow_up(find)
+        for thread in threading.enumerate():
+            if thread.name == "post hooks":
+                thread.join(20)
+        return calls.done
+
+    def found(self, left: Left) -> tuple[Pod, Sequence[Container]]:
+        assert (left.namespace, left.pod, left.uid) == ("ns", "p", "u")
+        return pod_with(BOTH), [CONTAINER]
+
+    def test_between_pre_and_post_hooks(self) -> None:
+        killed = around(Calls())
+        killed.before()
+        expected = [("r", "post", "unknown"), ("d", "post", "unknown")]
+        assert self.successor(self.found) == expected
+        assert self.successor(self.found) == []
+
+    def test_in_the_middle_of_the_pre_hooks(self) -> None:
+        killed = around(Calls(failing=frozenset("a")))
+        with pytest.raises(errors.HookFailed):
+            killed.before()
+        assert [each[0] for each in self.successor(self.found)] == ["r", "d"]
+
+    def test_not_once_they_were_begun(self) -> None:
+        killed = around(Calls())
+        killed.before()
+        killed.running()
+        for _ in range(1000):
+            if not list(Path("trail").iterdir()):
+                break
+            time.sleep(0.01)
+        assert self.successor(self.found) == []
+
+    def test_not_where_the_pod_is_gone(self, caplog: pytest.LogCaptureFixture) -> None:
+        killed = around(Calls())
+        killed.before()
+
+        def gone(left: Left) -> tuple[Pod, Sequence[Container]]:
+            raise errors.NotFound("there is no such pod")
+
+        assert self.successor(gone) == []
+        assert "cannot be run any more: there is no such pod" in caplog.text
