@@ -306,6 +306,7 @@ def migrate(
         )
         + ")"
     )
+    _said_hooks(invocation, document)
     invocation.emit(document)
 
 

@@ -106,6 +106,7 @@ def move_report(namespace: str, pod: str, moved: Moved) -> Document:
         rawBytes=moved.dump.image.raw_bytes,
         newBytes=moved.dump.image.new_bytes,
         storedBytes=moved.dump.image.stored_bytes,
+        hookProblems=[*moved.dump.hook_problems, *moved.restore.hook_problems],
     )
 
 

@@ -46,6 +46,7 @@ class Cluster:
     page: int = 500
     # Storages that cannot be read, and why.
     unread: dict[str, str] = dataclasses.field(default_factory=dict)
+    hook_problems: list[str] = dataclasses.field(default_factory=list)
     # Ends the agent that runs, without a word to who it works for.
     ends: Callable[[], object] = lambda: None
 
@@ -130,6 +131,7 @@ class _Servicer(node_pb2_grpc.NodeServicer):
                 pod_template_json=json.dumps(self._cluster.template)
                 if self._cluster.template
                 else "",
+                hook_problems=self._cluster.hook_problems,
             )
         )
 
@@ -144,6 +146,7 @@ class _Servicer(node_pb2_grpc.NodeServicer):
                 running_s=0.3,
                 was=node_pb2.Placement(pod="job", node="n1", addresses=["10.0.0.1"]),
                 now=node_pb2.Placement(pod=request.pod, node=self._node, addresses=["10.0.0.2"]),
+                hook_problems=self._cluster.hook_problems,
             )
         )
 

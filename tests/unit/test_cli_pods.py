@@ -445,6 +445,27 @@ def test_what_stands_against_a_move_is_told_before_anything_stops(
     assert world.api.pods["default", "job"]["metadata"]["uid"] == world.uid
 
 
+def test_what_hooks_failed_with_is_told_and_costs_nothing(run: Any, world: World) -> None:
+    world.agents.hook_problems = ["the hook 'report' failed: it ended with status 1\nno disk"]
+    done = run("dump", "pod/job", "-o", "json")
+    assert done.status == exits.DONE
+    assert checked(json.loads(done.out))["hookProblems"] == world.agents.hook_problems
+    assert "warning: the hook 'report' failed: it ended with status 1\nno disk\n" in done.err
+    moved = run("migrate", "pod/job", "--to", "n2", "-o", "json")
+    assert checked(json.loads(moved.out))["hookProblems"] == world.agents.hook_problems * 2
+    assert moved.err.count("no disk") == 2
+
+
+def test_a_hook_that_gives_a_dump_up_is_shown_with_what_it_said(run: Any, world: World) -> None:
+    world.agents.fails["Dump"] = errors.HookFailed(
+        "the hook 'quiesce' failed: it ended with status 1", output="line\n\x1b[2Jlast"
+    )
+    done = run("dump", "pod/job")
+    assert done.status == exits.FAILED
+    assert "  | line\n  | " in done.err
+    assert "\x1b" not in done.err
+
+
 def test_a_failed_dump_leaves_the_pod_as_it_was(run: Any, world: World) -> None:
     world.agents.fails["Dump.late"] = errors.CriuFailed("CRIU failed", log_tail=["Error (x)"])
     ran = run("migrate", "pod/job", "--to", "n2")
