@@ -70,6 +70,11 @@ def claimed(
         volume.put(name, content)
     except errors.BlobExists as exc:  # somebody else was faster, in this very instant
         raise _taken(image, holder(volume, image)) from exc
+    except errors.VolumeError:
+        if before is not None:
+            with contextlib.suppress(errors.VolumeError):
+                volume.put(name, before)
+        raise
     try:
         yield
     except BaseException:

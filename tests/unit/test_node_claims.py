@@ -129,3 +129,20 @@ def test_a_directory_that_cannot_be_written_stops_the_operation(tmp_path: Path) 
     trail = interrupted.Trail(str(tmp_path / "file/pods"))
     with pytest.raises(errors.EnvironmentUnfit), trail.noted("dump", pod("u")):
         raise AssertionError
+
+
+class _Full(MemoryVolume):
+    """Has no room for what names this pod."""
+
+    def put(self, name: str, data: bytes) -> None:
+        if b"two" in data:
+            raise errors.VolumeFull("the volume is full", hint="prune")
+        super().put(name, data)
+
+
+def test_a_claim_that_cannot_be_written_down_leaves_the_one_there_was() -> None:
+    volume = _Full()
+    claim(volume, "one")
+    with pytest.raises(errors.VolumeFull):
+        claim(volume, "two", again=True)
+    assert claims.holder(volume, IMAGE) == "one"
