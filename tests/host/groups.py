@@ -27,11 +27,13 @@ from agent.node import plan
 from agent.podengines import hold_state
 from agent.rpc import client
 from agent.settings import Settings
-from tests.fakes import cri
+from tests.fakes import cri, nodeapi
+from tests.fakes.authority import Authority
 from tests.host import nodes
 from tests.host.boxes import Box, Boxes
 from tests.host.nodes import Node, wait_for
 from tests.host.test_container_network import pod_network
+from tests.host.test_node_process import Agent, agent_in
 
 GROUP = "jobset.train"
 T = TypeVar("T")
@@ -144,6 +146,7 @@ class Group:
         self.folder = folder
         self._owned = owned
         self.nodes: dict[str, Node] = {}
+        self._around: dict[str, tuple[nodeapi.NodeApi, cri.Cri]] = {}
         self.clients: dict[str, client.Agent] = {}
         self.hooks: dict[str, Any] = {}
         """Of the pods that are added (``model.hooks``)."""
@@ -174,7 +177,32 @@ class Group:
             )
         )
         self.nodes[name] = node
+        self._around[name] = node.api, node.cri
         self.clients[name] = self._owned.enter_context(node.caller("create", "restore", "get"))
+
+    def agent_process(self, name: str) -> Agent:
+        """An agent that is a process of its own, and still to be started: when it is, it sees the
+        containers that are there.
+        """
+        folder = self.folder / f"agent-{name}"
+        folder.mkdir()
+        authority = Authority("ckpt-agent")
+        found = self._owned.enter_context(
+            agent_in(
+                folder,
+                authority,
+                CKPT_AGENT_STORE=str(self.folder / "stores"),
+                CKPT_AGENT_CRIU_BUNDLE=str(self.boxes.bundle),
+                CKPT_AGENT_WORK_KEPT_FREE="1",
+            )
+        )
+        self._around[name] = found.api, found.runtime
+        token = found.api.add_user("ada", *((verb, "default") for verb in ("create", "restore")))
+        credentials = client.Credentials(authority.pem, nodes.SERVER_NAME, lambda: token)
+        self.clients[name] = self._owned.enter_context(
+            client.connect("localhost:17443", credentials, peer=f"node {name}")
+        )
+        return found
 
     def network(self, address: str) -> dict[str, Any]:
         """The network of a pod with this address, as an option of its containers."""
@@ -190,16 +218,18 @@ class Group:
             if argv
             else self.boxes.placeholder(pod, **options)
         )
-        node = self.nodes[agent]
+        api, runtime = self._around[agent]
         metadata = {"annotations": {optin.HOOKS: json.dumps(self.hooks)}}
-        uid = node.api.put(pod, nodes.NODE, containers=("main",), metadata=metadata)
+        uid = api.put(pod, nodes.NODE, containers=("main",), metadata=metadata)
         config = json.loads((box.folder / "config.json").read_text())
         config["root"]["path"] = str(box.rootfs)
         info = {"sandboxID": uid, "pid": box.pid, "runtimeSpec": config}
-        node.cri.containers.append(
+        runtime.containers.append(
             cri.FakeContainer(pod, uid, "main", box.pid, info=info, execute=box.execute)
         )
-        wait_for(lambda: (found := node.watch.get("default", pod)) and found.uid == uid)
+        if agent in self.nodes:
+            watch = self.nodes[agent].watch
+            wait_for(lambda: (found := watch.get("default", pod)) and found.uid == uid)
         return Member(name, box, agent, uid, address)
 
     def remove(self, member: Member) -> None:

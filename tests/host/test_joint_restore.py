@@ -189,54 +189,85 @@ def test_an_agent_that_is_cut_off_keeps_all_from_running(
     del group.clients["c"]
 
 
-def test_a_word_said_twice_does_no_harm_and_none_runs_uncommitted(moving: Moving) -> None:
-    group = moving.group
-    image = epochclient.Epoch("default", GROUP, moving.dumped.epoch, "")
-    attempt = epochclient.Attempt(secrets.token_hex(8), moving.moved, again=True)
+@dataclasses.dataclass
+class Hand:
+    """Says the words of a coordinator one by one."""
 
-    def told(step: Step) -> list[Answer]:
+    moving: Moving
+    attempt: epochclient.Attempt
+    image: epochclient.Epoch
+
+    def tell(self, step: Step) -> list[Answer]:
+        """What all members say to it."""
         answers = []
-        for each in moving.new:
+        for each in self.moving.new:
             pod = epochclient.Pod(each.name, each.box.name, each.uid)
             said: Said | None = None
             while said is None:
-                said = group.clients[each.agent].epochs.take_part(
-                    image, RESTORE, pod, Told(step, 1), 5.0, 60.0, attempt
+                said = self.moving.group.clients[each.agent].epochs.take_part(
+                    self.image, RESTORE, pod, Told(step, 1), 5.0, 60.0, self.attempt
                 )
             answers.append(said.answer)
         return answers
 
+    def commit(self, agent: str) -> Decision:
+        uids = [each.uid for each in self.moving.new]
+        epochs = self.moving.group.clients[agent].epochs
+        return epochs.decide_restore(self.image, self.attempt, Decision.COMMITTED, uids)
+
+
+def by_hand(moving: Moving) -> Hand:
+    attempt = epochclient.Attempt(secrets.token_hex(8), moving.moved, again=True)
+    return Hand(moving, attempt, epochclient.Epoch("default", GROUP, moving.dumped.epoch, ""))
+
+
+def test_a_word_said_twice_does_no_harm(moving: Moving) -> None:
+    hand = by_hand(moving)
     for step in RESTORE.before:
         for _ in range(2):
-            assert told(step) == [Answer(step)] * 2
-    uids = [each.uid for each in moving.new]
-    for name in ("a", "b"):
-        found = group.clients[name].epochs.decide_restore(image, attempt, Decision.COMMITTED, uids)
-        assert found is Decision.COMMITTED
+            assert hand.tell(step) == [Answer(step)] * 2
+    assert [hand.commit(name) for name in ("a", "b")] == [Decision.COMMITTED] * 2
     for step in RESTORE.after:
         for _ in range(2):
-            assert told(step) == [Answer(step)] * 2
+            assert hand.tell(step) == [Answer(step)] * 2
     moving.goes_on()
-    assert group.clients["a"].image("default", f"{GROUP}@{moving.dumped.epoch}").restored_into == (
-        ", ".join(sorted(uids))
-    )
+    detail = moving.group.clients["a"].image("default", f"{GROUP}@{moving.dumped.epoch}")
+    assert detail.restored_into == ", ".join(sorted(each.uid for each in moving.new))
 
 
 def test_the_word_to_go_on_is_refused_unless_the_store_says_that_it_is_committed(
     moving: Moving,
 ) -> None:
-    image = epochclient.Epoch("default", GROUP, moving.dumped.epoch, "")
-    attempt = epochclient.Attempt(secrets.token_hex(8), moving.moved, again=True)
-    each = moving.new[0]
-    pod = epochclient.Pod(each.name, each.box.name, each.uid)
-    epochs = moving.group.clients[each.agent].epochs
-    problems = []
-    for step in (*RESTORE.before, Step.RELEASE):
-        said = epochs.take_part(image, RESTORE, pod, Told(step, 1), 5.0, 60.0, attempt)
-        assert said is not None
-        problems.append(said.answer.problem)
-    assert problems[:-1] == [""] * 3
-    assert "is not committed" in problems[-1]
+    hand = by_hand(moving)
+    for step in RESTORE.before:
+        assert hand.tell(step) == [Answer(step)] * 2
+    for answer in hand.tell(Step.RELEASE):
+        assert "is not committed" in answer.problem
     moving.waits()
-    found = epochs.decide_restore(image, attempt, Decision.COMMITTED, [each.uid])
-    assert found is Decision.ABANDONED
+    assert hand.commit("a") is Decision.ABANDONED
+
+
+def test_an_agent_that_is_killed_while_its_pod_stands_keeps_all_from_running(
+    moving: Moving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.node.session.SILENCE_S", 2.0)
+    group = moving.group
+    group.remove(moving.new[0])
+    agent = group.agent_process("d")
+    moving.new[0] = group.add("w-0-0", "d", "10.77.0.101")
+    agent.start()
+    wait_for(lambda: agent.status("/readyz") == 200, 60)
+    hand = by_hand(moving)
+    for step in RESTORE.before:
+        assert hand.tell(step) == [Answer(step)] * 2
+    agent.kill()
+    for each in moving.new:
+        wait_for(lambda each=each: each.box.pids() == [each.box.pid])  # type: ignore[misc]
+        assert holding.waits(each.box.pid)
+    assert hand.commit("a") is Decision.ABANDONED
+    agent.start()
+    wait_for(lambda: agent.status("/readyz") == 200, 60)
+    moving.waits()
+    moving.restore()
+    moving.goes_on()
+    del group.clients["d"]

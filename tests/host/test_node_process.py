@@ -25,7 +25,10 @@ PROGRAM = Path(sys.executable).with_name("ckpt-agent")
 class Agent:
     """The process with what is around it."""
 
-    def __init__(self, folder: Path, api: nodeapi.NodeApi, runtime: cri.Cri) -> None:
+    def __init__(
+        self, folder: Path, api: nodeapi.NodeApi, runtime: cri.Cri, **environment: str
+    ) -> None:
+        self.environment = environment
         self.folder = folder
         self.api = api
         self.runtime = runtime
@@ -46,6 +49,7 @@ class Agent:
             "CKPT_AGENT_TOKEN_PORT": "17443",
             "CKPT_AGENT_CERTIFICATE_PORT": "17444",
             "CKPT_AGENT_PROBE_PORT": "17445",
+            **self.environment,
         }
         # Its journal lies at a fixed place, which is other agents' as well on this machine.
         script = f'mkdir -p /run/ckpt-agent && mount --bind {self.run} /run/ckpt-agent && exec "$@"'
@@ -60,6 +64,13 @@ class Agent:
         assert self.popen
         self.popen.send_signal(number)
         return self.popen.wait(30)
+
+    def kill(self) -> None:
+        """End it at once, if it was started."""
+        if self.popen:
+            with contextlib.suppress(ProcessLookupError):
+                self.popen.kill()
+            self.popen.wait(30)
 
     def status(self, path: str) -> int:
         connection = http.client.HTTPConnection("127.0.0.1", 17445, timeout=10)
@@ -80,23 +91,26 @@ class Agent:
         return subprocess.run([PROGRAM, *arguments, *tls], timeout=60, check=False).returncode
 
 
-@pytest.fixture
-def agent(tmp_path: Path) -> Iterator[Agent]:
-    authority = Authority("ckpt-agent")
-    (tmp_path / "tls").mkdir()
-    certify(tmp_path / "tls", authority)
-    with nodeapi.running(authority, tmp_path) as api, cri.running(tmp_path) as runtime:
-        api.kubeconfig(tmp_path / "kubeconfig", authority)
-        found = Agent(tmp_path, api, runtime)
+@contextlib.contextmanager
+def agent_in(folder: Path, authority: Authority, **environment: str) -> Iterator[Agent]:
+    """An agent that is still to be started."""
+    (folder / "tls").mkdir()
+    certify(folder / "tls", authority)
+    with nodeapi.running(authority, folder) as api, cri.running(folder) as runtime:
+        api.kubeconfig(folder / "kubeconfig", authority)
+        found = Agent(folder, api, runtime, **environment)
         found.store.mkdir()
         (found.run / "pods").mkdir(parents=True)
         try:
             yield found
         finally:
-            if found.popen:
-                with contextlib.suppress(ProcessLookupError):
-                    found.popen.kill()
-                found.popen.wait(30)
+            found.kill()
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Agent]:
+    with agent_in(tmp_path, Authority("ckpt-agent")) as found:
+        yield found
 
 
 def test_it_serves_when_everything_has_answered_and_ends_when_told(agent: Agent) -> None:
