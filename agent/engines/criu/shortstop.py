@@ -73,8 +73,8 @@ class ShortStop:
         self._hiding.release()
 
     def about_to_freeze(self) -> None:
-        """Copy once more what was written meanwhile."""
-        for _ in range(_LAST_ROUNDS):
+        """Copy once more what was written meanwhile, if that leaves less."""
+        for _ in range(_LAST_ROUNDS if self._precopy.shrinks else 0):
             self._precopy.round(self._root)
 
     def frozen(self, pids: Sequence[int]) -> None:

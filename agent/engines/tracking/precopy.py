@@ -92,6 +92,8 @@ class Precopy:
         self._settled: dict[AddressSpace, Ranges] = {}
         self._root: int | None = None
         self.rounds: list[Round] = []
+        # Whether more rounds leave less; they are stored, whether or not they are written again.
+        self.shrinks = True
         self.cut_bytes = 0
 
     @property
@@ -120,6 +122,7 @@ class Precopy:
             if read_bytes <= _ENOUGH_BYTES:
                 break
             if left is not None and read_bytes > _SHRINKS_TO * left:
+                self.shrinks = False
                 break
             left = read_bytes
 
