@@ -287,7 +287,7 @@ def test_the_policy_knows_the_keys_that_the_program_knows() -> None:
     policy = yaml.safe_dump(one(base(), "ValidatingAdmissionPolicy", "ckpt-agent-keys"))
     known = {
         *(optin.RESTORE, optin.CONTAINERS, optin.ENTRYPOINT, optin.STORAGE),
-        *(optin.NOT_HELD, optin.LABEL),
+        *(optin.NOT_HELD, optin.HOOKS, optin.LABEL),
     }
     mentioned = set(re.findall(r"ckpt-agent\.dev/[a-z-]+", policy))
     assert mentioned == known
