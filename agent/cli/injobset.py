@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from agent.cli import interrupts, jobsetdocuments, output, progress
 from agent.cli.incluster import connected
 from agent.cli.invocation import Invocation
-from agent.coordinator import checkpoint, jobsetrestore, jobsets
+from agent.coordinator import checkpoint, jobsetcourse, jobsetrestore, jobsets
 from agent.host import clock
 from agent.model.jobsetrestore import Step
 from agent.settings import Settings
@@ -92,7 +92,7 @@ def migrate(invocation: Invocation, settings: Settings, name: str, nodes: Sequen
     invocation.emit(document)
 
 
-def _said_back(invocation: Invocation, name: str, done: jobsetrestore.Returned) -> None:
+def _said_back(invocation: Invocation, name: str, done: jobsetcourse.Returned) -> None:
     places = ", ".join(f"{each.identity} on {each.now.node}" for each in done.pods)
     invocation.say(f"JobSet {name} runs again: {places}")
     for each in done.pods:
@@ -101,7 +101,7 @@ def _said_back(invocation: Invocation, name: str, done: jobsetrestore.Returned) 
 
 
 @contextlib.contextmanager
-def _watched(invocation: Invocation) -> Iterator[jobsetrestore.Watch]:
+def _watched(invocation: Invocation) -> Iterator[jobsetcourse.Watch]:
     """Someone looks on, and may ask to stop: at once while the job runs, only when asked twice
     while it stands still.
     """
@@ -123,5 +123,5 @@ def _watched(invocation: Invocation) -> Iterator[jobsetrestore.Watch]:
         invocation.say(f"image {image} cannot be restored, trying an older one: {why}")
 
     with interrupts.caught(stop_asked), progress.for_epoch(invocation.quiet) as show:
-        watch = jobsetrestore.Watch(step=step, state=show, passed_over=passed_over)
+        watch = jobsetcourse.Watch(step=step, state=show, passed_over=passed_over)
         yield watch

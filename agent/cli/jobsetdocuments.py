@@ -12,7 +12,8 @@ from agent.cli import documents
 from agent.cli.output import Document
 from agent.cli.poddocuments import placement, seconds
 from agent.coordinator.checkpoint import Checkpoint
-from agent.coordinator.jobsetrestore import Moved, Returned
+from agent.coordinator.jobsetcourse import Returned
+from agent.coordinator.jobsetrestore import Moved
 
 
 def dump_report(namespace: str, jobset: str, done: Checkpoint, *, stopped: bool) -> Document:

@@ -54,6 +54,10 @@ class Session:
             str(each["metadata"]["name"]) for each in objects.pods(self.api, self.namespace)
         )
 
+    def look_again(self) -> None:
+        """Look the agents up anew when they are asked next: some may have been replaced."""
+        self._agents = None
+
     def agents(self) -> list[objects.AgentPod]:
         """The agents' pods, ready or not; looked up once.
 

@@ -14,7 +14,7 @@ import pytest
 from agent import errors
 from agent.admission import mutate
 from agent.cli import exits
-from agent.coordinator import checkpoint, jobsetrestore, jobsets, restore
+from agent.coordinator import checkpoint, jobsetcourse, jobsets, restore
 from agent.coordinator.machine import State
 from agent.model import intent as model_intent
 from agent.model import jobset, optin
@@ -48,7 +48,7 @@ class Controller:
         self.api.admit = self._admit
         self.api.on_jobset = self._changed
         monkeypatch.setattr(restore, "run", self._restore)
-        monkeypatch.setattr(jobsetrestore, "_LOOK_S", 0.01)
+        monkeypatch.setattr(jobsetcourse, "_LOOK_S", 0.01)
         monkeypatch.setenv("CKPT_AGENT_SCHEDULE_DEADLINE", "0.3")
 
     def add(self, **spec: Any) -> Json:
@@ -261,7 +261,8 @@ def test_a_damaged_image_is_passed_over_unless_it_was_named(
 ) -> None:
     controller.add(suspend=True)
     oldest, older, newest = (controller.add_image(number) for number in (1, 2, 3))
-    controller.fails = [errors.Corrupt("a pack is damaged"), errors.RestoreFailed("CRIU failed")]
+    failed = errors.RestoreFailed("CRIU failed")
+    controller.fails = [errors.Corrupt("a pack is damaged"), failed, failed]
     ran = run("restore", "jobset/train", "-o", "json")
     document = ran.document()
     assert document["name"] == oldest
@@ -269,10 +270,10 @@ def test_a_damaged_image_is_passed_over_unless_it_was_named(
         {"name": newest, "problem": "a pack is damaged"},
         {"name": older, "problem": "CRIU failed"},
     ]
-    assert [name for name, _, _ in controller.restored] == [newest, older, oldest]
+    assert [name for name, _, _ in controller.restored] == [newest, older, older, oldest]
     # Each try has placeholders of its own.
     uids = [each.uid for _, members, _ in controller.restored for each in members]
-    assert len(set(uids)) == 6
+    assert len(set(uids)) == 8
     controller.fails = [errors.Corrupt("a pack is damaged")]
     named = f"jobset/train@{newest.partition('@')[2]}"
     ran = run("restore", named, "--replace", "-o", "json")
