@@ -170,23 +170,44 @@ def test_who_hears_nothing_once_it_is_committed_runs(
     moving.goes_on()
 
 
+def cut_off_at(moving: Moving, agent: str, address: str, at: State) -> errors.CkptError:
+    """Restore, and end the way to the agent of the first pod when a state begins; the error."""
+    group = moving.group
+    group.start_agent(agent)
+    group.remove(moving.new[0])
+    moving.new[0] = group.add("w-0-0", agent, address)
+
+    def watch(state: State) -> None:
+        if state is at:
+            group.nodes[agent].server.stop(0.0)
+
+    with pytest.raises(errors.CkptError) as caught:
+        group.restore(moving.dumped.epoch, moving.new, moving.moved, watch=watch, again=True)
+    del group.clients[agent]
+    return caught.value
+
+
 def test_an_agent_that_is_cut_off_keeps_all_from_running(
     moving: Moving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agent.node.session.SILENCE_S", 1.0)
-    group = moving.group
-    group.start_agent("c")
-    group.remove(moving.new[0])
-    moving.new[0] = group.add("w-0-0", "c", "10.77.0.100")
-
-    def watch(state: State) -> None:
-        if state is State.STANDING:
-            group.nodes["c"].server.stop(0.0)
-
-    with pytest.raises(errors.Unreachable, match="at w-0-0"):
-        group.restore(moving.dumped.epoch, moving.new, moving.moved, watch=watch, again=True)
+    error = cut_off_at(moving, "c", "10.77.0.100", State.STANDING)
+    assert isinstance(error, errors.Unreachable)
+    assert error.facts["member"] == "w-0-0"
     moving.waits()
-    del group.clients["c"]
+
+
+def test_one_that_is_cut_off_once_it_is_committed_is_told_and_runs_all_the_same(
+    moving: Moving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.node.session.SILENCE_S", 1.0)
+    error = cut_off_at(moving, "d", "10.77.0.101", State.COMMITTING)
+    assert isinstance(error, errors.RestoreFailed)
+    assert error.facts["committed"] is True
+    reasons = error.facts["reasons"]
+    assert isinstance(reasons, list)
+    assert ["w-0-0" in reason for reason in reasons] == [True]
+    moving.goes_on()
 
 
 @dataclasses.dataclass
@@ -253,8 +274,8 @@ def test_an_agent_that_is_killed_while_its_pod_stands_keeps_all_from_running(
     monkeypatch.setattr("agent.node.session.SILENCE_S", 2.0)
     group = moving.group
     group.remove(moving.new[0])
-    agent = group.agent_process("d")
-    moving.new[0] = group.add("w-0-0", "d", "10.77.0.101")
+    agent = group.agent_process("e")
+    moving.new[0] = group.add("w-0-0", "e", "10.77.0.102")
     agent.start()
     wait_for(lambda: agent.status("/readyz") == 200, 60)
     hand = by_hand(moving)
@@ -270,4 +291,4 @@ def test_an_agent_that_is_killed_while_its_pod_stands_keeps_all_from_running(
     moving.waits()
     moving.restore()
     moving.goes_on()
-    del group.clients["d"]
+    del group.clients["e"]
