@@ -7,12 +7,15 @@ Does not: read or write.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import struct
+from collections.abc import Iterator
 
 from agent import errors
+from agent.host import proc
 
 # include/uapi/linux/openat2.h; the number is the same on every architecture.
 _OPENAT2 = 437
@@ -22,6 +25,25 @@ _NO_XDEV, _NO_MAGICLINKS, _NO_SYMLINKS, _BENEATH, _IN_ROOT = 0x01, 0x02, 0x04, 0
 _TRIES = 100
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+@contextlib.contextmanager
+def root_of(who: proc.Identity) -> Iterator[int]:
+    """A descriptor of a process's root directory, with the mounts that it sees.
+
+    Raises:
+        errors.NotFound: it has ended.
+    """
+    try:
+        fd = os.open(f"/proc/{who.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise errors.NotFound(f"there is no process {who.pid}", pid=who.pid) from exc
+    try:
+        if not proc.alive(who):
+            raise errors.NotFound(f"process {who.pid} has ended", pid=who.pid)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def open_inside(root: int, path: str, flags: int) -> int:

@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import secrets
+import signal
 import socket
 import stat
 import threading
@@ -26,7 +27,7 @@ from typing import Protocol
 
 from agent import errors
 from agent.cri.runtime import Executed
-from agent.host import acting, clock, confine, filecaches, namespaces, proc, subprocesses, webcall
+from agent.host import acting, clock, confine, filecaches, namespaces, proc, webcall
 from agent.model.container import Container
 from agent.model.hooks import Action, Builtin, Exec, Hook, Http, Told, Unix
 
@@ -121,27 +122,33 @@ def _end_all(init: proc.Identity, mark: str, running: Future[Executed]) -> None:
     """
 
     def quiet() -> bool:
-        left = list(_marked(init, mark))
-        for pid in left:
-            subprocesses.signal_quietly(pid)
-        return not left and running.done()
+        return not _kill_marked(init, mark) and running.done()
 
     clock.wait_until(quiet, clock.Deadline.after(_KILLED_S), every_s=_KILL_AGAIN_S)
 
 
-def _marked(init: proc.Identity, mark: str) -> Iterator[int]:
+def _kill_marked(init: proc.Identity, mark: str) -> bool:
+    """Kill what has ``mark`` in its environment; whether there was any."""
     wanted = f"{_MARK}={mark}".encode()
+    found = False
     try:
         inside = proc.namespaces(init.pid)["pid"]
     except errors.NotFound:
-        return  # and all that was in the container with it
+        return False  # and all that was in the container with it
     for pid in proc.pids():
         with contextlib.suppress(errors.NotFound, errors.PrivilegeMissing, OSError):
             if proc.namespaces(pid)["pid"] != inside:
                 continue
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                if wanted in file.read().split(b"\0"):
-                    yield pid
+            # By a descriptor: the number could be another's by the time of the signal.
+            which = os.pidfd_open(pid)
+            try:
+                with open(f"/proc/{pid}/environ", "rb") as file:
+                    if wanted in file.read().split(b"\0"):
+                        signal.pidfd_send_signal(which, signal.SIGKILL)
+                        found = True
+            finally:
+                os.close(which)
+    return found
 
 
 def _ask(connected: socket.socket, path: str, told: Told, deadline: clock.Deadline) -> None:
@@ -173,7 +180,7 @@ def _to_port(container: Container, port: int, deadline: clock.Deadline) -> socke
 
 
 def _to_socket(container: Container, place: str, deadline: clock.Deadline) -> socket.socket:
-    with _root(container) as root:
+    with confine.root_of(proc.identity(container.pid)) as root:
 
         def connect() -> socket.socket:
             found = confine.open_inside(root, place, os.O_PATH)
@@ -231,7 +238,7 @@ def _act(container: Container, action: Action, path: str, deadline: clock.Deadli
 
 
 def _on_files(container: Container, action: Action, path: str, deadline: clock.Deadline) -> None:
-    with _root(container) as root:
+    with confine.root_of(proc.identity(container.pid)) as root:
         if action is Action.DROP_CACHES:
             filecaches.drop(root, container.pid, path, deadline)
         elif path:
@@ -242,22 +249,6 @@ def _on_files(container: Container, action: Action, path: str, deadline: clock.D
                 filecaches.sync_file_system(whole)
             for volume in container.volumes:
                 filecaches.sync(root, container.pid, volume, deadline)
-
-
-@contextlib.contextmanager
-def _root(container: Container) -> Iterator[int]:
-    """A descriptor of the container's root directory, with its mounts."""
-    init = proc.identity(container.pid)
-    try:
-        fd = os.open(f"/proc/{init.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as exc:
-        raise errors.NotFound(f"container {container.name} has ended") from exc
-    try:
-        if not proc.alive(init):
-            raise errors.NotFound(f"container {container.name} has ended")
-        yield fd
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO, cast
 
 from agent import errors
-from agent.engines.container import charged, inside, mountpoints, pack, unpack
+from agent.engines.container import charged, mountpoints, pack, unpack
 from agent.engines.criu import feed
 from agent.host import cgroups, clock, confine, proc
 from agent.model.container import (
@@ -96,7 +96,7 @@ def _put_hold(init: proc.Identity, source: MemberSource) -> None:
         return
     if entry.size_bytes > _HOLD_BYTES:
         raise errors.Corrupt("the image's version of hold is too large", part=HOLD_FILE)
-    with inside.root(init) as root:
+    with confine.root_of(init) as root:
         flags = os.O_RDONLY | os.O_DIRECTORY
         folder = confine.open_inside(root, AGENT_DIRECTORY, flags)
     try:

@@ -76,25 +76,6 @@ def _opened(folder: str) -> Iterator[int]:
         os.close(fd)
 
 
-@contextlib.contextmanager
-def root(init: proc.Identity) -> Iterator[int]:
-    """A descriptor of the container's root directory, with its mounts.
-
-    Raises:
-        errors.NotFound: the container has ended.
-    """
-    try:
-        fd = os.open(f"/proc/{init.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as exc:
-        raise errors.NotFound(f"there is no process {init.pid}", pid=init.pid) from exc
-    try:
-        if not proc.alive(init):
-            raise errors.NotFound(f"container process {init.pid} has ended", pid=init.pid)
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def raise_counter(init: proc.Identity, last_pid: int) -> None:
     """Let the next process of the container's pid namespace get a number above ``last_pid``.
 

@@ -12,7 +12,6 @@ import posixpath
 from collections.abc import Iterator
 
 from agent import errors
-from agent.engines.container import inside
 from agent.host import confine, mounts, proc
 from agent.model.container import Container
 
@@ -92,7 +91,7 @@ def _named(container: Container) -> dict[str, str]:
     the way to it, such as ``/var/run`` to ``/run``, were followed when it was mounted.
     """
     found = {}
-    with inside.root(proc.identity(container.pid)) as root:
+    with confine.root_of(proc.identity(container.pid)) as root:
         for mount in container.mounts:
             point = posixpath.normpath(mount.destination)
             try:
@@ -124,7 +123,7 @@ def opened_volume(container: Container, init: proc.Identity, path: str) -> Itera
         errors.NotFound: the container has ended.
     """
     wanted = volumes(container)[path].id
-    with inside.root(init) as root:
+    with confine.root_of(init) as root:
         try:
             fd = confine.open_inside(root, path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as exc:
