@@ -34,7 +34,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 # Of a request: no hook's is larger, and no peer may hold up its thread for longer.
@@ -96,12 +95,7 @@ class Boundary:
     def __enter__(self) -> Boundary:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        raised: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from agent.model.hooks import RELEASE_GPU
+
 # NVIDIA's (nvidia0, nvidiactl, nvidia-uvm, nvidia-caps/), AMD's (kfd), anybody's (dri), Windows's.
 DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/dxg")
 
 CURE = (
-    "let the job release the GPU for the time of the dump; from a CUDA job NVIDIA's"
-    " cuda-checkpoint --toggle takes it and gives it back, after a restore as well"
+    "let the job release the GPU for the time of the dump, in a pod by a pre hook called"
+    f" {RELEASE_GPU} (docs/hooks.md); from a CUDA job NVIDIA's cuda-checkpoint --toggle takes it"
+    " and gives it back, after a restore as well"
 )
 
 

@@ -26,8 +26,9 @@ from agent.model import optin
 from agent.model.pods import Placement
 
 TEARDOWN_RDMA = "teardown-rdma"
-"""The name of the pre hook that lets go of RDMA devices; without one a dump of a pod that has some
-open is refused."""
+RELEASE_GPU = "release-gpu"
+"""The names of the pre hooks that let go of RDMA devices and of GPUs; without one a dump of a pod
+that uses them is refused."""
 
 DEADLINE_S = 10.0
 LONGEST_S = 300.0

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from agent import errors
 from agent.host import kernel, proc, sockets
 from agent.model import plan
 from agent.model.container import Container
+from agent.model.hooks import RELEASE_GPU, TEARDOWN_RDMA
 
 
 def plan_dump(pids: Sequence[int], *, ghost_limit_bytes: int) -> plan.Plan:
@@ -58,8 +59,19 @@ def plan_containers(
         for reason in examine(each)
     ]
     # Namespaces of their own are what containers are made of, and no surprise.
-    blockers = [each for each in found.blockers if each.code != "other-container"]
+    before = frozenset.intersection(*(each.hooks for each in containers))
+    blockers = [
+        each
+        for each in found.blockers
+        if each.code != "other-container" and not _let_go(each, before)
+    ]
     return dataclasses.replace(found, blockers=(*refusals, *blockers))
+
+
+def _let_go(found: plan.Finding, hooks: Collection[str]) -> bool:
+    """Whether a hook lets go of what stands in the way before it does."""
+    rdma = any(word in found.reason for word in ("/dev/infiniband/", "infinibandevent"))
+    return (found.code == "gpu" and RELEASE_GPU in hooks) or (rdma and TEARDOWN_RDMA in hooks)
 
 
 def _observer() -> plan.Observer:

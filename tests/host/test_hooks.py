@@ -19,7 +19,7 @@ from agent import errors
 from agent.host import proc
 from agent.model import hooks, optin
 from agent.model.pods import Placement
-from agent.node import hookcalls
+from agent.node import hookcalls, plan
 from agent.podengines import hold_state
 from tests.fakes import cri
 from tests.host import nodes
@@ -448,10 +448,10 @@ def cached(path: Path) -> int:
     return int(done.stdout)
 
 
-# Has an RDMA device open until a file says otherwise, as a hook makes it let go.
-RDMA = """
-import os, time
-fd = os.open('/dev/infiniband/uverbs0', os.O_RDWR)
+# Has a device open until a file says otherwise, as a hook makes it let go.
+DEVICE = """
+import os, sys, time
+fd = os.open(sys.argv[1], os.O_RDWR)
 n = 0
 while True:
     if os.path.exists('/disk/down') and fd >= 0:
@@ -464,29 +464,40 @@ while True:
 """
 
 
-def test_rdma_in_use_is_refused_without_a_hook_and_let_go_of_by_one(jobs: Jobs) -> None:
-    waiting = "until [ -e /dev/infiniband/uverbs0 ]; do sleep 0.05; done; exec python3 -c"
-    argv = ("sh", "-c", f'{waiting} "$0"', RDMA)
-    box = jobs.boxes.start("job", *argv)
-    # No adapter is here; what counts is the file's name. The null device has no state.
-    box.root("/dev/infiniband").mkdir()
-    os.mknod(box.root("/dev/infiniband/uverbs0"), stat.S_IFCHR | 0o666, os.makedev(1, 3))
+@pytest.mark.parametrize(
+    ("device", "hook"),
+    [("/dev/infiniband/uverbs0", "teardown-rdma"), ("/dev/nvidia0", "release-gpu")],
+)
+def test_a_device_in_use_is_refused_without_a_hook_and_let_go_of_by_one(
+    jobs: Jobs, device: str, hook: str
+) -> None:
+    waiting = f'until [ -e {device} ]; do sleep 0.05; done; exec python3 -c "$0" {device}'
+    box = jobs.boxes.start("job", "sh", "-c", waiting, DEVICE)
+    # No such device is here; what counts is the file's name. The null device has no state.
+    box.root(device).parent.mkdir(exist_ok=True)
+    os.mknod(box.root(device), stat.S_IFCHR | 0o666, os.makedev(1, 3))
     wait_for(lambda: box.log.read_text())
-    other = {"name": "other", "exec": ["touch", "/disk/other"]}
-    job = jobs.add(box, {"pre": [other]})
-    with pytest.raises(errors.TargetUnsuitable, match="/dev/infiniband/uverbs0") as refused:
+    job = jobs.add(box, {"pre": [{"name": "other", "exec": ["touch", "/disk/other"]}]})
+    with pytest.raises(errors.TargetUnsuitable, match=device) as refused:
         job.dump()
-    assert "teardown-rdma" in refused.value.hint
+    assert hook in refused.value.hint
     assert not box.root("/disk/other").exists()
 
-    lying = {"name": "teardown-rdma", "exec": ["true"]}
-    with pytest.raises(errors.DumpFailed, match="after the hook teardown-rdma, process"):
+    def planned(*hooks: str) -> list[str]:
+        container = dataclasses.replace(box.container, hooks=frozenset(hooks))
+        found = plan.plan_containers([container], lambda _: (), ghost_limit_bytes=1 << 20)
+        return [each.code for each in found.blockers]
+
+    assert ("gpu" in planned("other")) == (hook == "release-gpu")
+    assert "gpu" not in planned(hook)
+
+    lying = {"name": hook, "exec": ["true"]}
+    with pytest.raises(errors.DumpFailed, match="after all pre hooks, process"):
         jobs.add(box, {"pre": [lying]}).dump()
     job.goes_on()
 
     down = "touch /disk/down; until [ -e /disk/is-down ]; do sleep 0.02; done"
-    teardown = {"name": "teardown-rdma", "exec": ["sh", "-c", down]}
-    jobs.add(box, {"pre": [teardown]}).dump()
+    jobs.add(box, {"pre": [{"name": hook, "exec": ["sh", "-c", down]}]}).dump()
     job.goes_on()
 
 

@@ -21,7 +21,6 @@ from agent.engines.container import holding, inside, mountpoints, rights
 from agent.engines.criu import preflight
 from agent.host import cgroups, clock, proc
 from agent.model.container import Container
-from agent.model.hooks import TEARDOWN_RDMA
 
 _JOINED = ("ipc", "mnt", "net", "pid", "uts")
 # Probes and short commands come and go; an orphan stays.
@@ -72,8 +71,7 @@ def find(container: Container) -> Target:
     for pid in proc.tree(root):
         with contextlib.suppress(errors.NotFound):
             _refuse_process(pid, inner)
-            if TEARDOWN_RDMA not in container.hooks:
-                preflight.refuse_rdma(pid)
+            preflight.refuse_devices(pid, container.hooks)
             tree.append(proc.identity(pid))
     if not tree:
         raise errors.TargetExited(f"the workload of container {container.name} has ended")
@@ -225,7 +223,6 @@ def _refuse_process(pid: int, inner: proc.Identity) -> None:
                 "run it without (Node.js: UV_USE_IO_URING=0; PostgreSQL: io_method=worker)",
                 pid=pid,
             )
-    preflight.refuse_gpus(pid)
     if any(mapping.path.startswith("/SYSV") for mapping in proc.maps(pid)):
         raise _unsuitable(
             f"process {pid} ({stat.comm}) uses System V shared memory, which cannot be dumped from "

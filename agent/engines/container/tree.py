@@ -27,7 +27,7 @@ from agent.engines.container import facts, files, holding, inside, target
 from agent.engines.container.bundle import Bundle
 from agent.engines.criu import conflicts, journal, preflight, recovery, rpc
 from agent.host import cgroups, clock, hold, namespaces, proc, sockets, subprocesses
-from agent.model.hooks import TEARDOWN_RDMA
+from agent.model.hooks import RELEASE_GPU, TEARDOWN_RDMA
 from agent.model.streams import MemberSink
 
 
@@ -83,11 +83,11 @@ class ContainerTree:
         """Look for processes that came since, and hold the tree's connections.
 
         Raises:
-            errors.DumpFailed: there is one outside of the tree, or one that uses RDMA still.
+            errors.DumpFailed: there is one outside of the tree, or one that uses a device still.
         """
         self._refuse_strays(pids)
-        if TEARDOWN_RDMA in self._target.container.hooks:
-            self._refuse_rdma(pids)
+        if self._target.container.hooks & {RELEASE_GPU, TEARDOWN_RDMA}:
+            self._refuse_devices(pids)
         connections = [
             hold.Connection(*conflicts.endpoint(local), *conflicts.endpoint(remote))
             for local, remote in _live(pids)
@@ -152,14 +152,15 @@ class ContainerTree:
         """The root if it is hold's other half, of which a placeholder may have another version."""
         return self.tree[0] if self.criu_kills else None
 
-    def _refuse_rdma(self, pids: Sequence[int]) -> None:
-        """The hook that was to let go of it may have failed, or lied."""
+    def _refuse_devices(self, pids: Sequence[int]) -> None:
+        """The hook that was to let go of them may have failed, or lied."""
         for pid in pids:
             try:
-                preflight.refuse_rdma(pid)
+                preflight.refuse_devices(pid, ())
             except errors.TargetUnsuitable as exc:
                 raise errors.DumpFailed(
-                    f"after the hook {TEARDOWN_RDMA}, {exc.message}", hint="look at that hook"
+                    f"after all pre hooks, {exc.message}",
+                    hint=f"look at the hook {TEARDOWN_RDMA} or {RELEASE_GPU}",
                 ) from exc
 
     def _refuse_strays(self, pids: Sequence[int]) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Collection
 
 from agent import errors
 from agent.host import proc
 from agent.model import gpus
-from agent.model.hooks import TEARDOWN_RDMA
+from agent.model.hooks import RELEASE_GPU, TEARDOWN_RDMA
 
 # The kernel's names for verbs (uverbs0) and the connection manager (rdma_cm).
 RDMA_DEVICES = "/dev/infiniband/"
@@ -121,6 +122,16 @@ def refuse_gpus(pid: int) -> None:
             pid=pid,
             devices=list(devices),
         )
+
+
+def refuse_devices(pid: int, hooks: Collection[str]) -> None:
+    """Refuse a process that uses devices which none of these hooks lets go of; raises as the
+    functions for each kind.
+    """
+    if RELEASE_GPU not in hooks:
+        refuse_gpus(pid)
+    if TEARDOWN_RDMA not in hooks:
+        refuse_rdma(pid)
 
 
 def refuse_rdma(pid: int) -> None:
