@@ -6,6 +6,8 @@ import json
 import random
 from typing import Any
 
+import pytest
+
 from agent.cli import exits
 from agent.model import optin
 from tests.cluster import leftovers
@@ -16,25 +18,27 @@ from tests.cluster.test_jobset import jobset
 Json = dict[str, Any]
 
 RANKS = ("worker-0-0", "worker-0-1")
-STEPS = 250
+NUMPY = "localhost/np:1"
 
 
-def training(namespace: str, steps: int) -> Json:
+def training(namespace: str, steps: int, image: str = NUMPY) -> Json:
     """Two ranks, one on each node, that end after ``steps``."""
     document = jobset(namespace)
     (job,) = document["spec"]["replicatedJobs"]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    container |= {"image": image, "imagePullPolicy": "Never"}
     container["env"].append({"name": "STEPS", "value": str(steps)})
     return document
 
 
-def uninterrupted(namespace: str, steps: int) -> Json:
+def uninterrupted(namespace: str, steps: int, image: str) -> Json:
     """Both ranks in one pod, as fast as they can."""
     env = {"WORLD_SIZE": "2", "PACE_S": "0", "STEPS": str(steps), "MASTER_ADDR": "localhost"}
     containers = [
         {
             "name": f"worker-0-{rank}",
-            "image": "localhost/np:1",
+            "image": image,
+            "imagePullPolicy": "Never",
             "command": ["python3", "-u", "/opt/trainer.py"],
             "env": [
                 {"name": key, "value": value}
@@ -103,16 +107,17 @@ def follow_on(cluster: Cluster, namespace: str, whole: dict[str, dict[int, str]]
         assert said == {step: whole[rank][step] for step in said}
 
 
-def test_a_jobset_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
-    agents: Cluster, namespace: str
-) -> None:
+def killed_and_moved(agents: Cluster, namespace: str, image: str, steps: int) -> None:
+    """A JobSet loses all of its pods at a random step after a dump, comes back on exchanged nodes,
+    moves back, and ends; each step is as if nothing had happened.
+    """
     before = leftovers.of_all(agents)
-    document = training(namespace, STEPS)
+    document = training(namespace, steps, image)
     # A lost pod makes JobSet start all over, as it would for a user.
     document["spec"]["failurePolicy"] = {"maxRestarts": 3}
-    agents.apply([document, uninterrupted(namespace, STEPS)])
+    agents.apply([document, uninterrupted(namespace, steps, image)])
     await_step(agents, namespace, 20)
-    image = ckpt(agents, "dump", "jobset/train", "-n", namespace).document()["name"]
+    taken = ckpt(agents, "dump", "jobset/train", "-n", namespace).document()["name"]
     cut = max(steps_of(agents, namespace, "worker-0-0"))
     await_step(agents, namespace, cut + random.randrange(1, 20))
     lost = pods(agents, namespace)
@@ -124,13 +129,13 @@ def test_a_jobset_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
     here, there = (lost[rank]["spec"]["nodeName"] for rank in RANKS)
     words = ("restore", "jobset/train", "-n", namespace, "--replace")
     report = ckpt(agents, *words, "--node", there, "--node", here).document()
-    assert (report["name"], report["created"], report["passedOver"]) == (image, False, [])
+    assert (report["name"], report["created"], report["passedOver"]) == (taken, False, [])
     for each in report["pods"]:
         old, new = each["was"], each["now"]
         assert old["pod"] == lost[each["member"]]["metadata"]["name"]
         assert {old["node"], new["node"]} == {here, there}
         assert set(old["addresses"]).isdisjoint(new["addresses"])
-    agents.wait_for_pod("uninterrupted", namespace, "Succeeded", timeout_s=60)
+    agents.wait_for_pod("uninterrupted", namespace, "Succeeded", timeout_s=120)
     whole = {rank: steps_in(agents.logs("uninterrupted", namespace, "-c", rank)) for rank in RANKS}
     await_step(agents, namespace, cut + 10)
     assert min(steps_of(agents, namespace, "worker-0-0")) <= cut + 1
@@ -151,8 +156,22 @@ def test_a_jobset_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
         90,
     )
     follow_on(agents, namespace, whole)
-    assert all(max(steps_of(agents, namespace, rank)) == STEPS for rank in RANKS)
+    assert all(max(steps_of(agents, namespace, rank)) == steps for rank in RANKS)
     leftovers.assert_none(agents, before)
+
+
+def test_a_jobset_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
+    agents: Cluster, namespace: str
+) -> None:
+    killed_and_moved(agents, namespace, NUMPY, 250)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_jobset_of_pytorch_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
+    agents: Cluster, torch_image: str, namespace: str
+) -> None:
+    killed_and_moved(agents, namespace, torch_image, 600)
 
 
 def damage(cluster: Cluster, namespace: str, image: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,51 @@ def test_what_is_misspelt_is_warned_of_and_runs(
     assert ours is bool(warned)
     assert warned in said
     assert refusal(cluster, "alice", found) == ""
+
+
+def jobset(namespace: str, of_itself: str = "", of_its_pods: str = "") -> dict[str, Any]:
+    def said(value: str) -> dict[str, str]:
+        return {optin.RESTORE: value} if value else {}
+
+    template = {
+        "metadata": {"annotations": said(of_its_pods)},
+        "spec": {
+            "restartPolicy": "Never",
+            "containers": [{"name": "c", "image": "localhost/pause:1"}],
+        },
+    }
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": "train", "namespace": namespace, "annotations": said(of_itself)},
+        "spec": {
+            "suspend": True,
+            "replicatedJobs": [{"name": "worker", "template": {"spec": {"template": template}}}],
+        },
+    }
+
+
+def test_only_who_may_restore_says_what_a_jobset_comes_back_as(
+    cluster: Cluster, policed: str
+) -> None:
+    may_edit = ("--verb=create,patch,get", "--resource=jobsets.jobset.x-k8s.io")
+    cluster.kubectl("create", "role", "jobsets", "-n", policed, *may_edit)
+    for user in ("alice", "bob"):
+        bound = ("--role=jobsets", f"--user={user}")
+        cluster.kubectl("create", "rolebinding", f"{user}-jobsets", "-n", policed, *bound)
+    cluster.wait_for(
+        "alice's JobSets", lambda: refusal(cluster, "alice", jobset(policed)) == "", ENFORCED_S
+    )
+    waits = "jobset.train@20261122-030000-0a1b2c"
+    for found in (jobset(policed, of_itself=waits), jobset(policed, of_its_pods=waits)):
+        refused = functools.partial(refusal, cluster, "alice", found)
+        cluster.wait_for("the refusal", refused, ENFORCED_S)
+        assert "reserved" in refused()
+        assert refusal(cluster, "bob", found) == ""
+    # Called off by anybody who may change it, and changed otherwise as it pleases them.
+    cluster.apply(jobset(policed, of_itself="x"))
+    patch = ("patch", "jobset", "train", "-n", policed, "--as=alice", "--type=merge", "-p")
+    cluster.kubectl(*patch, json.dumps({"metadata": {"labels": {"a": "b"}}}))
+    with pytest.raises(ClusterError, match="reserved"):
+        cluster.kubectl(*patch, json.dumps({"metadata": {"annotations": {optin.RESTORE: "y"}}}))
+    cluster.kubectl(*patch, json.dumps({"metadata": {"annotations": {optin.RESTORE: None}}}))
