@@ -168,10 +168,13 @@ class Course:
             errors.MoveIncomplete: it does not run.
         """
         waiting = [*images]
+        self._now = Step.SUSPEND
         while True:
             image = waiting.pop(0)
             try:
                 return self._attempt(image)
+            except _StillIntended:
+                raise
             except errors.CkptError as exc:
                 name = jobsetchecks.name_of(image)
                 if self._may_retry(exc):
@@ -187,8 +190,7 @@ class Course:
         restore may have met with something that passes, such as an agent that was replaced.
         """
         passing = exc.retryable or isinstance(exc, errors.RestoreFailed)
-        ours = isinstance(exc, errors.MoveIncomplete)
-        if self._retried or ours or not passing or self._now is not Step.RESTORE:
+        if self._retried or not passing or self._now is not Step.RESTORE:
             return False
         self._retried = True
         self._session.look_again()
@@ -278,7 +280,8 @@ class Course:
         if not clock.wait_until(rests, deadline, every_s=_LOOK_S):
             raise errors.DeadlineExceeded(
                 f"JobSet {plan.namespace}/{plan.name} was suspended, and pods of it are left",
-                hint=f"kubectl -n {plan.namespace} get pods -l {jobset.NAME_LABEL}={plan.name}",
+                hint=f"kubectl -n {plan.namespace} get pods -l {jobset.NAME_LABEL}={plan.name}; a"
+                " node that is gone for good keeps its pods until they are deleted with --force",
             )
 
     def _await_waiting(self, intent: Intent, members: Sequence[str]) -> dict[str, jobset.Json]:
@@ -346,8 +349,6 @@ class Course:
 
     def _told(self, image: str, exc: errors.CkptError) -> errors.MoveIncomplete:
         """The error to raise, after the JobSet was suspended again as far as that is possible."""
-        if isinstance(exc, _StillIntended):
-            return exc
         found = jobsetrestore.incomplete(
             self._now, self._plan, image, exc.message, rests=self._rest()
         )

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from agent import errors
 from agent.host import clock
 from agent.kube.connection import Connection, Json
+from agent.model.pods import unscheduled
 
 # How often a pod is looked at while something is awaited: short against the seconds it takes.
 _LOOK_S = 0.25
@@ -153,17 +154,10 @@ def await_scheduled(
 
     if not clock.wait_until(scheduled, deadline, every_s=_LOOK_S):
         raise errors.DeadlineExceeded(
-            f"pod {namespace}/{name} was not scheduled: {_unscheduled(found)}",
+            f"pod {namespace}/{name} was not scheduled: {unscheduled(found)}",
             hint="make room on the node, or choose another",
         )
     return str(found["spec"]["nodeName"])
-
-
-def _unscheduled(found: Json) -> str:
-    for each in found.get("status", {}).get("conditions") or ():
-        if each.get("type") == "PodScheduled" and each.get("status") != "True":
-            return str(each.get("message") or each.get("reason") or "no reason is given")
-    return "the scheduler has not looked at it"
 
 
 def node(api: Connection, name: str) -> Json:

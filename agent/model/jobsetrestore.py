@@ -19,7 +19,7 @@ from typing import Any
 
 from agent.model import jobset, move, optin
 from agent.model.intent import Intent
-from agent.model.pods import Placement
+from agent.model.pods import Placement, unscheduled
 
 Json = Mapping[str, Any]
 
@@ -259,7 +259,7 @@ def gathered(pods: Iterable[Json], intent: Intent, members: Iterable[str]) -> Ga
         if identity in there:
             starting.append(f"pod {name} is a second {identity}")
         elif not (pod.get("spec") or {}).get("nodeName"):
-            homeless.append(f"pod {name} has no node: {_unscheduled(status)}")
+            homeless.append(f"pod {name} has no node: {unscheduled(pod)}")
         elif status.get("phase") != "Running" or not addresses(pod):
             starting.append(f"pod {name} does not run yet: {_starting(status)}")
         else:
@@ -273,13 +273,6 @@ def addresses(pod: Json) -> list[str]:
     """A pod's own addresses, one of each family."""
     status = pod.get("status") or {}
     return [str(each["ip"]) for each in status.get("podIPs") or () if each.get("ip")]
-
-
-def _unscheduled(status: Json) -> str:
-    for each in status.get("conditions") or ():
-        if each.get("type") == "PodScheduled" and each.get("status") != "True":
-            return str(each.get("message") or each.get("reason") or "no reason is given")
-    return "the scheduler has not looked at it"
 
 
 def _starting(status: Json) -> str:

@@ -131,6 +131,14 @@ def with_entrypoints(pod: Json, started: Mapping[str, Sequence[str]]) -> dict[st
     return found
 
 
+def unscheduled(pod: Json) -> str:
+    """Why a pod has no node yet, as the scheduler tells."""
+    for each in _objects(_mapping(pod.get("status")), "conditions"):
+        if each.get("type") == "PodScheduled" and each.get("status") != "True":
+            return str(each.get("message") or each.get("reason") or "no reason is given")
+    return "the scheduler has not looked at it"
+
+
 def _noted(annotations: Json) -> Mapping[str, Any]:
     try:
         return optin.entrypoints(annotations)
