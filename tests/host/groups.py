@@ -119,6 +119,7 @@ class Member:
     agent: str
     uid: str
     address: str
+    network: contextlib.ExitStack
 
     @property
     def lines(self) -> list[dict[str, float]]:
@@ -204,14 +205,11 @@ class Group:
         )
         return found
 
-    def network(self, address: str) -> dict[str, Any]:
-        """The network of a pod with this address, as an option of its containers."""
-        path = self._owned.enter_context(pod_network(address))
-        return {"namespaces": {"network": {"path": path}}}
-
     def add(self, name: str, agent: str, address: str, *argv: str) -> Member:
         """A pod of the group that runs a program, or is a placeholder if there is none."""
-        options = self.network(address)
+        network = self._owned.enter_context(contextlib.ExitStack())
+        path = network.enter_context(pod_network(address))
+        options = {"namespaces": {"network": {"path": path}}}
         pod = f"{name}-{address.rsplit('.', 1)[1]}"
         box = (
             self.boxes.start(pod, *argv, **options)
@@ -230,12 +228,13 @@ class Group:
         if agent in self.nodes:
             watch = self.nodes[agent].watch
             wait_for(lambda: (found := watch.get("default", pod)) and found.uid == uid)
-        return Member(name, box, agent, uid, address)
+        return Member(name, box, agent, uid, address, network)
 
     def remove(self, member: Member) -> None:
-        """End the pod."""
+        """End the pod; its address is free then."""
         member.box.close()
         self.boxes.all.remove(member.box)
+        member.network.close()
 
     def dump(self, members: Sequence[Member], course: Course = EVACUATE) -> checkpoint.Checkpoint:
         return checkpoint.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
 from collections.abc import Iterator
@@ -54,6 +55,8 @@ def dumped(boxes: Boxes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[D
         for each in members:
             each.flows()
         epoch = group.dump(members).image.epoch
+        for each in members:
+            group.remove(each)
         yield Dumped(group, epoch, members, f"{OUTSIDE}:{port}")
 
 
@@ -104,14 +107,20 @@ class Moving:
 def moving(dumped: Dumped) -> Iterator[Moving]:
     first = dumped.next_address
     dumped.next_address += 2
+    with placeholders(dumped, f"10.77.0.{first}", f"10.77.0.{first + 1}") as made:
+        yield made
+
+
+@contextlib.contextmanager
+def placeholders(dumped: Dumped, *addresses: str) -> Iterator[Moving]:
     # Each at the agent that had the other one.
-    new = [
-        dumped.group.add("w-0-0", "b", f"10.77.0.{first}"),
-        dumped.group.add("w-0-1", "a", f"10.77.0.{first + 1}"),
-    ]
-    yield Moving(dumped, new)
-    for each in new:
-        dumped.group.remove(each)
+    pairs = zip(dumped.members, reversed(dumped.members), addresses, strict=True)
+    new = [dumped.group.add(before.name, other.agent, address) for before, other, address in pairs]
+    try:
+        yield Moving(dumped, new)
+    finally:
+        for each in new:
+            dumped.group.remove(each)
 
 
 def test_a_stream_between_pods_goes_on_at_other_addresses(moving: Moving) -> None:
@@ -121,6 +130,14 @@ def test_a_stream_between_pods_goes_on_at_other_addresses(moving: Moving) -> Non
     with pytest.raises(errors.RestoreConflict, match="already restored"):
         moving.restore(again=False)
     moving.goes_on()
+
+
+def test_pods_may_exchange_their_addresses(dumped: Dumped) -> None:
+    addresses = [each.address for each in reversed(dumped.members)]
+    with placeholders(dumped, *addresses) as moving:
+        assert moving.moved == dict(zip(reversed(addresses), addresses, strict=True))
+        moving.restore()
+        moving.goes_on()
 
 
 def test_a_damaged_image_of_one_pod_lets_none_run_and_a_whole_one_follows(moving: Moving) -> None:
