@@ -61,7 +61,7 @@ def restore_report(namespace: str, jobset: str, done: Returned) -> Document:
         storage=done.image.storage,
         isolated=False,
         created=done.created,
-        verifiedSeconds=0.0,
+        verifiedSeconds=seconds(done.verified_s),
         runningSeconds=seconds(done.running_s),
         stepSeconds=_steps(done),
         members=[],

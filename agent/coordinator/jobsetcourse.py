@@ -81,13 +81,15 @@ class Pod:
 @dataclasses.dataclass(frozen=True)
 class Returned:
     """A JobSet that runs again. ``passed_over`` are newer images and why they could not be
-    restored; ``created``: there was no such JobSet any more; ``steps`` are seconds.
+    restored; ``created``: there was no such JobSet any more; ``verified_s`` is from the request to
+    the agents until the image was read whole, ``running_s`` until all ran; ``steps`` are seconds.
     """
 
     image: results.Image
     pods: tuple[Pod, ...]
     passed_over: tuple[tuple[str, str], ...]
     created: bool
+    verified_s: float
     running_s: float
     steps: dict[str, float]
 
@@ -244,6 +246,7 @@ class Course:
             ),
             passed_over=tuple(self._passed),
             created=self._created,
+            verified_s=done.spans_s.get(State.PREPARING, 0.0),
             running_s=done.running_s,
             steps=dict(self.seconds),
         )
