@@ -460,24 +460,6 @@ def memory(pid: int) -> MemoryByKind:
     )
 
 
-def boot_id() -> str:
-    """Names this boot of this kernel."""
-    return _read("/proc/sys/kernel/random/boot_id").decode().strip()
-
-
-def memory_available_bytes() -> int:
-    """How much memory new processes can take without swapping, by the kernel's estimate."""
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith(b"MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise errors.EnvironmentUnfit("/proc/meminfo has no MemAvailable")
-
-
-def last_pid_max() -> int:
-    """The number after which pids start again from the beginning."""
-    return int(_read("/proc/sys/kernel/pid_max"))
-
-
 @dataclasses.dataclass(frozen=True)
 class Resident:
     """What a process holds in memory by kind, in bytes, from the cheap counters of its status."""

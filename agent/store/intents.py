@@ -17,7 +17,7 @@ import os
 from typing import Literal, cast
 
 from agent import errors
-from agent.host import clock, proc
+from agent.host import clock, proc, system
 from agent.model import ids
 from agent.model.ids import EpochId, GroupName
 from agent.store import envelope, layout
@@ -46,7 +46,7 @@ class Owner:
         """This process."""
         pid = os.getpid()
         me = proc.identity(pid)
-        return cls(proc.boot_id(), proc.namespaces(pid)["pid"], me.pid, me.start_ticks)
+        return cls(system.boot_id(), proc.namespaces(pid)["pid"], me.pid, me.start_ticks)
 
     def same_place(self, other: Owner) -> bool:
         """Tell whether the other's number means the same here."""

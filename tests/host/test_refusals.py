@@ -20,7 +20,7 @@ from agent import errors
 from agent.engines.base import CaptureOptions, RestoreOptions
 from agent.engines.criu.engine import CriuEngine
 from agent.engines.kubelet.engine import KubeletEngine
-from agent.host import proc
+from agent.host import proc, system
 from agent.model.container import Container
 from tests.conftest import NOT_TO_BE_HAD
 from tests.host.conftest import Cut, Gate, Host
@@ -37,7 +37,7 @@ def refused(host: Host, pid: int) -> errors.CkptError:
 
 
 def test_no_such_process(host: Host) -> None:
-    assert isinstance(refused(host, proc.last_pid_max() - 1), errors.NotFound)
+    assert isinstance(refused(host, system.last_pid_max() - 1), errors.NotFound)
 
 
 def test_a_kernel_thread(host: Host) -> None:

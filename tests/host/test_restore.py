@@ -19,7 +19,7 @@ import pytest
 from agent import errors
 from agent.engines.base import CaptureOptions, Disposition, FilePolicy, RestoreOptions
 from agent.engines.criu import conflicts, pour
-from agent.host import proc
+from agent.host import proc, system
 from tests.host.conftest import Cut, Gate, Host, Target
 from tests.host.image import MemoryImage, MemorySource
 from tests.host.test_faults import FEATURES, at_stage, criu_pid, kill_criu
@@ -167,7 +167,7 @@ def test_too_little_memory_is_refused(host: Host, monkeypatch: pytest.MonkeyPatc
     image = host.dump(target)
     host.kill(target)
     with monkeypatch.context() as little:
-        little.setattr(proc, "memory_available_bytes", lambda: 30 << 20)
+        little.setattr(system, "memory_available_bytes", lambda: 30 << 20)
         with pytest.raises(errors.RestoreConflict, match="MiB of memory"):
             host.restore(image)
     assert_nothing_started(host, image, target)

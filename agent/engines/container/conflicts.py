@@ -23,7 +23,7 @@ from agent.engines.container import (
 )
 from agent.engines.criu import facts as criu_facts
 from agent.engines.criu import supervisor
-from agent.host import addresses, cgroups, clock, proc
+from agent.host import addresses, cgroups, clock, proc, system
 from agent.model.container import LAYOUT, Container
 
 # CRIU itself and page tables, while the tree comes up within the container's limit.
@@ -188,7 +188,7 @@ def _memory(known: dict[str, Any], memory_bytes: int, container: Container) -> I
         yield (
             f"the container's memory limit is {limit >> 20} MiB, the image needs {needed >> 20} MiB"
         )
-    free = proc.memory_available_bytes()
+    free = system.memory_available_bytes()
     if needed > free:
         yield f"the image needs {needed >> 20} MiB of memory, this node has {free >> 20} MiB free"
 
@@ -211,7 +211,7 @@ def _let_execs_end(known: dict[str, Any], container: Container) -> None:
     if whole(known) or not holding.waits(container.pid):
         return
     init = proc.identity(container.pid)
-    inside.raise_counter(init, supervisor.last_pid(numbers(known), proc.last_pid_max()))
+    inside.raise_counter(init, supervisor.last_pid(numbers(known), system.last_pid_max()))
     clock.wait_until(
         lambda: not any(map(_is_exec, _taken(known, container).values())),
         clock.Deadline.after(_EXEC_S),

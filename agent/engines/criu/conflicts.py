@@ -14,7 +14,7 @@ from typing import Any
 from agent import errors
 from agent.engines.base import RestoreOptions
 from agent.engines.criu import facts
-from agent.host import clock, hold, proc, sockets
+from agent.host import clock, hold, proc, sockets, system
 
 # CRIU itself, page tables, and room for the rest of the host while the tree comes up.
 _SPARE_BYTES = 64 << 20
@@ -165,7 +165,7 @@ def _directories(directories: Iterable[str]) -> Iterator[str]:
 
 
 def _memory(memory_bytes: int) -> Iterator[str]:
-    free = proc.memory_available_bytes()
+    free = system.memory_available_bytes()
     if memory_bytes + _SPARE_BYTES > free:
         yield (f"the tree needs {memory_bytes >> 20} MiB of memory, {free >> 20} MiB are free")
 

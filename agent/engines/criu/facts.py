@@ -15,7 +15,7 @@ from typing import Any
 
 from agent import errors
 from agent.engines.criu.probe import Criu
-from agent.host import proc, sockets
+from agent.host import proc, sockets, system
 
 LAYOUT = "criu-4"
 
@@ -39,7 +39,7 @@ def gather(pids: Iterable[int], states: Mapping[int, str], criu: Criu) -> dict[s
         "kernel": os.uname().release,
         "machine": os.uname().machine,
         "cpu_flags": sorted(cpu_flags()),
-        "boot_id": proc.boot_id(),
+        "boot_id": system.boot_id(),
         **tree.facts(),
     }
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from agent import errors
 from agent.engines.criu import rpc, supervisor
-from agent.host import clock, proc, subprocesses
+from agent.host import clock, proc, subprocesses, system
 
 # Killed processes are gone when the kernel has taken their memory apart.
 _DEATH_S = 30.0
@@ -178,7 +178,7 @@ def supervise(criu: str, root_pid: int, numbers: set[int], pass_fds: Iterable[in
         fds = [theirs.fileno(), status_theirs.fileno()]
         argv = [
             *(sys.executable, "-I", "-S", supervisor.__file__, criu),
-            *map(str, (*fds, root_pid, supervisor.last_pid(numbers, proc.last_pid_max()))),
+            *map(str, (*fds, root_pid, supervisor.last_pid(numbers, system.last_pid_max()))),
         ]
         child = subprocesses.start(argv, pass_fds=[*fds, *pass_fds])
     return Isolated(child, rpc.Worker(child, rpc.Connection(ours, child)), status, root_pid)

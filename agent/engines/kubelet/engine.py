@@ -35,7 +35,7 @@ from agent.engines.criu.facts import cpu_flags
 from agent.engines.kubelet import client, ingest, leftovers, pause, reports, resume
 from agent.engines.kubelet.archive import Archive
 from agent.engines.kubelet.tarindex import corrupt
-from agent.host import addresses, clock, proc
+from agent.host import addresses, clock, proc, system
 from agent.model.container import Container
 from agent.model.streams import MemberSink, MemberSource
 
@@ -148,7 +148,7 @@ def node_facts() -> dict[str, Any]:
         "kernel": os.uname().release,
         "machine": os.uname().machine,
         "cpu_flags": sorted(cpu_flags()),
-        "boot_id": proc.boot_id(),
+        "boot_id": system.boot_id(),
     }
 
 

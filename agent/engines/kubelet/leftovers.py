@@ -30,7 +30,7 @@ from typing import Any
 from agent import errors
 from agent.engines.kubelet import client
 from agent.engines.kubelet.client import Target
-from agent.host import clock, proc
+from agent.host import clock, proc, system
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Call:
     @property
     def living(self) -> bool:
         """Whether somebody waits for it."""
-        return not self.abandoned and self.boot_id == proc.boot_id() and proc.alive(self.agent)
+        return not self.abandoned and self.boot_id == system.boot_id() and proc.alive(self.agent)
 
 
 class Checkpoints:
@@ -88,7 +88,7 @@ class Checkpoints:
             asked_at_s=clock.wall_s(),
             deadline_s=deadline_s,
             agent=me,
-            boot_id=proc.boot_id(),
+            boot_id=system.boot_id(),
         )
         self._write(call)
         try:
@@ -156,7 +156,7 @@ class Checkpoints:
             found = self._clean(call)
             removed += found
             over_s = call.asked_at_s + call.deadline_s + _LINGER_S
-            if found or clock.wall_s() > over_s or call.boot_id != proc.boot_id():
+            if found or clock.wall_s() > over_s or call.boot_id != system.boot_id():
                 self._forget(call)
         return removed
 
