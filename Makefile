@@ -14,9 +14,10 @@ setup: ## install everything into .venv and the cache directory; safe to repeat
 demo: setup ## dump, kill and restore a real training job; writes out/demo/
 	@$(PY) -m demo.run --out out/demo
 
-story: cluster ## on that cluster a pod counts, is moved, counts on: its log shows no gap
+story: cluster ## on that cluster a pod is moved as it counts; a training job of two pods is lost and comes back
 	@scripts/cluster deploy
 	@demo/migrate
+	@demo/jobset
 
 check: setup ## linters, types, layers
 	@scripts/check
