@@ -24,6 +24,7 @@ from agent.cli import exits
 from agent.model import optin
 from tests.cluster import leftovers
 from tests.cluster.cluster import Cluster, Node
+from tests.cluster.ownvolume import Fault, OwnVolume
 from tests.cluster.test_node_agent import (
     CHECKOUT,
     OWN,
@@ -389,23 +390,64 @@ class TestPods:
             answered(ckpt(agents, "restore", image["name"], "--pod", victim, "-n", team))
         assert_goes_on(agents, team, victim)
 
-    def test_a_store_that_is_gone_in_the_middle_of_a_restore(
-        self, agents: Cluster, team: str, image: str, placeholder: str
+
+class TestVolume:
+    """The store's volume fails at the node that restores."""
+
+    @pytest.fixture
+    def volume(self, agents: Cluster, team: str, image: str) -> Iterator[OwnVolume]:
+        (agent,) = agent_pids(agents.node("n2"))
+        volume = OwnVolume(agent, team)
+        with volume.mounted(agents.shared / "store" / team):
+            yield volume
+
+    def assert_waits(self, cluster: Cluster, namespace: str, name: str) -> None:
+        """Nothing of the image ran or runs, and the placeholder is what it was."""
+        assert cluster.logs(name, namespace, "-c", "c") == ""
+        assert len(processes(cluster, namespace, name)) == 1
+        (status,) = cluster.get("pod", name, "-n", namespace)["status"]["containerStatuses"]
+        assert (status["restartCount"], status["ready"]) == (0, True)
+
+    @pytest.mark.parametrize(
+        ("fault", "code"), [(OwnVolume.full, "volume-full"), (OwnVolume.read_only, "volume-gone")]
+    )
+    def test_one_that_takes_nothing_refuses_a_restore_and_does_not_harm_one_that_has_begun(
+        self,
+        agents: Cluster,
+        team: str,
+        image: str,
+        placeholder: str,
+        volume: OwnVolume,
+        fault: Fault,
+        code: str,
     ) -> None:
-        store = agents.shared / "store" / team
-        assert store.is_dir(), list((agents.shared / "store").iterdir())
-        aside = store.with_name(f"{team}-aside")
-        words = ("restore", image, "--pod", placeholder, "-n", team, "--again")
+        words = ("restore", image, "--pod", placeholder, "-n", team)
+        with fault(volume):
+            done = ckpt(agents, *words)
+            said = refused(done)
+            assert (done.returncode, said["code"]) == (exits.VOLUME, code)
+            assert said["hint"]
+            self.assert_waits(agents, team, placeholder)
         restore = begun(agents, *words)
-        meet(restore, lambda: operations(agents.node("n2")))
-        store.rename(aside)
-        try:
+        meet(restore, lambda: volume.claimed(image))
+        with volume.broken_at_once(fault):
             said = told(restore)
-        finally:
-            aside.rename(store)
-        if restore.returncode != 0:
-            assert restore.returncode in (exits.DATA, exits.VOLUME), said
-            assert agents.logs(placeholder, team, "-c", "c") == ""
+        assert restore.returncode == 0, said
+        assert volume.claimed(image)
+        assert_restored(agents, team, placeholder, image)
+
+    def test_one_that_is_gone_ends_a_restore_which_then_can_be_tried_again(
+        self, agents: Cluster, team: str, image: str, placeholder: str, volume: OwnVolume
+    ) -> None:
+        words = ("restore", image, "--pod", placeholder, "-n", team)
+        restore = begun(agents, *words)
+        meet(restore, lambda: volume.claimed(image))
+        with volume.broken_at_once(OwnVolume.gone):
+            said = told(restore)
+            assert (restore.returncode, said["code"]) == (exits.VOLUME, "volume-gone"), said
+            assert said["hint"]
+            self.assert_waits(agents, team, placeholder)
+        answered(ckpt(agents, *words))
         assert_restored(agents, team, placeholder, image)
 
 

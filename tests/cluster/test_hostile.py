@@ -8,6 +8,7 @@ import base64
 import contextlib
 import datetime
 import functools
+import gzip
 import json
 import tarfile
 import textwrap
@@ -24,11 +25,13 @@ from agent.cli import exits
 from agent.host import namespaces, proc
 from tests import archives
 from tests.archives import Entry
+from tests.cluster import leftovers
 from tests.cluster.cluster import Cluster, Node
 from tests.cluster.pki import Authority
 from tests.cluster.test_node_agent import (
     CHECKOUT,
     OWN,
+    agent_pids,
     agent_pod,
     assert_clean,
     assert_goes_on,
@@ -148,9 +151,9 @@ def kubelet(agents: Cluster, namespace: str) -> Iterator[fake.Server]:
         yield server
 
 
-def whole(namespace: str, *more: Entry) -> bytes:
+def whole(namespace: str, *more: Entry, layer: bytes | None = None) -> bytes:
     """An archive of this very container, and what else is put into it."""
-    beside = archives.parts()
+    beside = archives.parts(layer)
     beside["spec.dump"] = (
         beside["spec.dump"].replace(b'"team"', b'"%s"' % namespace.encode())
     ).replace(b'"pod-1"', b'"counter"')
@@ -193,6 +196,77 @@ def test_a_kubelet_that_hands_out_hostile_archives(
     assert sorted(path.name for path in folder.glob("*.tar")) == before
     assert_clean(agents)
     assert_goes_on(agents, namespace)
+
+
+def header(name: str, size_bytes: int = 0) -> bytes:
+    """A member that claims to be that long."""
+    info = tarfile.TarInfo(name)
+    info.size = size_bytes
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def _endless(size_bytes: int) -> bytes:
+    """A layer a thousandth as long as the file of zeros that it unpacks to."""
+    piece = gzip.compress(bytes(UNPACKED_BYTES), mtime=0)
+    return gzip.compress(header("zeros", size_bytes)) + piece * (size_bytes // UNPACKED_BYTES)
+
+
+def _more(namespace: str, *headers: bytes) -> bytes:
+    """An archive of this very container, and members of which there is nothing else."""
+    content = whole(namespace).rstrip(b"\0")
+    return content + bytes(-len(content) % tarfile.BLOCKSIZE) + b"".join(headers) + bytes(1024)
+
+
+UNPACKED_BYTES = 64 << 20
+# What makes them, and what is said of them.
+BOMBS: dict[str, tuple[Callable[[str], bytes], str]] = {
+    "long": (lambda name: _more(name, header("more", 4 << 30)), "cut short"),
+    "long layer": (lambda name: whole(name, layer=gzip.compress(header("x", 1 << 41))), "bytes"),
+    "many members": (
+        lambda name: _more(name, *(header(f"checkpoint/{n}.img") for n in range(100_000))),
+        "more than 100000 members",
+    ),
+}
+
+
+def test_a_kubelet_that_hands_out_bombs(
+    agents: Cluster, namespace: str, kubelet: fake.Server
+) -> None:
+    node = agents.node("n1")
+    folder = node.root / CHECKPOINTS
+    start(agents, namespace)
+    before = leftovers.of_all(agents)
+    (agent,) = agent_pids(node)
+    peak_bytes = _peak_bytes(agent)
+    target = f"counter_{namespace}-c"
+    dump = ("dump", "pod/counter", "-n", namespace, "--engine", "kubelet")
+    for what, (content, words) in BOMBS.items():
+        made = content(namespace)
+        kubelet.meanwhile = functools.partial(kubelet.archive, folder, made, target)
+        said = refused(ckpt(agents, *dump))
+        assert (said["code"], words in said["message"]) == ("corrupt", True), (what, said)
+        assert said["hint"]
+    # Nobody can tell from its beginning that this one is not worth the time that it takes.
+    made = whole(namespace, layer=_endless(96 << 30))
+    kubelet.meanwhile = functools.partial(kubelet.archive, folder, made, target)
+    began_s = time.monotonic()
+    said = refused(ckpt(agents, *dump, "--deadline", "3s"))
+    assert said["code"] == "deadline-exceeded", said
+    assert said["hint"]
+    assert_clean(agents)
+    assert time.monotonic() - began_s < 30
+    assert images(agents, namespace) == []
+    assert agent_pids(node) == [agent]
+    assert _peak_bytes(agent) - peak_bytes < 200 << 20
+    leftovers.assert_none(agents, before)
+    assert_goes_on(agents, namespace)
+
+
+def _peak_bytes(pid: int) -> int:
+    """The most memory that a process has had."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) << 10
 
 
 def _elsewhere(kubelet: fake.Server, node: Node, target: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from agent import errors
 from agent.engines.criu import images
-from agent.engines.kubelet import archive, ingest, tarindex
+from agent.engines.kubelet import archive, ingest, layer, tarindex
 from agent.model.streams import PAGE_BYTES, AddressSpace
 from tests import archives
 from tests.archives import Entry
@@ -449,3 +449,24 @@ def test_giving_up_in_the_middle_is_the_callers(tmp_path: Path) -> None:
 
     with archive.opened(path) as source, pytest.raises(errors.DeadlineExceeded):
         ingest.ingest(source, MemoryImage(), {}, check)
+
+
+def test_a_layer_that_takes_long_to_unpack_can_be_given_up(tmp_path: Path) -> None:
+    bomb = archives.layer((Entry("zeros", bytes(8 << 20)),))
+    raw = archives.tar(archives.entries(parts_of=archives.parts(bomb)))
+    with archive.opened(archives.write(tmp_path / "a.tar", raw)) as source:
+        member = source.parts[archive.ROOTFS_DIFF]
+        checked = layer.check(source, member, None)
+        began = 0
+
+        def give_up() -> None:
+            nonlocal began
+            began += 1
+            if began == 3:
+                raise errors.DeadlineExceeded("too late")
+
+        with pytest.raises(errors.DeadlineExceeded):
+            layer.check(source, member, None, give_up)
+        began = 0
+        with pytest.raises(errors.DeadlineExceeded):
+            layer.converted(source, member, checked, give_up).read()

@@ -105,7 +105,7 @@ class _Ingest:
         facts = self._facts()
         diff = self._source.parts.get(ROOTFS_DIFF)
         deleted = self._source.parts.get(DELETED)
-        checked = layer.check(self._source, diff, deleted)
+        checked = layer.check(self._source, diff, deleted, self._check)
         self._memory()
         for name, member in sorted(self._source.images.items()):
             if name not in (STATS, LOG) and not _MEMORY.fullmatch(name):
@@ -114,7 +114,8 @@ class _Ingest:
             self._metadata(name, self._source.parts[name])
         if diff or deleted:
             self._check()
-            self._sink.file(_DIFF_ENTRY, layer.converted(self._source, diff, checked))
+            converted = layer.converted(self._source, diff, checked, self._check)
+            self._sink.file(_DIFF_ENTRY, converted)
         for process in facts["processes"]:
             process["memory"] = {
                 "anon_bytes": self._pages_of.get(AddressSpace("process", process["pid"]), 0)

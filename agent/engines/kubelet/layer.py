@@ -23,7 +23,7 @@ import posixpath
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from agent.engines.kubelet import tarindex
@@ -84,8 +84,14 @@ class Layer:
         return self.changes + self.adds_root
 
 
-def check(source: Archive, member: Member | None, deleted: Member | None) -> Layer:
-    """Read a layer and the list of deletions through; either may be missing.
+def check(
+    source: Archive,
+    member: Member | None,
+    deleted: Member | None,
+    go_on: Callable[[], None] = lambda: None,
+) -> Layer:
+    """Read a layer and the list of deletions through; either may be missing. ``go_on`` is called
+    often and gives up by raising: a small layer may unpack for hours.
 
     Raises:
         errors.Corrupt: it cannot be used, or would reach outside of a root file system.
@@ -96,7 +102,7 @@ def check(source: Archive, member: Member | None, deleted: Member | None) -> Lay
     limits = tarindex.Limits(members=_MEMBERS, content_bytes=CONTENT_BYTES)
     entries, content_bytes = len(gone), 0
     skipped, emptied, folders = [], set(), set()
-    for each in tarindex.members(opened(source, member), limits):
+    for each in tarindex.members(opened(source, member, go_on), limits):
         folder, _, name = each.name.rpartition("/")
         if each.kind == "hardlink":
             tarindex.normal_name(each.link, "file")
@@ -133,29 +139,36 @@ def _deleted(source: Archive, member: Member) -> tuple[str, ...]:
     return tuple(tarindex.normal_name(path.lstrip("/"), "file") for path in paths)
 
 
-def opened(source: Archive, member: Member) -> BinaryIO:
+def opened(source: Archive, member: Member, go_on: Callable[[], None] = lambda: None) -> BinaryIO:
     """The layer's tar as the runtime wrote it, unpacked; reading raises ``errors.Corrupt`` where
-    it is damaged.
+    it is damaged, and calls ``go_on``, as ``check``, while it unpacks.
     """
     raw = source.stream(member)
     if raw.read(len(_GZIP)) != _GZIP:
         return source.stream(member)
     raw.seek(0)
-    return cast("BinaryIO", io.BufferedReader(_Unpacked(raw, member), _BUFFER_BYTES))
+    return cast("BinaryIO", io.BufferedReader(_Unpacked(raw, member, go_on), _BUFFER_BYTES))
 
 
-def converted(source: Archive, member: Member | None, layer: Layer) -> BinaryIO:
-    """The tar that an image holds, of a layer that was checked."""
-    return cast("BinaryIO", io.BufferedReader(_Pieces(_convert(source, member, layer))))
+def converted(
+    source: Archive,
+    member: Member | None,
+    layer: Layer,
+    go_on: Callable[[], None] = lambda: None,
+) -> BinaryIO:
+    """The tar that an image holds, of a layer that was checked; ``go_on`` as for ``opened``."""
+    return cast("BinaryIO", io.BufferedReader(_Pieces(_convert(source, member, layer, go_on))))
 
 
-def _convert(source: Archive, member: Member | None, layer: Layer) -> Iterator[bytes]:
+def _convert(
+    source: Archive, member: Member | None, layer: Layer, go_on: Callable[[], None]
+) -> Iterator[bytes]:
     if layer.adds_root:
         root = tarfile.TarInfo(".")
         root.type, root.mode = tarfile.DIRTYPE, 0o755
         yield root.tobuf(tarfile.PAX_FORMAT)
     if member is not None and member.size_bytes:
-        stream = opened(source, member)
+        stream = opened(source, member, go_on)
         try:
             with tarfile.open(
                 fileobj=stream, mode="r|", encoding="utf-8", errors="surrogateescape"
@@ -276,8 +289,9 @@ class _Pieces(io.RawIOBase):
 class _Unpacked(io.RawIOBase):
     """Unpacks gzip, forward only."""
 
-    def __init__(self, raw: BinaryIO, member: Member) -> None:
+    def __init__(self, raw: BinaryIO, member: Member, go_on: Callable[[], None]) -> None:
         self._member = member
+        self._go_on = go_on
         self._stream = gzip.GzipFile(fileobj=raw, mode="rb")
         self._at = 0
 
@@ -303,6 +317,7 @@ class _Unpacked(io.RawIOBase):
         return self._at
 
     def readinto(self, target: WriteableBuffer) -> int:
+        self._go_on()
         try:
             count = self._stream.readinto(target)
         except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
