@@ -122,8 +122,10 @@ class Boundary:
             self._held = True
             self._changed.notify_all()
             self._wait()
+            if self._resumed is None:
+                self._wanted = False  # else it was asked for anew since
             found = self._resumed or Resumed("", {})
-            self._held, self._wanted, self._resumed = False, False, None
+            self._held, self._resumed = False, None
             self._changed.notify_all()
             return found
 
@@ -177,11 +179,15 @@ class Boundary:
             self._changed.notify_all()
             # Not wanted any more: it was taken back, or the loop has gone on by itself.
             self._changed.wait_for(
-                lambda: self._held or not self._wanted or self._closed, self._longest_s
+                lambda: self._stands() or not self._wanted or self._closed, self._longest_s
             )
-            if not self._held:
+            if not self._stands():
                 self._wanted = False
-            return self._held
+            return self._stands()
+
+    def _stands(self) -> bool:
+        """Held, and not about to go on."""
+        return self._held and self._resumed is None
 
     def _resume(self, told: dict[str, Any]) -> bool:
         with self._changed:

@@ -9,12 +9,13 @@ must not be the other process's own code.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from agent import errors
@@ -38,6 +39,35 @@ _GET_DUMPABLE, _SET_DUMPABLE = 3, 4
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+class _Dumpable:
+    """Whether this program may be traced and dumped, which the kernel takes from all of it as soon
+    as one thread changes its user. It stays so while any thread has another's rights, since
+    who has those could trace that thread; what was before the first comes back after the last.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._acting = 0
+        self._before = 0
+
+    @contextlib.contextmanager
+    def put_back(self) -> Iterator[None]:
+        with self._lock:
+            if self._acting == 0:
+                self._before = _libc.prctl(_GET_DUMPABLE, 0, 0, 0, 0)
+            self._acting += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._acting -= 1
+                if self._acting == 0:
+                    _libc.prctl(_SET_DUMPABLE, self._before, 0, 0, 0)
+
+
+_dumpable = _Dumpable()
+
+
 def acting_as(pid: int, function: Callable[[], _T]) -> _T:
     """Call ``function`` with the rights that process ``pid`` has now; what it raises is raised.
 
@@ -53,12 +83,10 @@ def acting_as(pid: int, function: Callable[[], _T]) -> _T:
             hint="use another kind of hook",
         )
     call = _Call(proc.rights(pid), numbers, function)
-    dumpable = _libc.prctl(_GET_DUMPABLE, 0, 0, 0, 0)
-    thread = threading.Thread(target=call.run, name="acting", daemon=True)
-    thread.start()
-    thread.join()
-    # The kernel takes the change of one thread's user for one of the whole program.
-    _libc.prctl(_SET_DUMPABLE, dumpable, 0, 0, 0)
+    with _dumpable.put_back():
+        thread = threading.Thread(target=call.run, name="acting", daemon=True)
+        thread.start()
+        thread.join()
     return call.outcome()
 
 

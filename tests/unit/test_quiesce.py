@@ -81,11 +81,26 @@ def test_the_loop_is_held_from_one_call_to_the_other(tmp_path: Path) -> None:
 
 
 def test_the_loop_goes_on_by_itself_when_nobody_says_so(tmp_path: Path) -> None:
-    loop = Loop(tmp_path / "s", longest_s=0.3)
-    ask(tmp_path / "s", "/quiesce")
+    # It bounds the way to the boundary too, which a busy machine makes long.
+    loop = Loop(tmp_path / "s", longest_s=2.0)
+    assert ask(tmp_path / "s", "/quiesce") == (200, {"held": True})
     wait_for(lambda: loop.resumed)
     assert loop.resumed == [Resumed("", {})]
     assert ask(tmp_path / "s", "/resume") == (200, {"held": False})
+    loop.end()
+
+
+def test_a_loop_that_was_let_go_and_has_not_woken_yet_is_held_anew(tmp_path: Path) -> None:
+    loop = Loop(tmp_path / "s")
+    assert ask(tmp_path / "s", "/quiesce") == (200, {"held": True})
+    with loop.boundary._changed:  # the loop wakes when this is let go of, and no sooner
+        assert loop.boundary._resume({"outcome": "captured"})
+        assert loop.boundary._quiesce()
+    assert loop.stands()
+    assert [found.outcome for found in loop.resumed] == ["captured"]
+    assert ask(tmp_path / "s", "/resume", {"outcome": "committed"}) == (200, {"held": True})
+    wait_for(lambda: len(loop.resumed) == 2)
+    assert not loop.stands()
     loop.end()
 
 

@@ -11,7 +11,11 @@ from agent import errors
 from agent.host import clock
 from agent.node.steppedgate import Stage, SteppedGate
 
-LONG = clock.Deadline.after(30.0)
+LONG_S = 30.0
+
+
+def long() -> clock.Deadline:
+    return clock.Deadline.after(LONG_S)
 
 
 @pytest.fixture
@@ -37,13 +41,13 @@ def begun(pool: ThreadPoolExecutor, gate: SteppedGate, told: list[str]) -> list[
 def test_members_stand_and_run_together_and_only_when_they_may(pool: ThreadPoolExecutor) -> None:
     gate, told = SteppedGate(2), list[str]()
     members = begun(pool, gate, told)
-    gate.reach(Stage.FILLED, LONG)
+    gate.reach(Stage.FILLED, long())
     assert told == []
-    gate.reach(Stage.RESTORED, LONG)
+    gate.reach(Stage.RESTORED, long())
     assert told == ["made"] * 2
-    gate.reach(Stage.RELEASED, LONG)
+    gate.reach(Stage.RELEASED, long())
     assert told == ["made"] * 2 + ["hears"] * 2
-    gate.reach(Stage.RUNNING, LONG)
+    gate.reach(Stage.RUNNING, long())
     assert told == ["made"] * 2 + ["hears"] * 2 + ["runs"] * 2
     for each in members:
         each.result(10)
@@ -55,7 +59,7 @@ def test_giving_up_lets_none_run_wherever_they_stand(pool: ThreadPoolExecutor, a
     members = begun(pool, gate, told)
     for stage in Stage:
         if stage <= at:
-            gate.reach(stage, LONG)
+            gate.reach(stage, long())
     gate.give_up()
     for each in members:
         assert isinstance(each.exception(10), errors.RestoreFailed)
@@ -67,6 +71,6 @@ def test_a_member_that_fails_keeps_the_others_from_running(pool: ThreadPoolExecu
     member = pool.submit(engine, gate, told)
     gate.fail(errors.CriuFailed("CRIU died"))
     with pytest.raises(errors.CriuFailed):
-        gate.reach(Stage.FILLED, LONG)
+        gate.reach(Stage.FILLED, long())
     assert isinstance(member.exception(10), errors.RestoreFailed)
     assert told == []
