@@ -15,7 +15,6 @@ import dataclasses
 import enum
 import itertools
 import json
-import math
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -305,7 +304,14 @@ def _exec(value: Mapping[str, Any], where: str) -> Means:
 
 
 def _is_word(value: object) -> bool:
-    return isinstance(value, str) and "\0" not in value
+    """Whether a command or the kernel can be given it."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        value.encode()  # JSON can say half a character (a lone surrogate)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _http(value: Mapping[str, Any], where: str) -> Means:
@@ -358,7 +364,8 @@ _KINDS = {"exec": _exec, "http": _http, "unix": _unix, "action": _builtin}
 def _deadline_s(value: Mapping[str, Any], where: str) -> float:
     found = value.get("deadlineSeconds", DEADLINE_S)
     number = isinstance(found, int | float) and not isinstance(found, bool)
-    if not number or not math.isfinite(found) or not 0 < found <= LONGEST_S:
+    # Compared only: an integer may be too large for anything else, and no comparison holds of NaN.
+    if not number or not 0 < found <= LONGEST_S:
         raise _bad(
             f"deadlineSeconds of {where} is no time", f"a number above 0, at most {LONGEST_S:g}"
         )

@@ -234,6 +234,16 @@ class Around:
                 self._calls.call(hook, self._where.containers, told)
             except errors.HookFailed as exc:
                 return exc
+            except Exception as exc:  # noqa: BLE001 - told as the hook's failure, and logged whole
+                # A defect costs a hook, and not what was done around it: the job may run already.
+                _log.exception("the hook %r met a defect", hook.name)
+                failed = errors.HookFailed(
+                    f"the hook {hook.name!r} failed: the agent met a defect",
+                    hint="the agent's log says more",
+                    hook=hook.name,
+                )
+                failed.__cause__ = exc
+                return failed
             return None
 
         with ThreadPoolExecutor(len(ours), thread_name_prefix="hook") as pool:

@@ -275,22 +275,23 @@ class PodWork:
             self._operations.begin("restore", f"pod {pod}", _keys(pod, containers), cancel),
             self._told(pod, "restore"),
             self._trail.noted("restore", pod),
-            claims.claimed(
+        ):
+            with claims.claimed(
                 store.volume,
                 image,
                 pod,
                 again=order.again,
                 containers=[each.id for each in containers],
-            ),
-        ):
-            engine = self._engines.for_restore(pod, containers)
-            outcome = node_restore.restore(
-                store,
-                _Cancellable(engine, cancel),
-                image,
-                dataclasses.replace(order.options, deadline_s=deadline.remaining_s),
-                progress=lambda step: self._step(step, cancel, progress),
-            )
+            ):
+                engine = self._engines.for_restore(pod, containers)
+                outcome = node_restore.restore(
+                    store,
+                    _Cancellable(engine, cancel),
+                    image,
+                    dataclasses.replace(order.options, deadline_s=deadline.remaining_s),
+                    progress=lambda step: self._step(step, cancel, progress),
+                )
+            # The image's processes run: whatever fails now, the claim stays.
             running_s = clock.monotonic_s() - began_s
             self._teller.tell(
                 pod, "RestoreCompleted", f"Image {image}, running after {running_s:.1f} s"

@@ -17,6 +17,7 @@ from agent import errors
 from agent.engines.base import RestoredTree
 from agent.host import proc
 from agent.model.access import API_GROUP
+from agent.node import podhooks
 from agent.rpc import health
 from agent.rpc.v1 import node_pb2, node_pb2_grpc
 from tests.fakes.authority import Authority
@@ -336,6 +337,21 @@ class TestRestore:
             assert agent.image("default", image).restored_into == other
             agent.delete("default", image)
         assert not (node.folder / "stores/default/restored").exists()
+
+    def test_a_defect_once_it_runs_leaves_the_image_to_the_pod_that_runs_it(
+        self, node: Node, host: Host, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def restored(*args: Any, **more: Any) -> tuple[str, ...]:
+            raise UnicodeEncodeError("utf-8", "?", 0, 1, "a defect")
+
+        monkeypatch.setattr(podhooks.PodHooks, "restored", restored)
+        with node.caller(*VERBS) as agent:
+            image, target = self.dumped(node, host, agent)
+            uid = self.placeholder(node, host)
+            with pytest.raises(errors.CkptError):
+                self.restore(agent, image, pod_uid=uid)
+            target.check()
+            assert agent.image("default", image).restored_into == uid
 
     def test_it_waits_for_a_pod_that_comes_later(self, node: Node, host: Host) -> None:
         with node.caller(*VERBS) as agent:

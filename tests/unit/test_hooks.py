@@ -87,6 +87,7 @@ class TestAnnotation:
             ({"pre": [RUN | {"exec": []}]}, "no list of words"),
             ({"pre": [RUN | {"exec": "true"}]}, "no list of words"),
             ({"pre": [RUN | {"exec": ["a\0b"]}]}, "no list of words"),
+            ({"pre": [RUN | {"exec": ["echo", "\ud800"]}]}, "no list of words"),
             ({"pre": [RUN | {"exec": ["PATH=/tmp", "x"]}]}, "a program called 'PATH=/tmp'"),
             ({"pre": [RUN | {"exec": ["-S", "x"]}]}, "a program called '-S'"),
             ({"pre": [{"name": "x", "http": {"port": 0}}]}, "no port"),
@@ -96,6 +97,8 @@ class TestAnnotation:
             ({"pre": [{"name": "x", "http": {"port": 1, "path": "/a\r\nX: y"}}]}, "path of"),
             ({"pre": [{"name": "x", "http": {"port": 1}, "container": "main"}]}, "container of"),
             ({"pre": [{"name": "x", "unix": {"socket": "run/s"}}]}, "no socket"),
+            ({"pre": [{"name": "x", "unix": {"socket": "/run/\udcff"}}]}, "no socket"),
+            ({"pre": [{"name": "x", "action": "sync", "path": "/\ud800"}]}, "not absolute"),
             ({"pre": [{"name": "x", "action": "reboot"}]}, "no action that there is"),
             ({"pre": [{"name": "x", "action": "drop-caches"}]}, "whose caches"),
             ({"pre": [{"name": "x", "action": "sync", "path": "data"}]}, "not absolute"),
@@ -105,6 +108,8 @@ class TestAnnotation:
             ({"pre": [RUN | {"deadlineSeconds": "10s"}]}, "deadlineSeconds"),
             ('{"pre": [{"name": "x", "exec": ["x"], "deadlineSeconds": NaN}]}', "deadlineSeconds"),
             ({"pre": [RUN | {"deadlineSeconds": 301}]}, "deadlineSeconds"),
+            ({"pre": [RUN | {"deadlineSeconds": 10**400}]}, "deadlineSeconds"),
+            ({"pre": [RUN | {"deadlineSeconds": -(10**400)}]}, "deadlineSeconds"),
             ({"pre": [RUN | {"onFailure": "retry"}]}, "onFailure"),
             ({"post": [RUN | {"onFailure": "abort"}]}, "'onFailure'"),
             ({"pre": [RUN | {"when": "decided"}]}, "'when'"),
@@ -143,6 +148,7 @@ class Calls:
     """Notes what is called; some of it fails, or waits until it is told."""
 
     failing: frozenset[str] = frozenset()
+    broken: frozenset[str] = frozenset()
     waits: frozenset[str] = frozenset()
     done: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     told: list[Told] = dataclasses.field(default_factory=list)
@@ -156,6 +162,8 @@ class Calls:
         if hook.name in self.waits:
             self.entered.set()
             assert self.go.wait(20)
+        if hook.name in self.broken:
+            raise UnicodeEncodeError("utf-8", "secret", 0, 1, "why")
         if hook.name in self.failing:
             raise errors.HookFailed(f"the hook {hook.name!r} failed", output="why")
 
@@ -238,6 +246,21 @@ class TestAround:
         assert ("HookFailed", "", "the hook 'a' failed") in calls.done
         assert "why" not in caplog.text
         assert calls.done[-1] == ("d", "post", "committed")
+
+    def test_a_defect_fails_the_hook_that_met_it_and_nothing_else(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        calls = Calls(broken=frozenset("rd"))
+        made = around(calls)
+        made.before()
+        made.running()
+        said = "the hook 'r' failed: the agent met a defect"
+        assert made.after(Outcome.COMMITTED) == (said, said.replace("'r'", "'d'"))
+        assert ("HookFailed", "", said) in calls.done
+        assert around(calls).restored(Placement("old", "u0", "n0", ())) == made.problems
+        assert "Traceback" in caplog.text
+        with pytest.raises(errors.HookFailed, match="'a' failed: the agent met a defect"):
+            around(Calls(broken=frozenset("a"))).before()
 
     def test_a_second_try_is_prepared_for_once_more_if_the_first_let_the_job_know(self) -> None:
         calls = Calls()
