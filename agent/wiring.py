@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 from agent import errors, podengines
 from agent.engines.base import CaptureOptions, Engine, RestoreOptions
 from agent.host import archivefile, memory, proc
-from agent.model import checkup, ids, storage
+from agent.model import checkup, follow, ids, storage
 from agent.model import plan as model_plan
 from agent.model.archives import Written
 from agent.node import archives as node_archives
 from agent.node import doctor as node_doctor
 from agent.node import dump as node_dump
+from agent.node import follow as node_follow
 from agent.node import plan as node_plan
 from agent.node import restore as node_restore
 from agent.settings import Settings
@@ -88,18 +89,21 @@ def dump(
     name: str | None,
     options: CaptureOptions,
     *,
+    followed: follow.Closure | None = None,
     stop: bool = False,
     cancel: node_dump.Cancel | None = None,
     progress: Callable[[node_dump.Progress], None] = lambda _: None,
 ) -> node_dump.DumpOutcome:
-    """Dump the trees below ``pids`` as one epoch of the group ``name``, by default named after
-    the first root's program and pid. Raises what ``node.dump.dump`` does.
+    """Dump the trees below ``pids``, or all members of what was ``followed`` from them, as one
+    epoch of the group ``name``, by default named after the first of ``pids``. Raises what
+    ``node.dump.dump`` does.
     """
     if len(set(pids)) != len(pids):
         raise errors.InvalidInput("a pid is given twice", hint="name each tree once")
     group = ids.group_name(name) if name else _default_group(pids[0])
     members = [
-        node_dump.Member(ids.member_name(f"tree-{number}"), pid) for number, pid in enumerate(pids)
+        node_dump.Member(ids.member_name(f"tree-{number}"), pid)
+        for number, pid in enumerate(pids if followed is None else followed.roots)
     ]
     chosen = engine(settings)  # before the store, which is made if there is none
     return node_dump.dump(
@@ -179,9 +183,21 @@ def _formats() -> node_archives.Formats:
     return node_archives.Formats(archived=kubelet_export.Outgoing, opened=intake.of)
 
 
-def plan(settings: Settings, pids: Sequence[int]) -> model_plan.Plan:
-    """What a dump of the trees below ``pids`` would take. Raises what ``node.plan`` does."""
-    return node_plan.plan_dump(pids, ghost_limit_bytes=settings.ghost_limit_bytes)
+def plan(
+    settings: Settings, pids: Sequence[int], followed: follow.Closure | None = None
+) -> model_plan.Plan:
+    """What a dump of the trees below ``pids``, or of what was ``followed`` from them, would take.
+    Raises what ``node.plan`` does.
+    """
+    limit_bytes = settings.ghost_limit_bytes
+    if followed is not None:
+        return node_plan.plan_followed(followed, ghost_limit_bytes=limit_bytes)
+    return node_plan.plan_dump(pids, ghost_limit_bytes=limit_bytes)
+
+
+def followed(pids: Sequence[int]) -> follow.Closure:
+    """Who must be cut with the trees below ``pids``. Raises what ``node.follow.close`` does."""
+    return node_follow.close(pids)
 
 
 def doctor(settings: Settings) -> tuple[checkup.Check, ...]:

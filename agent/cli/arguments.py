@@ -131,6 +131,15 @@ def one_node(nodes: Sequence[str], flag: str) -> str | None:
     return nodes[0] if nodes else None
 
 
+def follow(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The option that takes in who is connected with the named trees."""
+    return click.option(
+        "--follow",
+        is_flag=True,
+        help="Cut everybody on this host who is connected with them, too.",
+    )(verb)
+
+
 def containers(verb: Callable[..., Any]) -> Callable[..., Any]:
     """The option that names containers of a pod."""
     return click.option(

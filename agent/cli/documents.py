@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent import errors
 from agent.cli.output import Document
-from agent.model import checkup, ids, plan
+from agent.model import checkup, follow, ids, plan
 from agent.model.archives import Written
 from agent.model.streams import PAGE_BYTES, FileEntry
 from agent.node.dump import DumpOutcome
@@ -366,8 +366,12 @@ def doctor_report(host: str, checks: Iterable[checkup.Check]) -> Document:
     return document("DoctorReport", host, status=worst, checks=lines)
 
 
-def plan_report(found: plan.Plan) -> Document:
-    """What a dump would take."""
+def plan_report(found: plan.Plan, followed: follow.Closure | None = None) -> Document:
+    """What a dump would take, and who is in it for whose sake."""
+    members: Document = {}
+    if followed is not None:
+        members["members"] = [vars(each) for each in followed.members]
+        members["leaving"] = [vars(each) for each in followed.leaving]
     return document(
         "Plan",
         ",".join(f"pid-{pid}" for pid in found.roots),
@@ -381,6 +385,7 @@ def plan_report(found: plan.Plan) -> Document:
                 "processSeconds": found.rates.process_s,
             },
         },
+        **members,
         blockers=[vars(finding) for finding in found.blockers],
         warnings=[vars(finding) for finding in found.warnings],
         processes=[

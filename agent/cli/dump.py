@@ -42,6 +42,7 @@ from agent.node.dump import Cancel
     multiple=True,
     help="Root of a process tree; repeat it to cut several trees at one moment.",
 )
+@arguments.follow
 @click.option("--stop", is_flag=True, help="End the processes once the image is committed.")
 @click.option("--name", help="Group of the image [default: program and pid of the first root].")
 @click.option(
@@ -63,6 +64,7 @@ def verb(
     invocation: Invocation,
     target: arguments.Target | None,
     pids: tuple[int, ...],
+    follow: bool,
     stop: bool,
     name: str | None,
     include: tuple[str, ...],
@@ -81,7 +83,7 @@ def verb(
         target,
         pids,
         {"--container": containers, "--engine": engine},
-        {"--name": name, "--include": include},
+        {"--follow": follow, "--name": name, "--include": include},
     )
     settings = invocation.settings(dump_deadline=deadline)
     if target is not None:
@@ -103,15 +105,35 @@ def verb(
         precopy=settings.precopy,
         log_level=settings.criu_log_level,
     )
+    followed = wiring.followed(pids) if follow else None
+    if followed is not None:
+        followed.check()
+        for each in followed.members:
+            if each.because:
+                invocation.say(
+                    f"also cuts the tree of {each.root} ({each.program}): {each.because}"
+                )
+        for one in followed.leaving:
+            invocation.say(f"leaves the cut: {one.link} of {one.pid} ({one.program}): {one.reason}")
     cancel = Cancel()
 
     def stop_asked(number: int) -> None:
         cancel.set()
         invocation.say("stopping; the job goes on")
 
-    with interrupts.caught(stop_asked), progress.for_dump(invocation.quiet, pids) as show:
+    with (
+        interrupts.caught(stop_asked),
+        progress.for_dump(invocation.quiet, followed.roots if followed else pids) as show,
+    ):
         outcome = wiring.dump(
-            settings, pids, name, options, stop=stop, cancel=cancel, progress=show
+            settings,
+            pids,
+            name,
+            options,
+            followed=followed,
+            stop=stop,
+            cancel=cancel,
+            progress=show,
         )
     document = documents.dump_report(outcome)
     count = document["processes"]

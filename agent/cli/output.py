@@ -176,6 +176,18 @@ _SOCKETS = (
     Column("LOCAL", _text("local")),
     Column("PEER", _text("peer")),
 )
+_FOLLOWED = (
+    Column("ROOT", _text("root"), right=True),
+    Column("PROGRAM", _text("program")),
+    Column("BECAUSE", _text("because")),
+)
+_LEAVING = (
+    Column("CONNECTION", _text("link")),
+    Column("PID", _text("pid"), right=True),
+    Column("PROGRAM", _text("program")),
+    Column("WHY", _text("reason")),
+    Column("BLOCKS", _yes("blocks")),
+)
 _FINDINGS = (
     Column("SUBJECT", _text("subject")),
     Column("REASON", _text("reason")),
@@ -346,6 +358,9 @@ def _plan(document: Document, wide: bool, now_s: float) -> list[str]:
             ),
         )
     )
+    if "members" in document:
+        lines += ["", *_section("Members", _FOLLOWED, document["members"], now_s)]
+        lines += ["", *_section("Leaving", _LEAVING, document["leaving"], now_s)]
     for title, columns, key in (
         ("Blockers", _FINDINGS, "blockers"),
         ("Warnings", _FINDINGS, "warnings"),

@@ -31,10 +31,15 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
     multiple=True,
     help="Root of a process tree; may be repeated.",
 )
+@arguments.follow
 @arguments.containers
 @pass_invocation
 def verb(
-    invocation: Invocation, pod: str | None, pids: tuple[int, ...], containers: tuple[str, ...]
+    invocation: Invocation,
+    pod: str | None,
+    pids: tuple[int, ...],
+    follow: bool,
+    containers: tuple[str, ...],
 ) -> int:
     """Say what a dump of the trees below each PID, or of a pod in a cluster, would capture, how
     large it is, how long the stop would be, and what would fail and why. The processes are only
@@ -42,12 +47,13 @@ def verb(
 
     The exit status is 3 if a dump would be refused or fail.
     """
-    arguments.check_target(invocation, pod, pids, {"--container": containers})
+    arguments.check_target(invocation, pod, pids, {"--container": containers}, {"--follow": follow})
     settings = invocation.settings()
     if pod is not None:
         from agent.cli import incluster
 
         return incluster.plan(invocation, settings, pod, containers)
-    found = wiring.plan(settings, pids)
-    invocation.emit(documents.plan_report(found))
+    followed = wiring.followed(pids) if follow else None
+    found = wiring.plan(settings, pids, followed)
+    invocation.emit(documents.plan_report(found, followed))
     return exits.REFUSED if found.blockers else exits.DONE

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 
 from agent import errors
@@ -22,6 +23,7 @@ _FREEZERS = (
     ("cgroup.freeze", "1", "cgroup.events", "frozen 1"),
 )
 _FREEZE_S = 5.0
+_SYSTEM_UNIT = re.compile(r"(?:^|/)(?:system\.slice/([^/]+)|(init\.scope))(?:/|$)")
 
 
 def directories(pid: int) -> list[str]:
@@ -78,6 +80,18 @@ def _below(mount: mounts.Mount, path: str) -> str:
     if path != root and not path.startswith(root + "/"):
         return ""
     return mount.point + path.removeprefix(root).rstrip("/")
+
+
+def system_unit(pid: int) -> str:
+    """The unit of the system's service manager that a process belongs to, such as ``ssh.service``;
+    "" if it belongs to a user or to none. Raises ``errors.NotFound`` if it is gone.
+    """
+    for controllers, path in _memberships(pid):
+        found = _SYSTEM_UNIT.search(path) if controllers in ([], ["name=systemd"]) else None
+        # A user's own manager has an init.scope too, below user.slice.
+        if found and "user.slice/" not in path:
+            return found[1] or found[2]
+    return ""
 
 
 def members(directory: str) -> list[int]:

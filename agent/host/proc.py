@@ -36,7 +36,9 @@ class Identity:
 
 @dataclasses.dataclass(frozen=True)
 class Stat:
-    """/proc/PID/stat. ``state`` is the kernel's letter: R S D T (stopped) t (traced) Z X I."""
+    """/proc/PID/stat. ``state`` is the kernel's letter: R S D T (stopped) t (traced) Z X I.
+    ``terminal`` is the device number of its controlling terminal, 0 if it has none.
+    """
 
     pid: int
     comm: str
@@ -44,6 +46,7 @@ class Stat:
     ppid: int
     pgid: int
     session: int
+    terminal: int
     flags: int
     threads: int
     start_ticks: int
@@ -186,6 +189,7 @@ def _parse_stat(raw: bytes) -> Stat:
         ppid=int(rest[1]),
         pgid=int(rest[2]),
         session=int(rest[3]),
+        terminal=int(rest[4]),
         flags=int(rest[6]),
         threads=int(rest[17]),
         start_ticks=int(rest[19]),

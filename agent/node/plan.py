@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from agent import errors
 from agent.host import kernel, proc, sockets
-from agent.model import plan
+from agent.model import follow, plan
 from agent.model.container import Container
 from agent.model.hooks import RELEASE_GPU, TEARDOWN_RDMA
 
@@ -37,6 +37,18 @@ def plan_dump(pids: Sequence[int], *, ghost_limit_bytes: int) -> plan.Plan:
         _observer(),
         ghost_limit_bytes=ghost_limit_bytes,
     )
+
+
+def plan_followed(closure: follow.Closure, *, ghost_limit_bytes: int) -> plan.Plan:
+    """Say what a dump of all members of ``closure`` would take; raises as ``plan_dump``."""
+    found = plan_dump(closure.roots, ghost_limit_bytes=ghost_limit_bytes)
+    known = {each.subject for each in found.blockers}
+    divided = [
+        plan.Finding("divided-socket", each.link, each.reason, follow.CURE)
+        for each in closure.leaving
+        if each.blocks and each.link not in known
+    ]
+    return dataclasses.replace(found, blockers=(*found.blockers, *divided))
 
 
 def plan_containers(
