@@ -353,9 +353,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
                 trail=trail,
                 teller=teller,
                 recover=engines.recover,
-                follow_up=lambda: pod_hooks.follow_up(
-                    lambda left: pods.with_containers(left.namespace, left.pod, left.uid)
-                ),
+                follow_up=parts.work.run_owed_hooks,
                 grace_s=settings.shutdown_grace_s,
             ),
             stop,

@@ -29,12 +29,13 @@ Kind = Literal["dump", "restore"]
 
 @dataclasses.dataclass(frozen=True)
 class Left:
-    """An operation that nobody finished."""
+    """An operation that nobody finished; ``leads`` as ``Trail.noted`` was told."""
 
     kind: Kind
     namespace: str
     pod: str
     uid: str
+    leads: bool = True
 
 
 class Trail:
@@ -44,14 +45,15 @@ class Trail:
         self._directory = directory
 
     @contextlib.contextmanager
-    def noted(self, kind: Kind, pod: Pod) -> Iterator[None]:
-        """Write the operation down until the context is left.
+    def noted(self, kind: Kind, pod: Pod, *, leads: bool = True) -> Iterator[None]:
+        """Write the operation down until the context is left. ``leads``: what is done once for the
+        pod's group is done with this pod.
 
         Raises:
             errors.EnvironmentUnfit: the directory cannot be written.
         """
         path = os.path.join(self._directory, f"{secrets.token_hex(8)}.json")
-        left = Left(kind, pod.namespace, pod.name, pod.uid)
+        left = Left(kind, pod.namespace, pod.name, pod.uid, leads)
         try:
             os.makedirs(self._directory, mode=0o700, exist_ok=True)
             with open(f"{path}.new", "w", encoding="utf-8") as stream:
@@ -83,7 +85,9 @@ class Trail:
             try:
                 with open(path, encoding="utf-8") as stream:
                     fields = json.load(stream)
-                found.append(Left(**{key: str(value) for key, value in fields.items()}))  # type: ignore[arg-type]
+                leads = bool(fields.pop("leads", True))
+                words = {key: str(value) for key, value in fields.items()}
+                found.append(Left(**words, leads=leads))  # type: ignore[arg-type]
             except (OSError, ValueError, TypeError, AttributeError) as exc:
                 # Cut short by a crash of the node, or of another version: nothing depends on it.
                 _log.warning("%s cannot be read: %s", path, exc)

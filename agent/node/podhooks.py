@@ -16,6 +16,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from agent import errors
@@ -48,6 +49,10 @@ class Teller(Protocol):
         """Put an event on the pod; returns at once."""
 
 
+Find = Callable[[Left], tuple[Pod, Sequence[Container]]]
+Alone = Callable[[Pod, Sequence[Container]], AbstractContextManager[None]]
+
+
 class PodHooks:
     """The hooks of pods of this node."""
 
@@ -58,18 +63,26 @@ class PodHooks:
         self._trail = trail
         self._left = trail.take()
 
-    def follow_up(self, find: Callable[[Left], tuple[Pod, Sequence[Container]]]) -> None:
+    def follow_up(self, find: Find, alone: Alone) -> None:
         """Run the post hooks that a killed predecessor owes; returns at once. ``find`` gives the
-        pod and its containers, or raises ``errors.CkptError`` if they are no more.
+        pod and its containers, or raises ``errors.CkptError`` if they are no more; in ``alone``
+        nothing else is done to them, and it raises such an error if that cannot be.
         """
         left, self._left = self._left, []
         for each in left:
-            threading.Thread(target=self._owed, args=(each, find), name="post hooks").start()
+            # What waits for its turn must not keep a program from ending: it is written down.
+            threading.Thread(
+                target=self._owed, args=(each, find, alone), name="post hooks", daemon=True
+            ).start()
 
-    def _owed(self, left: Left, find: Callable[[Left], tuple[Pod, Sequence[Container]]]) -> None:
+    def _owed(self, left: Left, find: Find, alone: Alone) -> None:
         try:
             pod, containers = find(left)
-            self.around(pod, containers).owed()
+            with contextlib.ExitStack() as waiting:
+                waiting.enter_context(self._trail.noted(left.kind, pod, leads=left.leads))
+                with alone(pod, containers):
+                    waiting.close()
+                    self.around(pod, containers, leads=left.leads).owed()
         except errors.CkptError as exc:
             name = f"{left.namespace}/{left.pod}"
             _log.warning("post hooks of pod %s cannot be run any more: %s", name, exc.message)
@@ -175,7 +188,8 @@ class Around:
             if self._given_up:
                 raise errors.DumpFailed("the epoch was given up", hint="the job goes on")
             if not self._begun and self._hooks.post:
-                self._noted.enter_context(self._trail.noted("dump", self._where.pod))
+                pod, leads = self._where.pod, self._where.leads
+                self._noted.enter_context(self._trail.noted("dump", pod, leads=leads))
             self._begun = True
 
     def running(self) -> None:

@@ -35,6 +35,10 @@ from agent.store.repository import EpochReader, EpochSummary
 
 _log = logging.getLogger(__name__)
 
+# What came before hooks that are owed has ended by then: a dump has so long by default (settings).
+_OWED_S = 600.0
+_OWED_AGAIN_S = 0.25
+
 # The keys of an epoch's facts that say of which pod it is.
 POD_FACTS = ("namespace", "pod_uid", "node", "addresses", "pod_template")
 
@@ -211,6 +215,38 @@ class PodWork:
             self._operations.begin(kind, f"pod {pod}", keys, cancel, part_of),
             self._trail.noted(kind, pod),
         ):
+            yield
+
+    def run_owed_hooks(self) -> None:
+        """Run the post hooks that a killed predecessor owes; returns at once."""
+        self._hooks.follow_up(
+            lambda left: self._pods.with_containers(left.namespace, left.pod, left.uid),
+            self._alone,
+        )
+
+    @contextmanager
+    def _alone(self, pod: Pod, containers: Sequence[Container]) -> Iterator[None]:
+        """Do nothing else to the pod meanwhile, as soon as what came first has ended. What is owed
+        to all pods counts as one operation. Raises as ``Operations.begin``.
+        """
+        deadline, keys = clock.Deadline.after(_OWED_S), _keys(pod, containers)
+        refused: list[errors.CkptError] = []
+        with contextlib.ExitStack() as stack:
+
+            def let_in() -> bool:
+                try:
+                    stack.enter_context(
+                        self._operations.begin(
+                            "dump", f"pod {pod}", keys, node_dump.Cancel(), "owed post hooks"
+                        )
+                    )
+                except (errors.TargetBusy, errors.Overloaded) as exc:
+                    refused[:] = [exc]
+                    return False
+                return True
+
+            if not clock.wait_until(let_in, deadline, every_s=_OWED_AGAIN_S):
+                raise refused[-1]
             yield
 
     def tell(self, pod: Pod, reason: Reason, note: str) -> None:

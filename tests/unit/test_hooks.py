@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,17 @@ import pytest
 
 from agent import errors
 from agent.admission import hooked
+from agent.host import clock
 from agent.model import hooks, optin
 from agent.model.container import Container
 from agent.model.hooks import Hook, Outcome, Phase, Told
 from agent.model.pods import Placement, Pod
+from agent.node.dump import Cancel
 from agent.node.interrupted import Left, Trail
+from agent.node.operations import Operations
 from agent.node.podhooks import Around, PodHooks
+from agent.node.pods import Pods
+from agent.node.podwork import PodWork
 
 RUN = {"name": "run", "exec": ["/bin/true"]}
 
@@ -334,14 +341,28 @@ class TestAround:
         assert document["now"]["pod"] == "p"
 
 
+class OnePod(Pods):
+    """A node with that pod on it."""
+
+    def __init__(self) -> None:
+        pass
+
+    def with_containers(self, namespace: str, name: str, uid: str) -> tuple[Pod, list[Container]]:
+        return pod_with(BOTH), [CONTAINER]
+
+
 class TestAfterAKill:
     """What an agent owes that was killed is done by its successor, and nothing else is."""
 
-    def successor(self, find: Callable[[Left], tuple[Pod, Sequence[Container]]]) -> list[Any]:
+    def successor(
+        self,
+        find: Callable[[Left], tuple[Pod, Sequence[Container]]],
+        alone: Callable[..., AbstractContextManager[None]] = lambda *_: contextlib.nullcontext(),
+    ) -> list[Any]:
         calls = Calls()
         made = PodHooks(calls, calls, Trail("trail"))
-        made.follow_up(find)
-        made.follow_up(find)
+        made.follow_up(find, alone)
+        made.follow_up(find, alone)
         for thread in threading.enumerate():
             if thread.name == "post hooks":
                 thread.join(20)
@@ -373,6 +394,52 @@ class TestAfterAKill:
                 break
             time.sleep(0.01)
         assert self.successor(self.found) == []
+
+    @pytest.mark.parametrize(("leads", "expected"), [(True, ["g", "m"]), (False, ["m"])])
+    def test_hooks_of_the_group_only_where_it_was_led(
+        self, leads: bool, expected: list[str]
+    ) -> None:
+        wanted = {"post": [RUN | {"name": "g", "scope": "group"}, RUN | {"name": "m"}]}
+        killed = around(Calls(), wanted, leads=leads)
+        killed.before()
+        done = self.successor(lambda left: (pod_with(wanted), [CONTAINER]))
+        assert [each[0] for each in done] == expected
+
+    def test_alone_with_the_pod_and_noted_until_then(self) -> None:
+        killed = around(Calls(), leads=False)
+        killed.before()
+        noted: list[Left] = []
+
+        @contextlib.contextmanager
+        def alone(pod: Pod, containers: Sequence[Container]) -> Iterator[None]:
+            # Killed while it waits, this agent owes what its predecessor did.
+            noted.extend(Trail("trail").take())
+            raise errors.TargetBusy("the pod is being dumped")
+            yield
+
+        assert self.successor(self.found, alone) == []
+        assert noted == [Left("dump", "ns", "p", "u", leads=False)]
+
+    def test_not_while_anything_else_is_done_to_the_pod_nor_the_other_way_round(self) -> None:
+        killed = around(Calls())
+        killed.before()
+        calls, operations = Calls(waits=frozenset("r")), Operations(1)
+        made = PodHooks(calls, calls, Trail("trail"))
+        nothing: Any = None
+        work = PodWork(OnePod(), nothing, nothing, operations, Trail("other"), calls, made)
+
+        def dump() -> AbstractContextManager[object]:
+            return operations.begin("dump", "pod ns/p", [("u", "main")], Cancel())
+
+        with dump():
+            work.run_owed_hooks()
+            assert not calls.entered.wait(0.5)
+        assert calls.entered.wait(20)
+        with pytest.raises(errors.TargetBusy), dump():
+            pass
+        calls.go.set()
+        assert operations.wait_empty(clock.Deadline.after(20))
+        assert [each[0] for each in calls.done] == ["r", "d"]
 
     def test_not_where_the_pod_is_gone(self, caplog: pytest.LogCaptureFixture) -> None:
         killed = around(Calls())
