@@ -96,7 +96,6 @@ def _mutation(request: dict[str, Any], image: str, intents: Intents) -> mutate.M
     mutation = mutate.mutate(pod, image=image, intent=intent)
     mutation = mutate.Mutation(mutation.patch, (*warnings, *mutation.warnings))
     mutation = mutate.Mutation(mutation.patch, (*mutation.warnings, *hooked.warnings(pod)))
-    mutation = mutate.Mutation(mutation.patch, (*mutation.warnings, *hooked.warnings(pod)))
     logger.info(
         "pod in %s: %s%s",
         request.get("namespace"),
@@ -115,7 +114,8 @@ def _intent(
     if labels.get(optin.LABEL) != optin.ENABLED or not name:
         return None, ()
     try:
-        return intents(str(request.get("namespace")), str(name)), ()
+        found = intents(str(request.get("namespace")), str(name))
+        return (found if found and found.means(pod) else None), ()
     except errors.CkptError as exc:
         logger.warning("JobSet %s/%s: %s", request.get("namespace"), name, exc)
         reason = f"ckpt-agent: the pod does not wait for an image, if it should: {exc.message}"

@@ -1,8 +1,9 @@
 """The steps by which a JobSet comes back: suspend, resume, restore, with what undoes them.
 
-Promises: from the first change on, whatever fails leaves the JobSet suspended with its intent, and
-is an ``errors.MoveIncomplete`` that says which command goes on; what passes is tried once more, and
-an image that cannot be restored is followed by the next one that it was given.
+Promises: before it is to be suspended, whatever fails leaves the JobSet as it was; from then on,
+suspended with its intent, by an ``errors.MoveIncomplete`` that says which command goes on; what
+passes is tried once more, and an image that cannot be restored is followed by the next one that it
+was given.
 Does not: look at what stands against it; ``jobsetchecks`` does.
 """
 
@@ -21,7 +22,7 @@ from agent.coordinator.machine import State
 from agent.host import clock
 from agent.kube import jobsets as kube
 from agent.kube.connection import Json
-from agent.model import jobset, jobsetrestore, optin
+from agent.model import jobset, jobsetrestore, move, optin
 from agent.model.intent import Intent
 from agent.model.jobsetrestore import Plan, Step
 from agent.model.pods import Placement
@@ -102,6 +103,10 @@ class Course:
         self._watch = watch or Watch()
         self._uid = ""
         self._created = False
+        # Whether it does not run as before, or may not: it was ended, made or is being suspended.
+        self._touched = False
+        # The image of the intent that is on it.
+        self._intended = ""
         self._retried = False
         self._began_s = clock.monotonic_s()
         self._now = Step.DUMP
@@ -140,36 +145,39 @@ class Course:
         }
         made = kube.create(self._session.api, self._plan.namespace, body)
         self.adopt(made)
-        self._created = True
+        self._created = self._touched = True
         try:
-            jobsetchecks.try_pods(self._session, made, intent)
+            self.try_pods(intent, made)
         except BaseException:
             kube.delete(self._session.api, self._plan.namespace, self._plan.name, self._uid)
             raise
 
-    @contextlib.contextmanager
-    def put(self, intent: Intent, found: Json, *, keep: bool = True) -> Iterator[None]:
-        """Put an intent on the JobSet as long as it is only looked at; what was there is put back
-        after a failure, or if it is not to be kept.
-        """
-        before = (found["metadata"].get("annotations") or {}).get(optin.RESTORE)
-        self._change(annotations={optin.RESTORE: intent.text()})
-        try:
-            yield
-        except BaseException:
-            keep = False
-            raise
-        finally:
-            if not keep:
-                cluster_move.retried(lambda: self._change(annotations={optin.RESTORE: before}))
+    def try_pods(self, intent: Intent, found: Json) -> None:
+        """Let admission look at pods that shall come back as ``intent`` says. It has to be on the
+        JobSet for that, which may run: it means no other pods, and what was there is put back.
 
-    def run(self, images: Sequence[results.Image]) -> Returned:
-        """Bring it back from the first of ``images`` that can be restored.
+        Raises:
+            errors.TargetUnsuitable: they would not wait.
+        """
+        metadata = found["metadata"]
+        before = (metadata.get("annotations") or {}).get(optin.RESTORE)
+        trial = dataclasses.replace(intent, only=move.trial_name(str(metadata["name"])))
+        try:
+            self._change(annotations={optin.RESTORE: trial.text()})
+            jobsetchecks.try_pods(self._session, found, trial)
+        finally:
+            cluster_move.retried(lambda: self._change(annotations={optin.RESTORE: before}))
+
+    def run(self, images: Sequence[results.Image], *, ended: bool = False) -> Returned:
+        """Bring it back from the first of ``images`` that can be restored. ``ended``: its processes
+        were, and nothing but an image lets it go on.
 
         Raises:
             errors.MoveIncomplete: it does not run.
+            errors.CkptError: before anything was touched.
         """
         waiting = [*images]
+        self._touched = self._touched or ended
         self._now = Step.SUSPEND
         while True:
             image = waiting.pop(0)
@@ -184,8 +192,10 @@ class Course:
                 elif waiting and isinstance(exc, (errors.DataError, errors.RestoreFailed)):
                     self._passed.append((name, exc.message))
                     self._watch.passed_over(name, exc.message)
+                elif self._touched:
+                    raise self._told(image, exc) from exc
                 else:
-                    raise self._told(name, exc) from exc
+                    raise
 
     def _may_retry(self, exc: errors.CkptError) -> bool:
         """Whether the same image is tried once more before an older one: it was read whole, and the
@@ -205,12 +215,14 @@ class Course:
             raise
         except BaseException:
             # A defect, or a person who does not wait: it shall not start over behind their back.
-            self._rest()
+            if self._touched:
+                self._rest(image)
             raise
 
     def _brought_back(self, detail: results.ImageDetail) -> Returned:
         intent = jobsetchecks.intent_for(detail, self._plan.nodes)
         with self.timed(Step.SUSPEND):
+            self._touched, self._intended = True, intent.image
             self._change(suspend=True, annotations={optin.RESTORE: intent.text()})
             self._await_rest()
         with self.timed(Step.START):
@@ -232,7 +244,7 @@ class Course:
                 control=self._watch.control(),
                 watch=self._watch.state,
             )
-        self._forget_intent(jobsetchecks.name_of(detail.image))
+        self._forget_intent(intent.image, {each["metadata"]["uid"] for each in waiting.values()})
         return Returned(
             image=detail.image,
             pods=tuple(
@@ -337,30 +349,47 @@ class Course:
         if not clock.wait_until(ready, deadline, every_s=_LOOK_S) and problem is not None:
             raise problem
 
-    def _forget_intent(self, image: str) -> None:
-        """It runs: what its Jobs make from now on starts as any other pod."""
+    def _forget_intent(self, image: str, restored: Collection[str]) -> None:
+        """It runs: what its Jobs make from now on starts as any other pod. ``restored`` are the
+        uids of those that run.
+
+        Raises:
+            errors.TargetUnsuitable: one was made meanwhile and waits, for nobody would restore it.
+        """
         try:
             cluster_move.retried(lambda: self._change(annotations={optin.RESTORE: None}))
+            self._intended = ""
+            pods = cluster_move.retried(self._pods)
         except errors.CkptError as exc:
             plan = self._plan
             raise _StillIntended(
-                f"JobSet {plan.namespace}/{plan.name} runs again, but pods that it makes from now"
-                f" on would wait for image {image}: {exc.message}",
+                f"JobSet {plan.namespace}/{plan.name} runs again, but pods that it made since then"
+                f" or makes from now on may wait for image {image}: {exc.message}",
                 hint=f"kubectl -n {plan.namespace} annotate jobset {plan.name} {optin.RESTORE}-",
                 image=image,
             ) from exc
+        late = jobsetrestore.left_waiting(pods, image, restored)
+        if late:
+            raise errors.TargetUnsuitable(
+                f"JobSet made a pod anew when all had begun to run: {late[0]}", reasons=late
+            )
 
-    def _told(self, image: str, exc: errors.CkptError) -> errors.MoveIncomplete:
+    def _told(self, image: results.Image, exc: errors.CkptError) -> errors.MoveIncomplete:
         """The error to raise, after the JobSet was suspended again as far as that is possible."""
+        name = jobsetchecks.name_of(image)
         found = jobsetrestore.incomplete(
-            self._now, self._plan, image, exc.message, rests=self._rest()
+            self._now, self._plan, name, exc.message, rests=self._rest(image)
         )
-        return cluster_move.told(found, image, exc)
+        return cluster_move.told(found, name, exc)
 
-    def _rest(self) -> bool:
-        """Suspend it; whether it is, or is no more."""
+    def _rest(self, image: results.Image) -> bool:
+        """Suspend it, to come back as ``image``; whether it is suspended, or is no more."""
+        name = jobsetchecks.name_of(image)
+        said: dict[str, str | None] = {}
+        if self._intended != name:
+            said[optin.RESTORE] = Intent(name, image.storage).text()
         try:
-            cluster_move.retried(lambda: self._change(suspend=True))
+            cluster_move.retried(lambda: self._change(suspend=True, annotations=said))
         except errors.NotFound:
             return True
         except errors.CkptError:

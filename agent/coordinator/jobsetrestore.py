@@ -55,7 +55,8 @@ def bring_back(
     (none: where the scheduler likes). ``replace`` ends what runs of it first.
 
     Raises:
-        errors.Refused | errors.Unreachable | errors.DataError: before anything was touched.
+        errors.Refused | errors.Unreachable | errors.DataError | errors.Interrupted: before
+            anything was touched.
         errors.MoveIncomplete: it does not run yet; the message says which command goes on.
     """
     found = jobsetchecks.existing(session, name)
@@ -81,8 +82,7 @@ def bring_back(
         course.create(template, intent)
     else:
         course.adopt(found)
-        with course.put(intent, found):
-            jobsetchecks.try_pods(session, found, intent)
+        course.try_pods(intent, found)
     return course.run(_fitting(images, template))
 
 
@@ -117,14 +117,13 @@ def migrate(
     course = Course(session, Plan(session.namespace, name, tuple(nodes)), now_s, watch)
     course.adopt(found)
     trial = Intent(f"{jobset.group(name)}@{_TRIAL_EPOCH}", "", jobsetrestore.placed(now, nodes))
-    with course.put(trial, found, keep=False):
-        jobsetchecks.try_pods(session, found, trial)
+    course.try_pods(trial, found)
     with course.timed(Step.DUMP):
         dumped = jobsets.dump(
             session, name, now_s=now_s, stop=True, control=watch.control(), watch=watch.state
         )
     older = jobsetchecks.older(session, name, dumped.image)
-    returned = course.run([dumped.image, *_fitting(older, found)])
+    returned = course.run([dumped.image, *_fitting(older, found)], ended=True)
     return Moved(dumped, returned, course.since_s())
 
 

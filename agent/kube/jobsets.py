@@ -90,8 +90,9 @@ def change(
 
 
 def pods(api: Connection, namespace: str, name: str) -> list[Json]:
-    """Its pods, whatever became of them."""
-    return objects.pods(api, namespace, selector=f"{jobset.NAME_LABEL}={name}")
+    """The pods that its Jobs made, whatever became of them."""
+    found = objects.pods(api, namespace, selector=f"{jobset.NAME_LABEL}={name}")
+    return [each for each in found if jobset.made_by_job(each)]
 
 
 def right(verb: str, namespace: str) -> objects.Right:

@@ -72,6 +72,19 @@ def marks(name: str, job: str) -> tuple[dict[str, str], dict[str, str]]:
     return {NAME_LABEL: name, **found}, {_COMPLETION: "0"}
 
 
+def made_by_job(pod: Json) -> bool:
+    """Whether a Job of its JobSet made a pod. Labels alone are anybody's to give; who owns a pod
+    that the Job controller made is not.
+    """
+    metadata = pod.get("metadata") or {}
+    labels = metadata.get("labels") or {}
+    job = "-".join(str(labels.get(key)) for key in (NAME_LABEL, _REPLICATED_JOB, _JOB_INDEX))
+    return any(
+        owner.get("controller") is True and (owner.get("kind"), owner.get("name")) == ("Job", job)
+        for owner in metadata.get("ownerReferences") or ()
+    )
+
+
 def membership(jobset: Json, pods: Sequence[Json]) -> Membership:
     """The pods that make up ``jobset``.
 

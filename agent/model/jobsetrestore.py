@@ -269,6 +269,18 @@ def gathered(pods: Iterable[Json], intent: Intent, members: Iterable[str]) -> Ga
     return Gathering(waiting, tuple(cold), tuple(homeless), tuple(starting))
 
 
+def left_waiting(pods: Iterable[Json], image: str, restored: Collection[str]) -> list[str]:
+    """Pods that wait for an image although it was restored, into the pods of these uids."""
+    return [
+        f"pod {metadata['name']} waits"
+        for pod in pods
+        if (metadata := pod["metadata"])["uid"] not in restored
+        and (metadata.get("annotations") or {}).get(optin.RESTORE) == image
+        and not metadata.get("deletionTimestamp")
+        and _alive(pod)
+    ]
+
+
 def addresses(pod: Json) -> list[str]:
     """A pod's own addresses, one of each family."""
     status = pod.get("status") or {}

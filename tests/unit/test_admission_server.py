@@ -133,10 +133,17 @@ def test_what_is_no_review_is_refused(body: bytes) -> None:
         review.respond(body, image=IMAGE, intents=no_intents)
 
 
-def of_a_jobset(**labels: str) -> Any:
+def of_a_jobset(owner: str = "train-worker-0", **labels: str) -> Any:
     metadata: Any = POD["metadata"]
-    marks = {"jobset.sigs.k8s.io/jobset-name": "train", **labels}
-    return {**POD, "metadata": {**metadata, "labels": {**metadata["labels"], **marks}}}
+    marks = {
+        "jobset.sigs.k8s.io/jobset-name": "train",
+        "jobset.sigs.k8s.io/replicatedjob-name": "worker",
+        "jobset.sigs.k8s.io/job-index": "0",
+        **labels,
+    }
+    owners = [{"kind": "Job", "name": owner, "controller": True}]
+    more = {"labels": {**metadata["labels"], **marks}, "ownerReferences": owners}
+    return {**POD, "metadata": {**metadata, **more}}
 
 
 def test_a_pod_of_a_jobset_that_shall_come_back_waits_for_its_image() -> None:
@@ -155,6 +162,29 @@ def test_a_pod_of_a_jobset_that_shall_come_back_waits_for_its_image() -> None:
     for pod in (POD, of_a_jobset(**{optin.LABEL: "no"})):
         review.respond(json.dumps(asking(pod)).encode(), image=IMAGE, intents=intents)
     assert asked == [("team", "train")]
+
+
+def waits(pod: Any, intent: Intent) -> bool:
+    body = json.dumps(asking(pod)).encode()
+    text = review.respond(body, image=IMAGE, intents=lambda namespace, name: intent)
+    response = json.loads(text)["response"]
+    assert "warnings" not in response
+    after = jsonpatch.apply(pod, json.loads(base64.b64decode(response["patch"])))
+    return optin.RESTORE in after["metadata"].get("annotations", {})
+
+
+def test_labels_alone_make_no_pod_one_that_waits() -> None:
+    intent = Intent("jobset.train@20260131-235959-0a1b2c")
+    assert waits(of_a_jobset(), intent)
+    assert not waits(of_a_jobset("mine"), intent)
+    assert not waits(of_a_jobset(**{"jobset.sigs.k8s.io/job-index": "1"}), intent)
+
+
+def test_a_warning_is_said_once() -> None:
+    metadata: Any = POD["metadata"]
+    hooked = {**POD, "metadata": {**metadata, "annotations": {optin.HOOKS: "{"}}}
+    (warning,) = answer(asking(hooked))["warnings"]
+    assert optin.HOOKS in warning
 
 
 def test_a_pod_whose_jobset_cannot_be_looked_at_is_held_and_its_maker_warned() -> None:

@@ -14,7 +14,7 @@ import pytest
 from agent import errors
 from agent.admission import mutate
 from agent.cli import exits
-from agent.coordinator import checkpoint, jobsetcourse, jobsets, restore
+from agent.coordinator import checkpoint, jobsetchecks, jobsetcourse, jobsets, restore
 from agent.coordinator.machine import State
 from agent.model import intent as model_intent
 from agent.model import jobset, optin
@@ -30,6 +30,7 @@ from tests.unit.test_jobset_restore import train
 authority, world, run = test_cli_pods.authority, test_cli_pods.world, test_cli_pods.run
 
 NAME = ("default", "train")
+OWNER = {"kind": "Job", "name": "train-worker-0", "controller": True}
 MEMBERS = ("worker-0-0.trainer", "worker-0-1.trainer")
 Json = dict[str, Any]
 
@@ -70,7 +71,7 @@ class Controller:
         return {
             jobset.identity(each): each
             for each in self.api.pods.values()
-            if each["metadata"].get("labels", {}).get(jobset.NAME_LABEL) == "train"
+            if each["metadata"].get("ownerReferences")
         }
 
     def _admit(self, namespace: str, pod: Json) -> Json:
@@ -81,6 +82,7 @@ class Controller:
         found = self.api.jobsets.get(there) if there[1] else None
         text = ((found or {"metadata": {}})["metadata"].get("annotations") or {}).get(optin.RESTORE)
         wanted = model_intent.read(text) if text else None
+        wanted = wanted if wanted and wanted.means(pod) else None
         made: Json = jsonpatch.apply(pod, mutate.mutate(pod, image="i", intent=wanted).patch)
         return made
 
@@ -92,15 +94,16 @@ class Controller:
         elif not self.pods():
             found["status"] = {}
             for index in range(2):
-                self._make(found, index)
+                self.make(found, index)
 
-    def _make(self, found: Json, index: int) -> None:
+    def make(self, found: Json, index: int) -> None:
         self._made += 1
         (job,) = found["spec"]["replicatedJobs"]
         pod = copy.deepcopy(model_jobsetrestore.trial(found, job, "train"))
         metadata = pod["metadata"]
         metadata["name"] = f"train-worker-0-{index}-{self._made}"
         metadata |= {"uid": f"uid-{self._made}", "namespace": "default"}
+        metadata["ownerReferences"] = [OWNER]
         metadata["annotations"]["batch.kubernetes.io/job-completion-index"] = str(index)
         metadata["labels"]["batch.kubernetes.io/job-completion-index"] = str(index)
         pod = self._admit("default", pod)
@@ -392,3 +395,91 @@ def test_a_move_is_looked_at_whole_before_the_dump(
     assert dumped == [True]
     assert {each["now"]["node"] for each in document["pods"]} == {"n2"}
     assert sorted(document["stepSeconds"]) == ["dump", "restore", "start", "suspend"]
+
+
+def test_a_pod_that_jobset_makes_anew_while_admission_is_asked_does_not_wait(
+    run: Any, controller: Controller
+) -> None:
+    """A restart by JobSet's own policy, in the moment when the intent is tried."""
+    controller.add()
+    controller.add_image(1)
+    admitted = controller.api.admit
+
+    def restarting(namespace: str, pod: Json) -> Json:
+        controller.api.admit = admitted
+        controller.make(controller.found(), 0)
+        return pod
+
+    controller.api.admit = restarting
+    assert run("restore", "jobset/train", "--replace").status == exits.REFUSED
+    its = [pod for (_, name), pod in controller.api.pods.items() if name.startswith("train-")]
+    assert len(its) == 3
+    assert not any(optin.RESTORE in each["metadata"]["annotations"] for each in its)
+
+
+@pytest.mark.parametrize(
+    "failure", [errors.Unreachable("no agent answers"), errors.Interrupted("interrupted")]
+)
+def test_what_fails_before_the_first_change_leaves_a_jobset_running(
+    run: Any, controller: Controller, monkeypatch: pytest.MonkeyPatch, failure: errors.CkptError
+) -> None:
+    controller.add()
+    controller.add_image(1)
+    before = controller.pods()
+    tried = jobsetchecks.try_pods
+
+    def then_failing(*arguments: Any) -> None:
+        def fails(*_: Any) -> None:
+            raise failure
+
+        tried(*arguments)
+        monkeypatch.setattr(jobsetchecks, "detail_of", fails)
+
+    monkeypatch.setattr(jobsetchecks, "try_pods", then_failing)
+    ran = run("restore", "jobset/train", "--replace", "-o", "json")
+    assert (ran.status, error(ran)["code"]) == (failure.exit_status, failure.code)
+    assert not controller.found()["spec"].get("suspend")
+    assert (controller.pods(), controller.intent()) == (before, None)
+
+
+def test_a_pod_that_is_made_anew_before_the_intent_goes_is_found_and_nothing_starts_over(
+    run: Any, controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller.add(suspend=True)
+    image = controller.add_image(1)
+    done = controller._restore
+
+    def then_restarted(*arguments: Any, **more: Any) -> restore.Restored:
+        ran = done(*arguments, **more)
+        gone = controller.pods()["worker-0-0"]["metadata"]["name"]
+        del controller.api.pods["default", gone]
+        controller.make(controller.found(), 0)
+        return ran
+
+    monkeypatch.setattr(restore, "run", then_restarted)
+    ran = run("restore", "jobset/train", "-o", "json")
+    assert ran.status == exits.MOVE_INCOMPLETE
+    assert "pod train-worker-0-0-3 waits" in error(ran)["message"]
+    assert controller.found()["spec"]["suspend"]
+    assert controller.intent() == Intent(image, "default")
+    monkeypatch.setattr(restore, "run", done)
+    assert run(*error(ran)["facts"]["next"][0].split()[1:]).status == 0
+
+
+def test_a_strangers_pod_with_the_jobsets_labels_is_none_of_its(
+    run: Any, controller: Controller
+) -> None:
+    controller.add(suspend=True)
+    controller.add_image(1)
+    pod = copy.deepcopy(
+        model_jobsetrestore.trial(
+            controller.found(), controller.found()["spec"]["replicatedJobs"][0], "train"
+        )
+    )
+    owner = OWNER | {"name": "mine"}
+    pod["metadata"] |= {"name": "forged", "uid": "forged", "ownerReferences": [owner]}
+    pod["spec"]["nodeName"], pod["status"] = "n1", {"phase": "Running"}
+    controller.api.pods["default", "forged"] = pod
+    assert run("restore", "jobset/train").status == 0
+    ((_, members, _),) = controller.restored
+    assert [each.uid for each in members] == ["uid-1", "uid-2"]

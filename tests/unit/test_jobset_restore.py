@@ -62,6 +62,7 @@ def test_an_intent_reads_as_it_was_written() -> None:
     for each in (
         Intent(IMAGE),
         Intent(IMAGE, "fast", {"worker-0-0": "n2", "worker-0-1": "n1"}),
+        Intent(IMAGE, only="train-ckpt-trial"),
     ):
         assert intent.read(each.text()) == each
 
@@ -82,6 +83,7 @@ def test_an_intent_reads_as_it_was_written() -> None:
         json.dumps({"image": IMAGE, "nodes": {"worker-0-0": 1}}),
         json.dumps({"image": IMAGE, "nodes": {"worker-0-0": ""}}),
         json.dumps({"image": IMAGE, "storage": None}),
+        json.dumps({"image": IMAGE, "only": 1}),
     ],
     ids=lambda text: text[:30],
 )
@@ -94,6 +96,26 @@ def test_more_nodes_than_an_annotation_holds_are_refused() -> None:
     nodes = {f"worker-0-{index}": f"node-with-a-long-name-{index}" for index in range(10_000)}
     with pytest.raises(errors.InvalidInput, match="10000 pods"):
         Intent(IMAGE, nodes=nodes).text()
+
+
+def test_an_intent_means_what_the_jobsets_jobs_make_or_the_one_pod_that_is_tried() -> None:
+    labels = {jobset.NAME_LABEL: "train", **rank(0)["metadata"]["labels"]}
+    owner = {"kind": "Job", "name": "train-worker-0", "controller": True}
+    pod = {"metadata": {"labels": labels, "ownerReferences": [owner]}}
+    assert Intent(IMAGE).means(pod)
+    for stranger in (
+        {},
+        owner | {"controller": False},
+        owner | {"name": "x"},
+        {**owner, "kind": "J"},
+    ):
+        assert not Intent(IMAGE).means(
+            {"metadata": {"labels": labels, "ownerReferences": [stranger]}}
+        )
+    tried = {"metadata": {"labels": labels, "name": "train-ckpt-trial"}}
+    assert not Intent(IMAGE).means(tried)
+    assert Intent(IMAGE, only="train-ckpt-trial").means(tried)
+    assert not Intent(IMAGE, only="train-ckpt-trial").means(pod)
 
 
 # Places and addresses.
