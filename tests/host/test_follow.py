@@ -180,6 +180,39 @@ def test_a_connection_to_this_test_is_named_and_left_as_a_plain_dump_leaves_it(
     assert "leaves the cut: tcp 127.0.0.1:" in ran.stderr
 
 
+@pytest.fixture
+def service(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A control group that is named as a service manager names one of the system's services."""
+    places = [pathlib.Path("/sys/fs/cgroup") / name for name in ("systemd", "")]
+    top = next(each for each in places if (each / "cgroup.procs").exists())
+    made = top / tmp_path.name / "system.slice" / "shared.service"
+    made.mkdir(parents=True)
+    try:
+        yield made
+    finally:
+        for each in (made, made.parent, made.parent.parent):
+            each.rmdir()
+
+
+def test_a_service_of_the_system_is_not_cut_for_the_sake_of_who_uses_it(
+    tmp_path: pathlib.Path, service: pathlib.Path, started: Started
+) -> None:
+    cli = Cli(tmp_path)
+    shared = started.start(_A, "127.0.0.1", str(int(socket.AF_INET)))
+    (service / "cgroup.procs").write_text(str(shared))
+    assert until((tmp_path / "port").exists)
+    port = int((tmp_path / "port").read_text())
+    user = started.start(f"s = socket.create_connection(('127.0.0.1', {port})); {_D}")
+    assert until(lambda: any("socket" in file.link for file in proc.open_files(user)))
+    plan = cli.document("plan", "--pid", str(user), "--follow")
+    assert [each["root"] for each in plan["members"]] == [user]
+    (leaving,) = plan["leaving"]
+    assert leaving["reason"].startswith(f"process {shared} ")
+    assert leaving["reason"].endswith("belongs to the system's service shared.service")
+    plan = cli.document("plan", "--pid", str(shared), "--follow")
+    assert [each["root"] for each in plan["members"]] == [shared, user]
+
+
 def test_follow_is_for_processes_that_run(tmp_path: pathlib.Path) -> None:
     cli = Cli(tmp_path)
     assert "--follow" in cli.run("dump", "pod/x", "--follow", status=2).stderr
