@@ -122,6 +122,40 @@ def test_a_pod_that_runs_can_neither_be_made_to_wait_nor_told_another_image(
     )
 
 
+def test_hooks_of_a_pod_are_changed_only_by_who_may_exec(cluster: Cluster, policed: str) -> None:
+    change = ("--verb=get,patch,update", "--resource=pods,pods/status")
+    cluster.kubectl("create", "role", "changes", "-n", policed, *change)
+    bound = ("--role=changes", "--user=carol")
+    cluster.kubectl("create", "rolebinding", "carol", "-n", policed, *bound)
+
+    def annotate(user: str, key: str, value: str | None, *more: str) -> str:
+        patch = json.dumps({"metadata": {"annotations": {key: value}}})
+        told = ("patch", "pod", "forged", "-n", policed, f"--as={user}", "--type=merge", *more)
+        try:
+            return cluster.kubectl(*told, "-p", patch)
+        except ClusterError as exc:
+            return str(exc)
+
+    forged = pod(policed, {optin.HOOKS: "{}"})
+    cluster.kubectl("create", "--as=alice", "-f", "-", stdin=json.dumps(forged))
+    cluster.wait_for(
+        "the policy's enforcement",
+        lambda: "may not create pods/exec" in annotate("carol", optin.HOOKS, '{"pre": []}'),
+        ENFORCED_S,
+    )
+    for value in ('{"post": []}', None):
+        for more in ((), ("--subresource=status",)):
+            assert "carol may not create pods/exec" in annotate("carol", optin.HOOKS, value, *more)
+    assert "patched" in annotate("carol", "other", "x", "--subresource=status")
+    assert cluster.get("pod", "forged", "-n", policed)["metadata"]["annotations"]["other"] == "x"
+    assert "patched" in annotate("carol", "other", "y")
+    # May edit, and so exec.
+    assert "patched" in annotate("alice", optin.HOOKS, '{"post": []}')
+    assert "patched" in annotate("alice", optin.HOOKS, None)
+    # The kubelet goes on telling of such a pod.
+    cluster.wait_for_pod("forged", policed)
+
+
 def test_a_template_does_not_lend_its_controllers_rights(cluster: Cluster, policed: str) -> None:
     template = pod(policed, {optin.RESTORE: "job@1"})
     job = {

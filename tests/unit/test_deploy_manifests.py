@@ -299,6 +299,17 @@ def test_the_policy_knows_the_keys_that_the_program_knows() -> None:
     )
 
 
+def test_hooks_of_a_pod_are_changed_by_nobody_who_may_not_exec() -> None:
+    spec = one(base(), "ValidatingAdmissionPolicy", "ckpt-agent-hooks")["spec"]
+    assert spec["failurePolicy"] == "Fail"
+    assert set(re.findall(r"ckpt-agent\.dev/[a-z-]+", yaml.safe_dump(spec))) == {optin.HOOKS}
+    (rule,) = spec["matchConstraints"]["resourceRules"]
+    # Annotations change through the status as well.
+    assert set(rule["resources"]) == {"pods", "pods/status"}
+    bound = one(base(), "ValidatingAdmissionPolicyBinding", "ckpt-agent-hooks")["spec"]
+    assert (bound["policyName"], bound["validationActions"][0]) == ("ckpt-agent-hooks", "Deny")
+
+
 def test_the_namespace_admits_what_the_agents_need() -> None:
     labels = one(base(), "Namespace", "ckpt-agent")["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "privileged"
