@@ -379,7 +379,6 @@ def _error(document: Document, wide: bool, now_s: float) -> list[str]:
     tail = facts.get("log_tail", ())
     lines += [f"  | {line}" for line in (tail.splitlines() if isinstance(tail, str) else tail)]
     lines += [f"  | {_printable(line)}" for line in str(facts.get("output", "")).splitlines()]
-    lines += [f"  | {_printable(line)}" for line in str(facts.get("output", "")).splitlines()]
     if document["hint"]:
         lines.append(f"hint: {document['hint']}")
     return lines
