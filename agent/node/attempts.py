@@ -8,9 +8,10 @@ exactly one writer create. Whoever commits an attempt first puts its ``begun``, 
 others and abandons each that is not decided. Of two attempts at least one sees the other, so that
 one of them is abandoned before the other can be committed, or both are.
 
-Promises: of any number of callers, on any number of machines, all are told the same of an attempt;
-no attempt is committed while another one of the same image is, unless that is wanted (``again``).
-Does not: keep anything of an image that was deleted, once ``forget`` was called.
+Promises: of any number of callers, on any number of machines, all are told the same of an attempt,
+also when its image is deleted meanwhile; no attempt is committed while another one of the same
+image is, unless that is wanted (``again``).
+Does not: keep anything of an image that was deleted, once ``forget`` was called an hour later.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from agent import errors
 from agent.host import clock
@@ -29,10 +30,13 @@ from agent.volumes.base import Volume
 _PREFIX = "restoring/"
 _BEGUN, _DECIDED = ".begun", ".decided"
 _ID = re.compile(r"[0-9a-f]{16}")
+# Whoever takes part asks within minutes what was decided, or is cut off from the store.
+_KEPT_S = 3600.0
 
 
 class Attempt:
-    """The attempt ``name`` to restore ``group`` as it was at ``epoch``.
+    """The attempt ``name`` to restore ``group`` as it was at ``epoch``. What it was once found
+    to be is remembered.
 
     Raises:
         errors.InvalidInput: no attempt is called that.
@@ -46,6 +50,7 @@ class Attempt:
         self._volume = volume
         self._image = ids.image_name(group, epoch)
         self._folder = _folder(group, epoch)
+        self._known: Decision | None = None
         self.name = name
 
     def begin(self, *, again: bool) -> None:
@@ -96,11 +101,14 @@ class Attempt:
             errors.VolumeError | errors.DataError: it is not known whether it is decided; asking
                 again tells.
         """
-        return self._decide(self.name, {"decision": _ABANDONED.value})
+        self._known = self._known or self._decide(self.name, {"decision": _ABANDONED.value})
+        return self._known
 
     def decision(self) -> Decision | None:
         """What it is decided to be, None if it is not; raises as ``abandon``."""
-        return _decision(self._volume, f"{self._folder}{self.name}{_DECIDED}")
+        if self._known is None:
+            self._known = _decision(self._volume, f"{self._folder}{self.name}{_DECIDED}")
+        return self._known
 
     def _decide(self, name: str, body: Mapping[str, object]) -> Decision:
         blob = f"{self._folder}{name}{_DECIDED}"
@@ -144,10 +152,34 @@ def holders(volume: Volume, group: ids.GroupName, epoch: ids.EpochId) -> list[st
     return max(found)[1] if found else []
 
 
-def forget(volume: Volume, group: ids.GroupName, epoch: ids.EpochId) -> None:
-    """Drop all attempts on an image that is deleted; a no-op if there are none."""
-    for each in list(volume.list(_folder(group, epoch))):
-        volume.delete(each.name)
+def forget(
+    volume: Volume,
+    removed: Collection[tuple[ids.GroupName, ids.EpochId]],
+    kept: Collection[tuple[ids.GroupName, ids.EpochId]],
+    *,
+    now_s: float,
+) -> None:
+    """Drop the attempts on images that are ``removed``, or were earlier and are not among those
+    that are ``kept``; undecided ones are abandoned first. What was decided is kept for an hour
+    (``now_s`` is wall time): agents may be about to ask for it.
+    """
+    removed_folders = {_folder(*image) for image in removed}
+    kept_folders = {_folder(*image) for image in kept}
+    listed = {each.name: each for each in volume.list(_PREFIX)}
+    for name, each in listed.items():
+        folder = name[: name.rindex("/") + 1]
+        # An image newer than the list of those that are kept has no old attempts.
+        old = now_s - each.modified_s > _KEPT_S
+        if folder in kept_folders or not (old or folder in removed_folders):
+            continue
+        if name.endswith(_BEGUN):
+            decided = name.removesuffix(_BEGUN) + _DECIDED
+            if decided not in listed:
+                with contextlib.suppress(errors.BlobExists):
+                    volume.put(decided, json.dumps({"decision": _ABANDONED.value}).encode())
+            volume.delete(name)
+        elif old:
+            volume.delete(name)
 
 
 def _folder(group: ids.GroupName, epoch: ids.EpochId) -> str:

@@ -56,7 +56,8 @@ _WISHES = {
 }
 _DECISIONS = {decision: number for number, decision in _WISHES.items()}
 
-Key = tuple[str, str, str]
+# Namespace, pod's uid, course, image, and of a restore the attempt.
+Key = tuple[str, str, str, str, str]
 
 
 @dataclasses.dataclass
@@ -151,10 +152,12 @@ class EpochService:
         course: protocol.Course,
         step: protocol.Step,
     ) -> Session | None:
-        # Who may only dump has no say in a restore, nor the other way round.
+        # What a caller's right was looked up by: who may only dump has no say in a restore, nor
+        # whoever may restore one image in that of another.
         back = course is protocol.RESTORE
-        name = f"restore {request.attempt.id}" if back else request.epoch
-        key = request.namespace, request.pod_uid, name
+        image = ids.image_name(ids.group_name(request.group), ids.epoch_id(request.epoch))
+        attempt = request.attempt.id if back else ""
+        key = request.namespace, request.pod_uid, course.name, image, attempt
         if (known := self._known(key)) or step is not protocol.Step.PREPARE:
             return known
         with self._beginning:

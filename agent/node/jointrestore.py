@@ -34,7 +34,9 @@ from agent.node.pods import Pods
 from agent.node.steppedgate import Stage, SteppedGate
 from agent.node.storages import Found
 
-# What stands when the time is over is decided by then: so long it must still be able to run.
+# What stands when the order's time is over may be committed by then, and the word of that comes
+# late: so long the engine must still be able to run it. What is committed has as long for each step
+# from when it is told to run, however little of the order's time is left.
 _DECIDED_S = 120.0
 
 _log = logging.getLogger(__name__)
@@ -94,7 +96,7 @@ class JointRestore:
                 return "\n".join(self._lost()).encode()
             elif step is Step.RELEASE:
                 self._check_committed()
-                self._gate.reach(Stage.RELEASED, self._deadline)
+                self._go_on(Stage.RELEASED)
             elif step is Step.RUN:
                 self._check_committed()
                 self._run()
@@ -109,8 +111,8 @@ class JointRestore:
             self._over = True
         if committed and self._trees:
             try:
-                self._gate.reach(Stage.RELEASED, self._deadline)
-                self._gate.reach(Stage.RUNNING, self._deadline)
+                self._go_on(Stage.RELEASED)
+                self._go_on(Stage.RUNNING)
             except errors.CkptError as exc:
                 _log.error(
                     "image %s is committed to pod %s, and cannot run: %s",
@@ -213,8 +215,14 @@ class JointRestore:
                 hint="this is a defect of the coordinator: report it",
             )
 
+    def _go_on(self, stage: Stage) -> None:
+        """Let what is committed come to ``stage``: others run, so that it is not undone because
+        the order's time is over.
+        """
+        self._gate.reach(stage, clock.Deadline.after(_DECIDED_S))
+
     def _run(self) -> None:
-        self._gate.reach(Stage.RUNNING, self._deadline)
+        self._go_on(Stage.RUNNING)
         if self._pod is not None:
             running_s = clock.monotonic_s() - self._began_s
             note = f"Image {self._found.image}, running after {running_s:.1f} s"

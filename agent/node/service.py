@@ -354,7 +354,7 @@ class NodeService:
 def _forgotten(store: Store, report: PruneReport) -> PruneReport:
     for group, epoch in report.removed:
         claims.forget(store.volume, group, epoch)
-        attempts.forget(store.volume, group, epoch)
+    attempts.forget(store.volume, report.removed, report.kept, now_s=clock.wall_s())
     return report
 
 

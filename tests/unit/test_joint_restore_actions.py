@@ -14,6 +14,7 @@ import pytest
 
 from agent import errors
 from agent.engines.base import Gate, RestoreOptions
+from agent.host import clock
 from agent.model import ids, pods
 from agent.model.protocol import RESTORE, Decision, Step
 from agent.model.streams import MemberSource
@@ -28,6 +29,7 @@ from agent.volumes.memory import MemoryVolume
 from tests import images
 
 GROUP = ids.group_name("jobset.train")
+ALLOWED_S = 20.0
 
 
 class Tree:
@@ -108,6 +110,7 @@ class Pod:
     engine: Engine
     around: Around
     attempt: Attempt
+    volume: MemoryVolume
 
     def until(self, last: Step) -> None:
         steps = (*RESTORE.before, *RESTORE.after)
@@ -119,7 +122,8 @@ class Pod:
 
 @pytest.fixture
 def pod() -> Iterator[Pod]:
-    store = Store.open(MemoryVolume(), create=True)
+    volume = MemoryVolume()
+    store = Store.open(volume, create=True)
     with store.begin(GROUP, now_s=images.NOW_S) as writer:
         for name in ("main", "side"):
             sink = writer.member(ids.member_name(f"w-0-0.{name}"))
@@ -129,7 +133,8 @@ def pod() -> Iterator[Pod]:
         epoch = writer.commit({}).epoch
     engine = Engine()
     around = Around(engine)
-    attempt = Attempt(store.volume, GROUP, epoch, "1" * 16)
+    # Whoever commits has words of its own with the store.
+    attempt = Attempt(volume, GROUP, epoch, "1" * 16)
     order = Order(
         namespace=ids.namespace_name("team-a"),
         pod="w-0",
@@ -137,17 +142,17 @@ def pod() -> Iterator[Pod]:
         member="w-0-0",
         leads=False,
         again=False,
-        options=RestoreOptions(deadline_s=20.0),
+        options=RestoreOptions(deadline_s=ALLOWED_S),
     )
     actions = JointRestore(
         Found("default", store, GROUP, epoch),
-        attempt,
+        Attempt(volume, GROUP, epoch, "1" * 16),
         order,
         cast("Pods", around),
         cast("PodWork", around),
         Cancel(),
     )
-    yield Pod(actions, engine, around, attempt)
+    yield Pod(actions, engine, around, attempt, volume)
     actions.let_go(committed=False)
     actions.close(Decision.ABANDONED)
     for each in threading.enumerate():
@@ -191,6 +196,41 @@ def test_where_one_container_fails_the_other_does_not_go_on(
 def test_what_stands_and_turns_out_to_be_committed_runs(pod: Pod) -> None:
     pod.until(Step.STAND)
     assert pod.actions.let_go(committed=True) is True
+    assert sorted(pod.engine.said) == ["main runs", "side runs"]
+
+
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order's time is over."""
+    now_s = clock.monotonic_s
+    monkeypatch.setattr(clock, "monotonic_s", lambda: now_s() + ALLOWED_S + 1)
+
+
+def test_what_stands_and_is_committed_runs_also_when_the_orders_time_is_over(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pod.until(Step.STAND)
+    later(monkeypatch)
+    assert pod.actions.let_go(committed=True) is True
+    assert sorted(pod.engine.said) == ["main runs", "side runs"]
+
+
+def test_what_is_committed_is_released_and_runs_also_when_the_orders_time_is_over(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pod.until(Step.STAND)
+    later(monkeypatch)
+    pod.attempt.commit(["u"], again=False)
+    pod.actions.do(Step.RELEASE)
+    pod.actions.do(Step.RUN)
+    assert sorted(pod.engine.said) == ["main runs", "side runs"]
+
+
+def test_what_was_found_committed_stays_so_when_its_image_is_deleted(pod: Pod) -> None:
+    pod.until(Step.RELEASE)
+    for each in list(pod.volume.list("restoring/")):
+        pod.volume.delete(each.name)
+    pod.actions.do(Step.RUN)
+    assert pod.actions.settle() is Decision.COMMITTED
     assert sorted(pod.engine.said) == ["main runs", "side runs"]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from agent import errors
+from agent.host import clock
 from agent.model import ids
 from agent.model.protocol import Decision
 from agent.node import attempts
@@ -63,13 +64,36 @@ def test_an_image_is_restored_once_unless_it_is_wanted_again(volume: MemoryVolum
     assert holders(volume) == ["b"]
 
 
-def test_with_the_image_everything_of_its_attempts_goes(volume: MemoryVolume) -> None:
+def test_with_the_image_its_attempts_go_and_an_hour_later_what_was_decided(
+    volume: MemoryVolume,
+) -> None:
     attempt(volume).commit(["a"], again=False)
     attempt(volume, TWO).abandon()
     other = ids.epoch_id("20260131-235959-0a1b2d")
-    Attempt(volume, GROUP, other, ONE).abandon()
-    attempts.forget(volume, GROUP, EPOCH)
-    assert [each.name for each in volume.list()] == [f"restoring/{GROUP}/{other}/{ONE}.decided"]
+    Attempt(volume, GROUP, other, ONE).begin(again=False)
+    kept = [(GROUP, other)]
+    attempts.forget(volume, [(GROUP, EPOCH)], kept, now_s=clock.wall_s())
+    assert attempt(volume).abandon() is Decision.COMMITTED
+    attempts.forget(volume, [], kept, now_s=clock.wall_s() + 3000)
+    assert attempt(volume).abandon() is Decision.COMMITTED
+    attempts.forget(volume, [], kept, now_s=clock.wall_s() + 4000)
+    assert [each.name for each in volume.list()] == [f"restoring/{GROUP}/{other}/{ONE}.begun"]
+
+
+def test_what_is_undecided_when_the_image_is_deleted_is_never_committed(
+    volume: MemoryVolume,
+) -> None:
+    attempt(volume).begin(again=False)
+    attempts.forget(volume, [(GROUP, EPOCH)], [], now_s=clock.wall_s())
+    assert attempt(volume).commit(["a"], again=False) is Decision.ABANDONED
+
+
+def test_an_attempt_on_an_image_newer_than_the_list_of_images_is_left_alone(
+    volume: MemoryVolume,
+) -> None:
+    attempt(volume).begin(again=False)
+    attempts.forget(volume, [], [], now_s=clock.wall_s())
+    assert attempt(volume).commit(["a"], again=False) is Decision.COMMITTED
 
 
 def test_a_damaged_decision_is_none(volume: MemoryVolume) -> None:
