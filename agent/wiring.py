@@ -304,6 +304,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
         parts = service.Parts(
             settings=settings,
             node=name,
+            authorize=guard.authorize,
             pods=pods,
             work=podwork.PodWork(pods, engines, known, operations, trail, teller, pod_hooks),
             operations=operations,

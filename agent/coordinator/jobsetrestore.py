@@ -67,7 +67,10 @@ def bring_back(
     template = found or detail.jobset
     if template is None:
         raise errors.TargetUnsuitable(
-            f"there is no JobSet {session.namespace}/{name}, and the image does not say what it was"
+            f"there is no JobSet {session.namespace}/{name}, and the image does not say what it"
+            " was",
+            hint="only a dump by somebody who may create JobSets says it: create it anew,"
+            " suspended, and restore again",
         )
     pods = kube.pods(session.api, session.namespace, name)
     jobsetchecks.check(session, template, pods, detail, nodes)

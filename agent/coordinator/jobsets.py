@@ -56,7 +56,7 @@ def dump(
         jobset.group(name),
         members,
         EVACUATE if stop else LEAVE_RUNNING,
-        facts={"jobset": name, "jobset_template": jobset.template(found), **made.facts},
+        facts={"jobset": name, jobset.TEMPLATE: jobset.template(found), **made.facts},
         now_s=now_s,
         storage=storage or model_storage.agreed(said),
         control=control,

@@ -76,7 +76,7 @@ class Access:
             raise errors.Forbidden(
                 f"{caller.user} may not {right}" + (f": {reason}" if reason else ""),
                 hint=f"a role must allow the verb {right.verb!r} on {right.resource!r} of the API"
-                f" group {API_GROUP!r}",
+                f" group {right.group!r}",
             )
 
     def client_authorities(self) -> bytes:
@@ -104,7 +104,7 @@ class Access:
     def _refusal(self, caller: Caller, right: Right) -> str | None:
         """None if allowed, else why not, which may be ""."""
         attributes = {
-            "group": API_GROUP,
+            "group": right.group,
             "verb": right.verb,
             "resource": right.resource,
             "namespace": right.namespace,

@@ -19,7 +19,6 @@ from agent.model.intent import Intent
 
 # A webhook is waited for 3 s by its API server (deploy/), and a request that broke is sent again.
 _WEBHOOK_S = 1.2
-_GROUP = jobset.API.partition("/")[0]
 
 
 def _path(namespace: str, name: str = "") -> str:
@@ -97,4 +96,4 @@ def pods(api: Connection, namespace: str, name: str) -> list[Json]:
 
 def right(verb: str, namespace: str) -> objects.Right:
     """The right to do ``verb`` to JobSets of a namespace."""
-    return objects.Right(verb, "jobsets", _GROUP, namespace)
+    return objects.Right(verb, "jobsets", jobset.API_GROUP, namespace)

@@ -25,7 +25,7 @@ class Caller:
 
 @dataclasses.dataclass(frozen=True)
 class Right:
-    """One thing that a role can allow: ``verb`` on ``resource`` of ``API_GROUP``. An empty
+    """One thing that a role can allow: ``verb`` on ``resource`` of an API ``group``. An empty
     ``namespace`` is the whole cluster, an empty ``name`` any.
     """
 
@@ -33,8 +33,9 @@ class Right:
     resource: str
     namespace: str = ""
     name: str = ""
+    group: str = API_GROUP
 
     def __str__(self) -> str:
         named = f"/{self.name}" if self.name else ""
         where = f" in namespace {self.namespace}" if self.namespace else ""
-        return f"{self.verb} {self.resource}.{API_GROUP}{named}{where}"
+        return f"{self.verb} {self.resource}.{self.group}{named}{where}"

@@ -18,7 +18,10 @@ from typing import Any
 from agent import errors
 from agent.model import optin
 
-API = "jobset.x-k8s.io/v1alpha2"
+API_GROUP = "jobset.x-k8s.io"
+API = f"{API_GROUP}/v1alpha2"
+# The fact of an image that says what the JobSet was.
+TEMPLATE = "jobset_template"
 NAME_LABEL = "jobset.sigs.k8s.io/jobset-name"
 _REPLICATED_JOB = "jobset.sigs.k8s.io/replicatedjob-name"
 _JOB_INDEX = "jobset.sigs.k8s.io/job-index"

@@ -3,7 +3,8 @@
 Promises: a pod takes part in one epoch at a time, and in none while it is dumped or restored
 otherwise; an epoch is committed only if the connections of its members fit together; a session that
 ended answers on for ``KEPT_S``, so that an answer that was lost can be had again.
-Does not: know gRPC, or ask who the caller is; whoever calls these methods has been let in.
+Does not: know gRPC, or ask who the caller is; whoever calls these methods has been let in. Only
+what an image says of a JobSet takes a right of its own.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import contextlib
 import dataclasses
 import functools
 import ipaddress
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agent import errors
 from agent.engines.base import CaptureOptions, RestoreOptions
 from agent.host import clock
-from agent.model import cut, ids, protocol
+from agent.model import cut, ids, jobset, protocol
+from agent.model.access import Caller, Right
 from agent.model.protocol import Answer, Decision, Said, Told
 from agent.node import dump as node_dump
 from agent.node import podwork, service
@@ -34,6 +37,8 @@ from agent.rpc.calls import Call
 from agent.rpc.v1 import epochs_pb2 as api
 from agent.rpc.v1.node_pb2 import MemberOutcome
 from agent.store.repository import Part, Store
+
+_log = logging.getLogger(__name__)
 
 # A coordinator that was cut off comes back within this, or never asks again.
 KEPT_S = 600.0
@@ -109,7 +114,6 @@ class EpochService:
 
     def decide_epoch(self, request: api.DecideEpochRequest, call: Call) -> api.DecideEpochResponse:
         """Commit or abandon."""
-        del call
         wish = _WISHES.get(request.wish)
         if wish is None:
             raise errors.InvalidInput("the call does not say what it wishes")
@@ -119,7 +123,25 @@ class EpochService:
         store = self._parts.storages.make(namespace, storage)
         if wish is Decision.ABANDONED:
             return api.DecideEpochResponse(decision=_DECISIONS[store.abandon(group, epoch)])
-        return _commit(store, storage, group, epoch, request)
+        told = self._told(namespace, request, call.caller)
+        return _commit(store, storage, group, epoch, request, told)
+
+    def _told(
+        self, namespace: str, request: api.DecideEpochRequest, caller: Caller
+    ) -> dict[str, Any]:
+        """What the caller tells of the group. A JobSet in it is created one day, with the rights of
+        whoever restores: it is left out unless the caller might create it as well.
+        """
+        told = convert.from_struct(request.facts)
+        if jobset.TEMPLATE in told:
+            try:
+                right = Right("create", "jobsets", namespace, group=jobset.API_GROUP)
+                self._parts.authorize(caller, right)
+            except (errors.Forbidden, errors.Unreachable) as exc:
+                # The epoch stands, and comes back as long as the JobSet is there.
+                _log.warning("image %s@%s: no JobSet: %s", request.group, request.epoch, exc)
+                del told[jobset.TEMPLATE]
+        return told
 
     def decide_restore(
         self, request: api.DecideRestoreRequest, call: Call
@@ -298,6 +320,7 @@ def _commit(
     group: ids.GroupName,
     epoch: ids.EpochId,
     request: api.DecideEpochRequest,
+    told: Mapping[str, Any],
 ) -> api.DecideEpochResponse:
     given = [Contribution.decode(each) for each in request.contributions]
     verdict = cut.check(end for each in given for end in each.ends)
@@ -312,7 +335,7 @@ def _commit(
             group,
             epoch,
             [Part.decode(each.part) for each in given],
-            _facts(request, verdict, given),
+            _facts(told, verdict, given),
             now_s=clock.wall_s(),
         )
     except errors.Conflict:
@@ -346,10 +369,10 @@ def _commit(
 
 
 def _facts(
-    request: api.DecideEpochRequest, verdict: cut.Verdict, given: Sequence[Contribution]
+    told: Mapping[str, Any], verdict: cut.Verdict, given: Sequence[Contribution]
 ) -> dict[str, Any]:
     return {
-        **convert.from_struct(request.facts),
+        **told,
         "engine": "container",
         "pods": [each.pod for each in given],
         "connections": verdict.pairs,

@@ -19,7 +19,7 @@ from agent import errors
 from agent.engines.base import CaptureOptions, Engine, Gate, RestoredTree, RestoreOptions
 from agent.host import addresses, clock
 from agent.kube.events import Reason
-from agent.model import ids, pods
+from agent.model import ids, jobset, pods
 from agent.model.container import Container
 from agent.model.hooks import Outcome
 from agent.model.pods import Placement, Pod
@@ -439,7 +439,7 @@ def template_json(facts: Mapping[str, Any]) -> str:
 
 def jobset_json(facts: Mapping[str, Any]) -> str:
     """The JobSet that an epoch is of, from the epoch's facts; "" if it is of none."""
-    template = facts.get("jobset_template")
+    template = facts.get(jobset.TEMPLATE)
     return json.dumps(template, separators=(",", ":")) if isinstance(template, dict) else ""
 
 

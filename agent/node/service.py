@@ -15,6 +15,7 @@ from agent import errors
 from agent.engines.base import CaptureOptions, RestoreOptions
 from agent.host import clock
 from agent.model import checkup, ids
+from agent.model.access import Caller, Right
 from agent.model.container import Container
 from agent.model.plan import Finding, Plan
 from agent.model.pods import Placement, Pod
@@ -71,12 +72,13 @@ class Documents(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What the service is made of. ``plan`` looks at containers; ``examine`` is the node's
-    check-up.
+    """What the service is made of. ``authorize`` raises ``errors.Forbidden`` for a caller without
+    the right; ``plan`` looks at containers; ``examine`` is the node's check-up.
     """
 
     settings: Settings
     node: str
+    authorize: Callable[[Caller, Right], None]
     pods: Pods
     work: podwork.PodWork
     operations: Operations

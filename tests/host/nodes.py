@@ -182,9 +182,11 @@ def running(
         engines = engines or Engines(engine)  # type: ignore[arg-type]
         trail = interrupted.Trail(str(folder / "trail"))
         hooks_trail = interrupted.Trail(str(folder / "hooks-trail"))
+        guard = access.Access(cluster)
         parts = service.Parts(
             settings=settings,
             node=NODE,
+            authorize=guard.authorize,
             pods=pods,
             work=podwork.PodWork(
                 *(pods, engines, known, operations, trail, teller),
@@ -201,7 +203,7 @@ def running(
         )
         server = Server(
             {"Node": service.NodeService(parts), "Epochs": epochs.EpochService(parts)},
-            access.Access(cluster),
+            guard,
             NODE,
             Certificates(str(tls), lambda: cluster_authority.pem),
             Ports("127.0.0.1", 0, 0),
