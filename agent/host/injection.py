@@ -9,7 +9,8 @@ takes a quarter of a millisecond.
 Promises: whatever goes wrong, the target runs on as before, and holds no descriptor of ours. Who
 cannot be stopped safely is left alone: traced or stopped processes, 32-bit programs, a thread in a
 restartable sequence, one that does not stop in time. A child that another thread forks meanwhile
-has the descriptor as well: ``inherited`` finds it, ``take_back`` closes it there.
+has the descriptor as well: ``inherited`` finds it, ``take_back`` closes it there; until then the
+descriptor outlives us.
 Does not: work on other machines than x86-64. If this program is killed by SIGKILL between two steps
 in that quarter of a millisecond, the target loses its registers: nothing can put them back then.
 """

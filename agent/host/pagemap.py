@@ -6,7 +6,7 @@ first write to a page after each reset, without asking anybody (Linux 6.7). A *r
 
 Promises: ``take`` returns every page that was written since it was last returned, and protects
 exactly those in the same step, so that no write is lost between looking and resetting. Dropping the
-descriptor, by ``close`` or by death, removes all protection.
+descriptor, by ``close`` or by death, removes all protection, unless another process holds it too.
 Does not: see writes that do not go through the page table: by devices into pages that they pinned,
 or to a file or shared memory by another way than this mapping.
 """
@@ -28,7 +28,7 @@ Ranges = npt.NDArray[np.int64]
 PAGE_BYTES = 4096
 
 # linux/userfaultfd.h
-_UFFDIO_API, _UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
+_UFFDIO_API, _UFFDIO_REGISTER, _UFFDIO_UNREGISTER = 0xC018AA3F, 0xC020AA00, 0x8010AA01
 _API = 0xAA
 _EVENT_REMAP, _WP_UNPOPULATED, _WP_ASYNC = 1 << 2, 1 << 13, 1 << 15
 _MODE_WP = 2
@@ -181,8 +181,26 @@ class WriteProtection:
             return False  # gone, of another kind, or somebody else's
         return True
 
+    def unregister(self, start: int, end: int) -> bool:
+        """No more of that between these addresses, whoever else holds the descriptor; False if it
+        cannot be.
+        """
+        # Linux does nothing where one mapping has never been registered and cannot be asked about
+        # faults (of a file, come meanwhile); and older kernels would take another descriptor's.
+        if not self.register(start, end):
+            return False
+        try:
+            fcntl.ioctl(
+                self._fd,
+                _UFFDIO_UNREGISTER,
+                bytearray(struct.pack("=QQ", start, end - start)),
+            )
+        except OSError:
+            return False  # it has changed in between
+        return True
+
     def close(self) -> None:
-        """Remove all of it."""
+        """Drop our descriptor, and with the last one all of it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,6 +35,7 @@ def fill(at, size, byte): ctypes.memset(room + at * M, byte, size * M)
 def move(at, size, to): return libc.mremap(room + at * M, size * M, size * M, 3, room + to * M) != room + to * M
 def protect(at, size, how): libc.mprotect(room + at * M, size * M, how)
 def fork(): return os.fork() or time.sleep(1000)
+def end(pid): os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
 def serve():
     print(room, flush=True)
     for line in sys.stdin: print(int(eval(line) or 0), flush=True)
@@ -50,12 +53,14 @@ class Program:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         self.pid = self._popen.pid
         self.room = self._said()
 
     def _said(self) -> int:
         assert self._popen.stdout is not None
+        assert select.select([self._popen.stdout], [], [], 20)[0], "it hangs"
         return int(self._popen.stdout.readline())
 
     def do(self, line: str) -> int:
@@ -76,7 +81,7 @@ class Program:
         return data[::PAGE_BYTES]
 
     def close(self) -> None:
-        self._popen.kill()
+        os.killpg(self.pid, signal.SIGKILL)
         self._popen.communicate()
 
 
@@ -154,9 +159,9 @@ def test_a_mapping_can_be_moved_whole_though_it_was_protected_in_parts(program: 
     assert program.first_bytes(40, 4) == b"\1" * 1024
 
 
-def test_a_child_that_is_forked_while_its_parent_is_taken_on_keeps_nothing(
-    program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def late_children(program: Program, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One child is forked while the program is taken on: it has the descriptor too."""
     call = injection._Thread._call
     children: list[int] = []
 
@@ -168,23 +173,116 @@ def test_a_child_that_is_forked_while_its_parent_is_taken_on_keeps_nothing(
     monkeypatch.setattr(injection._Thread, "_call", late)
     program.do("map(2, 4)")
     program.do("fill(2, 4, 1)")
+    return children
+
+
+def test_a_child_that_is_forked_while_its_parent_is_taken_on_keeps_nothing(
+    program: Program, late_children: list[int]
+) -> None:
     copy = Precopy(MemoryImage(), clock.Deadline.after(60))
     try:
         copy.round(program.pid)
-        (child,) = children
-        held = [link for link in links(child) if "userfaultfd" in link]
-        assert held, "it was not forked at that moment"
+        (child,) = late_children
+        assert faults(child), "it was not forked at that moment"
     finally:
         copy.close()
     assert proc.exists(child)
-    assert [link for pid in (program.pid, child) for link in links(pid) if "fault" in link] == []
+    assert faults(program.pid) + faults(child) == []
+    assert not guarded(program)
+
+
+def test_a_child_that_ends_meanwhile_keeps_no_other_from_letting_go(
+    program: Program, late_children: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_lived = program.do("fork()")
+    tree = proc.tree
+
+    def ended(root: int) -> list[int]:
+        found = tree(root)
+        program.do(f"end({short_lived})")
+        return found
+
+    copy = Precopy(MemoryImage(), clock.Deadline.after(60))
+    try:
+        copy.round(program.pid)
+        (child,) = late_children
+        assert tree(program.pid).index(short_lived) < tree(program.pid).index(child)
+        monkeypatch.setattr(proc, "tree", ended)
+    finally:
+        copy.close()
+    assert faults(child) == []
+
+
+def test_a_parent_moves_mappings_though_a_child_that_is_stopped_keeps_the_descriptor(
+    program: Program, late_children: list[int]
+) -> None:
+    """Nothing runs in a stopped process, and nobody reads any more which mappings are moved."""
+    copy = Precopy(MemoryImage(), clock.Deadline.after(60))
+    try:
+        copy.round(program.pid)
+        (child,) = late_children
+        os.kill(child, signal.SIGSTOP)
+        assert clock.wait_until(lambda: proc.stat(child).state == "T", clock.Deadline.after(10))
+        copy.round(program.pid)
+        assert guarded(program)
+    finally:
+        copy.close()
+    assert faults(child), "it was not kept"
+    assert program.do("move(2, 4, 30)") == 0
+    assert not guarded(program, 30)
+    assert program.first_bytes(30, 4) == b"\1" * 1024
+
+
+def test_a_child_that_could_not_be_reached_lets_go_the_next_time(
+    program: Program, late_children: list[int]
+) -> None:
+    copy = Precopy(MemoryImage(), clock.Deadline.after(60))
+    try:
+        copy.round(program.pid)
+        (child,) = late_children
+        os.kill(child, signal.SIGSTOP)
+        assert clock.wait_until(lambda: proc.stat(child).state == "T", clock.Deadline.after(10))
+        copy.round(program.pid)
+        assert faults(child)
+        os.kill(child, signal.SIGCONT)
+        assert clock.wait_until(lambda: proc.stat(child).state == "S", clock.Deadline.after(10))
+    finally:
+        copy.close()
+    assert faults(child) == []
+
+
+def test_whatever_fails_at_the_end_nothing_stays_tracked(
+    program: Program, late_children: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    before = threading.active_count()
+    copy = Precopy(MemoryImage(), clock.Deadline.after(60))
+    try:
+        copy.round(program.pid)
+        assert late_children
+        assert threading.active_count() > before
+        monkeypatch.setattr(injection, "take_back", fails)
+    finally:
+        with pytest.raises(MemoryError):
+            copy.close()
+    assert not guarded(program)
+    assert threading.active_count() == before
+    assert program.do("move(2, 4, 30)") == 0
+
+
+def faults(pid: int) -> list[str]:
+    """The userfaultfds that it holds."""
+    links = (proc.descriptor_link(pid, number) for number in proc.descriptors(pid))
+    return [link for link in links if "userfaultfd" in link]
+
+
+def guarded(program: Program, at: int = 2) -> bool:
+    """Whether its writes to the mapping at ``at`` MiB are noted."""
     pages = Pagemap(program.pid)
     try:
-        assert not pages.guarded(program.room + (2 << 20), program.room + (6 << 20))
+        first = program.room + (at << 20)
+        return pages.guarded(first, first + (4 << 20))
     finally:
         pages.close()
-    os.kill(child, signal.SIGKILL)
-
-
-def links(pid: int) -> list[str]:
-    return [proc.descriptor_link(pid, number) for number in proc.descriptors(pid)]

@@ -125,8 +125,10 @@ class ShortStop:
         """End it; waits for the reader, which ends soon once the sink fails or the tree runs."""
         if self._reader.is_alive():
             self._reader.join()
-        self._precopy.close()
-        self._hiding.close()
+        try:
+            self._precopy.close()
+        finally:
+            self._hiding.close()
 
     def _read(self) -> None:
         try:

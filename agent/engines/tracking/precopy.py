@@ -89,6 +89,8 @@ class Precopy:
         self._deadline = deadline
         self._moves = Moves()
         self._copies: dict[proc.Identity, _Copy] = {}
+        # Processes that hold nothing of ours: only who is forked later can.
+        self._clean: set[proc.Identity] = set()
         self._settled: dict[AddressSpace, Ranges] = {}
         self._root: int | None = None
         self.rounds: list[Round] = []
@@ -202,24 +204,34 @@ class Precopy:
         return total
 
     def close(self) -> None:
-        """Let go of all processes; safe to repeat."""
-        with contextlib.suppress(errors.NotFound):
-            for pid in () if self._root is None else proc.tree(self._root):
-                self._take_back(pid)
-        self._root = None
-        for copy in self._copies.values():
-            copy.tracker.close()
-        self._moves.close()
+        """Let go of all processes, whatever fails; safe to repeat."""
+        root, self._root = self._root, None
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._moves.close)
+            for copy in self._copies.values():
+                stack.callback(copy.tracker.close)
+            pids: list[int] = []
+            with contextlib.suppress(errors.NotFound):
+                pids = [] if root is None else proc.tree(root)
+            for pid in pids:
+                with contextlib.suppress(errors.NotFound):
+                    self._take_back(pid)
 
     def _take_back(self, pid: int) -> None:
-        """Leave nothing in a process that another one forked while it was being taken on."""
-        if proc.identity(pid) in self._copies:
+        """Leave nothing in a process that another one forked while it was being taken on. Who
+        cannot be reached is asked again the next time; what it holds does no harm but to a dump of
+        it, once the trackers are closed.
+        """
+        who = proc.identity(pid)
+        if who in self._clean:
             return
-        for copy in self._copies.values():
-            try:
+        try:
+            for copy in self._copies.values():
                 copy.tracker.take_back(pid)
-            except injection.InjectionRefused as exc:
-                log.warning("a descriptor of ours stays in process %d: %s", pid, exc.message)
+        except injection.InjectionRefused as exc:
+            log.warning("a descriptor of ours stays in process %d: %s", pid, exc.message)
+        else:
+            self._clean.add(who)
 
     def _copy(self, who: proc.Identity) -> _Copy:
         found = self._copies.get(who)

@@ -12,10 +12,12 @@ was read, and whose file was opened and closed between two looks at the process'
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
 
+from agent import errors
 from agent.engines.tracking import areas
 from agent.host import injection, pagemap, proc
 from agent.host.moves import Moves
@@ -23,6 +25,8 @@ from agent.host.pagemap import Pagemap, Ranges, WriteProtection
 
 # What is given out at once: little enough that hardly any of it is written again before it is read.
 _PIECE_BYTES = 64 << 20
+# A process may move mappings while these are let go.
+_TRIES = 3
 
 
 class Protected:
@@ -91,16 +95,31 @@ class Protected:
         return pagemap.without(np.concatenate(found), self._arrived)
 
     def close(self) -> None:
-        """Drop all protection."""
+        """Drop all protection, also where a child that was forked at the wrong moment still holds
+        the descriptor: nobody would read what it tells of moves, and who moves a mapping would wait
+        for ever.
+        """
         if not self._closed:
             self._closed = True
-            self._moves.remove(self._made.descriptor)
-            self._protection.close()
+            try:
+                self._unregister()
+            finally:
+                self._moves.remove(self._made.descriptor)
+                self._protection.close()
 
     def take_back(self, pid: int) -> None:
         """See ``base.Tracker``."""
         if pid != self._who.pid and injection.inherited(self._made, pid):
             injection.take_back(proc.identity(pid), self._made)
+
+    def _unregister(self) -> None:
+        with contextlib.suppress(errors.NotFound):
+            for _ in range(_TRIES):
+                self._moves.arrived(self._made.descriptor)
+                spans = areas.spans(self._who.pid).tolist()
+                gone = [self._protection.unregister(start, end) for start, end in spans]
+                if all(gone) and not len(self._moves.arrived(self._made.descriptor)):
+                    break
 
     def _look_for_arrivals(self) -> None:
         self._arrived = pagemap.union(self._arrived, self._moves.arrived(self._made.descriptor))
