@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 STORE = "/var/lib/ckpt-agent/store"
+_UPPER = "/mnt"  # an empty folder of the image
 
 
 class OwnVolume:
@@ -39,15 +40,19 @@ class OwnVolume:
         subprocess.run([*enter, *argv], check=True)
 
     @contextlib.contextmanager
-    def mounted(self, images: Path) -> Iterator[None]:
-        """In the place of the store's volume, with these images as if none had been restored."""
-        self._run("mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", STORE)
-        try:
-            claims = shutil.ignore_patterns("restored")
-            shutil.copytree(images, self.root / self._namespace, ignore=claims)
+    def mounted(self) -> Iterator[None]:
+        """In the place of the store's volume, on top of what that holds, as if nothing of it had
+        been restored.
+        """
+        with contextlib.ExitStack() as stack:
+            self._run("mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", _UPPER)
+            stack.callback(self._run, "umount", "--lazy", _UPPER)
+            self._run("mkdir", f"{_UPPER}/upper", f"{_UPPER}/work")
+            folders = f"lowerdir={STORE},upperdir={_UPPER}/upper,workdir={_UPPER}/work"
+            self._run("mount", "-t", "overlay", "-o", folders, "overlay", STORE)
+            stack.callback(self._run, "umount", "--lazy", STORE)
+            shutil.rmtree(self.root / self._namespace / "restored", ignore_errors=True)
             yield
-        finally:
-            self._run("umount", "--lazy", STORE)
 
     def claimed(self, image: str) -> bool:
         """Whether a restore of ``image`` has begun: it writes that down, then reads the image."""

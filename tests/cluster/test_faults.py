@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from agent.cli import exits
 from agent.model import optin
 from tests.cluster import leftovers
 from tests.cluster.cluster import Cluster, Node
+from tests.cluster.midway import begun, meet, processes, told
 from tests.cluster.ownvolume import Fault, OwnVolume
 from tests.cluster.test_node_agent import (
-    CHECKOUT,
     OWN,
     agent_pids,
     agent_pod,
@@ -44,7 +43,6 @@ from tests.cluster.test_node_agent import (
 )
 
 POD = "counter"
-TOLD_S = 120
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +83,6 @@ def unharmed(agents: Cluster, team: str) -> Iterator[None]:
         assert "TracerPid:\t0" in Path(f"/proc/{pid}/status").read_text()
 
 
-def processes(cluster: Cluster, namespace: str, name: str, *programs: str) -> list[int]:
-    """The processes of a pod's container, as this machine numbers them, the first one first."""
-    programs = programs or ("hold", "python3")
-    uid = cluster.get("pod", name, "-n", namespace)["metadata"]["uid"]
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            named = (entry / "comm").read_text().strip()
-            if uid in (entry / "cgroup").read_text() and named in programs:
-                found.append(int(entry.name))
-    return sorted(found)
-
-
 @pytest.fixture
 def placeholder(agents: Cluster, team: str, image: str) -> Iterator[str]:
     """A pod on n2 that waits for the image."""
@@ -108,33 +93,6 @@ def placeholder(agents: Cluster, team: str, image: str) -> Iterator[str]:
     agents.wait_for_pod(name, team)
     yield name
     agents.delete("pod", name, team, "--wait=true")
-
-
-def begun(cluster: Cluster, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """The program at work, as a person started it."""
-    words = [f"{name}={value}" for name, value in environment.items()]
-    program = [str(CHECKOUT / ".venv/bin/ckpt-agent"), *arguments, "-o", "json", "--quiet"]
-    argv = ["env", f"KUBECONFIG={cluster.kubeconfig}", *words, *program]
-    return subprocess.Popen(
-        cluster.in_control_plane(argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def meet(popen: subprocess.Popen[str], condition: Callable[[], object]) -> None:
-    """Wait for the moment at which something is to break; the program must not have ended."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert popen.poll() is None, popen.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def told(popen: subprocess.Popen[str]) -> dict[str, Any]:
-    """What it said in the end: a result, or an error with its ``code``."""
-    out, err = popen.communicate(timeout=TOLD_S)
-    said: dict[str, Any] = json.loads(out if popen.returncode == 0 else err)
-    assert popen.returncode == 0 or (said["code"] and said["message"]), (out, err)
-    return said
 
 
 def assert_restored(cluster: Cluster, namespace: str, name: str, image: str) -> None:
@@ -398,7 +356,7 @@ class TestVolume:
     def volume(self, agents: Cluster, team: str, image: str) -> Iterator[OwnVolume]:
         (agent,) = agent_pids(agents.node("n2"))
         volume = OwnVolume(agent, team)
-        with volume.mounted(agents.shared / "store" / team):
+        with volume.mounted():
             yield volume
 
     def assert_waits(self, cluster: Cluster, namespace: str, name: str) -> None:
