@@ -156,15 +156,33 @@ def test_hooks_of_a_pod_are_changed_only_by_who_may_exec(cluster: Cluster, polic
     cluster.wait_for_pod("forged", policed)
 
 
-def test_a_template_does_not_lend_its_controllers_rights(cluster: Cluster, policed: str) -> None:
-    template = pod(policed, {optin.RESTORE: "job@1"})
+@pytest.mark.parametrize(
+    ("image", "labels"),
+    [
+        ("job@1", {}),
+        # As if it were one of a JobSet's, which comes back.
+        (
+            "jobset.train@20261122-030000-0a1b2c",
+            {
+                "jobset.sigs.k8s.io/jobset-name": "train",
+                "jobset.sigs.k8s.io/replicatedjob-name": "worker",
+                "jobset.sigs.k8s.io/job-index": "0",
+            },
+        ),
+    ],
+    ids=["of its own", "with a JobSet's labels"],
+)
+def test_a_template_does_not_lend_its_controllers_rights(
+    cluster: Cluster, policed: str, image: str, labels: dict[str, str]
+) -> None:
+    template = pod(policed, {optin.RESTORE: image}, labels)
     job = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {"name": "forged", "namespace": policed},
         "spec": {
             "template": {
-                "metadata": {"annotations": template["metadata"]["annotations"]},
+                "metadata": {key: template["metadata"][key] for key in ("annotations", "labels")},
                 "spec": template["spec"] | {"restartPolicy": "Never"},
             }
         },
