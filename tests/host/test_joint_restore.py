@@ -11,7 +11,8 @@ import pytest
 
 from agent import errors
 from agent.coordinator.machine import State
-from agent.engines.container import holding
+from agent.engines.container import holding, inside
+from agent.host import proc
 from agent.model.protocol import RESTORE, Answer, Decision, Said, Step, Told
 from agent.rpc import epochclient
 from tests.host.boxes import Boxes, boxes_in
@@ -154,15 +155,21 @@ def test_a_damaged_image_of_one_pod_lets_none_run_and_a_whole_one_follows(moving
 
 
 def test_every_reason_against_one_pod_is_told_before_anything_is_made(moving: Moving) -> None:
-    crowd = "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 1000 & done; wait"
-    popen = moving.group.boxes.popen_exec(moving.new[1].box, "sh", "-c", crowd)
-    wait_for(lambda: len(moving.new[1].box.pids()) > 12)
+    box = moving.new[1].box
+    crowd = "echo > /came; while [ ! -e /go ]; do :; done; "
+    crowd += "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 1000 & done; wait"
+    popen = moving.group.boxes.popen_exec(box, "sh", "-c", crowd)
+    wait_for(box.root("/came").exists)
+    # From the first number on, whatever was started in there before.
+    inside.raise_counter(proc.identity(box.pid), 1)
+    box.root("/go").touch()
+    wait_for(lambda: len(box.pids()) > 12)
     with pytest.raises(errors.RestoreConflict, match="at w-0-1") as refused:
         moving.restore()
     assert isinstance(refused.value.facts["reasons"], list)
     assert refused.value.facts["member"] == "w-0-1"
     popen.kill()
-    moving.new[1].box.exec("sh", "-c", "kill -9 -1", check=False)
+    box.exec("sh", "-c", "kill -9 -1", check=False)
     moving.waits()
 
 
