@@ -26,7 +26,7 @@ parts: setup
 	@tests/cluster/build
 
 test: check parts ## all tests: unit and property, with the real CRIU, on a real cluster
-	@$(PY) -m pytest --numprocesses 2 --dist loadgroup --durations 20
+	@scripts/test
 
 cluster: setup ## start a real two-node Kubernetes here; scripts/cluster uses and ends it
 	@scripts/cluster up

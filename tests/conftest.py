@@ -1,13 +1,11 @@
-"""The tests that change the machine run one after the other, beside all others where there is more
-than one worker. With CI=true a skipped test is a failure: what the tests need can be installed.
-Only a reason that begins with ``NOT_TO_BE_HAD`` is accepted, for what no installation can bring.
+"""With CI=true a skipped test is a failure: what the tests need can be installed. Only a reason
+that begins with ``NOT_TO_BE_HAD`` is accepted, for what no installation can bring.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -24,18 +22,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("project")
 
 NOT_TO_BE_HAD = "cannot be had here: "
-
-_HERE = Path(__file__).parent
-_OF_THE_MACHINE = (_HERE / "host", _HERE / "cluster")
-
-
-# Before pytest-xdist looks for the mark.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if any(folder in item.path.parents for folder in _OF_THE_MACHINE):
-            item.add_marker(pytest.mark.xdist_group("machine"))
-
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Generator[None, Any, Any]:
