@@ -23,6 +23,7 @@ hypothesis.settings.load_profile("project")
 
 NOT_TO_BE_HAD = "cannot be had here: "
 
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Generator[None, Any, Any]:
     report = yield
