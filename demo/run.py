@@ -51,7 +51,7 @@ def _options(arguments: list[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description=__doc__)
     parser.add_argument("--out", default="out/demo", help="directory for all results")
     parser.add_argument("--ranks", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--hidden", type=int, default=1024, help="width of the hidden layers")
     parser.add_argument("--agent", default=cli.installed(), help="the ckpt-agent program")
     return Options(**vars(parser.parse_args(arguments)))

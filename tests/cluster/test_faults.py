@@ -126,9 +126,8 @@ def ready(cluster: Cluster, node: Node, service: str) -> None:
     wait_until_ready(cluster, node.name)
 
 
-def frozen(cluster: Cluster, namespace: str, name: str) -> bool:
-    """Whether the runtime holds the pod's container."""
-    uid = cluster.get("pod", name, "-n", namespace)["metadata"]["uid"]
+def frozen(uid: str) -> bool:
+    """Whether the runtime holds the container of the pod with this uid."""
     for state in Path("/sys/fs/cgroup").glob(f"freezer/*/kubepods/**/*{uid}*/*/freezer.state"):
         if state.read_text().strip() == "FROZEN":
             return True
@@ -149,11 +148,17 @@ class TestComponents:
 
     def test_a_runtime_restarted_while_it_checkpoints(self, agents: Cluster, team: str) -> None:
         node = agents.node("n1")
-        dump = begun(agents, "dump", f"pod/{POD}", "-n", team, "--engine", "kubelet")
-        meet(dump, lambda: leftovers.crius(node))
-        # Then it packs, and holds the container meanwhile.
-        meet(dump, lambda: not leftovers.crius(node))
-        assert frozen(agents, team, POD)
+        uid = agents.get("pod", POD, "-n", team)["metadata"]["uid"]
+        for _ in range(5):
+            dump = begun(agents, "dump", f"pod/{POD}", "-n", team, "--engine", "kubelet")
+            meet(dump, lambda: leftovers.crius(node))
+            # Then it packs, and holds the container meanwhile; not for long.
+            meet(dump, lambda: not leftovers.crius(node))
+            if frozen(uid):
+                break
+            told(dump)
+        else:
+            pytest.fail("the container was never seen frozen after CRIU's end")
         node.kill("containerd", "TERM")
         assert told(dump)["code"] == "unreachable"
         ready(agents, node, "containerd")

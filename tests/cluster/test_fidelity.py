@@ -61,7 +61,8 @@ while True:
         print(number, file=journal, flush=True)
         print(number, file=shared, flush=True)
         assert open('/disk/' + own).read() == open('/memory/' + own).read()
-    print(number, flush=True)
+    # In one write: others write into the same pipe.
+    print(f'{number}\n', end='')
     number += 1
     while os.path.exists('/var/tmp/eat'):
         hoard.append(os.urandom(1 << 20))
