@@ -14,7 +14,7 @@ import pytest
 
 from agent import errors
 from agent.engines.base import CaptureOptions
-from agent.engines.container import inside
+from agent.engines.container import holding, inside
 from agent.host import proc
 from tests.conftest import NOT_TO_BE_HAD
 from tests.host.boxes import Box, Boxes
@@ -57,6 +57,8 @@ def refused(boxes: Boxes, box: Box, match: str, kind: type[errors.Refused]) -> e
 
 def test_a_placeholder_cannot_be_dumped(boxes: Boxes) -> None:
     box = boxes.placeholder("target")
+    # Until it is hold, it is the runtime's own first process.
+    wait_for(lambda: holding.waits(box.pid), "hold does not wait")
     refused(boxes, box, "placeholder that waits", errors.TargetUnsuitable)
 
 
