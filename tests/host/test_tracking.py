@@ -122,6 +122,31 @@ def test_writes_are_noted_though_another_mapping_is_moved_next_to_these(program:
     assert copied(image, program, 2, 8) == program.first_bytes(2, 8)
 
 
+def test_what_is_written_all_the_time_is_copied_at_the_cut_only(program: Program) -> None:
+    """Copies of it would be stored, and none of them used."""
+    image = MemoryImage()
+    writer = "lambda: [fill(20, 16, n % 250) for n in range(10**9)]"
+    for line in (
+        *("map(2, 8)", "map(20, 16)", "fill(2, 8, 1)", "fill(20, 16, 1)"),
+        f"threading.Thread(target={writer}).start()",
+    ):
+        program.do(line)
+    copy = Precopy(image, clock.Deadline.after(60))
+    try:
+        copy.run(program.pid)
+        assert not copy.shrinks
+        assert copied(image, program, 2, 8) == program.first_bytes(2, 8)
+        drafts = image.drafts[AddressSpace("process", program.pid)]
+        first = program.room + (20 << 20)
+        ahead = sum(page in drafts for page in range(first, first + (16 << 20), PAGE_BYTES))
+        assert ahead * PAGE_BYTES < 2 << 20
+        program.stop()
+        copy.finish(copy.cut([program.pid]), image)
+    finally:
+        copy.close()
+    assert copied(image, program, 20, 16) == program.first_bytes(20, 16)
+
+
 def test_memory_is_copied_where_it_was_moved_to(program: Program) -> None:
     """Also over what was copied from there before."""
     image = MemoryImage()

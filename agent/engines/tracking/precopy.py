@@ -1,7 +1,9 @@
 """Copying a tree's memory into a sink while it runs, and the rest while it stands still.
 
 Rounds of drafts bring the sink close to what the processes hold; at the cut, only what the trackers
-are not sure of is read again, and everything that exists is settled.
+are not sure of is read again, and everything that exists is settled. What a process writes all the
+time is left for the cut: a copy of it made ahead would be stored for nothing, and what several
+processes write alike is alike only when all of them stand still.
 
 Promises: at the cut, every page of the mappings that ``cut`` names is settled with the content that
 it has then, whatever happened in the rounds: processes that came or executed another program are
@@ -37,6 +39,8 @@ _BUFFER_BYTES = 2 << 20
 _ENOUGH_BYTES = 4 << 20
 # Rounds that do not get on any more only cost the job time.
 _SHRINKS_TO = 0.8
+# What is written within this is taken for written all the time: some steps of common trainings.
+_LOOK_S = 0.25
 _MOST_ROUNDS = 6
 # Runs settled in one call.
 _SETTLED_RUNS = 4096
@@ -67,17 +71,32 @@ class _Copy:
         self.tracker = tracker
         self.space = AddressSpace("process", areas.private_id(who.pid))
         self.have = pagemap.none()
+        # Given out and not read so far.
+        self._left = pagemap.none()
 
-    def round(self, sink: MemberSink, deadline: clock.Deadline) -> int:
-        """Read what the tracker asks for; say how many bytes."""
+    @property
+    def left_bytes(self) -> int:
+        """How much was given out and has not been read."""
+        return pagemap.size_bytes(self._left)
+
+    def round(self, sink: MemberSink, deadline: clock.Deadline, *, rested: bool) -> int:
+        """Read what the tracker asks for, and what was left; say how many bytes. ``rested``: only
+        what was left and has not been written since, the rest is left.
+        """
         given, read = [pagemap.none()], [pagemap.none()]
         had, self.have = self.have, pagemap.none()  # until it went well
+        left, self._left = self._left, pagemap.none()
         with _memory(self.who) as memory:
             for piece in self.tracker.round():
                 given.append(piece)
                 deadline.check("copying memory ahead")
-                read.append(_draft(sink, self.space, memory, piece))
-        self.have = pagemap.union(pagemap.without(had, pagemap.union(*given)), *read)
+                if not rested:
+                    read.append(_draft(sink, self.space, memory, piece))
+            written = pagemap.union(*given)
+            # Written after this look, it is given out again.
+            read.append(_draft(sink, self.space, memory, pagemap.without(left, written)))
+        self.have = pagemap.union(pagemap.without(had, written), *read)
+        self._left = written if rested else pagemap.none()
         return sum(map(pagemap.size_bytes, read))
 
 
@@ -118,18 +137,23 @@ class Precopy:
             errors.NotFound: the root has ended.
             errors.VolumeError: from the sink.
         """
-        left = None
+        left_bytes = None
         for _ in range(_MOST_ROUNDS):
-            read_bytes = self.round(root)
-            if read_bytes <= _ENOUGH_BYTES:
+            looked = clock.Deadline.after(_LOOK_S)
+            self.round(root, rested=True)
+            before, left_bytes = left_bytes, sum(each.left_bytes for each in self._copies.values())
+            if left_bytes <= _ENOUGH_BYTES:
                 break
-            if left is not None and read_bytes > _SHRINKS_TO * left:
+            if before is not None and left_bytes > _SHRINKS_TO * before:
                 self.shrinks = False
                 break
-            left = read_bytes
+            rest = self._deadline.sooner(looked.remaining_s)
+            clock.wait_until(lambda: False, rest, every_s=_LOOK_S)
 
-    def round(self, root: int) -> int:
-        """Copy once what the trackers ask for; say how many bytes. Raises as ``run``."""
+    def round(self, root: int, *, rested: bool = False) -> int:
+        """Copy once what the trackers ask for, or with ``rested`` only what has not been written
+        since the round before; say how many bytes. Raises as ``run``.
+        """
         began_s = clock.monotonic_s()
         self._root = root
         total = 0
@@ -137,7 +161,7 @@ class Precopy:
             with contextlib.suppress(errors.NotFound):
                 self._take_back(pid)
                 copy = self._copy(proc.identity(pid))
-                total += copy.round(self._sink, self._deadline)
+                total += copy.round(self._sink, self._deadline, rested=rested)
         self.rounds.append(Round(total, clock.monotonic_s() - began_s))
         return total
 
