@@ -1,11 +1,18 @@
-"""With CI=true a skipped test is a failure: what the tests need can be installed. Only a reason
+"""No tests leave a thread that would keep the whole run from ending.
+
+With CI=true a skipped test is a failure: what the tests need can be installed. Only a reason
 that begins with ``NOT_TO_BE_HAD`` is accepted, for what no installation can bring.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
-from collections.abc import Generator
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import hypothesis
@@ -34,3 +41,26 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Generator[None, A
             report.outcome = "failed"
             report.longrepr = f"{item.nodeid} was skipped with CI=true: {reason}"
     return report
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_thread_is_left() -> Iterator[None]:
+    """Python waits at its end for every thread that is not a daemon, however long."""
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + 10
+    while (left := _lasting(before)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    frames = sys._current_frames()
+    for each in left:
+        where = "".join(traceback.format_stack(frames[each.ident])) if each.ident in frames else ""
+        pytest.fail(f"thread {each.name} is left:\n{where}")
+
+
+def _lasting(before: set[threading.Thread]) -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each not in before and not each.daemon]
+
+
+def pytest_unconfigure() -> None:
+    """Whatever still keeps the run from ending is named, and the run fails."""
+    faulthandler.dump_traceback_later(60, exit=True)

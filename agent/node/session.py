@@ -98,11 +98,11 @@ class Session:
         """Hand a coordinator's words on; what the member says to them, None if nothing so far."""
         with self._spoke:
             self._said.pop(told.step, None)
-            if self._closed:
-                self._obey(self._participant.told(told))  # which only answers now
-            else:
+            if not self._closed:
                 self._events.put(lambda: self._participant.told(told))
-            self._spoke.wait_for(lambda: told.step in self._said or self._closed, wait_s)
+                self._spoke.wait_for(lambda: told.step in self._said or self._closed, wait_s)
+            if self._closed and told.step not in self._said:
+                self._obey(self._participant.told(told))  # which only answers now
             return self._said.get(told.step)
 
     def leave(self) -> None:

@@ -111,11 +111,13 @@ def test_a_workload_with_namespaces_of_its_own(boxes: Boxes) -> None:
 def test_the_agents_own_network(boxes: Boxes) -> None:
     path = {"network": {"path": f"/proc/{os.getpid()}/ns/net"}}
     box = boxes.start("source", "sleep", "1000", namespaces=path)
+    wait_for(lambda: any(proc.stat(pid).comm == "sleep" for pid in box.pids()), "no workload")
     refused(boxes, box, "own network", errors.TargetUnsuitable)
 
 
 def test_a_terminal(boxes: Boxes) -> None:
     box = boxes.start("source", "sleep", "1000", terminal=True)
+    wait_for(lambda: any(proc.stat(pid).comm == "sleep" for pid in box.pids()), "no workload")
     refused(boxes, box, "terminal", errors.TargetUnsuitable)
 
 

@@ -111,10 +111,13 @@ class Pod:
     around: Around
     attempt: Attempt
     volume: MemoryVolume
+    done: int = 0
 
     def until(self, last: Step) -> None:
+        """Every step that was not done yet, up to this one."""
         steps = (*RESTORE.before, *RESTORE.after)
-        for step in steps[: steps.index(last) + 1]:
+        for step in steps[self.done : steps.index(last) + 1]:
+            self.done += 1
             if step is Step.RELEASE:
                 self.attempt.commit(["u"], again=False)
             self.actions.do(step)

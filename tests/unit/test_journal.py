@@ -57,6 +57,17 @@ def test_a_torn_entry_is_passed_over(places: journal.Places, tmp_path: Path) -> 
     assert places.entries() == []
 
 
+def test_what_an_agent_was_writing_when_it_died_is_removed(
+    places: journal.Places, tmp_path: Path
+) -> None:
+    ops = tmp_path / "run" / "ops"
+    dead, living = f"dump-{os.getpid()}-1-0.json.new", f"dump-{me().pid}-{me().start_ticks}-7"
+    (ops / dead).write_text("{")
+    (ops / f"{living}.json.new").write_text("{")
+    recovery.recover(places)
+    assert [path.name for path in ops.iterdir()] == [f"{living}.json.new"]
+
+
 def test_a_process_is_held_by_one_operation_at_a_time(places: journal.Places) -> None:
     held = pytest.raises(errors.TargetBusy, match=f"agent with pid {os.getpid()}")
     with places.locked([me()]), held as refusal, places.locked([me()]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -162,6 +163,32 @@ def test_one_that_is_over_answers_on(start: Start, actions: Recorded) -> None:
     assert said is not None
     assert said.answer.problem == "the coordinator was silent"
     assert actions.done == ["let go", "abandoned"]
+
+
+def test_a_word_that_comes_just_as_it_ends_is_answered(actions: Recorded) -> None:
+    ending, spoken = threading.Event(), threading.Event()
+
+    def ended() -> None:
+        ending.set()
+        assert spoken.wait(10)
+
+    session = Session(
+        "train-0",
+        LEAVE_RUNNING,
+        actions,
+        timers_s={Timer.SILENCE: 0.05, Timer.STOPPED: 30.0},
+        ended=ended,
+    )
+    session.start()
+    assert ending.wait(10)
+    with ThreadPoolExecutor(1) as pool:
+        said = pool.submit(session.tell, Told(Step.CAPTURE, 1), 10.0)
+        time.sleep(0.2)
+        spoken.set()
+        answer = said.result(10)
+    assert answer is not None
+    assert answer.answer.problem
+    assert session.join(10)
 
 
 def test_a_defect_lets_the_processes_go_on_and_is_told_as_one(

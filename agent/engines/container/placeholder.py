@@ -23,6 +23,8 @@ from agent.model.container import Container
 
 _DEATH_S = 10.0
 _SETTLE_S = 10.0
+# In place of a parent's number.
+_REAPED = 0
 
 
 class Placeholder:
@@ -135,8 +137,9 @@ class Placeholder:
             raise errors.RestoreFailed("CRIU did not say when the tree stood complete")
         # The restored processes are in sessions of their own or in none of ours: they stay.
         worker.end(alone=False)
+        # A root that ended may be reaped already: hold knows its status by its number.
         clock.wait_until(
-            lambda: not proc.alive(self._init) or _parent(tree.pid) == self._init.pid,
+            lambda: not proc.alive(self._init) or _parent(tree.pid) in (self._init.pid, _REAPED),
             deadline.sooner(_SETTLE_S),
         )
         try:
@@ -185,4 +188,4 @@ def _parent(pid: int) -> int:
     try:
         return proc.stat(pid).ppid
     except errors.NotFound:
-        return 0
+        return _REAPED

@@ -197,6 +197,17 @@ class Places:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(folder, name))
 
+    def forget_unwritten(self) -> None:
+        """Remove what agents were writing into the journal when they died."""
+        folder = os.path.join(self.runtime_dir, "ops")
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            if not name.endswith(".json.new"):
+                continue
+            _, pid, start, _ = name.rsplit("-", 3)
+            if not proc.alive(proc.Identity(int(pid), int(start))):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, name))
+
     def forget_void_locks(self) -> None:
         """Remove the locks of dead agents; those that are held stay."""
         folder = os.path.join(self.runtime_dir, "locks")

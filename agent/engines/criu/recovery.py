@@ -71,6 +71,7 @@ def recover(places: journal.Places) -> Findings:
         else:
             undo_restore(places, entry, findings)
         places.remove(entry.name)
+    places.forget_unwritten()
     places.forget_void_locks()
     places.forget_ended()
     _remove_strays(places, findings)
