@@ -1,9 +1,9 @@
 """Keeps the project's certificates in the cluster: does what ``rotation.py`` finds due.
 
 All that is known lies in the cluster, so that any replica can go on where another ended: the
-authorities in the Secret ``ckpt-agent-ca``, the certificate that the node agents and the webhook
-serve with in ``ckpt-agent-tls``, the authorities that clients trust in the ConfigMap
-``ckpt-agent-ca`` and in the webhook's configuration.
+authorities in the Secret ``ckpt-agent-ca``, the certificate that the node agents, the coordinator
+and the webhook serve with in ``ckpt-agent-tls``, the authorities that clients trust in the
+ConfigMap ``ckpt-agent-ca`` and in the webhook's configuration.
 
 Promises: an authority is trusted everywhere before a certificate that it signed is published,
 also if this is ended between two writes; two keepers at once cost one of them a retry. Whoever
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 AUTHORITY_NAME = "ckpt-agent-ca"
 LEAF_NAME = "ckpt-agent-tls"
 WEBHOOK_NAME = "ckpt-agent"
-_SERVICES = ("ckpt-agent-node", "ckpt-agent-admission")
+_SERVICES = ("ckpt-agent-node", "ckpt-agent-admission", "ckpt-agent-coordinator")
 
 
 def names(namespace: str) -> tuple[str, ...]:

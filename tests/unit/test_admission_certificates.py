@@ -423,6 +423,22 @@ def test_a_cluster_without_the_webhook_still_gets_certificates() -> None:
     assert make_keeper(bare).served() is not None
 
 
+def test_a_server_that_came_later_is_named_without_a_new_authority(
+    cluster: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(keeper, "_SERVICES", ("ckpt-agent-node", "ckpt-agent-admission"))
+        make_keeper(cluster).keep(real_now_s())
+        old, believed = served(cluster), trusted(cluster)
+    assert make_keeper(cluster).keep(real_now_s()) == Due(leaf=True)
+    assert trusted(cluster) == believed
+    assert served(cluster) != old
+    for name in NAMES:
+        handshake(served(cluster), believed, name)
+    assert "ckpt-agent-coordinator.ckpt-agent.svc" in NAMES
+    assert make_keeper(cluster).keep(real_now_s()) == Due()
+
+
 def test_others_keys_and_labels_are_kept(cluster: Objects) -> None:
     cluster.put(MAP, {"metadata": {"name": "x", "labels": {"a": "b"}}, "data": {"k": "v"}})
     make_keeper(cluster).keep(NOW_S)
