@@ -15,7 +15,7 @@ import functools
 import ipaddress
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from agent import errors
@@ -28,6 +28,7 @@ from agent.node import dump as node_dump
 from agent.node import podwork, service
 from agent.node.attempts import Attempt
 from agent.node.contribution import Contribution
+from agent.node.gathering import Gathering
 from agent.node.joint import JointDump
 from agent.node.jointrestore import JointRestore, Order
 from agent.node.session import Session
@@ -82,6 +83,7 @@ class EpochService:
         self._lock = threading.Lock()
         self._beginning = threading.Lock()
         self._taking: dict[Key, _Taking] = {}
+        self._gathering = Gathering()
         # Pods whose memory is not copied ahead the next time, since that failed the last time.
         self._plain: set[str] = set()
 
@@ -112,7 +114,9 @@ class EpochService:
         said = session.tell(Told(step, request.token), wait_s)
         return api.TakePartResponse() if said is None else _response(said, course)
 
-    def decide_epoch(self, request: api.DecideEpochRequest, call: Call) -> api.DecideEpochResponse:
+    def decide_epoch(
+        self, request: api.DecideEpochRequest, more: Iterator[api.DecideEpochRequest], call: Call
+    ) -> api.DecideEpochResponse:
         """Commit or abandon."""
         wish = _WISHES.get(request.wish)
         if wish is None:
@@ -124,7 +128,8 @@ class EpochService:
         if wish is Decision.ABANDONED:
             return api.DecideEpochResponse(decision=_DECISIONS[store.abandon(group, epoch)])
         told = self._told(namespace, request, call.caller)
-        return _commit(store, storage, group, epoch, request, told)
+        with self._gathering.gathered(request, more, call) as given:
+            return _commit(store, storage, group, epoch, given, told)
 
     def _told(
         self, namespace: str, request: api.DecideEpochRequest, caller: Caller
@@ -319,10 +324,9 @@ def _commit(
     storage: str,
     group: ids.GroupName,
     epoch: ids.EpochId,
-    request: api.DecideEpochRequest,
+    given: Sequence[Contribution],
     told: Mapping[str, Any],
 ) -> api.DecideEpochResponse:
-    given = [Contribution.decode(each) for each in request.contributions]
     verdict = cut.check(end for each in given for end in each.ends)
     if not verdict.consistent:
         raise errors.CutTorn(

@@ -7,13 +7,17 @@ Does not: say anything again; whoever coordinates does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from agent import errors
 from agent.model.protocol import Answer, Course, Decision, Said, Told
 from agent.rpc import convert, results, status
 from agent.rpc.v1 import epochs_pb2, epochs_pb2_grpc
+
+# Half of what an agent takes in one message; names and facts come beside it.
+_MESSAGE_BYTES = 128 << 10
 
 Once = Callable[[Callable[..., Any], Any], Any]
 """One call with identity and deadline, whose errors are ours (``client.Agent``)."""
@@ -144,10 +148,10 @@ class Epochs:
             epoch=epoch.name,
             storage=epoch.storage,
             wish=f"DECISION_{wish.name}",
-            contributions=contributions,
             facts=convert.to_struct(facts or {}),
         )
-        answer = self._once(self._stub.DecideEpoch, request)
+        messages = itertools.chain([request], _messages(contributions))
+        answer = self._once(self._stub.DecideEpoch, messages)
         decision = _decision(answer)
         leaving = tuple((each.pod_uid, each.local, each.remote) for each in answer.leaving)
         members = tuple(
@@ -166,11 +170,29 @@ class Epochs:
             group=epoch.group,
             epoch=epoch.name,
             storage=epoch.storage,
-            attempt=attempt.message(),
+            attempt=epochs_pb2.Attempt(id=attempt.name, again=attempt.again),
             wish=f"DECISION_{wish.name}",
             pod_uids=pod_uids,
         )
         return _decision(self._once(self._stub.DecideRestore, request))
+
+
+def _messages(contributions: Iterable[bytes]) -> Iterator[epochs_pb2.DecideEpochRequest]:
+    """Contributions in messages that an agent takes, whatever their number and lengths."""
+    message = epochs_pb2.DecideEpochRequest()
+    room_bytes = _MESSAGE_BYTES
+    for each in contributions:
+        rest = memoryview(each)
+        while len(rest) > room_bytes:
+            message.contributions.append(bytes(rest[:room_bytes]))
+            message.unfinished = True
+            yield message
+            rest, room_bytes = rest[room_bytes:], _MESSAGE_BYTES
+            message = epochs_pb2.DecideEpochRequest()
+        message.contributions.append(bytes(rest))
+        room_bytes -= len(rest)
+    if message.contributions:
+        yield message
 
 
 def _decision(

@@ -13,6 +13,7 @@ from agent.model.access import Caller, Right
 from agent.node.contribution import Contribution
 from agent.node.epochs import EpochService
 from agent.rpc import convert
+from agent.rpc.calls import Call
 from agent.rpc.v1 import epochs_pb2 as api
 from agent.store.repository import Store
 from agent.volumes.memory import MemoryVolume
@@ -21,9 +22,21 @@ from tests.images import GROUP, NOW_S
 
 if TYPE_CHECKING:
     from agent.node.service import Parts
-    from agent.rpc.calls import Call
 
 JOBSET = {"apiVersion": jobset.API, "kind": "JobSet", "metadata": {"name": "train"}}
+
+
+class Context:
+    """A caller who waits for ever."""
+
+    def time_remaining(self) -> None:
+        return None
+
+    def cancel(self) -> None:
+        raise AssertionError("nobody ends the call")
+
+    def add_callback(self, callback: object) -> bool:
+        return True
 
 
 def committed(refusal: errors.CkptError | None) -> tuple[dict[str, Any], list[Right]]:
@@ -51,8 +64,8 @@ def committed(refusal: errors.CkptError | None) -> tuple[dict[str, Any], list[Ri
             contributions=[given.encode()],
             facts=convert.to_struct({"jobset": "train", jobset.TEMPLATE: JOBSET}),
         )
-        call = SimpleNamespace(caller=Caller("ada"))
-        answer = EpochService(cast("Parts", parts)).decide_epoch(request, cast("Call", call))
+        service = EpochService(cast("Parts", parts))
+        answer = service.decide_epoch(request, iter(()), Call(Caller("ada"), Context()))
     assert answer.decision == api.DECISION_COMMITTED
     (summary,) = store.epochs(GROUP)
     return dict(summary.facts), asked

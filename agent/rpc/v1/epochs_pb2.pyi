@@ -146,7 +146,7 @@ class TakePartResponse(_message.Message):
     def __init__(self, answered: _Optional[bool] = ..., problem: _Optional[str] = ..., error: _Optional[_Union[_node_pb2.Error, _Mapping]] = ..., contribution: _Optional[bytes] = ..., lost: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DecideEpochRequest(_message.Message):
-    __slots__ = ("namespace", "group", "epoch", "storage", "wish", "contributions", "facts")
+    __slots__ = ("namespace", "group", "epoch", "storage", "wish", "contributions", "facts", "unfinished")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +154,7 @@ class DecideEpochRequest(_message.Message):
     WISH_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     FACTS_FIELD_NUMBER: _ClassVar[int]
+    UNFINISHED_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     group: str
     epoch: str
@@ -161,7 +162,8 @@ class DecideEpochRequest(_message.Message):
     wish: Decision
     contributions: _containers.RepeatedScalarFieldContainer[bytes]
     facts: _struct_pb2.Struct
-    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., wish: _Optional[_Union[Decision, str]] = ..., contributions: _Optional[_Iterable[bytes]] = ..., facts: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
+    unfinished: bool
+    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., wish: _Optional[_Union[Decision, str]] = ..., contributions: _Optional[_Iterable[bytes]] = ..., facts: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., unfinished: _Optional[bool] = ...) -> None: ...
 
 class DecideEpochResponse(_message.Message):
     __slots__ = ("decision", "image", "connections", "leaving", "members")

@@ -44,7 +44,7 @@ class EpochsStub:
                 request_serializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.TakePartRequest.SerializeToString,
                 response_deserializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.TakePartResponse.FromString,
                 _registered_method=True)
-        self.DecideEpoch = channel.unary_unary(
+        self.DecideEpoch = channel.stream_unary(
                 '/agent.rpc.v1.Epochs/DecideEpoch',
                 request_serializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideEpochRequest.SerializeToString,
                 response_deserializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideEpochResponse.FromString,
@@ -75,10 +75,12 @@ class EpochsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def DecideEpoch(self, request, context):
+    def DecideEpoch(self, request_iterator, context):
         """Decides an epoch in the store, once: commits it, if its connections show that it was cut at
         one instant, or abandons it. Answers what it is decided to be, whoever decided. Any agent on
-        the same store answers.
+        the same store answers. The first message says everything but the contributions; these may
+        come in as many messages as it takes, each below the 256 KiB of every request. Altogether they
+        have at most 64 MiB, which is what an agent takes at a time of all its callers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,7 +108,7 @@ def add_EpochsServicer_to_server(servicer, server):
                     request_deserializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.TakePartRequest.FromString,
                     response_serializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.TakePartResponse.SerializeToString,
             ),
-            'DecideEpoch': grpc.unary_unary_rpc_method_handler(
+            'DecideEpoch': grpc.stream_unary_rpc_method_handler(
                     servicer.DecideEpoch,
                     request_deserializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideEpochRequest.FromString,
                     response_serializer=agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideEpochResponse.SerializeToString,
@@ -182,7 +184,7 @@ class Epochs:
             _registered_method=True)
 
     @staticmethod
-    def DecideEpoch(request,
+    def DecideEpoch(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -192,8 +194,8 @@ class Epochs:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_unary(
+            request_iterator,
             target,
             '/agent.rpc.v1.Epochs/DecideEpoch',
             agent_dot_rpc_dot_v1_dot_epochs__pb2.DecideEpochRequest.SerializeToString,
