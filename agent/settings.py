@@ -193,6 +193,27 @@ class Settings:
     """Dumps and restores that ``node`` does at once. Two fill the page cache and the volume of
     most nodes; each more makes the others' stops longer."""
 
+    use_coordinator: bool = False
+    """Whether verbs about a JobSet ask the cluster's coordinator instead of being one. Off: that
+    needs nothing more than the agents. On, an operation outlives the command that asked for it."""
+
+    coordinator_selector: str = "app.kubernetes.io/name=ckpt-agent-coordinator"
+    """The labels of the coordinator's pods; deploy/daemonset's own."""
+
+    coordinator_address: str | None = None
+    """The coordinator's address, ``host:port``, for callers that reach it directly. None: a
+    port-forward to the replica that serves."""
+
+    caller_rate_per_s: float = 20.0
+    """Calls a second that ``coordinator`` takes from one caller in the long run: a scheduler that
+    looks after thousands of jobs makes a few; each costs the API server a question or two."""
+
+    caller_burst: int = 200
+    """Calls that one caller may make at once before that holds."""
+
+    caller_streams: int = 16
+    """Operations that one caller may watch at once; each holds a thread of ``coordinator``."""
+
     shutdown_grace_s: float = 25.0
     """How long ``node`` lets operations give up when told to end: the usual 30 s of a pod, less
     what the end itself takes."""
@@ -246,6 +267,12 @@ _KEYS = {
     "probe_port": _Key("probe_port", values.port, "--probe-port"),
     "work_kept_free": _Key("work_kept_free_percent", values.percent, "--work-kept-free"),
     "parallel": _Key("parallel", values.count, "--parallel"),
+    "use_coordinator": _Key("use_coordinator", values.yes, "--coordinator"),
+    "coordinator_selector": _Key("coordinator_selector", values.word, "--coordinator-selector"),
+    "coordinator_address": _Key("coordinator_address", values.word, "--coordinator-address"),
+    "caller_rate": _Key("caller_rate_per_s", values.rate_per_s, "--caller-rate"),
+    "caller_burst": _Key("caller_burst", values.count, "--caller-burst"),
+    "caller_streams": _Key("caller_streams", values.count, "--caller-streams"),
     "shutdown_grace": _Key("shutdown_grace_s", values.duration_s, "--shutdown-grace"),
 }
 KEYS = tuple(_KEYS)

@@ -80,6 +80,14 @@ def count(value: object, base: str = "") -> int:
     return int(text)
 
 
+def rate_per_s(value: object, base: str = "") -> float:
+    """Read how often a second: a number above 0."""
+    text = as_text(value)
+    if re.fullmatch(r"[0-9]{1,6}(?:\.[0-9]{1,3})?", text) is None or float(text) == 0:
+        raise errors.InvalidInput(f"{text!r} is not a rate", hint="write 20 or 0.5, a second")
+    return float(text)
+
+
 def percent(value: object, base: str = "") -> int:
     """Read a whole number from 0 to 99, with or without a percent sign."""
     text = as_text(value).removesuffix("%")

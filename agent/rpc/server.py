@@ -1,13 +1,14 @@
-"""The node agent's gRPC server: who calls is known and may, before a service hears of it.
+"""The gRPC server of agents and coordinators: who calls is known and may, before a service hears.
 
-Promises: TLS only; each call is identified, allowed, bounded in time and answered with our errors;
-what goes wrong unforeseen is told as such without its details, which are logged. Each call is
-logged with who and what, never with tokens.
+Promises: TLS only; each call is identified, counted, allowed, bounded in time and answered with
+our errors; what goes wrong unforeseen is told as such without its details, which are logged. Each
+call is logged with who and what, never with tokens.
 Does not: know what the service does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import re
@@ -25,7 +26,7 @@ from grpc_reflection.v1alpha import reflection
 from agent import errors
 from agent.host import clock
 from agent.model.access import Caller, Right
-from agent.rpc import peers, rights, status
+from agent.rpc import limits, peers, rights, status
 from agent.rpc.calls import Call
 from agent.rpc.certificates import Certificates
 from agent.rpc.v1 import epochs_pb2, node_pb2
@@ -39,7 +40,8 @@ _SERVICES = {
 # A stream holds its thread as long as it lasts; the operations behind them are limited by
 # themselves, so this only has to leave room for health checks and listings.
 _THREADS = 24
-_CALLS = 64
+# Calls that wait for one; more are refused at once.
+_WAITING = 40
 # Requests are names and a few numbers, or pieces of an archive.
 _REQUEST_BYTES = 256 << 10
 # A caller that vanished without a word is noticed after this long, and its dump given up.
@@ -96,20 +98,25 @@ class Server:
         node: str,
         certificates: Certificates,
         ports: Ports,
+        *,
+        threads: int = _THREADS,
+        each_caller: limits.Limits | None = None,
     ) -> None:
-        """Bind the ports.
+        """Bind the ports. ``threads`` is how many calls are served at once, ``each_caller`` what
+        one of them may ask for; None: as much as it likes, for callers who are all trusted alike.
 
         Raises:
             errors.EnvironmentUnfit: a port is taken, or the certificate cannot be used.
         """
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="call")
+        limiter = limits.Limiter(each_caller)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="call")
         self._server = grpc.server(
             self._pool,
             handlers=[
-                _handlers(_SERVICES[name], service, guard, node)
+                _handlers(_SERVICES[name], service, _Door(guard, node, limiter))
                 for name, service in services.items()
             ],
-            maximum_concurrent_rpcs=_CALLS,
+            maximum_concurrent_rpcs=threads + _WAITING,
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", _REQUEST_BYTES),
@@ -160,13 +167,11 @@ class Server:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _handlers(
-    described: ServiceDescriptor, service: object, guard: Guard, node: str
-) -> grpc.GenericRpcHandler:
+def _handlers(described: ServiceDescriptor, service: object, door: _Door) -> grpc.GenericRpcHandler:
     methods = {}
     for method in described.methods:
         name = re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower()
-        methods[method.name] = _handler(method, getattr(service, name), _Door(guard, node))
+        methods[method.name] = _handler(method, getattr(service, name), door)
     return grpc.method_handlers_generic_handler(described.full_name, methods)
 
 
@@ -179,15 +184,18 @@ def _handler(
 
     def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         with _Answer(method.name, context) as answer:
-            yield from serve(request, door.admit(answer, request, context))
+            call = door.admit(answer, request, context)
+            with door.lasting(call.caller):
+                yield from serve(request, call)
 
     def upload(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
         with _Answer(method.name, context) as answer:
             # Nobody unknown may let us wait for what comes.
             caller = door.identify(answer, context)
-            messages = _received(requests)
-            first = _first(messages, context)
-            return serve(first, messages, door.allow(answer, caller, first, context))
+            with door.lasting(caller):
+                messages = _received(requests)
+                first = _first(messages, context)
+                return serve(first, messages, door.allow(answer, caller, first, context))
 
     read = message_factory.GetMessageClass(method.input_type).FromString
     write: Callable[[Any], bytes] = message_factory.GetMessageClass(
@@ -226,20 +234,26 @@ def _first(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
 class _Door:
     """Lets a call in, or raises why not."""
 
-    def __init__(self, guard: Guard, node: str) -> None:
+    def __init__(self, guard: Guard, node: str, limiter: limits.Limiter) -> None:
         self._guard = guard
         self._node = node
+        self._limiter = limiter
 
     def admit(self, answer: _Answer, request: Any, context: grpc.ServicerContext) -> Call:
         answer.request = request
         return self.allow(answer, self.identify(answer, context), request, context)
 
     def identify(self, answer: _Answer, context: grpc.ServicerContext) -> Caller:
-        caller = peers.certificate(context)
-        if caller is None:
-            caller = self._guard.authenticate(peers.token(context))
+        with self._limiter.identifying(context.peer()):
+            caller = peers.certificate(context)
+            if caller is None:
+                caller = self._guard.authenticate(peers.token(context))
         answer.user = caller.user
+        self._limiter.count(caller.user)
         return caller
+
+    def lasting(self, caller: Caller) -> contextlib.AbstractContextManager[None]:
+        return self._limiter.lasting(caller.user)
 
     def allow(
         self, answer: _Answer, caller: Caller, request: Any, context: grpc.ServicerContext

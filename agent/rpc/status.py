@@ -19,6 +19,8 @@ from agent.rpc import convert
 from agent.rpc.v1 import node_pb2
 
 METADATA_KEY = "ckpt-agent-error-bin"
+# What gRPC's own clients wait for before they try again (gRFC A6).
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
 # gRPC drops headers that come to more than 8 KiB, and base64 makes a third more of ours.
 _ERROR_BYTES = 4 << 10
 _TEXT_CHARS = 1 << 10
@@ -75,9 +77,13 @@ def details(exc: errors.CkptError) -> str:
     return exc.message[:_TEXT_CHARS]
 
 
-def metadata(exc: errors.CkptError) -> tuple[tuple[str, bytes], ...]:
-    """The trailing metadata that carries the error."""
-    return ((METADATA_KEY, message(exc).SerializeToString()),)
+def metadata(exc: errors.CkptError) -> tuple[tuple[str, str | bytes], ...]:
+    """The trailing metadata that carries the error, and when to come again if it says so
+    (``facts['retry_after_s']``).
+    """
+    told: tuple[tuple[str, str | bytes], ...] = ((METADATA_KEY, message(exc).SerializeToString()),)
+    after_s = exc.facts.get("retry_after_s")
+    return (*told, (_PUSHBACK_KEY, f"{after_s * 1000:.0f}")) if isinstance(after_s, float) else told
 
 
 def message(exc: errors.CkptError) -> node_pb2.Error:

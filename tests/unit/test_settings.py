@@ -86,6 +86,12 @@ def test_every_setting_can_come_from_flag_environment_and_file() -> None:
         "probe_port": ("2", 2),
         "work_kept_free": ("15%", 15),
         "parallel": ("4", 4),
+        "use_coordinator": ("true", True),
+        "coordinator_selector": ("app=c", "app=c"),
+        "coordinator_address": ("coordinator.svc:7543", "coordinator.svc:7543"),
+        "caller_rate": ("0.5", 0.5),
+        "caller_burst": ("7", 7),
+        "caller_streams": ("3", 3),
         "shutdown_grace": ("90s", 90.0),
     }
     assert set(values) == set(settings.KEYS)
@@ -100,6 +106,12 @@ def test_every_setting_can_come_from_flag_environment_and_file() -> None:
 def test_what_is_no_port_is_refused(port: str) -> None:
     with pytest.raises(errors.InvalidInput, match="token_port"):
         merged(text=f"token_port: {port!r}")
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "1/s", ""])
+def test_what_is_no_rate_is_refused(rate: str) -> None:
+    with pytest.raises(errors.InvalidInput, match="caller_rate"):
+        merged(text=f"caller_rate: {rate!r}")
 
 
 def test_numbers_in_yaml_need_no_quotes() -> None:

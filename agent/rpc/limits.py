@@ -1,0 +1,110 @@
+"""What one caller may ask of a server, so that none keeps the others out.
+
+Promises: a caller over its rate is refused before its rights are looked up, and told when to come
+again; calls that last hold a thread each, of which one caller has only so many. Whoever shows
+nobody's token again and again is refused by address before the API server is asked about another;
+an address that shows good ones is not counted.
+Does not: authenticate anybody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import threading
+from collections.abc import Iterator
+
+from agent import errors
+from agent.host import clock
+from agent.model.rates import Buckets, Rate
+
+# More callers than ask a coordinator at once; what is remembered of each is about 200 bytes.
+_CALLERS = 4096
+# Refused identities from one address: a client with an expired token tries a few times; guessing a
+# token takes more than the age of the world either way. It is the API server that is spared.
+_STRANGERS = Rate(per_s=5.0, burst=50)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """For each caller: how often it may call, and how many calls that last it may have at once."""
+
+    rate: Rate
+    lasting: int
+
+
+class Limiter:
+    """Keeps count for one server."""
+
+    def __init__(self, limits: Limits | None) -> None:
+        """``limits`` None: known callers are not counted."""
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._callers = Buckets(limits.rate, _CALLERS) if limits else None
+        self._strangers = Buckets(_STRANGERS, _CALLERS)
+        self._lasting: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def identifying(self, peer: str) -> Iterator[None]:
+        """Around the question of who calls from ``peer``, as gRPC writes it.
+
+        Raises:
+            errors.Overloaded: too many from there were nobody.
+        """
+        address = peer.rpartition(":")[0]
+        with self._lock:
+            wait_s = self._strangers.wait_s(address, clock.monotonic_s())
+        if wait_s > 0:
+            raise _refused("too many calls from your address were nobody's", wait_s)
+        try:
+            yield
+        except errors.Unauthenticated:
+            with self._lock:
+                self._strangers.take(address, clock.monotonic_s())
+            raise
+
+    def count(self, user: str) -> None:
+        """A call of ``user``.
+
+        Raises:
+            errors.Overloaded: one too many.
+        """
+        if self._callers is None:
+            return
+        with self._lock:
+            wait_s = self._callers.take(user, clock.monotonic_s())
+        if wait_s > 0:
+            raise _refused(f"{user} calls more often than is allowed", wait_s)
+
+    @contextlib.contextmanager
+    def lasting(self, user: str) -> Iterator[None]:
+        """Around a call of ``user`` that lasts.
+
+        Raises:
+            errors.Overloaded: there are as many already as it may have.
+        """
+        if self._limits is None:
+            yield
+            return
+        with self._lock:
+            there = self._lasting.get(user, 0)
+            if there >= self._limits.lasting:
+                raise errors.Overloaded(
+                    f"{user} has {there} calls that last open, which is as many as it may",
+                    hint="end one of them, or ask for what is there now instead",
+                )
+            self._lasting[user] = there + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._lasting[user] -= 1
+                if not self._lasting[user]:
+                    del self._lasting[user]
+
+
+def _refused(what: str, wait_s: float) -> errors.Overloaded:
+    # Upwards, so that whoever waits as told is let in.
+    wait_s = math.ceil(wait_s * 1000) / 1000
+    return errors.Overloaded(what, hint=f"call again in {wait_s:g} s", retry_after_s=wait_s)

@@ -1,0 +1,175 @@
+"""A server that one caller cannot keep to itself: real gRPC over real TLS."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from agent import errors
+from agent.model.access import Caller, Right
+from agent.model.rates import Rate
+from agent.rpc import limits, status
+from agent.rpc.certificates import Certificates
+from agent.rpc.server import Ports, Server
+from agent.rpc.v1 import node_pb2, node_pb2_grpc
+from tests.fakes.authority import Authority
+
+PEER = "the server"
+NAME = "ckpt-agent-node.ckpt-agent.svc"
+
+
+class Guard:
+    """A token is its user's name; nobody has an empty one or one that begins with x."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def authenticate(self, token: str) -> Caller:
+        self.asked.append(token)
+        if token.startswith("x"):
+            raise errors.Unauthenticated("nobody")
+        return Caller(token)
+
+    def authorize(self, caller: Caller, right: Right) -> None:
+        return
+
+
+class Service:
+    """Answers everything with nothing; a verification lasts until it is let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def verify_image(self, request: Any, call: Any) -> Iterator[node_pb2.VerifyEvent]:
+        yield node_pb2.VerifyEvent(done_bytes=1)
+        self.go.wait(30)
+
+    def list_images(self, request: Any, call: Any) -> node_pb2.ListImagesResponse:
+        return node_pb2.ListImagesResponse()
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda request, call: None
+
+
+class Served:
+    def __init__(self, server: Server, authority: Authority) -> None:
+        self.guard, self.service = Guard(), Service()
+        self.port, self._authority = server.token_port, authority
+
+    @contextlib.contextmanager
+    def stub(self) -> Iterator[node_pb2_grpc.NodeStub]:
+        name = (("grpc.ssl_target_name_override", NAME),)
+        credentials = grpc.ssl_channel_credentials(self._authority.pem)
+        with grpc.secure_channel(f"localhost:{self.port}", credentials, name) as channel:
+            yield node_pb2_grpc.NodeStub(channel)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, each_caller: limits.Limits | None) -> Iterator[Served]:
+    authority = Authority("ckpt-agent")
+    certificate, key = authority.issue("ckpt-agent", hosts=(NAME,))
+    for name, content in (("tls.crt", certificate), ("tls.key", key), ("ca.crt", authority.pem)):
+        (folder / name).write_bytes(content)
+    guard, service = Guard(), Service()
+    server = Server(
+        {"Node": service},
+        guard,
+        "n1",
+        Certificates(str(folder)),
+        Ports("127.0.0.1", 0, 0),
+        each_caller=each_caller,
+    )
+    server.start()
+    found = Served(server, authority)
+    found.guard, found.service = guard, service
+    try:
+        yield found
+    finally:
+        service.go.set()
+        server.stop(1.0)
+
+
+def told(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)
+
+
+def listed(stub: node_pb2_grpc.NodeStub, token: str) -> None:
+    request = node_pb2.ListImagesRequest(namespace="default")
+    try:
+        stub.ListImages(request, timeout=20, metadata=told(token))
+    except grpc.RpcError as exc:
+        raise status.error(exc, PEER) from exc
+
+
+def test_a_caller_over_its_rate_is_told_when_to_come_again_and_others_are_served(
+    tmp_path: Path,
+) -> None:
+    allowed = limits.Limits(Rate(per_s=0.001, burst=3), lasting=2)
+    with serving(tmp_path, allowed) as served, served.stub() as stub:
+        for _ in range(3):
+            listed(stub, "ada")
+        with pytest.raises(errors.Overloaded, match="more often") as caught:
+            listed(stub, "ada")
+        assert 900 < float(str(caught.value.facts["retry_after_s"])) <= 1000
+        assert caught.value.retryable
+        listed(stub, "bob")
+        request = node_pb2.ListImagesRequest(namespace="default")
+        with pytest.raises(grpc.RpcError) as raw:
+            stub.ListImages(request, timeout=20, metadata=told("ada"))
+        assert isinstance(raw.value, grpc.Call)
+        assert raw.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        trailing = dict(raw.value.trailing_metadata() or ())
+        assert 900_000 < int(trailing["grpc-retry-pushback-ms"]) <= 1_000_000
+
+
+def test_calls_that_last_are_so_many_for_each_caller(tmp_path: Path) -> None:
+    allowed = limits.Limits(Rate(per_s=100.0, burst=100), lasting=2)
+    request = node_pb2.VerifyImageRequest(namespace="default", image="a@b")
+    with serving(tmp_path, allowed) as served, served.stub() as stub:
+
+        def begin(token: str) -> Any:
+            call = stub.VerifyImage(request, timeout=20, metadata=told(token))
+            next(call)
+            return call
+
+        first, second = begin("ada"), begin("ada")
+        with pytest.raises(grpc.RpcError) as caught:
+            begin("ada")
+        assert isinstance(status.error(caught.value, PEER), errors.Overloaded)
+        begin("bob").cancel()
+        served.service.go.set()
+        assert list(first) == list(second) == []
+        begin("ada").cancel()
+
+
+def test_an_address_of_nobody_is_refused_before_anybody_is_asked_about_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [1000.0]
+    monkeypatch.setattr(limits, "clock", types.SimpleNamespace(monotonic_s=lambda: now_s[0]))
+    with serving(tmp_path, None) as served, served.stub() as stub:
+        listed(stub, "ada")
+        for number in range(50):
+            with pytest.raises(errors.Unauthenticated):
+                listed(stub, f"x{number}")
+        asked = len(served.guard.asked)
+        for token in ("x50", "ada"):
+            with pytest.raises(errors.Overloaded, match="nobody's"):
+                listed(stub, token)
+        assert len(served.guard.asked) == asked
+        now_s[0] += 0.2
+        listed(stub, "ada")
+
+
+def test_whoever_is_somebody_calls_without_limit_where_none_is_set(tmp_path: Path) -> None:
+    with serving(tmp_path, None) as served, served.stub() as stub:
+        for _ in range(120):
+            listed(stub, "ada")
+        assert served.guard.asked == ["ada"] * 120
