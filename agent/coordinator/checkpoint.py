@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +19,15 @@ from agent.cluster.session import Session
 from agent.coordinator.driver import Cancelled, Driver, Limits, Report
 from agent.coordinator.links import Call, Links, Mailbox
 from agent.coordinator.machine import Coordination, State
-from agent.model.protocol import Course, Decision, Said, Told
+from agent.model.protocol import Course, Decision, Said, Step, Told
 from agent.rpc import epochclient, results
 
 # Tokens grow with time, so that a coordinator that begins later is obeyed by members of the same
 # epoch; the low bits tell two of the same second apart.
 _TOKEN_BITS = 20
+# Beyond a second that each call may wait: as long as a member that hears nothing stands still, so
+# long do the others at most if it is the one who is silent (``node.session``).
+_SILENT_S = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +61,17 @@ class Control:
 
     def __init__(self) -> None:
         self.mailbox = Mailbox()
+        self._asked = threading.Event()
 
     def cancel(self) -> None:
         """Ask; too late once the commit was asked for."""
+        self._asked.set()
         self.mailbox.put(Cancelled("interrupted"))
+
+    def check(self) -> None:
+        """Raise ``errors.Interrupted`` if that was asked."""
+        if self._asked.is_set():
+            raise errors.Interrupted("interrupted")
 
 
 _STANDING = (*(State.FREEZING, State.HOLDING, State.CAPTURING, State.RELEASING, State.RESUMING),)
@@ -80,8 +91,10 @@ def run(
     limits: Limits | None = None,
     control: Control | None = None,
     watch: Callable[[State], None] = lambda state: None,
+    named: Callable[[epochclient.Epoch], None] = lambda epoch: None,
 ) -> Checkpoint:
-    """Take an epoch of ``members`` as ``group``; ``now_s`` is wall time.
+    """Take an epoch of ``members`` as ``group``; ``now_s`` is wall time. ``named`` is called with
+    the epoch's name before any pod is told anything; if it raises, none is.
 
     Raises:
         errors.Refused | errors.Unreachable: before any pod was touched.
@@ -90,7 +103,11 @@ def run(
     namespace, control = session.namespace, control or Control()
     agents = {each.node: session.agent_of(each.node) for each in members}
     epoch = session.any_agent(lambda agent: agent.epochs.new(namespace, group, storage))
+    named(epoch)
     decided: list[epochclient.Decided] = []
+    # Of two epochs that are asked for at once, one finds the first pod taken and touches no other:
+    # each could take one of the pods else, and neither would get all.
+    let_in = threading.Event()
 
     def call_of(member: Member) -> Call:
         leads = member is members[0]
@@ -99,7 +116,14 @@ def run(
         deadline_s = session.settings.dump_deadline_s
 
         def call(told: Told, wait_s: float) -> Said | None:
-            return epochs.take_part(epoch, course, pod, told, wait_s, deadline_s)
+            if told.step is Step.PREPARE and not let_in.is_set():
+                if not leads and not let_in.wait(wait_s):
+                    return None
+                wait_s = 0.0
+            silent_s = _SILENT_S if course.stands(told.step) else None
+            said = epochs.take_part(epoch, course, pod, told, wait_s, deadline_s, silent_s=silent_s)
+            let_in.set()
+            return said
 
         return call
 

@@ -71,7 +71,7 @@ class Watch:
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """A pod of a JobSet that came back, by its identity: where it was, and where it is."""
+    """A pod of a group that came back, by its identity: where it was, and where it is."""
 
     identity: str
     was: Placement
@@ -81,7 +81,7 @@ class Pod:
 
 @dataclasses.dataclass(frozen=True)
 class Returned:
-    """A JobSet that runs again. ``passed_over`` are newer images and why they could not be
+    """A group that runs again. ``passed_over`` are newer images and why they could not be
     restored; ``created``: there was no such JobSet any more; ``verified_s`` is from the request to
     the agents until the image was read whole, ``running_s`` until all ran; ``steps`` are seconds.
     """
@@ -235,7 +235,7 @@ class Course:
                 self._session,
                 detail.image.group,
                 detail.image.epoch,
-                [_member(each, pod) for each, pod in sorted(waiting.items())],
+                [member(each, pod) for each, pod in sorted(waiting.items())],
                 jobsetrestore.moved(detail.pods, now),
                 now_s=self._now_s,
                 storage=detail.image.storage,
@@ -251,7 +251,7 @@ class Course:
                 Pod(
                     each,
                     detail.pods.get(each, Placement("", "", "", ())),
-                    _placement(pod, now[each]),
+                    placement(pod, now[each]),
                     done.lost.get(each, ()),
                 )
                 for each, pod in sorted(waiting.items())
@@ -401,11 +401,13 @@ class _StillIntended(errors.MoveIncomplete):
     """All of it runs, and only its intent is still there."""
 
 
-def _member(identity: str, pod: jobset.Json) -> checkpoint.Member:
+def member(identity: str, pod: jobset.Json) -> checkpoint.Member:
+    """A pod that has a node, as a member of that name."""
     metadata = pod["metadata"]
     return checkpoint.Member(identity, metadata["name"], metadata["uid"], pod["spec"]["nodeName"])
 
 
-def _placement(pod: jobset.Json, addresses: Sequence[str]) -> Placement:
+def placement(pod: jobset.Json, addresses: Sequence[str]) -> Placement:
+    """Where a pod is."""
     metadata = pod["metadata"]
     return Placement(metadata["name"], metadata["uid"], pod["spec"]["nodeName"], tuple(addresses))

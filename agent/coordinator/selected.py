@@ -1,0 +1,198 @@
+"""Checkpoints of the pods that a label selector means, and their way back into pods of the same
+names.
+
+Promises: as ``checkpoint`` and ``restore``; what can be known to stand in the way is told whole
+before any agent is asked.
+Does not: make, place or delete pods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from agent import errors
+from agent.cluster.session import Session
+from agent.coordinator import checkpoint, jobsetcourse
+from agent.coordinator import restore as coordinator_restore
+from agent.coordinator.jobsetcourse import Pod, Returned
+from agent.coordinator.machine import State
+from agent.host import clock
+from agent.kube import jobsets, objects
+from agent.model import jobset, jobsetrestore, optin, selection
+from agent.model import storage as model_storage
+from agent.model.protocol import EVACUATE, LEAVE_RUNNING
+from agent.rpc import results
+
+# How often pods are looked at that are to come up: short against the seconds that they take.
+_LOOK_S = 0.25
+
+
+def members(session: Session, group: str, selector: str) -> list[checkpoint.Member]:
+    """The pods that make up ``group`` now. Raises as ``dump``, before any agent is asked."""
+    found, _ = _members(session, group, selector)
+    return found
+
+
+def dump(
+    session: Session,
+    group: str,
+    selector: str,
+    *,
+    now_s: float,
+    storage: str = "",
+    stop: bool = False,
+    control: checkpoint.Control | None = None,
+    watch: Callable[[State], None] = lambda state: None,
+) -> checkpoint.Checkpoint:
+    """Checkpoint all pods of the namespace that ``selector`` means (as kubectl's ``-l``) at one
+    instant, as ``group``. ``stop``: they are ended once that is committed, and wait where they are.
+
+    Raises:
+        errors.InvalidInput: no group can be called so, the selector is none, or the pods ask for
+            different storages, and ``storage`` is "".
+        errors.NotFound | errors.TargetUnsuitable: none matches, or not all of them can take part.
+        errors.CkptError: as ``checkpoint.run``.
+    """
+    taking, said = _members(session, group, selector)
+    return checkpoint.run(
+        session,
+        group,
+        taking,
+        EVACUATE if stop else LEAVE_RUNNING,
+        facts={"selector": selector},
+        now_s=now_s,
+        storage=storage or model_storage.agreed(said),
+        control=control,
+        watch=watch,
+    )
+
+
+def _members(
+    session: Session, group: str, selector: str
+) -> tuple[list[checkpoint.Member], dict[str, dict[str, str]]]:
+    """The members of ``group``, and the annotations of their pods by name."""
+    selection.group(group)
+    if not selector.strip():
+        raise errors.InvalidInput(
+            "an empty selector means every pod of the namespace", hint="say which: -l app=train"
+        )
+    api, namespace = session.api, session.namespace
+    pods = objects.pods(api, namespace, selector=selector)
+    of_jobsets = {each: jobsets.pods(api, namespace, each) for each in selection.owned(pods)}
+    made = selection.membership(group, selector, pods, of_jobsets)
+    found = [checkpoint.Member(each.identity, each.pod, each.uid, each.node) for each in made]
+    taking = {each.pod for each in found}
+    said = {
+        name: each["metadata"].get("annotations") or {}
+        for each in pods
+        if (name := str(each["metadata"]["name"])) in taking
+    }
+    return found, said
+
+
+def restore(
+    session: Session,
+    group: str,
+    epoch: str = "",
+    *,
+    now_s: float,
+    storage: str = "",
+    again: bool = False,
+    control: checkpoint.Control | None = None,
+    watch: Callable[[State], None] = lambda state: None,
+) -> Returned:
+    """Restore ``group`` as it was at ``epoch`` ("": its newest image) into pods of the same names,
+    which wait for it; ``again``: even if the image was restored before.
+
+    Raises:
+        errors.TargetUnsuitable | errors.DeadlineExceeded: the pods are not there, or cannot be
+            filled; every reason is told.
+        errors.CkptError: as ``restore.run``; nothing of the image runs, and the pods wait on,
+            unless ``facts["committed"]``.
+    """
+    control = control or checkpoint.Control()
+    detail = _detail(session, selection.group(group), epoch, storage)
+    image = f"{detail.image.group}@{detail.image.epoch}"
+    ready = _await_pods(session, sorted(detail.pods), image, control)
+    now = {name: jobsetrestore.addresses(pod) for name, pod in ready.items()}
+    done = coordinator_restore.run(
+        session,
+        group,
+        detail.image.epoch,
+        [jobsetcourse.member(name, pod) for name, pod in sorted(ready.items())],
+        jobsetrestore.moved(detail.pods, now),
+        now_s=now_s,
+        storage=detail.image.storage,
+        again=again,
+        control=control,
+        watch=watch,
+    )
+    return Returned(
+        image=detail.image,
+        pods=tuple(
+            Pod(
+                name,
+                detail.pods[name],
+                jobsetcourse.placement(pod, now[name]),
+                done.lost.get(name, ()),
+            )
+            for name, pod in sorted(ready.items())
+        ),
+        passed_over=(),
+        created=False,
+        verified_s=done.spans_s.get(State.PREPARING, 0.0),
+        running_s=done.running_s,
+        steps={},
+    )
+
+
+def _detail(session: Session, group: str, epoch: str, storage: str) -> results.ImageDetail:
+    """The image, which an agent could restore."""
+    name = f"{group}@{epoch}" if epoch else group
+    found = session.any_agent(lambda agent: agent.image(session.namespace, name, storage))
+    image = f"{found.image.group}@{found.image.epoch}"
+    if found.image.damage:
+        raise errors.Corrupt(f"image {image} is damaged: {found.image.damage}")
+    if found.obstacles:
+        raise errors.RestoreConflict(
+            f"image {image} cannot be restored",
+            hint="nothing was touched",
+            reasons=list(found.obstacles),
+        )
+    if not found.pods:
+        raise errors.InvalidInput(
+            f"image {image} is of one pod, not of several",
+            hint=f"ckpt-agent restore {image} --pod NAME, or --node NODE",
+        )
+    return found
+
+
+def _await_pods(
+    session: Session, names: Sequence[str], image: str, control: checkpoint.Control
+) -> dict[str, jobset.Json]:
+    """The pods of the image, by name, once all of them have an address."""
+    api, namespace = session.api, session.namespace
+    seen = selection.gathered((), (), image)
+
+    def ready() -> bool:
+        nonlocal seen
+        control.check()
+        seen = selection.gathered(objects.pods(api, namespace), names, image)
+        return bool(seen.unfit) or not seen.starting
+
+    deadline = clock.Deadline.after(session.settings.schedule_deadline_s)
+    came = clock.wait_until(ready, deadline, every_s=_LOOK_S)
+    if seen.unfit:
+        raise errors.TargetUnsuitable(
+            f"image {image} cannot be restored: {'; '.join(seen.unfit[:3])}",
+            hint="nothing was touched; create each pod again under its name, with the annotation"
+            f" {optin.RESTORE}: {image}",
+            reasons=list(seen.unfit),
+        )
+    if not came:
+        raise errors.DeadlineExceeded(
+            f"not all pods came up in time: {seen.starting[0]}",
+            hint="make room for them, then restore again",
+            reasons=list(seen.starting),
+        )
+    return dict(seen.ready)
