@@ -87,6 +87,13 @@ class Course:
         """
         return (*self.before, *self.after).index(step)
 
+    def stands(self, step: Step) -> bool:
+        """Whether processes that ran stand still while all members do this step."""
+        if Step.FREEZE not in self or step not in self:
+            return False
+        last = Step.RESUME if Step.RESUME in self else Step.END
+        return self.position(Step.FREEZE) <= self.position(step) <= self.position(last)
+
     def __contains__(self, step: Step) -> bool:
         return step in self.before or step in self.after
 

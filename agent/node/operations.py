@@ -105,8 +105,9 @@ class Operations:
             )
         for other in self._running:
             if wanted.keys & other.keys:
+                part = f" ({other.part_of})" if other.part_of else ""
                 raise errors.TargetBusy(
-                    f"{other.what} is being {_NOUNS[other.kind]} right now, since"
+                    f"{other.what} is being {_NOUNS[other.kind]} right now{part}, since"
                     f" {wanted.began_s - other.began_s:.0f} s",
                     hint="try again when it has ended",
                 )

@@ -404,11 +404,18 @@ class Agent:
         token = self._token()
         return (("authorization", f"Bearer {token}"),) if token else ()
 
-    def _once(self, method: Callable[..., T], request: Any) -> T:
+    def _once(self, method: Callable[..., T], request: Any, timeout_s: float | None = None) -> T:
+        """A peer that has not answered by ``timeout_s`` counts as one that cannot be asked."""
         try:
-            return method(request, timeout=_CALL_S, metadata=self._metadata())
+            return method(request, timeout=timeout_s or _CALL_S, metadata=self._metadata())
         except grpc.RpcError as exc:
-            raise self._error(exc) from exc
+            found = self._error(exc)
+            if timeout_s and found.facts.get("status") == "DEADLINE_EXCEEDED":
+                raise errors.Unreachable(
+                    f"{self.peer} has not answered for {timeout_s:g} s",
+                    hint="does it hang, or is its node cut off? its pods go on by themselves",
+                ) from exc
+            raise found from exc
 
     def _events(self, call: Any, cancel: threading.Event | None) -> Iterator[Any]:
         """The events of a stream; cancelled when ``cancel`` is set, or when left early."""

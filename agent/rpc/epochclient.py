@@ -19,8 +19,10 @@ from agent.rpc.v1 import epochs_pb2, epochs_pb2_grpc
 # Half of what an agent takes in one message; names and facts come beside it.
 _MESSAGE_BYTES = 128 << 10
 
-Once = Callable[[Callable[..., Any], Any], Any]
-"""One call with identity and deadline, whose errors are ours (``client.Agent``)."""
+Once = Callable[..., Any]
+"""One call of a method with a request, with identity and deadline, whose errors are ours; by a
+``timeout_s`` it has to be answered (``client.Agent``).
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +107,11 @@ class Epochs:
         wait_s: float,
         deadline_s: float,
         attempt: Attempt | None = None,
+        silent_s: float | None = None,
     ) -> Said | None:
         """Say a word to the agent of a pod; its answer, None if there is none yet. A restore is an
         ``attempt``; what it gives for STAND are the peers of connections that are reset, a line
-        each.
+        each. An agent that is silent for ``silent_s`` beyond ``wait_s`` cannot be reached.
         """
         request = epochs_pb2.TakePartRequest(
             namespace=epoch.namespace,
@@ -127,7 +130,8 @@ class Epochs:
             deadline_s=deadline_s,
             attempt=attempt.message() if attempt else None,
         )
-        answer = self._once(self._stub.TakePart, request)
+        timeout_s = None if silent_s is None else wait_s + silent_s
+        answer = self._once(self._stub.TakePart, request, timeout_s=timeout_s)
         if not answer.answered:
             return None
         error = status.rebuilt(answer.error) if answer.HasField("error") else None

@@ -41,7 +41,7 @@ from agent.engines.criu import (
     tcpends,
 )
 from agent.engines.criu.probe import Criu
-from agent.host import clock, proc
+from agent.host import clock, deadman, proc
 from agent.model.streams import AddressSpace, MemberSink, PageRun
 
 _T = TypeVar("_T")
@@ -206,6 +206,8 @@ class _Capture:
     def run(self) -> None:
         """Do it, until the tree runs again or was killed."""
         with contextlib.ExitStack() as stack:
+            # Nobody else can let go of the tree, or of who waits for it, while we stand still.
+            stack.enter_context(deadman.armed())
             stack.callback(self._join_threads)
             stack.callback(self._server.close)
             descriptors, under = [self._server.for_criu.fileno()], []

@@ -1,0 +1,147 @@
+"""A checkpoint of several pods as its coordinator sees it: who asks at the same time, and who falls
+silent. The agents are simulated; the coordinator is the one that ships.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from agent import errors
+from agent.cluster.session import Session
+from agent.coordinator import checkpoint, links
+from agent.coordinator.checkpoint import Member
+from agent.model.protocol import COURSES, Answer, Course, Decision, Said, Step, Told
+from agent.rpc import client, epochclient
+from agent.settings import Settings
+from tests.fakes.authority import Authority
+
+MEMBERS = tuple(Member(f"w-0-{number}", f"pod-{number}", f"uid-{number}", "n") for number in (0, 1))
+
+
+class Agents:
+    """Agents that do each step in no time, each pod for one epoch; nobody is prepared before
+    somebody else was ``refused``.
+    """
+
+    def __init__(self) -> None:
+        self.taken: dict[str, str] = {}
+        self.committed: list[str] = []
+        self.refused = threading.Event()
+        self.silent_s: dict[Step, float | None] = {}
+        self._begun = 0
+        self._lock = threading.Lock()
+        self.epochs = self
+
+    def new(self, namespace: str, group: str, storage: str) -> epochclient.Epoch:
+        with self._lock:
+            self._begun += 1
+            name = f"20260131-235959-{self._begun:06x}"
+        return epochclient.Epoch(namespace, group, name, storage)
+
+    def take_part(
+        self,
+        epoch: epochclient.Epoch,
+        course: Course,
+        pod: epochclient.Pod,
+        told: Told,
+        wait_s: float,
+        deadline_s: float,
+        *,
+        silent_s: float | None = None,
+    ) -> Said | None:
+        del course, deadline_s
+        with self._lock:
+            self.silent_s[told.step] = silent_s
+            holder = self.taken.setdefault(pod.uid, epoch.name)
+            if holder != epoch.name and told.step is Step.PREPARE:
+                raise errors.TargetBusy(f"{pod.name} is taken for {holder}")
+            if holder == epoch.name and told.step in (Step.ABORT, Step.FINISH):
+                del self.taken[pod.uid]
+        if told.step is Step.PREPARE and not self.refused.wait(wait_s):
+            return None
+        return Said(Answer(told.step), None, b"part" if told.step is Step.PERSIST else b"")
+
+    def decide(
+        self,
+        epoch: epochclient.Epoch,
+        wish: Decision,
+        contributions: Sequence[bytes],
+        facts: Mapping[str, Any],
+    ) -> epochclient.Decided:
+        del contributions, facts
+        if wish is Decision.COMMITTED:
+            self.committed.append(epoch.name)
+        return epochclient.Decided(wish, cast("Any", object()), 0, (), ())
+
+
+def dump(agents: Agents, course: str = "leave-running") -> checkpoint.Checkpoint:
+    session = SimpleNamespace(
+        namespace="default",
+        settings=Settings(),
+        agent_of=lambda node: agents,
+        any_agent=lambda ask: ask(agents),
+    )
+    return checkpoint.run(
+        cast("Session", session), "jobset.train", MEMBERS, COURSES[course], facts={}, now_s=1e9
+    )
+
+
+def test_of_two_that_are_asked_for_at_once_one_gets_all_pods_and_the_other_hears_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(links, "PATIENCE_S", 0.1)
+    for _ in range(10):
+        agents = Agents()
+        with ThreadPoolExecutor(2) as pool:
+            asked = [pool.submit(dump, agents) for _ in range(2)]
+            for each in asked:
+                each.add_done_callback(lambda done, agents=agents: agents.refused.set())  # type: ignore[misc]
+        failed = [each.exception() for each in asked if each.exception()]
+        assert len(agents.committed) == 1
+        assert [type(each) for each in failed] == [errors.TargetBusy]
+        assert agents.committed[0] in str(failed[0])
+        assert agents.taken == {}
+
+
+@pytest.mark.parametrize(
+    ("course", "first", "last"),
+    [
+        ("leave-running", Step.FREEZE, Step.RESUME),
+        ("evacuate", Step.FREEZE, Step.END),
+    ],
+)
+def test_an_agent_must_not_be_silent_for_long_while_the_others_stand_still(
+    course: str, first: Step, last: Step
+) -> None:
+    agents = Agents()
+    agents.refused.set()
+    dump(agents, course)
+    steps = [*COURSES[course].before, *COURSES[course].after]
+    standing = steps[steps.index(first) : steps.index(last) + 1]
+    bounded = {step for step, silent_s in agents.silent_s.items() if silent_s is not None}
+    assert bounded == set(standing)
+
+
+def test_one_that_is_silent_cannot_be_reached() -> None:
+    """It may be stopped, or hang: its port still takes connections."""
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        address = f"127.0.0.1:{hung.getsockname()[1]}"
+        credentials = client.Credentials(Authority("ckpt-agent").pem, "agent", lambda: "token")
+        with client.connect(address, credentials, peer="the agent on n1") as agent:
+            epoch = epochclient.Epoch("default", "jobset.train", "20260131-235959-0a1b2c", "")
+            pod = epochclient.Pod("w-0-0", "pod-0", "uid-0")
+            told = Told(Step.HOLD, 1)
+            began_s = time.monotonic()
+            with pytest.raises(errors.Unreachable, match=r"n1 has not answered for 0\.3 s"):
+                agent.epochs.take_part(
+                    epoch, COURSES["leave-running"], pod, told, 0.1, 60.0, silent_s=0.2
+                )
+            assert time.monotonic() - began_s < 30

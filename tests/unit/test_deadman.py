@@ -1,0 +1,61 @@
+"""Who stands still while others depend on him is ended; who works is not."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from agent.host import deadman
+
+_STANDING = """
+import sys, time
+from agent.host import deadman
+with deadman.armed({lease_s}):
+    print("armed", flush=True)
+    sys.stdin.readline()
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+def standing(lease_s: float) -> subprocess.Popen[str]:
+    popen = subprocess.Popen(
+        [sys.executable, "-c", _STANDING.format(lease_s=lease_s)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert popen.stdout
+    assert popen.stdout.readline() == "armed\n"
+    return popen
+
+
+def test_one_that_was_stopped_is_killed() -> None:
+    with standing(0.5) as popen:
+        popen.send_signal(signal.SIGSTOP)
+        assert popen.wait(30) == -signal.SIGKILL
+
+
+def test_one_that_is_no_longer_armed_stays_stopped() -> None:
+    with standing(2.0) as popen:
+        assert popen.stdin
+        assert popen.stdout
+        popen.stdin.write("\n")
+        popen.stdin.flush()
+        assert popen.stdout.readline() == "done\n"
+        popen.send_signal(signal.SIGSTOP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            popen.wait(2.5)
+        popen.kill()
+
+
+def test_one_that_works_goes_on_beyond_the_lease() -> None:
+    began_s = time.monotonic()
+    with deadman.armed(2.0):
+        while time.monotonic() - began_s < 3.0:
+            sum(range(10_000))
+    assert time.monotonic() - began_s >= 3.0
