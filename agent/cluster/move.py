@@ -308,7 +308,7 @@ def check_rights(session: Session, wanted: Sequence[objects.Right]) -> None:
     Raises:
         errors.Forbidden: one is missing; every one that is, is named.
     """
-    missing = [str(right) for right in wanted if not objects.may(session.api, right)]
+    missing = [str(right) for right in wanted if not session.may(right)]
     if missing:
         raise errors.Forbidden(
             "the caller may not do all that a move takes",

@@ -1,14 +1,17 @@
 """One command's work in one cluster: the caller, its namespace, and the agents it can ask.
 
 Promises: an agent is reached by a port-forward with the caller's own rights, or at the address that
-the settings name; its certificate is checked against the authority that the cluster publishes; who
-cannot be asked is told by name with the reason and the way out; leaving the context closes all.
+the settings name, or, by a service inside the cluster, at its pod's; its certificate is checked
+against the authority that the cluster publishes; who cannot be asked is told by name with the reason
+and the way out; leaving the context closes all.
 Does not: decide what to do with pods.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -22,6 +25,8 @@ _CA_NAME, _CA_KEY = "ckpt-agent-ca", "ca.crt"
 _SERVICE = "ckpt-agent-node"
 
 T = TypeVar("T")
+May = Callable[[objects.Right], bool]
+"""Whether somebody has a right. Raises ``errors.Unreachable`` if that cannot be told now."""
 
 
 @contextlib.contextmanager
@@ -34,19 +39,42 @@ def session(settings: Settings) -> Iterator[Session]:
         yield Session(api, settings, stack)
 
 
+@contextlib.contextmanager
+def acting_for(
+    api: connection.Connection, settings: Settings, namespace: str, may: May
+) -> Iterator[Session]:
+    """A session of a service in the cluster, which acts with its own identity for somebody else
+    of whom ``may`` tells the rights.
+    """
+    with contextlib.ExitStack() as stack:
+        yield Session(api, dataclasses.replace(settings, namespace=namespace), stack, may)
+
+
 class Session:
-    """What verbs against a cluster share."""
+    """What verbs against a cluster share. ``for_another``: it is not the caller's own rights that
+    ``may`` tells, and calls are made with.
+    """
 
     def __init__(
-        self, api: connection.Connection, settings: Settings, stack: contextlib.ExitStack
+        self,
+        api: connection.Connection,
+        settings: Settings,
+        stack: contextlib.ExitStack,
+        may: May | None = None,
     ) -> None:
         self.api = api
         self.settings = settings
         self.namespace = settings.namespace or api.namespace
+        self.for_another = may is not None
+        self._may = may or functools.partial(objects.may, api)
         self._stack = stack
         self._agents: list[objects.AgentPod] | None = None
         self._connected: dict[str, client.Agent] = {}
         self._made_credentials: client.Credentials | None = None
+
+    def may(self, right: objects.Right) -> bool:
+        """Whether whom this is done for has a right, as the API server's review says."""
+        return self._may(right)
 
     def pod_names(self) -> list[str]:
         """The pods of the namespace, by name."""
@@ -99,7 +127,7 @@ class Session:
                 hint=f"kubectl -n {self.settings.agent_namespace} describe pod {here[0].name}",
                 node=node,
             )
-        return self._forwarded(here[0])
+        return self._reached(here[0])
 
     def any_agent(self, ask: Callable[[client.Agent], T]) -> T:
         """``ask`` an agent that is ready; where one cannot be reached, the next. For what any
@@ -120,8 +148,8 @@ class Session:
             )
         for each in ready[:-1]:
             with contextlib.suppress(errors.Unreachable):
-                return ask(self._forwarded(each))
-        return ask(self._forwarded(ready[-1]))
+                return ask(self._reached(each))
+        return ask(self._reached(ready[-1]))
 
     def _direct(self, address: str) -> client.Agent:
         if address not in self._connected:
@@ -129,6 +157,19 @@ class Session:
                 client.connect(address, self._credentials(), peer=f"the agent at {address}")
             )
         return self._connected[address]
+
+    def _reached(self, pod: objects.AgentPod) -> client.Agent:
+        if not self.for_another:
+            return self._forwarded(pod)
+        host = f"[{pod.address}]" if ":" in pod.address else pod.address
+        target = f"{host}:{self.settings.token_port}"
+        # A pod that was made anew may have the address of another.
+        key = f"{pod.name} {target}"
+        if key not in self._connected:
+            self._connected[key] = self._stack.enter_context(
+                client.connect(target, self._credentials(), peer=f"the agent on {pod.node}")
+            )
+        return self._connected[key]
 
     def _forwarded(self, pod: objects.AgentPod) -> client.Agent:
         if pod.name not in self._connected:

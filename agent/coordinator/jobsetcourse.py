@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from agent import errors
 from agent.cluster import move as cluster_move
 from agent.cluster.session import Session
-from agent.coordinator import checkpoint, jobsetchecks, restore
+from agent.coordinator import checkpoint, jobsetchecks, restore, takeover
 from agent.coordinator.machine import State
 from agent.host import clock
 from agent.kube import jobsets as kube
@@ -26,7 +26,8 @@ from agent.model import jobset, jobsetrestore, move, optin
 from agent.model.intent import Intent
 from agent.model.jobsetrestore import Plan, Step
 from agent.model.pods import Placement
-from agent.rpc import results
+from agent.model.protocol import Decision
+from agent.rpc import epochclient, results
 
 # How often a JobSet and its pods are looked at: short against the seconds that a kubelet takes.
 _LOOK_S = 0.25
@@ -38,7 +39,10 @@ _GONE_S = 30.0
 
 class Watch:
     """Who looks on: ``step`` is called when one begins, ``state`` with that of the epoch or the
-    restore under way, ``passed_over`` with an image that is given up and why.
+    restore under way, ``passed_over`` with an image that is given up and why. The others are
+    called before what they announce is done, which it is not if they raise: ``named`` with an
+    epoch to come, ``intends`` with the image that the JobSet shall come back as, ``attempting``
+    with the name of a restore; and ``committed`` with an epoch that is.
     """
 
     def __init__(
@@ -46,8 +50,15 @@ class Watch:
         step: Callable[[Step], None] = lambda step: None,
         state: Callable[[State], None] = lambda state: None,
         passed_over: Callable[[str, str], None] = lambda image, why: None,
+        *,
+        named: Callable[[epochclient.Epoch], None] = lambda epoch: None,
+        committed: Callable[[checkpoint.Checkpoint], None] = lambda done: None,
+        intends: Callable[[results.Image], None] = lambda image: None,
+        attempting: Callable[[str], None] = lambda attempt: None,
     ) -> None:
         self.step, self.state, self.passed_over = step, state, passed_over
+        self.named, self.committed = named, committed
+        self.intends, self.attempting = intends, attempting
         self._stop = threading.Event()
         self._control = checkpoint.Control()
 
@@ -222,6 +233,7 @@ class Course:
     def _brought_back(self, detail: results.ImageDetail) -> Returned:
         intent = jobsetchecks.intent_for(detail, self._plan.nodes)
         with self.timed(Step.SUSPEND):
+            self._watch.intends(detail.image)
             self._touched, self._intended = True, intent.image
             self._change(suspend=True, annotations={optin.RESTORE: intent.text()})
             self._await_rest()
@@ -243,8 +255,50 @@ class Course:
                 again=True,
                 control=self._watch.control(),
                 watch=self._watch.state,
+                attempting=self._watch.attempting,
             )
-        self._forget_intent(intent.image, {each["metadata"]["uid"] for each in waiting.values()})
+        return self._returned(detail, waiting, done)
+
+    def conclude(self, image: results.Image, attempt: str) -> Returned | None:
+        """Bring an attempt to its end whose coordinator is gone; None if it is abandoned, and
+        nothing of the image runs.
+
+        Raises:
+            errors.RestoreFailed: it is committed, and not all of it runs.
+            errors.CkptError: what it is cannot be told now.
+        """
+        detail = jobsetchecks.detail_of(self._session, image)
+        seen = jobsetrestore.gathered(
+            self._pods(), jobsetchecks.intent_for(detail, ()), image.members
+        )
+        taken = epochclient.Epoch(self._session.namespace, image.group, image.epoch, image.storage)
+        found = takeover.attempt(
+            self._session,
+            taken,
+            attempt,
+            [member(each, pod) for each, pod in sorted(seen.waiting.items())],
+            now_s=self._now_s,
+            watch=self._watch.state,
+        )
+        if found is Decision.ABANDONED:
+            return None
+        if not seen.complete:
+            missing = [*seen.cold, *seen.homeless, *seen.starting]
+            raise errors.RestoreFailed(
+                f"the image was let run, and not all of it does: {missing[0]}", reasons=missing
+            )
+        return self._returned(detail, seen.waiting, restore.Restored((), {}, 0.0, {}))
+
+    def _returned(
+        self,
+        detail: results.ImageDetail,
+        waiting: Mapping[str, jobset.Json],
+        done: restore.Restored,
+    ) -> Returned:
+        """What to tell of a JobSet that runs in the pods that waited."""
+        image = jobsetchecks.name_of(detail.image)
+        self._forget_intent(image, {each["metadata"]["uid"] for each in waiting.values()})
+        now = {each: jobsetrestore.addresses(pod) for each, pod in waiting.items()}
         return Returned(
             image=detail.image,
             pods=tuple(

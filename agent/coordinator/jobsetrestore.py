@@ -123,11 +123,50 @@ def migrate(
     course.try_pods(trial, found)
     with course.timed(Step.DUMP):
         dumped = jobsets.dump(
-            session, name, now_s=now_s, stop=True, control=watch.control(), watch=watch.state
+            session,
+            name,
+            now_s=now_s,
+            stop=True,
+            control=watch.control(),
+            watch=watch.state,
+            named=watch.named,
         )
+    watch.committed(dumped)
     older = jobsetchecks.older(session, name, dumped.image)
     returned = course.run([dumped.image, *_fitting(older, found)], ended=True)
     return Moved(dumped, returned, course.since_s())
+
+
+def go_on(
+    session: Session,
+    name: str,
+    image: results.Image,
+    nodes: Sequence[str],
+    *,
+    attempt: str = "",
+    now_s: float,
+    watch: Watch | None = None,
+) -> Returned:
+    """Bring back the JobSet ``name``, which stands still since another coordinator ended or
+    suspended it to come back as ``image``. ``attempt`` is a restore that it had begun; if that is
+    committed, it is brought to its end.
+
+    Raises:
+        errors.MoveIncomplete: it does not run yet; the message says which command goes on.
+        errors.CkptError: it cannot be told how it stands; as before.
+    """
+    found = kube.read(session.api, session.namespace, name)
+    plan = Plan(session.namespace, name, tuple(nodes))
+    course = Course(session, plan, now_s, watch)
+    course.adopt(found)
+    if attempt:
+        try:
+            returned = course.conclude(image, attempt)
+        except errors.RestoreFailed:
+            returned = None  # what runs of it is ended with the rest
+        if returned is not None:
+            return returned
+    return course.run([image], ended=True)
 
 
 def _fitting(images: Sequence[results.Image], found: Json) -> list[results.Image]:

@@ -7,6 +7,7 @@ Does not: restore; ``jobsetrestore`` does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from agent import errors
 from agent.cluster.session import Session
@@ -16,6 +17,7 @@ from agent.kube import jobsets
 from agent.model import jobset
 from agent.model import storage as model_storage
 from agent.model.protocol import EVACUATE, LEAVE_RUNNING
+from agent.rpc import epochclient
 
 
 def dump(
@@ -27,9 +29,10 @@ def dump(
     stop: bool = False,
     control: checkpoint.Control | None = None,
     watch: Callable[[State], None] = lambda state: None,
+    named: Callable[[epochclient.Epoch], None] = lambda epoch: None,
 ) -> checkpoint.Checkpoint:
     """Checkpoint all pods of the JobSet ``name`` at one instant. ``stop``: they are ended once that
-    is committed, and wait where they are.
+    is committed, and wait where they are. ``named`` as ``checkpoint.run`` has it.
 
     Raises:
         errors.NotFound | errors.TargetUnsuitable: there is none, or not all of its pods run.
@@ -40,9 +43,7 @@ def dump(
     found = jobsets.read(api, namespace, name)
     pods = jobsets.pods(api, namespace, name)
     made = jobset.membership(found, pods)
-    members = [
-        checkpoint.Member(each.identity, each.pod, each.uid, each.node) for each in made.members
-    ]
+    members = members_of(made)
     if not members:
         raise errors.TargetUnsuitable(f"JobSet {namespace}/{name} has no pods")
     taking = {each.uid for each in members}
@@ -51,14 +52,26 @@ def dump(
         for each in pods
         if each["metadata"]["uid"] in taking
     }
+    facts: dict[str, Any] = {"jobset": name, **made.facts}
+    # The agents ask it of their caller, which may be more than whom this is done for.
+    if not session.for_another or session.may(jobsets.right("create", namespace)):
+        facts[jobset.TEMPLATE] = jobset.template(found)
     return checkpoint.run(
         session,
         jobset.group(name),
         members,
         EVACUATE if stop else LEAVE_RUNNING,
-        facts={"jobset": name, jobset.TEMPLATE: jobset.template(found), **made.facts},
+        facts=facts,
         now_s=now_s,
         storage=storage or model_storage.agreed(said),
         control=control,
         watch=watch,
+        named=named,
     )
+
+
+def members_of(made: jobset.Membership) -> list[checkpoint.Member]:
+    """Those who take part."""
+    return [
+        checkpoint.Member(each.identity, each.pod, each.uid, each.node) for each in made.members
+    ]

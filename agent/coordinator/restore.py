@@ -56,9 +56,12 @@ def run(
     limits: Limits | None = None,
     control: checkpoint.Control | None = None,
     watch: Callable[[State], None] = lambda state: None,
+    attempting: Callable[[str], None] = lambda attempt: None,
 ) -> Restored:
     """Restore ``group`` as it was at ``epoch`` into ``members``, which are placeholders; ``moved``
     has for each address of a pod of the image the one that takes its place, ``now_s`` is wall time.
+    ``attempting`` is called with the attempt's name before any pod is told anything; if it raises,
+    none is.
 
     Raises:
         errors.Refused | errors.Unreachable | errors.DataError | errors.Failed | errors.CkptError:
@@ -70,6 +73,7 @@ def run(
     agents = {each.node: session.agent_of(each.node) for each in members}
     image = epochclient.Epoch(session.namespace, group, epoch, storage)
     attempt = epochclient.Attempt(secrets.token_hex(_ATTEMPT_BYTES), moved, again)
+    attempting(attempt.name)
     uids = [each.uid for each in members]
     deadline_s = session.settings.restore_deadline_s
     deadline = clock.Deadline.after(deadline_s)

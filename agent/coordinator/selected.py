@@ -8,11 +8,11 @@ Does not: make, place or delete pods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from agent import errors
 from agent.cluster.session import Session
-from agent.coordinator import checkpoint, jobsetcourse
+from agent.coordinator import checkpoint, jobsetcourse, takeover
 from agent.coordinator import restore as coordinator_restore
 from agent.coordinator.jobsetcourse import Pod, Returned
 from agent.coordinator.machine import State
@@ -20,8 +20,8 @@ from agent.host import clock
 from agent.kube import jobsets, objects
 from agent.model import jobset, jobsetrestore, optin, selection
 from agent.model import storage as model_storage
-from agent.model.protocol import EVACUATE, LEAVE_RUNNING
-from agent.rpc import results
+from agent.model.protocol import EVACUATE, LEAVE_RUNNING, Decision
+from agent.rpc import epochclient, results
 
 # How often pods are looked at that are to come up: short against the seconds that they take.
 _LOOK_S = 0.25
@@ -43,9 +43,11 @@ def dump(
     stop: bool = False,
     control: checkpoint.Control | None = None,
     watch: Callable[[State], None] = lambda state: None,
+    named: Callable[[epochclient.Epoch], None] = lambda epoch: None,
 ) -> checkpoint.Checkpoint:
     """Checkpoint all pods of the namespace that ``selector`` means (as kubectl's ``-l``) at one
     instant, as ``group``. ``stop``: they are ended once that is committed, and wait where they are.
+    ``named`` as ``checkpoint.run`` has it.
 
     Raises:
         errors.InvalidInput: no group can be called so, the selector is none, or the pods ask for
@@ -64,6 +66,7 @@ def dump(
         storage=storage or model_storage.agreed(said),
         control=control,
         watch=watch,
+        named=named,
     )
 
 
@@ -100,9 +103,11 @@ def restore(
     again: bool = False,
     control: checkpoint.Control | None = None,
     watch: Callable[[State], None] = lambda state: None,
+    attempting: Callable[[results.Image, str], None] = lambda image, attempt: None,
 ) -> Returned:
     """Restore ``group`` as it was at ``epoch`` ("": its newest image) into pods of the same names,
-    which wait for it; ``again``: even if the image was restored before.
+    which wait for it; ``again``: even if the image was restored before. ``attempting`` is called
+    with the image and the attempt's name before any pod is told anything.
 
     Raises:
         errors.TargetUnsuitable | errors.DeadlineExceeded: the pods are not there, or cannot be
@@ -126,14 +131,52 @@ def restore(
         again=again,
         control=control,
         watch=watch,
+        attempting=lambda attempt: attempting(detail.image, attempt),
     )
+    return _returned(detail, ready, done)
+
+
+def conclude(
+    session: Session,
+    image: results.Image,
+    attempt: str,
+    *,
+    now_s: float,
+    watch: Callable[[State], None] = lambda state: None,
+) -> Returned | None:
+    """Bring the restore ``attempt`` of ``image`` to its end, whose coordinator is gone; None if it
+    is abandoned, and the pods wait on. Raises what ``takeover.attempt`` does.
+    """
+    name = f"{image.group}@{image.epoch}"
+    detail = session.any_agent(lambda agent: agent.image(session.namespace, name, image.storage))
+    pods = {each["metadata"]["name"]: each for each in objects.pods(session.api, session.namespace)}
+    ready = {each: pods[each] for each in detail.pods if each in pods}
+    taken = epochclient.Epoch(session.namespace, image.group, image.epoch, image.storage)
+    members = [jobsetcourse.member(each, pod) for each, pod in sorted(ready.items())]
+    found = takeover.attempt(session, taken, attempt, members, now_s=now_s, watch=watch)
+    if found is Decision.ABANDONED:
+        return None
+    gone = [f"pod {each} is gone" for each in detail.pods if each not in ready]
+    if gone:
+        raise errors.RestoreFailed(
+            f"the image was let run, and not all of it does: {gone[0]}", reasons=gone
+        )
+    return _returned(detail, ready, coordinator_restore.Restored(tuple(members), {}, 0.0, {}))
+
+
+def _returned(
+    detail: results.ImageDetail,
+    ready: Mapping[str, jobset.Json],
+    done: coordinator_restore.Restored,
+) -> Returned:
+    """What to tell of a group that runs in these pods."""
     return Returned(
         image=detail.image,
         pods=tuple(
             Pod(
                 name,
                 detail.pods[name],
-                jobsetcourse.placement(pod, now[name]),
+                jobsetcourse.placement(pod, jobsetrestore.addresses(pod)),
                 done.lost.get(name, ()),
             )
             for name, pod in sorted(ready.items())

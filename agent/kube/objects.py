@@ -25,11 +25,14 @@ _GONE_S = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class AgentPod:
-    """A pod of the agent's DaemonSet. ``problem`` says why it cannot be asked, "" if it can."""
+    """A pod of the agent's DaemonSet. ``problem`` says why it cannot be asked, "" if it can;
+    ``address`` is its own, "" if it has none yet.
+    """
 
     name: str
     node: str
     problem: str
+    address: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +178,12 @@ def agents(api: Connection, namespace: str, selector: str) -> list[AgentPod]:
     an update has both.
     """
     found = [
-        AgentPod(each["metadata"]["name"], str(each["spec"]["nodeName"]), _problem(each))
+        AgentPod(
+            each["metadata"]["name"],
+            str(each["spec"]["nodeName"]),
+            _problem(each),
+            str((each.get("status") or {}).get("podIP") or ""),
+        )
         for each in pods(api, namespace, selector=selector)
         if each["spec"].get("nodeName")
     ]

@@ -43,35 +43,56 @@ def _of_epoch(verb: str) -> Callable[[Any, str], Right]:
     return needed
 
 
-_RIGHTS: dict[str, Callable[[Any, str], Right]] = {
-    "Dump": _images("create"),
-    "PlanDump": _images("create"),
-    "Restore": _images("restore"),
-    "ListImages": _images("list"),
-    "GetImage": _images("get"),
-    "VerifyImage": _images("get"),
+def _asked(verb: str) -> Callable[[Any, str], Right]:
+    """Of a request that begins an operation. What else it takes the service asks for itself."""
+
+    def needed(request: Any, node: str) -> Right:
+        return Right(verb, IMAGES, ids.namespace_name(request.asking.namespace))
+
+    return needed
+
+
+_RIGHTS: dict[tuple[str, str], Callable[[Any, str], Right]] = {
+    ("Node", "Dump"): _images("create"),
+    ("Node", "PlanDump"): _images("create"),
+    ("Node", "Restore"): _images("restore"),
+    ("Node", "ListImages"): _images("list"),
+    ("Node", "GetImage"): _images("get"),
+    ("Node", "VerifyImage"): _images("get"),
     # Neither "get", which shows no memory, nor "restore", which puts memory to use where the
     # namespace's rules hold: an archive takes all secrets out of the cluster.
-    "ExportImage": _images("export"),
-    "ImportImage": _images("create"),
-    "DeleteImage": _images("delete"),
-    "PruneImages": _images("delete"),
-    "NewEpoch": _images("create"),
-    "TakePart": _taking_part,
-    "DecideEpoch": _images("create"),
-    "DecideRestore": _of_epoch("restore"),
-    "Examine": lambda request, node: Right("get", NODES, name=node),
+    ("Node", "ExportImage"): _images("export"),
+    ("Node", "ImportImage"): _images("create"),
+    ("Node", "DeleteImage"): _images("delete"),
+    ("Node", "PruneImages"): _images("delete"),
+    ("Epochs", "NewEpoch"): _images("create"),
+    ("Epochs", "TakePart"): _taking_part,
+    ("Epochs", "DecideEpoch"): _images("create"),
+    ("Epochs", "DecideRestore"): _of_epoch("restore"),
+    ("Node", "Examine"): lambda request, node: Right("get", NODES, name=node),
+    ("Coordinator", "CreateEpoch"): _asked("create"),
+    ("Coordinator", "Restore"): _asked("restore"),
+    ("Coordinator", "Migrate"): _asked("restore"),
+    ("Coordinator", "GetOperation"): _images("get"),
+    ("Coordinator", "WatchOperation"): _images("get"),
+    # And what the operation needed, which the service asks for.
+    ("Coordinator", "CancelOperation"): _images("get"),
+    ("Coordinator", "ListOperations"): _images("list"),
+    ("Coordinator", "PlanEpoch"): _images("create"),
+    ("Coordinator", "ListImages"): _images("list"),
+    ("Coordinator", "GetImage"): _images("get"),
 }
 
 
-def needed(method: str, request: Any, node: str) -> Right:
-    """The right that ``request`` to a method of the agent on ``node`` needs.
+def needed(service: str, method: str, request: Any, node: str) -> Right:
+    """The right that ``request`` to a method of the API needs, of the agent on ``node`` or of the
+    coordinator.
 
     Raises:
         errors.InvalidInput: it names no namespace, or none that can be.
         errors.Forbidden: there is no right for that method.
     """
-    find = _RIGHTS.get(method)
+    find = _RIGHTS.get((service, method))
     if find is None:
         raise errors.Forbidden(f"nobody may call {method}", hint="use a method of the API")
     return find(request, node)

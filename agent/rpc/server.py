@@ -29,13 +29,14 @@ from agent.model.access import Caller, Right
 from agent.rpc import limits, peers, rights, status
 from agent.rpc.calls import Call
 from agent.rpc.certificates import Certificates
-from agent.rpc.v1 import epochs_pb2, node_pb2
+from agent.rpc.v1 import coordinator_pb2, epochs_pb2, node_pb2
 
 _log = logging.getLogger(__name__)
 
 _SERVICES = {
     **node_pb2.DESCRIPTOR.services_by_name,
     **epochs_pb2.DESCRIPTOR.services_by_name,
+    **coordinator_pb2.DESCRIPTOR.services_by_name,
 }
 # A stream holds its thread as long as it lasts; the operations behind them are limited by
 # themselves, so this only has to leave room for health checks and listings.
@@ -179,17 +180,17 @@ def _handler(
     method: MethodDescriptor, serve: Callable[..., Any], door: _Door
 ) -> grpc.RpcMethodHandler[Any, Any]:
     def unary(request: Any, context: grpc.ServicerContext) -> Any:
-        with _Answer(method.name, context) as answer:
+        with _Answer(method, context) as answer:
             return serve(request, door.admit(answer, request, context))
 
     def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        with _Answer(method.name, context) as answer:
+        with _Answer(method, context) as answer:
             call = door.admit(answer, request, context)
             with door.lasting(call.caller):
                 yield from serve(request, call)
 
     def upload(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        with _Answer(method.name, context) as answer:
+        with _Answer(method, context) as answer:
             # Nobody unknown may let us wait for what comes.
             caller = door.identify(answer, context)
             with door.lasting(caller):
@@ -259,7 +260,9 @@ class _Door:
         self, answer: _Answer, caller: Caller, request: Any, context: grpc.ServicerContext
     ) -> Call:
         answer.request = request
-        self._guard.authorize(caller, rights.needed(answer.method, request, self._node))
+        self._guard.authorize(
+            caller, rights.needed(answer.service, answer.method, request, self._node)
+        )
         return Call(caller, context)
 
 
@@ -268,8 +271,8 @@ class _Answer:
     status that stands for it.
     """
 
-    def __init__(self, method: str, context: grpc.ServicerContext) -> None:
-        self.method = method
+    def __init__(self, method: MethodDescriptor, context: grpc.ServicerContext) -> None:
+        self.service, self.method = method.containing_service.name, method.name
         self.user = ""
         self.request: Any = None
         self._context = context
@@ -308,8 +311,9 @@ class _Answer:
             "peer": self._context.peer(),
             "seconds": round(clock.monotonic_s() - self._began_s, 3),
         }
-        for field in ("namespace", "pod", "image"):
-            if value := getattr(self.request, field, ""):
+        about = getattr(self.request, "asking", self.request)
+        for field, said in (("namespace", about), ("pod", self.request), ("image", self.request)):
+            if value := getattr(said, field, ""):
                 facts[field] = str(value)[:_NOTED_CHARS]
         if exc is not None:
             facts["error"] = exc.message
