@@ -19,6 +19,7 @@ from agent.cli.invocation import Invocation
 from agent.model import ids, values
 
 _JOBSETS = ("jobset", "jobsets")
+_GROUPS = ("group",)
 OF_A_CLUSTER = "is for a cluster (-n, --context, --kubeconfig), not for a store of this host"
 
 
@@ -97,7 +98,7 @@ def pod(value: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a dump is of in a cluster: ``kind`` is pod or jobset."""
+    """What a dump is of in a cluster: ``kind`` is pod, jobset or group."""
 
     kind: str
     name: str
@@ -111,16 +112,33 @@ def target(value: str) -> Target:
     return Target("pod", pod(value))
 
 
+def dump_target(value: str) -> Target:
+    """As ``target``, or ``group/NAME``."""
+    kind, _, name = value.partition("/")
+    if kind in _GROUPS and name and "/" not in name:
+        return Target("group", name)
+    return target(value)
+
+
 def jobset_image(value: str) -> tuple[str, str] | None:
     """The name and the epoch ("" for the newest) in ``jobset/NAME[@EPOCH]``; None if it is
     something else.
     """
+    return _image_of(value, _JOBSETS, "a JobSet's image, such as jobset/train")
+
+
+def group_image(value: str) -> tuple[str, str] | None:
+    """As ``jobset_image``, in ``group/NAME[@EPOCH]``."""
+    return _image_of(value, _GROUPS, "a group's image, such as group/solver")
+
+
+def _image_of(value: str, kinds: Sequence[str], what: str) -> tuple[str, str] | None:
     kind, slash, image = value.partition("/")
-    if not slash or kind not in _JOBSETS:
+    if not slash or kind not in kinds:
         return None
     name, at, epoch = image.partition("@")
     if not name or "/" in image or (at and not epoch):
-        raise click.BadParameter(f"{value!r} is not a JobSet's image, such as jobset/train")
+        raise click.BadParameter(f"{value!r} is not {what}")
     return name, epoch
 
 

@@ -29,8 +29,8 @@ from agent.node.dump import Cancel
 )
 @click.argument(
     "target",
-    metavar="[pod/NAME|jobset/NAME]",
-    type=arguments.target,
+    metavar="[pod/NAME|jobset/NAME|group/NAME]",
+    type=arguments.dump_target,
     required=False,
     shell_complete=arguments.complete_pod,
 )
@@ -51,6 +51,13 @@ from agent.node.dump import Cancel
     multiple=True,
     help="File or directory that travels with the image; may be repeated.",
 )
+@click.option(
+    "-l",
+    "--selector",
+    metavar="LABELS",
+    default="",
+    help="With group/NAME: its pods are all that match, as kubectl's -l.",
+)
 @arguments.containers
 @arguments.engine
 @click.option(
@@ -68,12 +75,13 @@ def verb(
     stop: bool,
     name: str | None,
     include: tuple[str, ...],
+    selector: str,
     containers: tuple[str, ...],
     engine: str | None,
     deadline: float | None,
 ) -> None:
-    """Capture the process trees below each PID, or in a cluster the containers of a pod or of all
-    pods of a JobSet, as one image and print its name.
+    """Capture the process trees below each PID, or in a cluster the containers of a pod, of all
+    pods of a JobSet or of all pods that a selector means, as one image and print its name.
 
     The processes stand still while they are captured and go on while the image is compressed and
     written. If anything fails, or on Ctrl-C, they go on and nothing is stored.
@@ -82,20 +90,27 @@ def verb(
         invocation,
         target,
         pids,
-        {"--container": containers, "--engine": engine},
+        {"--container": containers, "--engine": engine, "--selector": selector},
         {"--follow": follow, "--name": name, "--include": include},
     )
     settings = invocation.settings(dump_deadline=deadline)
     if target is not None:
-        from agent.cli import incluster
+        of_a_pod = {"--container": containers, "--engine": engine}
+        if (target.kind == "group") != bool(selector):
+            raise click.UsageError("group/NAME and --selector LABELS go together")
+        if target.kind == "group":
+            from agent.cli import ingroup
 
-        if target.kind == "jobset":
+            arguments.refuse(of_a_pod, "is for a pod, not for a group of pods")
+            ingroup.dump(invocation, settings, target.name, selector, stop=stop)
+        elif target.kind == "jobset":
             from agent.cli import injobset
 
-            of_a_pod = {"--container": containers, "--engine": engine}
             arguments.refuse(of_a_pod, "is for a pod, not for a JobSet")
             injobset.dump(invocation, settings, target.name, stop=stop)
         else:
+            from agent.cli import incluster
+
             incluster.dump(invocation, settings, target.name, containers, engine=engine, stop=stop)
         return
     options = CaptureOptions(

@@ -41,7 +41,16 @@ def dump(invocation: Invocation, settings: Settings, name: str, *, stop: bool) -
         done = jobsets.dump(
             session, name, now_s=clock.wall_s(), stop=stop, control=control, watch=show
         )
-        document = jobsetdocuments.dump_report(session.namespace, name, done, stopped=stop)
+        of = {"jobset": name}
+        document = jobsetdocuments.dump_report(session.namespace, of, done, stopped=stop)
+    said_cut(invocation, document, done, "the JobSet")
+    invocation.emit(document)
+
+
+def said_cut(
+    invocation: Invocation, document: output.Document, done: checkpoint.Checkpoint, what: str
+) -> None:
+    """Tell of a cut that was committed, and who is connected with somebody outside of ``what``."""
     invocation.say(
         f"captured {output.human_bytes(document['rawBytes'])} of {len(done.members)} pods at one"
         f" instant, stopped for {output.human_s(document['stopSeconds'])}, durable after"
@@ -50,8 +59,7 @@ def dump(invocation: Invocation, settings: Settings, name: str, *, stop: bool) -
     )
     for pod_uid, local, remote in done.leaving:
         pod = next((each.pod for each in done.members if each.uid == pod_uid), pod_uid)
-        invocation.say(f"pod {pod} is connected to {remote}, outside of the JobSet (from {local})")
-    invocation.emit(document)
+        invocation.say(f"pod {pod} is connected to {remote}, outside of {what} (from {local})")
 
 
 def restore(
@@ -76,8 +84,8 @@ def restore(
             now_s=clock.wall_s(),
             watch=watch,
         )
-        document = jobsetdocuments.restore_report(session.namespace, name, done)
-    _said_back(invocation, name, done)
+        document = jobsetdocuments.restore_report(session.namespace, {"jobset": name}, done)
+    said_back(invocation, f"JobSet {name}", done)
     invocation.emit(document)
 
 
@@ -86,15 +94,16 @@ def migrate(invocation: Invocation, settings: Settings, name: str, nodes: Sequen
     with connected(settings) as session, _watched(invocation) as watch:
         done = jobsetrestore.migrate(session, name, nodes, now_s=clock.wall_s(), watch=watch)
         document = jobsetdocuments.move_report(session.namespace, name, done)
-    _said_back(invocation, name, done.returned)
+    said_back(invocation, f"JobSet {name}", done.returned)
     spans = (f"{step} {output.human_s(span_s)}" for step, span_s in done.returned.steps.items())
     invocation.say(f"it was away for {output.human_s(done.away_s)} ({', '.join(spans)})")
     invocation.emit(document)
 
 
-def _said_back(invocation: Invocation, name: str, done: jobsetcourse.Returned) -> None:
+def said_back(invocation: Invocation, what: str, done: jobsetcourse.Returned) -> None:
+    """Tell where ``what`` runs again, and what it lost."""
     places = ", ".join(f"{each.identity} on {each.now.node}" for each in done.pods)
-    invocation.say(f"JobSet {name} runs again: {places}")
+    invocation.say(f"{what} runs again: {places}")
     for each in done.pods:
         for peer in each.lost:
             invocation.say(f"{each.identity} lost its connection to {peer}")

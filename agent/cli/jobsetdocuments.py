@@ -1,4 +1,4 @@
-"""From what became of a JobSet to what is printed; the rest of ``documents``.
+"""From what became of a group of pods to what is printed; the rest of ``documents``.
 
 Promises: as ``poddocuments``.
 Does not: read anything, or decide how a document looks.
@@ -6,6 +6,7 @@ Does not: read anything, or decide how a document looks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from agent.cli import documents
@@ -16,14 +17,18 @@ from agent.coordinator.jobsetcourse import Returned
 from agent.coordinator.jobsetrestore import Moved
 
 
-def dump_report(namespace: str, jobset: str, done: Checkpoint, *, stopped: bool) -> Document:
-    """A committed checkpoint of a JobSet."""
+def dump_report(
+    namespace: str, of: Mapping[str, str], done: Checkpoint, *, stopped: bool
+) -> Document:
+    """A committed checkpoint of several pods; ``of`` says what makes them a group: jobset, or
+    group and selector.
+    """
     image = done.image
     return documents.document(
         "DumpReport",
         documents.image_name(image),
         namespace=namespace,
-        jobset=jobset,
+        **of,
         engine="container",
         stopped=stopped,
         stopSeconds=seconds(done.stop_s),
@@ -51,13 +56,13 @@ def dump_report(namespace: str, jobset: str, done: Checkpoint, *, stopped: bool)
     )
 
 
-def restore_report(namespace: str, jobset: str, done: Returned) -> Document:
-    """A JobSet that runs again."""
+def restore_report(namespace: str, of: Mapping[str, str], done: Returned) -> Document:
+    """A group that runs again; ``of`` is as for a dump, without a selector."""
     return documents.document(
         "RestoreReport",
         documents.image_name(done.image),
         namespace=namespace,
-        jobset=jobset,
+        **of,
         storage=done.image.storage,
         isolated=False,
         created=done.created,

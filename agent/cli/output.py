@@ -289,7 +289,7 @@ def _dump_report(document: Document, wide: bool, now_s: float) -> list[str]:
 
 
 def _restore_report(document: Document, wide: bool, now_s: float) -> list[str]:
-    if document.get("jobset"):
+    if document.get("jobset") or document.get("group"):
         return table(_BACK, document["pods"], now_s)
     if document.get("pod"):
         return table(_RESTORED_POD, [document], now_s)

@@ -101,7 +101,8 @@ def verb(
     named at once, and nothing is changed then. In a cluster say where: --node or --pod.
 
     jobset/NAME[@EPOCH] brings back all pods of a JobSet at one instant, on the nodes that --node
-    names or where the scheduler likes.
+    names or where the scheduler likes. group/NAME[@EPOCH] brings the pods of a selector back, into
+    pods of the same names that wait for the image.
     """
     of_a_cluster = {
         "--node": nodes,
@@ -129,6 +130,14 @@ def verb(
         injobset.restore(
             invocation, settings, name, epoch, storage=storage, nodes=nodes, replace=replace
         )
+        return exits.DONE
+    of_a_group = arguments.group_image(image)
+    if of_a_group is not None:
+        placed = {"--pod": pod, "--node": nodes, "--replace": replace}
+        arguments.refuse(of_a_host | placed, "is not for a group of pods, which wait already")
+        from agent.cli import ingroup
+
+        ingroup.restore(invocation, settings, *of_a_group, storage=storage, again=again)
         return exits.DONE
     if invocation.in_cluster(settings) or any(of_a_cluster.values()):
         arguments.refuse(of_a_host, "is for processes on this host, not for pods in a cluster")
