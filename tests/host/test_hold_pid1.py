@@ -500,6 +500,7 @@ def stopping(container: Container) -> int:
 
 def test_a_stopped_tree_leaves_a_placeholder_not_the_containers_end(start: Start) -> None:
     container = start("run", "sleep", "1000")
+    until(lambda: bool(proc.children(container.stem())), "the workload is there")
     os.kill(container.outer(stopping(container)), signal.SIGKILL)
     until(container.waits, "it waits")
     (orphan,) = proc.children(container.pid)  # CRIU kills the whole tree; here the workload is left
