@@ -182,7 +182,7 @@ class Settings:
     use the kubelet's checkpoints. The place is runc's."""
 
     probe_port: int = 7445
-    """``node`` tells the kubelet here whether it lives (/livez) and serves (/readyz)."""
+    """``node`` and ``coordinator`` tell the kubelet here whether it lives (/livez) and serves (/readyz)."""
 
     work_kept_free_percent: int = 10
     """An archive that comes to ``node`` is refused if less than this part of its disk
@@ -203,6 +203,12 @@ class Settings:
     coordinator_address: str | None = None
     """The coordinator's address, ``host:port``, for callers that reach it directly. None: a
     port-forward to the replica that serves."""
+
+    coordinator_token_port: int = 7543
+    """``coordinator`` takes callers with a bearer token here."""
+
+    coordinator_certificate_port: int = 7544
+    """``coordinator`` takes callers with a client certificate here."""
 
     caller_rate_per_s: float = 20.0
     """Calls a second that ``coordinator`` takes from one caller in the long run: a scheduler that
@@ -270,6 +276,12 @@ _KEYS = {
     "use_coordinator": _Key("use_coordinator", values.yes, "--coordinator"),
     "coordinator_selector": _Key("coordinator_selector", values.word, "--coordinator-selector"),
     "coordinator_address": _Key("coordinator_address", values.word, "--coordinator-address"),
+    "coordinator_token_port": _Key(
+        "coordinator_token_port", values.port, "--coordinator-token-port"
+    ),
+    "coordinator_certificate_port": _Key(
+        "coordinator_certificate_port", values.port, "--coordinator-certificate-port"
+    ),
     "caller_rate": _Key("caller_rate_per_s", values.rate_per_s, "--caller-rate"),
     "caller_burst": _Key("caller_burst", values.count, "--caller-burst"),
     "caller_streams": _Key("caller_streams", values.count, "--caller-streams"),

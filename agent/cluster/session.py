@@ -151,6 +151,11 @@ class Session:
                 return ask(self._reached(each))
         return ask(self._reached(ready[-1]))
 
+    def credentials(self, service: str = _SERVICE) -> client.Credentials:
+        """How the servers behind a Service of the project are trusted, and told who calls."""
+        name = f"{service}.{self.settings.agent_namespace}.svc"
+        return dataclasses.replace(self._credentials(), server_name=name)
+
     def _direct(self, address: str) -> client.Agent:
         if address not in self._connected:
             self._connected[address] = self._stack.enter_context(
