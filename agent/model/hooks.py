@@ -2,7 +2,7 @@
 
 ``pre`` hooks run while the job still runs, before it is stopped; ``post`` hooks when it runs again.
 A phase is a list whose entries run one after the other; an entry that is itself a list runs at
-once. A hook is a command, a request over HTTP, or an action of the agent's.
+once. A hook is a command, a request over HTTP, a call over gRPC, or an action of the agent's.
 
 Promises: pure; what does not make sense is named with the place where it stands and the way out; a
 hook that is asked for is understood whole or refused, never in part.
@@ -108,6 +108,16 @@ class Unix:
 
 
 @dataclasses.dataclass(frozen=True)
+class Grpc:
+    """A call of ``Hooks.Call`` (hooks.proto) at a port of the pod's own loopback, or over the Unix
+    socket ``socket`` of the container if that is not "".
+    """
+
+    port: int = 0
+    socket: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Builtin:
     """An action on ``path`` of the container; "" means all that travels with an image."""
 
@@ -115,7 +125,7 @@ class Builtin:
     path: str = ""
 
 
-Means = Exec | Http | Unix | Builtin
+Means = Exec | Http | Unix | Grpc | Builtin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,12 +283,14 @@ def _hook(phase: Phase, value: object, where: str, containers: Sequence[str]) ->
     extra = ("path",) if kind == "action" else ()
     _only(value, (*_COMMON, _OF_PHASE[phase], kind, *extra), where)
     container = value.get("container", "")
-    if container != "" and (kind == "http" or container not in containers):
-        way_out = "leave it out: the pod has one network" if kind == "http" else _listed(containers)
+    means = _KINDS[kind](value, where)
+    of_the_pod = isinstance(means, Http) or (isinstance(means, Grpc) and not means.socket)
+    if container != "" and (of_the_pod or container not in containers):
+        way_out = "leave it out: the pod has one network" if of_the_pod else _listed(containers)
         raise _bad(f"the container of {where} cannot be {container!r}", way_out)
     return Hook(
         name=name,
-        means=_KINDS[kind](value, where),
+        means=means,
         container=container,
         scope=Scope(_choice(value, "scope", Scope, Scope.MEMBER, where)),
         deadline_s=_deadline_s(value, where),
@@ -317,10 +329,10 @@ def _is_word(value: object) -> bool:
 def _http(value: Mapping[str, Any], where: str) -> Means:
     said = value["http"]
     port = said.get("port") if isinstance(said, dict) else None
-    if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 1 << 16:
+    if not _is_port(port):
         raise _bad(f"http of {where} has no port", '"http": {"port": 8080, "path": "/quiesce"}')
     _only(said, ("port", "path"), f"http of {where}")
-    return Http(port, _request_path(said, where))
+    return Http(int(said["port"]), _request_path(said, where))
 
 
 def _unix(value: Mapping[str, Any], where: str) -> Means:
@@ -333,6 +345,23 @@ def _unix(value: Mapping[str, Any], where: str) -> Means:
         )
     _only(said, ("socket", "path"), f"unix of {where}")
     return Unix(str(place), _request_path(said, where))
+
+
+def _grpc(value: Mapping[str, Any], where: str) -> Means:
+    said = value["grpc"]
+    given = said if isinstance(said, dict) else {}
+    port, place = given.get("port"), given.get("socket")
+    if ("port" in given) == ("socket" in given) or not (_is_port(port) or _is_path(place)):
+        raise _bad(
+            f"grpc of {where} has neither a port nor a socket, or both",
+            '"grpc": {"port": 50051}, or {"socket": "/run/hooks.sock"}',
+        )
+    _only(given, ("port", "socket"), f"grpc of {where}")
+    return Grpc(port or 0, place or "")
+
+
+def _is_port(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 16
 
 
 def _request_path(said: Mapping[str, Any], where: str) -> str:
@@ -358,7 +387,7 @@ def _is_path(value: object) -> bool:
     return _is_word(value) and posixpath.isabs(str(value))
 
 
-_KINDS = {"exec": _exec, "http": _http, "unix": _unix, "action": _builtin}
+_KINDS = {"exec": _exec, "http": _http, "unix": _unix, "grpc": _grpc, "action": _builtin}
 
 
 def _deadline_s(value: Mapping[str, Any], where: str) -> float:

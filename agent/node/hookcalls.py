@@ -1,9 +1,9 @@
 """Carrying out one hook in a pod.
 
 A command goes through the container runtime, as a probe's does: nobody else knows all that keeps a
-container in its bounds. A request is made from the pod's network, or to a socket in the container
-with the rights of the container's own first process. What the agent does itself it does from
-outside, by descriptors below the container's root.
+container in its bounds. A request or a call is made from the pod's network, or to a socket in the
+container with the rights of the container's own first process. What the agent does itself it does
+from outside, by descriptors below the container's root.
 
 Promises: a hook has no more rights than its container; it has ended by its deadline, and nothing
 that it started is left; what it said travels with its failure and goes nowhere else.
@@ -29,7 +29,8 @@ from agent import errors
 from agent.cri.runtime import Executed
 from agent.host import acting, clock, confine, filecaches, namespaces, proc, webcall
 from agent.model.container import Container
-from agent.model.hooks import Action, Builtin, Exec, Hook, Http, Told, Unix
+from agent.model.hooks import Action, Builtin, Exec, Grpc, Hook, Http, Told, Unix
+from agent.rpc import hookclient
 
 # A killed command is gone at once, and the runtime has noticed soon after.
 _KILLED_S = 10.0
@@ -86,6 +87,10 @@ class Calls:
                 _ask(_to_port(container, port, deadline), path, told, deadline)
             case Unix(place, path):
                 _ask(_to_socket(container, place, deadline), path, told, deadline)
+            case Grpc(port, ""):
+                _call(_to_port(container, port, deadline), told, deadline)
+            case Grpc(_, place):
+                _call(_to_socket(container, place, deadline), told, deadline)
             case Builtin(action, path):
                 _act(container, action, path, deadline)
 
@@ -158,6 +163,18 @@ def _ask(connected: socket.socket, path: str, told: Told, deadline: clock.Deadli
             f"it was answered with {answer.status}",
             hint="see what the answer said",
             output=_said(answer.tail),
+        )
+
+
+def _call(connected: socket.socket, told: Told, deadline: clock.Deadline) -> None:
+    answer = hookclient.call(connected, told, deadline)
+    if answer.status != hookclient.OK:
+        raise errors.DumpFailed(
+            f"it was answered with {answer.status}",
+            hint="does it serve agent.rpc.v1.Hooks?"
+            if answer.status == "UNIMPLEMENTED"
+            else "see what the answer said",
+            output=_said(answer.said.encode()),
         )
 
 

@@ -58,22 +58,28 @@ class TestAnnotation:
                         "scope": "group",
                     },
                     {"name": "drop", "action": "drop-caches", "path": "/data"},
+                    [
+                        {"name": "call", "grpc": {"port": 50051}},
+                        {"name": "dial", "grpc": {"socket": "/run/g"}, "container": "proxy"},
+                    ],
                 ],
                 "post": [RUN | {"when": "decided"}, {"name": "sync", "action": "sync"}],
             }
         )
-        assert names(found.pre) == [["run", "ask"], ["tell"], ["drop"]]
-        run, ask, tell, drop = (hook for step in found.pre for hook in step)
+        assert names(found.pre) == [["run", "ask"], ["tell"], ["drop"], ["call", "dial"]]
+        run, ask, tell, drop, call, dial = (hook for step in found.pre for hook in step)
         assert (run.container, run.means) == ("proxy", hooks.Exec(("/bin/true",)))
         assert (run.deadline_s, run.aborts, run.scope) == (10.0, True, hooks.Scope.MEMBER)
         assert ask.means == hooks.Http(80, "/")
         assert tell.means == hooks.Unix("/run/s", "/quiesce?now=1")
         assert (tell.deadline_s, tell.aborts, tell.scope) == (2.5, False, hooks.Scope.GROUP)
         assert drop.means == hooks.Builtin(hooks.Action.DROP_CACHES, "/data")
+        assert (call.means, call.aborts) == (hooks.Grpc(port=50051), True)
+        assert (dial.means, dial.container) == (hooks.Grpc(socket="/run/g"), "proxy")
         decided, sync = (hook for step in found.post for hook in step)
         assert (decided.when, sync.when) == (hooks.When.DECIDED, hooks.When.RUNNING)
         assert not decided.aborts
-        assert found.names == {"run", "ask", "tell", "drop"}
+        assert found.names == {"run", "ask", "tell", "drop", "call", "dial"}
 
     @pytest.mark.parametrize(
         ("value", "word"),
@@ -105,6 +111,13 @@ class TestAnnotation:
             ({"pre": [{"name": "x", "http": {"port": 1}, "container": "main"}]}, "container of"),
             ({"pre": [{"name": "x", "unix": {"socket": "run/s"}}]}, "no socket"),
             ({"pre": [{"name": "x", "unix": {"socket": "/run/\udcff"}}]}, "no socket"),
+            ({"pre": [{"name": "x", "grpc": {}}]}, "neither a port nor a socket"),
+            ({"pre": [{"name": "x", "grpc": "://:50051"}]}, "neither a port nor a socket"),
+            ({"pre": [{"name": "x", "grpc": {"port": 1, "socket": "/s"}}]}, "or both"),
+            ({"pre": [{"name": "x", "grpc": {"port": 1 << 16}}]}, "neither a port"),
+            ({"pre": [{"name": "x", "grpc": {"socket": "s"}}]}, "neither a port nor a socket"),
+            ({"pre": [{"name": "x", "grpc": {"port": 1, "tls": True}}]}, "'tls'"),
+            ({"pre": [{"name": "x", "grpc": {"port": 1}, "container": "main"}]}, "container of"),
             ({"pre": [{"name": "x", "action": "sync", "path": "/\ud800"}]}, "not absolute"),
             ({"pre": [{"name": "x", "action": "reboot"}]}, "no action that there is"),
             ({"pre": [{"name": "x", "action": "drop-caches"}]}, "whose caches"),
