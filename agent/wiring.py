@@ -26,6 +26,7 @@ from agent.node import dump as node_dump
 from agent.node import follow as node_follow
 from agent.node import plan as node_plan
 from agent.node import restore as node_restore
+from agent.node import watch as node_watch
 from agent.settings import Settings
 from agent.store.repository import EpochSummary, Store
 from agent.volumes.base import Volume
@@ -101,10 +102,7 @@ def dump(
     if len(set(pids)) != len(pids):
         raise errors.InvalidInput("a pid is given twice", hint="name each tree once")
     group = ids.group_name(name) if name else _default_group(pids[0])
-    members = [
-        node_dump.Member(ids.member_name(f"tree-{number}"), pid)
-        for number, pid in enumerate(pids if followed is None else followed.roots)
-    ]
+    members = _members(pids if followed is None else followed.roots)
     chosen = engine(settings)  # before the store, which is made if there is none
     return node_dump.dump(
         store(settings, create=True),
@@ -115,6 +113,45 @@ def dump(
         stop=stop,
         cancel=cancel,
         progress=progress,
+    )
+
+
+def watch(
+    settings: Settings,
+    pids: Sequence[int],
+    name: str | None,
+    options: CaptureOptions,
+    stop: node_watch.Stop,
+    *,
+    follow_up: Callable[[], follow.Closure] | None = None,
+    every_s: float | None = None,
+    most: int | None = None,
+    done: Callable[[node_dump.DumpOutcome], None] = lambda outcome: None,
+    failed: Callable[[errors.CkptError], None] = lambda exc: None,
+) -> node_watch.Watched:
+    """Dump the trees below ``pids`` again and again as epochs of the group ``name``, with whom
+    ``follow_up`` finds each time. Raises what ``node.watch.watch`` does.
+    """
+    if len(set(pids)) != len(pids):
+        raise errors.InvalidInput("a pid is given twice", hint="name each tree once")
+    group = ids.group_name(name) if name else _default_group(pids[0])
+    chosen = engine(settings)
+    kept_in = store(settings, create=True)
+
+    def once(
+        members: Sequence[node_dump.Member], options: CaptureOptions, cancel: node_dump.Cancel
+    ) -> node_dump.DumpOutcome:
+        return node_dump.dump(kept_in, chosen, group, members, options, cancel=cancel)
+
+    return node_watch.watch(
+        once,
+        lambda: _members(pids if follow_up is None else follow_up().roots),
+        options,
+        stop,
+        every_s=every_s,
+        most=most,
+        done=done,
+        failed=failed,
     )
 
 
@@ -402,6 +439,12 @@ def _leftovers(settings: Settings) -> list[str]:
     known = {entry.name for entry in entries}
     dead = [entry.name for entry in entries if not proc.alive(entry.agent)]
     return dead + [name for name in places.scratch_names() if name not in known]
+
+
+def _members(roots: Sequence[int]) -> list[node_dump.Member]:
+    return [
+        node_dump.Member(ids.member_name(f"tree-{number}"), pid) for number, pid in enumerate(roots)
+    ]
 
 
 def _default_group(pid: int) -> ids.GroupName:

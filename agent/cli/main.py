@@ -41,6 +41,7 @@ from agent.cli import (
     restore,
     show,
     verify,
+    watch,
 )
 from agent.cli import (
     list as list_verb,
@@ -69,6 +70,7 @@ cli = Verbs(
 )
 for _verb in (
     dump,
+    watch,
     restore,
     migrate,
     list_verb,

@@ -11,6 +11,7 @@ stay stopped, if they were stopped before), and nothing of the capture is left o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 from collections.abc import Mapping
@@ -68,6 +69,50 @@ class Cut(Protocol):
         """The processes run again, or were killed."""
 
 
+class Closes(Protocol):
+    """Something that is let go of."""
+
+    def close(self) -> None:
+        """Let go of it, whatever fails; safe to repeat."""
+
+
+class Kept:
+    """What an engine keeps of members from one capture to the next, so that the next one reads
+    only what was written since; whatever that is, by the member's root. It is good for nothing but
+    the member of the same name in an epoch that builds on ``epoch``, what the last capture of all
+    of them became. Leaving the context lets go of everything.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = ""
+        self._parts: dict[int, Closes] = {}
+
+    def __enter__(self) -> Kept:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.forget()
+
+    def take(self, root: int) -> Closes | None:
+        """Hand out what is kept of a tree, which the caller then owns."""
+        return self._parts.pop(root, None)
+
+    def keep(self, root: int, part: Closes) -> None:
+        """Keep ``part`` of a tree."""
+        self._parts[root] = part
+
+    def committed(self, epoch: str) -> None:
+        """What was captured has become ``epoch``."""
+        self.epoch = epoch
+
+    def forget(self) -> None:
+        """Let go of everything: the next capture begins anew."""
+        parts, self._parts, self.epoch = self._parts, {}, ""
+        with contextlib.ExitStack() as stack:
+            for each in parts.values():
+                stack.callback(each.close)
+
+
 @dataclasses.dataclass(frozen=True)
 class CaptureOptions:
     """How to capture.
@@ -77,8 +122,8 @@ class CaptureOptions:
     connections (otherwise their presence fails the dump). ``kill`` must be set for a cut that may
     answer ``KILL``: CRIU has to know beforehand, and then needs a definite no to let the tree go
     on. ``precopy``: copy memory while the member runs and stop it only for the rest, where that
-    can be done. ``held_bytes`` bounds what is held in memory while it stands still, to be stored
-    when it runs again.
+    can be done; with ``kept`` only what was written since the capture before. ``held_bytes`` bounds
+    what is held in memory while it stands still, to be stored when it runs again.
     """
 
     deadline_s: float = 600.0
@@ -88,6 +133,7 @@ class CaptureOptions:
     kill: bool = False
     log_level: int = 2
     precopy: bool = False
+    kept: Kept | None = None
     # What the agent takes for a dump in all stays below 256 MiB with it (bench.peak_memory).
     held_bytes: int = 96 << 20
 

@@ -85,6 +85,12 @@ class MemberSink(Protocol):
         to the image until it is settled. ``flags`` do not count.
         """
 
+    def recall(self, epoch: str, space: AddressSpace) -> list[PageRun]:
+        """Take the pages that this member had in this address space in the group's committed
+        ``epoch`` for drafts, without being given them; which ones, in ascending order. Of an epoch
+        that the new one does not build on, and of pages that are better stored anew, none.
+        """
+
     def settle(self, space: AddressSpace, runs: Sequence[PageRun]) -> None:
         """The address space has these runs, with the content of their last drafts; every page must
         have one. Calls of this and of ``pages`` come in ascending order together.

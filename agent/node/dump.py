@@ -351,6 +351,10 @@ class _MeteredSink:
         self._meter.add(0)
         self._sink.draft(space, runs, data)
 
+    def recall(self, epoch: str, space: AddressSpace) -> list[PageRun]:
+        self._meter.add(0)
+        return self._sink.recall(epoch, space)
+
     def settle(self, space: AddressSpace, runs: Sequence[PageRun]) -> None:
         self._meter.add(sum(run.pages for run in runs) * PAGE_BYTES)
         self._sink.settle(space, runs)

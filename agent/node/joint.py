@@ -248,7 +248,7 @@ class _Noted:
         self._cut = cut
         self.known: dict[str, Any] = {}
         self.raw_bytes = 0
-        self.metadata, self.file = sink.metadata, sink.file
+        self.metadata, self.file, self.recall = sink.metadata, sink.file, sink.recall
 
     def draft(self, space: AddressSpace, runs: Sequence[PageRun], data: memoryview) -> None:
         self._cut.check()

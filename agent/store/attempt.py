@@ -68,6 +68,7 @@ class Attempt:
         self._volume = volume
         self._key = key
         self._attempt = attempt
+        self._base = base.epoch
         self._warnings = base.warnings
         self._age = age
         self._members: dict[MemberName, MemberWriter] = {}
@@ -87,7 +88,7 @@ class Attempt:
             if self._sealed or name in self._members:
                 raise errors.InvalidInput(f"member {name} cannot be added to epoch {self.epoch}")
             writer = MemberWriter(
-                self._volume, self._pages, self._key, self.group, self.epoch, name
+                self._volume, self._pages, self._key, self.group, self.epoch, name, self._base
             )
             self._members[name] = writer
         return writer

@@ -58,6 +58,10 @@ class PageIndex:
         """Return a copy of the tags of some rows."""
         return self._tags[first : first + count].copy()
 
+    def findable(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """Return which rows are of pages; those with the zero page's tag are of none."""
+        return differ(self._tags[rows], self._zero)
+
     def leave_out(self) -> None:
         """Leave out a row, at the end of a pack."""
         self._append(self._zero.reshape(1, 2))

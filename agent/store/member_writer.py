@@ -21,7 +21,8 @@ from agent.store import fields, layout, manifest, pagetable
 from agent.store.digest import digest
 from agent.store.drafts import Drafts
 from agent.store.identity import Identity
-from agent.store.pages import EpochPages, Pages, Places, as_pages
+from agent.store.pages import NO_ROW, EpochPages, Pages, Places, as_pages
+from agent.store.recall import Recall
 from agent.volumes.base import Volume
 
 # Pages looked at in one step: enough to make numpy's calls cheap, few enough to stay in cache.
@@ -40,14 +41,16 @@ class MemberWriter:
 
     def __init__(
         self, volume: Volume, pages: EpochPages, key: bytes, group: GroupName, epoch: EpochId,
-        name: MemberName,
+        name: MemberName, base: EpochId | None = None,
     ) -> None:  # fmt: skip
+        """``base`` is the epoch that the new one builds on."""
         self._volume = volume
         self._pages = pages
         self._identity = Identity(key)
         self._group = group
         self._epoch = epoch
         self.name = name
+        self._recall = Recall(volume, group, base, name)
         self._spaces: dict[AddressSpace, _Builder] = {}
         self._drafts: dict[AddressSpace, Drafts] = {}
         self._metadata: dict[str, tuple[int, _Builder]] = {}
@@ -101,6 +104,26 @@ class MemberWriter:
         for at in range(0, len(page), _STEP_PAGES):
             part = pages[at : at + _STEP_PAGES]
             drafts.put(page[at : at + _STEP_PAGES], self._rows(part))
+
+    def recall(self, epoch: str, space: AddressSpace) -> list[PageRun]:
+        """Take what the base has in its place for drafts; see ``model.streams.MemberSink``."""
+        self._check_open()
+        if epoch != self._recall.epoch:
+            return []
+        drafts = self._drafts.setdefault(space, Drafts())
+        taken = _Builder()
+        packs = self._recall.packs
+        for page, pack, ordinal in self._recall.pages(space):
+            rows = self._pages.recalled(packs, pack, ordinal)
+            known = rows != NO_ROW
+            drafts.put(page[known], rows[known])
+            # Only which ones: all that are neighbours are one run.
+            nothing = np.zeros(len(rows), dtype=np.int64)[known]
+            taken.add(page[known], nothing, nothing - 1)
+        start, pages, _, _ = taken.runs().tolist()
+        return [
+            PageRun(first * PAGE_BYTES, count, 0) for first, count in zip(start, pages, strict=True)
+        ]
 
     def settle(self, space: AddressSpace, runs: Sequence[PageRun]) -> None:
         """Take drafts for what they became; see ``model.streams.MemberSink``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 from numpy import typing as npt
@@ -23,6 +24,9 @@ from agent.store.manifest import PackRef
 from agent.store.packing import Buffer, Packer
 
 Pages = npt.NDArray[np.uint8]
+
+# In place of a page's row; -1 is the zero page's.
+NO_ROW = -2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,19 @@ class EpochPages:
             self._whole = True
         rows[full] = found
         return rows, len(new)
+
+    def recalled(self, packs: Sequence[str], pack: Rows, ordinal: Rows) -> Rows:
+        """The rows of pages by the numbers of their ``packs``, -1 for zero pages, and their places
+        there; ``NO_ROW`` for those that the epoch must not refer to.
+        """
+        known = {ref.name: row for ref, row in zip(self._base_refs, self._first_rows, strict=False)}
+        first = np.array([*(known.get(name, NO_ROW) for name in packs), -1], dtype=np.int64)
+        rows = first[pack]
+        here = np.flatnonzero(rows >= 0)
+        rows[here] += ordinal[here]
+        with self._lock:
+            rows[here[~self._index.findable(rows[here])]] = NO_ROW
+        return rows
 
     def flush(self) -> tuple[list[PackRef], int]:
         """End the open pack and wait until everything placed is durable; return the packs that

@@ -19,7 +19,8 @@ _ZERO = bytes(PAGE_BYTES)
 class MemoryImage:
     """A ``MemberSink`` and, afterwards, a ``MemberSource``."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: tuple[str, MemoryImage] | None = None) -> None:
+        self.before = before
         self.runs_of: dict[AddressSpace, list[tuple[PageRun, bytes]]] = {}
         self.drafts: dict[AddressSpace, dict[int, bytes]] = {}
         self.drafted_bytes = 0
@@ -60,6 +61,17 @@ class MemoryImage:
                     at += PAGE_BYTES
             assert at == len(data)
             self.drafted_bytes += at
+
+    def recall(self, epoch: str, space: AddressSpace) -> list[PageRun]:
+        """What the image ``before`` has, if that is the epoch's."""
+        if self.before is None or epoch != self.before[0]:
+            return []
+        drafts = self.drafts.setdefault(space, {})
+        runs = self.before[1].runs_of.get(space, [])
+        for run, data in runs:
+            for at in range(0, run.pages * PAGE_BYTES, PAGE_BYTES):
+                drafts[run.address + at] = data[at : at + PAGE_BYTES]
+        return [run for run, _ in runs]
 
     def settle(self, space: AddressSpace, runs: Sequence[PageRun]) -> None:
         for run in runs:

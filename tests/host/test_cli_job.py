@@ -248,3 +248,70 @@ def test_a_job_cannot_plan_or_dump_itself_from_inside(cli: Cli, verb: str) -> No
     )
     assert ended.returncode == 3, ended.stderr
     assert "ancestor" in ended.stderr + ended.stdout or "runs below it" in ended.stdout
+
+
+Watching = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def watching(cli: Cli, job: Job) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts ``watch`` of the job."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        command = cli.command("watch", "--pid", str(job.pid), "--name", "job", *arguments)
+        started.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
+        each.communicate()
+
+
+def test_a_watched_job_comes_back_from_its_newest_image(
+    cli: Cli, job: Job, watching: Watching
+) -> None:
+    done = watching("--every", "0.2s", "--count", "4", "--keep-last", "2")
+    out, err = done.communicate(timeout=60)
+    assert done.returncode == 0, err
+    images = out.split()
+    assert len(images) == 4
+    assert cli.run("list", "-o", "name").stdout.split() == images[-2:]
+    assert cli.document("verify", "--all")["good"]
+    assert job.counts_on()
+    last = job.count()
+    os.kill(job.pid, signal.SIGKILL)
+    os.waitpid(job.pid, 0)
+    cli.run("restore", images[-1], "--files", "rollback")
+    assert until(lambda: job.count() > last)
+
+
+def test_a_watch_ends_with_its_job(cli: Cli, job: Job, watching: Watching) -> None:
+    watch = watching("--every", "0.2s")
+    assert watch.stdout is not None
+    assert watch.stdout.readline().startswith("job@")
+    os.kill(job.pid, signal.SIGKILL)
+    os.waitpid(job.pid, 0)
+    _, err = watch.communicate(timeout=60)
+    assert watch.returncode == 0, err
+    assert "the job has ended" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_job_of_a_watch_that_ends_goes_on(
+    cli: Cli, job: Job, watching: Watching, number: int
+) -> None:
+    watch = watching("--every", "0.2s")
+    assert watch.stdout is not None
+    assert watch.stdout.readline().startswith("job@")
+    watch.send_signal(number)
+    watch.communicate(timeout=60)
+    assert watch.returncode == (0 if number == signal.SIGINT else -signal.SIGKILL)
+    assert job.counts_on()
+    # Nothing of it is in the job's way, nor in the next dump's.
+    assert pathlib.Path(f"/proc/{job.pid}/smaps").read_text().count("uw") == 0
+    cli.run("dump", "--pid", str(job.pid), "--name", "job")
+    assert job.counts_on()

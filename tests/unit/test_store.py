@@ -563,3 +563,48 @@ def test_progress_of_a_verification_reaches_its_end(store: Store) -> None:
     assert report.good
     assert told[-1] == (report.read_bytes, report.read_bytes)
     assert told == sorted(told)
+
+
+def test_what_an_epoch_had_is_taken_over_without_being_given_again(store: Store) -> None:
+    pages = {number: bytes([number]) * 4096 for number in range(1, 9)} | {9: bytes(4096)}
+    with store.begin(GROUP, now_s=NOW_S) as epoch:
+        sink = epoch.member(MEMBER)
+        sink.draft(SPACE, [PageRun(4096, 9, 0)], memoryview(b"".join(pages.values())))
+        sink.settle(SPACE, [PageRun(4096, 9, 5)])
+        first = epoch.commit({})
+    with store.begin(GROUP, now_s=NOW_S) as epoch:
+        sink = epoch.member(MEMBER)
+        assert sink.recall("20200101-000000-000000", SPACE) == []
+        assert sink.recall(first.epoch, AddressSpace("process", 8)) == []
+        assert sink.recall(first.epoch, SPACE) == [PageRun(4096, 9, 0)]
+        sink.draft(SPACE, [PageRun(3 * 4096, 1, 0)], memoryview(b"n" * 4096))
+        sink.settle(SPACE, [PageRun(2 * 4096, 2, 0), PageRun(6 * 4096, 4, 0)])
+        second = epoch.commit({})
+    assert second.new_bytes == 4096
+    source = store.read(GROUP, second.epoch).member(MEMBER)
+    found = {}
+    for address, data, count in source.read(SPACE):
+        for number in range(count):
+            page = bytes(4096) if data is None else bytes(data[number * 4096 : (number + 1) * 4096])
+            found[address // 4096 + number] = page
+    assert found == {
+        2: pages[2],
+        3: b"n" * 4096,
+        6: pages[6],
+        7: pages[7],
+        8: pages[8],
+        9: pages[9],
+    }
+
+
+def test_what_is_better_stored_anew_is_not_taken_over(store: Store) -> None:
+    """So that old packs die: see test_pages_that_few_need_move_to_a_new_pack."""
+    dump(store, images.simple(1, 1024))
+    second = dump(store, images.simple(900, 1024))
+    with store.begin(GROUP, now_s=NOW_S) as epoch:
+        sink = epoch.member(MEMBER)
+        taken = sum(run.pages for run in sink.recall(second.epoch, SPACE))
+        assert 899 <= taken <= 1024 + 2 - 124
+        epoch.commit({})
+    with store.begin(GROUP, now_s=NOW_S) as epoch:
+        assert epoch.member(MEMBER).recall(second.epoch, SPACE) == []  # another one is its base

@@ -244,6 +244,8 @@ class _Capture:
                 if not (self._killed and self._subject.ends_with_root and self._root_ended()):
                     raise
             self._times.running_s = clock.monotonic_s()
+            if self._short is not None and not self._killed:
+                self._short.done()
             self._cut.running()
         if self._killed:
             self._settle_killed()
@@ -293,7 +295,7 @@ class _Capture:
         self._plain_because = shortstop.unsuited(self._subject.criu, self._pids)
         if not self._plain_because:
             self._short = shortstop.ShortStop(
-                self._root.pid, self._sink, self._held, self._deadline
+                self._root.pid, self._sink, self._held, self._deadline, self._options.kept
             )
 
     @property

@@ -60,6 +60,11 @@ class HeldSink:
             else:
                 self._sink.draft(space, runs, data)
 
+    def recall(self, epoch: str, space: AddressSpace) -> list[PageRun]:
+        """As ``MemberSink.recall``."""
+        with self._lock:
+            return self._sink.recall(epoch, space)
+
     def settle(self, space: AddressSpace, runs: Sequence[PageRun]) -> None:
         """As ``MemberSink.settle``."""
         self._later(lambda: self._sink.settle(space, runs))

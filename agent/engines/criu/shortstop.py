@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from agent import errors
+from agent.engines.base import Kept
 from agent.engines.criu import hiding, pageserver
 from agent.engines.criu.probe import Criu
 from agent.engines.tracking.precopy import Precopy, Standing
@@ -41,16 +42,23 @@ class ShortStop:
     """One capture's. ``ahead`` takes what is copied while the job runs, ``held`` the rest."""
 
     def __init__(
-        self, root: int, ahead: MemberSink, held: MemberSink, deadline: clock.Deadline
+        self,
+        root: int,
+        ahead: MemberSink,
+        held: MemberSink,
+        deadline: clock.Deadline,
+        kept: Kept | None = None,
     ) -> None:
         self._root = root
         self._held = held
         self._deadline = deadline
-        self._precopy = Precopy(ahead, deadline)
+        self._kept = kept
+        self._precopy = _taken_up(kept, root, ahead, deadline) or Precopy(ahead, deadline)
         self._hiding = hiding.Hiding()
         self._sent: dict[AddressSpace, list[PageRun]] = {}
         self._standing: list[Standing] = []
         self._failure: BaseException | None = None
+        self._let_go = True
         self._reader = threading.Thread(target=self._read, name="cut", daemon=True)
 
     @property
@@ -121,12 +129,19 @@ class ShortStop:
             "hidden_from_criu": self._hiding.answered,
         }
 
+    def done(self) -> None:
+        """It went well: the next capture may go on from here."""
+        if self._kept is not None:
+            self._kept.keep(self._root, self._precopy)
+            self._let_go = False
+
     def close(self) -> None:
         """End it; waits for the reader, which ends soon once the sink fails or the tree runs."""
         if self._reader.is_alive():
             self._reader.join()
         try:
-            self._precopy.close()
+            if self._let_go:
+                self._precopy.close()
         finally:
             self._hiding.close()
 
@@ -135,3 +150,19 @@ class ShortStop:
             self._precopy.finish(self._standing, self._held)
         except BaseException as exc:  # noqa: BLE001 - carried to the thread that asks, by finish
             self._failure = exc
+
+
+def _taken_up(
+    kept: Kept | None, root: int, sink: MemberSink, deadline: clock.Deadline
+) -> Precopy | None:
+    """The copy of the capture before, ready for another one."""
+    part = kept.take(root) if kept else None
+    if kept is None or part is None:
+        return None
+    with contextlib.ExitStack() as stack:
+        stack.callback(part.close)
+        if not isinstance(part, Precopy) or not kept.epoch:
+            return None
+        part.begin(sink, deadline, kept.epoch)
+        stack.pop_all()
+        return part

@@ -244,6 +244,7 @@ class _OneContainer:
         self.known: dict[str, Any] = {}
         self.pages = sink.pages
         self.draft = sink.draft
+        self.recall = sink.recall
         self.settle = sink.settle
         self.metadata = sink.metadata
         self.file = sink.file

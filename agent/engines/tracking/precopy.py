@@ -71,13 +71,35 @@ class _Copy:
         self.tracker = tracker
         self.space = AddressSpace("process", areas.private_id(who.pid))
         self.have = pagemap.none()
-        # Given out and not read so far.
+        # To be read, whatever the tracker says: given out and not read so far, or known of the
+        # cut before and not sure to be as it was.
         self._left = pagemap.none()
 
     @property
     def left_bytes(self) -> int:
         """How much was given out and has not been read."""
         return pagemap.size_bytes(self._left)
+
+    def recall(self, sink: MemberSink, epoch: str) -> None:
+        """Begin another copy, in ``sink``, with what it takes over of ``epoch``, which the last one
+        became.
+        """
+        runs = sink.recall(epoch, self.space)
+        there = np.array(
+            [(run.address, run.address + run.pages * PAGE_BYTES) for run in runs], dtype=np.int64
+        ).reshape(-1, 2)
+        self._left = pagemap.union(self._left, pagemap.without(self.have, there))
+        self.have = pagemap.clip(self.have, there)
+
+    def finish(self, standing: Standing, existing: Ranges) -> Ranges:
+        """Which of the pages that exist at the cut are to be read; the others are had as they are.
+        All of them are had afterwards, and in the next copy those that are sure to be unchanged.
+        """
+        unchanged = self.tracker.unchanged(standing.areas)
+        missing = pagemap.without(existing, pagemap.clip(self.have, unchanged))
+        self.have = pagemap.clip(existing, unchanged)
+        self._left = pagemap.without(existing, self.have)
+        return missing
 
     def round(self, sink: MemberSink, deadline: clock.Deadline, *, rested: bool) -> int:
         """Read what the tracker asks for, and what was left; say how many bytes. ``rested``: only
@@ -129,6 +151,19 @@ class Precopy:
     def reasons(self) -> list[str]:
         """Why processes are not tracked."""
         return sorted({copy.tracker.reason for copy in self._copies.values()} - {""})
+
+    def begin(self, sink: MemberSink, deadline: clock.Deadline, epoch: str) -> None:
+        """Begin another copy of the tree, in ``sink``, after the last one became ``epoch``."""
+        self._sink, self._deadline = sink, deadline
+        self._settled = {}
+        self.rounds, self.shrinks, self.cut_bytes = [], True, 0
+        for who, copy in list(self._copies.items()):
+            if proc.alive(who):
+                copy.recall(sink, epoch)
+            else:
+                del self._copies[who]
+                copy.tracker.close()
+        self._clean = {who for who in self._clean if proc.alive(who)}
 
     def run(self, root: int) -> None:
         """Copy the tree below ``root`` until little is left or it does not get less.
@@ -190,12 +225,10 @@ class Precopy:
         for each in standing:
             if not len(each.areas):
                 continue  # it has ended, or is small
-            existing = _existing(each)
+            missing = existing = _existing(each)
             copy = self._copies.get(each.who)
-            kept = pagemap.none()
             if copy is not None and copy.space == each.space:
-                kept = pagemap.clip(copy.have, copy.tracker.unchanged(each.areas))
-            missing = pagemap.without(existing, kept)
+                missing = copy.finish(each, existing)
             with _memory(each.who) as memory:
                 done = _draft(sink, each.space, memory, missing, standing=True)
             if pagemap.size_bytes(done) != pagemap.size_bytes(missing):
