@@ -157,6 +157,13 @@ class Conflict(Failed):
     retryable = True
 
 
+class Abandoned(Failed):
+    """What carried the operation out ended before it did; the job goes on."""
+
+    code = "abandoned"
+    retryable = True
+
+
 class DataError(CkptError):
     """What was read from a volume cannot be used."""
 

@@ -182,7 +182,8 @@ class Settings:
     use the kubelet's checkpoints. The place is runc's."""
 
     probe_port: int = 7445
-    """``node`` and ``coordinator`` tell the kubelet here whether it lives (/livez) and serves (/readyz)."""
+    """``node`` and ``coordinator`` tell the kubelet here whether they live (/livez) and serve, or
+    could (/readyz)."""
 
     work_kept_free_percent: int = 10
     """An archive that comes to ``node`` is refused if less than this part of its disk
@@ -209,6 +210,14 @@ class Settings:
 
     coordinator_certificate_port: int = 7544
     """``coordinator`` takes callers with a client certificate here."""
+
+    coordinator_parallel: int = 32
+    """Operations that ``coordinator`` runs at once, each of another group; the others wait. Each
+    takes some threads for each pod of its group."""
+
+    operation_deadline_s: float = 3600.0
+    """Seconds after which ``coordinator`` gives up what can be given up, where the request does
+    not say. An hour holds the longest wait for a turn behind other operations."""
 
     caller_rate_per_s: float = 20.0
     """Calls a second that ``coordinator`` takes from one caller in the long run: a scheduler that
@@ -282,6 +291,8 @@ _KEYS = {
     "coordinator_certificate_port": _Key(
         "coordinator_certificate_port", values.port, "--coordinator-certificate-port"
     ),
+    "coordinator_parallel": _Key("coordinator_parallel", values.count, "--parallel"),
+    "operation_deadline": _Key("operation_deadline_s", values.duration_s, "--operation-deadline"),
     "caller_rate": _Key("caller_rate_per_s", values.rate_per_s, "--caller-rate"),
     "caller_burst": _Key("caller_burst", values.count, "--caller-burst"),
     "caller_streams": _Key("caller_streams", values.count, "--caller-streams"),

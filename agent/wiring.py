@@ -45,6 +45,8 @@ _HOOKS_TRAIL = "/run/ckpt-agent/hooks"
 # The name in the agents' certificates, whatever their addresses.
 _SERVER_NAME = "ckpt-agent-node.ckpt-agent.svc"
 _HEALTH_S = 5.0
+# Most of them stand for callers who watch an operation.
+_COORDINATOR_THREADS = 128
 
 
 def prepare_grpc() -> None:
@@ -337,7 +339,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
         pod_hooks = podhooks.PodHooks(hookcalls.Calls(runtime), teller, hooks_trail)
         engines = stack.enter_context(podengines.PodEngines(settings).prepared())
         guard = access.Access(api)
-        authorities = serve.Authorities(guard.client_authorities)
+        authorities = certificates.Authorities(guard.client_authorities)
         parts = service.Parts(
             settings=settings,
             node=name,
@@ -396,6 +398,80 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
             ),
             stop,
         )
+
+
+def coordinator(settings: Settings, stop: threading.Event) -> None:
+    """Be one replica of a cluster's coordinator until ``stop`` is set.
+
+    Raises:
+        errors.Refused | errors.EnvironmentUnfit: the settings or the cluster do not let it begin,
+            or another replica leads in its place.
+    """
+    prepare_grpc()
+    import secrets
+
+    from agent.coordination import leading, records, reviews
+    from agent.coordination.book import Book
+    from agent.coordination.resuming import Resuming
+    from agent.coordination.runner import Runner
+    from agent.coordination.service import CoordinatorService, Lead
+    from agent.coordination.work import Work
+    from agent.host.probes import Probes
+    from agent.kube import access, connection
+    from agent.kube.leases import Lease
+    from agent.model.operations import Operation
+    from agent.model.rates import Rate
+    from agent.rpc import certificates, limits, server
+
+    with contextlib.ExitStack() as stack:
+        api = stack.enter_context(
+            contextlib.closing(connection.connect(settings.kubeconfig, settings.context))
+        )
+        # A container that is started anew has the name of the one before.
+        holder = f"{os.uname().nodename}_{secrets.token_hex(4)}"
+        guard = access.Access(api)
+        authorities = certificates.Authorities(guard.client_authorities)
+        replica = leading.Replica()
+
+        def take_lead() -> tuple[Lead, list[Operation]]:
+            book = Book(records.Records(api, settings.agent_namespace, holder))
+            work = Work(api, settings, book, reviews.Reviews(guard.authorize))
+            runner = Runner(book, work.run, Resuming(book, work).run, settings.coordinator_parallel)
+            return Lead(book, runner, work), book.load()
+
+        served = server.Server(
+            {
+                "Coordinator": CoordinatorService(
+                    lambda: replica.lead, settings.operation_deadline_s
+                )
+            },
+            guard,
+            "",
+            certificates.Certificates(settings.tls_dir, authorities.pem),
+            server.Ports(
+                token=settings.coordinator_token_port,
+                certificate=settings.coordinator_certificate_port,
+            ),
+            threads=_COORDINATOR_THREADS,
+            each_caller=limits.Limits(
+                Rate(settings.caller_rate_per_s, settings.caller_burst), settings.caller_streams
+            ),
+        )
+        parts = leading.Parts(
+            server=served,
+            probes=Probes(settings.probe_port, lambda: replica.healthy),
+            lease=Lease(
+                api,
+                settings.agent_namespace,
+                leading.LEASE_NAME,
+                holder=holder,
+                duration_s=leading.LEASE_S,
+            ),
+            take_lead=take_lead,
+            refresh=authorities.refresh,
+            grace_s=settings.shutdown_grace_s,
+        )
+        replica.run(parts, stop)
 
 
 def node_health(settings: Settings) -> None:

@@ -25,6 +25,7 @@ from agent import errors, settings
 from agent.cli import (
     admit,
     completion,
+    coordinator,
     delete,
     diff,
     doctor,
@@ -86,6 +87,7 @@ for _verb in (
     completion,
     admit,
     node,
+    coordinator,
 ):
     cli.add_command(_verb.verb)
 

@@ -67,6 +67,10 @@ class Watch:
         self._stop.set()
         self._control.cancel()
 
+    def go_on(self) -> None:
+        """Forget that it was asked to give up: that is possible no longer."""
+        self._stop.clear()
+
     def control(self) -> checkpoint.Control:
         """For the next epoch or restore."""
         self._control = checkpoint.Control()

@@ -30,9 +30,6 @@ _LAST_S = 2.0
 # While nothing is being done. It takes milliseconds, and what answers and watches took in the
 # meantime goes too.
 _TIDY_S = 30.0
-# The API server's own authorities change once in years.
-_AUTHORITIES_S = 300.0
-_AUTHORITIES_SOON_S = 10.0
 
 
 class Server(Protocol):
@@ -76,37 +73,6 @@ class Teller(Protocol):
 
     def close(self, timeout_s: float) -> None:
         """Tell the rest and end."""
-
-
-class Authorities:
-    """The cluster's authorities for client certificates, as last heard."""
-
-    def __init__(self, ask: Callable[[], bytes]) -> None:
-        self._ask = ask
-        self._pem = b""
-        self._due_s = 0.0
-        self._problem = ""
-
-    def pem(self) -> bytes:
-        """What is known now; does not block."""
-        return self._pem
-
-    def refresh(self) -> None:
-        """Ask if it is due."""
-        if clock.monotonic_s() < self._due_s:
-            return
-        try:
-            self._pem = self._ask()
-        except errors.CkptError as exc:
-            if exc.message != self._problem:
-                _log.warning(
-                    "client certificates of the cluster cannot be checked: %s", exc.message
-                )
-            self._problem = exc.message
-            self._due_s = clock.monotonic_s() + _AUTHORITIES_SOON_S
-        else:
-            self._problem = ""
-            self._due_s = clock.monotonic_s() + _AUTHORITIES_S
 
 
 @dataclasses.dataclass(frozen=True)

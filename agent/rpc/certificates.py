@@ -16,11 +16,48 @@ from typing import cast
 import grpc
 
 from agent import errors
+from agent.host import clock
 
 _log = logging.getLogger(__name__)
 
 # The keys of a Secret of the type kubernetes.io/tls, and the usual one beside them.
 _CERTIFICATE, _KEY, _AUTHORITY = "tls.crt", "tls.key", "ca.crt"
+
+
+# The API server's own authorities change once in years.
+_AUTHORITIES_S = 300.0
+_AUTHORITIES_SOON_S = 10.0
+
+
+class Authorities:
+    """The cluster's authorities for client certificates, as last heard."""
+
+    def __init__(self, ask: Callable[[], bytes]) -> None:
+        self._ask = ask
+        self._pem = b""
+        self._due_s = 0.0
+        self._problem = ""
+
+    def pem(self) -> bytes:
+        """What is known now; does not block."""
+        return self._pem
+
+    def refresh(self) -> None:
+        """Ask if it is due."""
+        if clock.monotonic_s() < self._due_s:
+            return
+        try:
+            self._pem = self._ask()
+        except errors.CkptError as exc:
+            if exc.message != self._problem:
+                _log.warning(
+                    "client certificates of the cluster cannot be checked: %s", exc.message
+                )
+            self._problem = exc.message
+            self._due_s = clock.monotonic_s() + _AUTHORITIES_SOON_S
+        else:
+            self._problem = ""
+            self._due_s = clock.monotonic_s() + _AUTHORITIES_S
 
 
 class Certificates:

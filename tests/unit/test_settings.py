@@ -91,6 +91,8 @@ def test_every_setting_can_come_from_flag_environment_and_file() -> None:
         "coordinator_address": ("coordinator.svc:7543", "coordinator.svc:7543"),
         "coordinator_token_port": ("3", 3),
         "coordinator_certificate_port": ("4", 4),
+        "coordinator_parallel": ("5", 5),
+        "operation_deadline": ("2h", 7200.0),
         "caller_rate": ("0.5", 0.5),
         "caller_burst": ("7", 7),
         "caller_streams": ("3", 3),

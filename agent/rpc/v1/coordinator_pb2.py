@@ -27,19 +27,19 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61gent/rpc/v1/coordinator.proto\x12\x0c\x61gent.rpc.v1\x1a\x17\x61gent/rpc/v1/node.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"P\n\x06Target\x12\x10\n\x06jobset\x18\x01 \x01(\tH\x00\x12*\n\x08selector\x18\x02 \x01(\x0b\x32\x16.agent.rpc.v1.SelectorH\x00\x42\x08\n\x06target\")\n\x08Selector\x12\x0e\n\x06labels\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\"s\n\x06\x41sking\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12)\n\twhen_busy\x18\x03 \x01(\x0e\x32\x16.agent.rpc.v1.WhenBusy\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\"\x7f\n\x12\x43reateEpochRequest\x12$\n\x06\x61sking\x18\x01 \x01(\x0b\x32\x14.agent.rpc.v1.Asking\x12$\n\x06target\x18\x02 \x01(\x0b\x32\x14.agent.rpc.v1.Target\x12\x0f\n\x07storage\x18\x03 \x01(\t\x12\x0c\n\x04stop\x18\x04 \x01(\x08\"\xa1\x01\n\x13RestoreGroupRequest\x12$\n\x06\x61sking\x18\x01 \x01(\x0b\x32\x14.agent.rpc.v1.Asking\x12$\n\x06target\x18\x02 \x01(\x0b\x32\x14.agent.rpc.v1.Target\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07storage\x18\x04 \x01(\t\x12\r\n\x05nodes\x18\x05 \x03(\t\x12\x0f\n\x07replace\x18\x06 \x01(\x08\"U\n\x0eMigrateRequest\x12$\n\x06\x61sking\x18\x01 \x01(\x0b\x32\x14.agent.rpc.v1.Asking\x12\x0e\n\x06jobset\x18\x02 \x01(\t\x12\r\n\x05nodes\x18\x03 \x03(\t\"\xde\x03\n\tOperation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.agent.rpc.v1.OperationKind\x12\r\n\x05group\x18\x04 \x01(\t\x12\x0e\n\x06\x63\x61ller\x18\x05 \x01(\t\x12+\n\x05state\x18\x06 \x01(\x0e\x32\x1c.agent.rpc.v1.OperationState\x12\x0c\n\x04step\x18\x07 \x01(\t\x12\x10\n\x08revision\x18\x08 \x01(\x03\x12+\n\x07\x63reated\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05\x65nded\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\"\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x13.agent.rpc.v1.Error\x12\x11\n\ttakeovers\x18\x0c \x01(\x05\x12\"\n\x05image\x18\r \x01(\x0b\x32\x13.agent.rpc.v1.Image\x12+\n\x07\x66igures\x18\x0e \x01(\x0b\x32\x1a.agent.rpc.v1.EpochFigures\x12\'\n\x04pods\x18\x0f \x03(\x0b\x32\x19.agent.rpc.v1.RestoredPod\x12\x12\n\ncancelling\x18\x10 \x01(\x08\"\x85\x01\n\x0c\x45pochFigures\x12\x0e\n\x06stop_s\x18\x01 \x01(\x01\x12\x11\n\tdurable_s\x18\x02 \x01(\x01\x12,\n\x07members\x18\x03 \x03(\x0b\x32\x1b.agent.rpc.v1.MemberOutcome\x12\x13\n\x0b\x63onnections\x18\x04 \x01(\x05\x12\x0f\n\x07leaving\x18\x05 \x03(\t\"y\n\x0bRestoredPod\x12\x10\n\x08identity\x18\x01 \x01(\t\x12$\n\x03was\x18\x02 \x01(\x0b\x32\x17.agent.rpc.v1.Placement\x12$\n\x03now\x18\x03 \x01(\x0b\x32\x17.agent.rpc.v1.Placement\x12\x0c\n\x04lost\x18\x04 \x03(\t\"4\n\x13GetOperationRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\"6\n\x15WatchOperationRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\"7\n\x16\x43\x61ncelOperationRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\"`\n\x15ListOperationsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"^\n\x16ListOperationsResponse\x12+\n\noperations\x18\x01 \x03(\x0b\x32\x17.agent.rpc.v1.Operation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"K\n\x10PlanEpochRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12$\n\x06target\x18\x02 \x01(\x0b\x32\x14.agent.rpc.v1.Target\"Q\n\x11PlanEpochResponse\x12)\n\x07members\x18\x01 \x03(\x0b\x32\x18.agent.rpc.v1.MemberPlan\x12\x11\n\tobstacles\x18\x02 \x03(\t\"`\n\nMemberPlan\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0b\n\x03pod\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12%\n\x04plan\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\"r\n\x16ListGroupImagesRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\x0f\n\x07storage\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"\x84\x01\n\x17ListGroupImagesResponse\x12#\n\x06images\x18\x01 \x03(\x0b\x32\x13.agent.rpc.v1.Image\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12+\n\x06unread\x18\x03 \x03(\x0b\x32\x1b.agent.rpc.v1.UnreadStorage*O\n\x08WhenBusy\x12\x19\n\x15WHEN_BUSY_UNSPECIFIED\x10\x00\x12\x14\n\x10WHEN_BUSY_REFUSE\x10\x01\x12\x12\n\x0eWHEN_BUSY_WAIT\x10\x02*\x81\x01\n\rOperationKind\x12\x1e\n\x1aOPERATION_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14OPERATION_KIND_EPOCH\x10\x01\x12\x1a\n\x16OPERATION_KIND_RESTORE\x10\x02\x12\x1a\n\x16OPERATION_KIND_MIGRATE\x10\x03*\xc4\x01\n\x0eOperationState\x12\x1f\n\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16OPERATION_STATE_QUEUED\x10\x01\x12\x1b\n\x17OPERATION_STATE_RUNNING\x10\x02\x12\x1d\n\x19OPERATION_STATE_SUCCEEDED\x10\x03\x12\x1a\n\x16OPERATION_STATE_FAILED\x10\x04\x12\x1d\n\x19OPERATION_STATE_CANCELLED\x10\x05\x32\xa1\x06\n\x0b\x43oordinator\x12H\n\x0b\x43reateEpoch\x12 .agent.rpc.v1.CreateEpochRequest\x1a\x17.agent.rpc.v1.Operation\x12\x45\n\x07Restore\x12!.agent.rpc.v1.RestoreGroupRequest\x1a\x17.agent.rpc.v1.Operation\x12@\n\x07Migrate\x12\x1c.agent.rpc.v1.MigrateRequest\x1a\x17.agent.rpc.v1.Operation\x12J\n\x0cGetOperation\x12!.agent.rpc.v1.GetOperationRequest\x1a\x17.agent.rpc.v1.Operation\x12P\n\x0eWatchOperation\x12#.agent.rpc.v1.WatchOperationRequest\x1a\x17.agent.rpc.v1.Operation0\x01\x12P\n\x0f\x43\x61ncelOperation\x12$.agent.rpc.v1.CancelOperationRequest\x1a\x17.agent.rpc.v1.Operation\x12[\n\x0eListOperations\x12#.agent.rpc.v1.ListOperationsRequest\x1a$.agent.rpc.v1.ListOperationsResponse\x12L\n\tPlanEpoch\x12\x1e.agent.rpc.v1.PlanEpochRequest\x1a\x1f.agent.rpc.v1.PlanEpochResponse\x12Y\n\nListImages\x12$.agent.rpc.v1.ListGroupImagesRequest\x1a%.agent.rpc.v1.ListGroupImagesResponse\x12I\n\x08GetImage\x12\x1d.agent.rpc.v1.GetImageRequest\x1a\x1e.agent.rpc.v1.GetImageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61gent/rpc/v1/coordinator.proto\x12\x0c\x61gent.rpc.v1\x1a\x17\x61gent/rpc/v1/node.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"P\n\x06Target\x12\x10\n\x06jobset\x18\x01 \x01(\tH\x00\x12*\n\x08selector\x18\x02 \x01(\x0b\x32\x16.agent.rpc.v1.SelectorH\x00\x42\x08\n\x06target\")\n\x08Selector\x12\x0e\n\x06labels\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\"s\n\x06\x41sking\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12)\n\twhen_busy\x18\x03 \x01(\x0e\x32\x16.agent.rpc.v1.WhenBusy\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\"\x7f\n\x12\x43reateEpochRequest\x12$\n\x06\x61sking\x18\x01 \x01(\x0b\x32\x14.agent.rpc.v1.Asking\x12$\n\x06target\x18\x02 \x01(\x0b\x32\x14.agent.rpc.v1.Target\x12\x0f\n\x07storage\x18\x03 \x01(\t\x12\x0c\n\x04stop\x18\x04 \x01(\x08\"\xb0\x01\n\x13RestoreGroupRequest\x12$\n\x06\x61sking\x18\x01 \x01(\x0b\x32\x14.agent.rpc.v1.Asking\x12$\n\x06target\x18\x02 \x01(\x0b\x32\x14.agent.rpc.v1.Target\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07storage\x18\x04 \x01(\t\x12\r\n\x05nodes\x18\x05 \x03(\t\x12\x0f\n\x07replace\x18\x06 \x01(\x08\x12\r\n\x05\x61gain\x18\x07 \x01(\x08\"U\n\x0eMigrateRequest\x12$\n\x06\x61sking\x18\x01 \x01(\x0b\x32\x14.agent.rpc.v1.Asking\x12\x0e\n\x06jobset\x18\x02 \x01(\t\x12\r\n\x05nodes\x18\x03 \x03(\t\"\xde\x03\n\tOperation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.agent.rpc.v1.OperationKind\x12\r\n\x05group\x18\x04 \x01(\t\x12\x0e\n\x06\x63\x61ller\x18\x05 \x01(\t\x12+\n\x05state\x18\x06 \x01(\x0e\x32\x1c.agent.rpc.v1.OperationState\x12\x0c\n\x04step\x18\x07 \x01(\t\x12\x10\n\x08revision\x18\x08 \x01(\x03\x12+\n\x07\x63reated\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05\x65nded\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\"\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x13.agent.rpc.v1.Error\x12\x11\n\ttakeovers\x18\x0c \x01(\x05\x12\"\n\x05image\x18\r \x01(\x0b\x32\x13.agent.rpc.v1.Image\x12+\n\x07\x66igures\x18\x0e \x01(\x0b\x32\x1a.agent.rpc.v1.EpochFigures\x12\'\n\x04pods\x18\x0f \x03(\x0b\x32\x19.agent.rpc.v1.RestoredPod\x12\x12\n\ncancelling\x18\x10 \x01(\x08\"\x85\x01\n\x0c\x45pochFigures\x12\x0e\n\x06stop_s\x18\x01 \x01(\x01\x12\x11\n\tdurable_s\x18\x02 \x01(\x01\x12,\n\x07members\x18\x03 \x03(\x0b\x32\x1b.agent.rpc.v1.MemberOutcome\x12\x13\n\x0b\x63onnections\x18\x04 \x01(\x05\x12\x0f\n\x07leaving\x18\x05 \x03(\t\"y\n\x0bRestoredPod\x12\x10\n\x08identity\x18\x01 \x01(\t\x12$\n\x03was\x18\x02 \x01(\x0b\x32\x17.agent.rpc.v1.Placement\x12$\n\x03now\x18\x03 \x01(\x0b\x32\x17.agent.rpc.v1.Placement\x12\x0c\n\x04lost\x18\x04 \x03(\t\"4\n\x13GetOperationRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\"6\n\x15WatchOperationRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\"7\n\x16\x43\x61ncelOperationRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\"`\n\x15ListOperationsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"^\n\x16ListOperationsResponse\x12+\n\noperations\x18\x01 \x03(\x0b\x32\x17.agent.rpc.v1.Operation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"K\n\x10PlanEpochRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12$\n\x06target\x18\x02 \x01(\x0b\x32\x14.agent.rpc.v1.Target\"Q\n\x11PlanEpochResponse\x12)\n\x07members\x18\x01 \x03(\x0b\x32\x18.agent.rpc.v1.MemberPlan\x12\x11\n\tobstacles\x18\x02 \x03(\t\"`\n\nMemberPlan\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0b\n\x03pod\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12%\n\x04plan\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\"r\n\x16ListGroupImagesRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\x0f\n\x07storage\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"\x84\x01\n\x17ListGroupImagesResponse\x12#\n\x06images\x18\x01 \x03(\x0b\x32\x13.agent.rpc.v1.Image\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12+\n\x06unread\x18\x03 \x03(\x0b\x32\x1b.agent.rpc.v1.UnreadStorage*O\n\x08WhenBusy\x12\x19\n\x15WHEN_BUSY_UNSPECIFIED\x10\x00\x12\x14\n\x10WHEN_BUSY_REFUSE\x10\x01\x12\x12\n\x0eWHEN_BUSY_WAIT\x10\x02*\x81\x01\n\rOperationKind\x12\x1e\n\x1aOPERATION_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14OPERATION_KIND_EPOCH\x10\x01\x12\x1a\n\x16OPERATION_KIND_RESTORE\x10\x02\x12\x1a\n\x16OPERATION_KIND_MIGRATE\x10\x03*\xc4\x01\n\x0eOperationState\x12\x1f\n\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16OPERATION_STATE_QUEUED\x10\x01\x12\x1b\n\x17OPERATION_STATE_RUNNING\x10\x02\x12\x1d\n\x19OPERATION_STATE_SUCCEEDED\x10\x03\x12\x1a\n\x16OPERATION_STATE_FAILED\x10\x04\x12\x1d\n\x19OPERATION_STATE_CANCELLED\x10\x05\x32\xa1\x06\n\x0b\x43oordinator\x12H\n\x0b\x43reateEpoch\x12 .agent.rpc.v1.CreateEpochRequest\x1a\x17.agent.rpc.v1.Operation\x12\x45\n\x07Restore\x12!.agent.rpc.v1.RestoreGroupRequest\x1a\x17.agent.rpc.v1.Operation\x12@\n\x07Migrate\x12\x1c.agent.rpc.v1.MigrateRequest\x1a\x17.agent.rpc.v1.Operation\x12J\n\x0cGetOperation\x12!.agent.rpc.v1.GetOperationRequest\x1a\x17.agent.rpc.v1.Operation\x12P\n\x0eWatchOperation\x12#.agent.rpc.v1.WatchOperationRequest\x1a\x17.agent.rpc.v1.Operation0\x01\x12P\n\x0f\x43\x61ncelOperation\x12$.agent.rpc.v1.CancelOperationRequest\x1a\x17.agent.rpc.v1.Operation\x12[\n\x0eListOperations\x12#.agent.rpc.v1.ListOperationsRequest\x1a$.agent.rpc.v1.ListOperationsResponse\x12L\n\tPlanEpoch\x12\x1e.agent.rpc.v1.PlanEpochRequest\x1a\x1f.agent.rpc.v1.PlanEpochResponse\x12Y\n\nListImages\x12$.agent.rpc.v1.ListGroupImagesRequest\x1a%.agent.rpc.v1.ListGroupImagesResponse\x12I\n\x08GetImage\x12\x1d.agent.rpc.v1.GetImageRequest\x1a\x1e.agent.rpc.v1.GetImageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'agent.rpc.v1.coordinator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WHENBUSY']._serialized_start=2368
-  _globals['_WHENBUSY']._serialized_end=2447
-  _globals['_OPERATIONKIND']._serialized_start=2450
-  _globals['_OPERATIONKIND']._serialized_end=2579
-  _globals['_OPERATIONSTATE']._serialized_start=2582
-  _globals['_OPERATIONSTATE']._serialized_end=2778
+  _globals['_WHENBUSY']._serialized_start=2383
+  _globals['_WHENBUSY']._serialized_end=2462
+  _globals['_OPERATIONKIND']._serialized_start=2465
+  _globals['_OPERATIONKIND']._serialized_end=2594
+  _globals['_OPERATIONSTATE']._serialized_start=2597
+  _globals['_OPERATIONSTATE']._serialized_end=2793
   _globals['_TARGET']._serialized_start=136
   _globals['_TARGET']._serialized_end=216
   _globals['_SELECTOR']._serialized_start=218
@@ -49,35 +49,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEEPOCHREQUEST']._serialized_start=378
   _globals['_CREATEEPOCHREQUEST']._serialized_end=505
   _globals['_RESTOREGROUPREQUEST']._serialized_start=508
-  _globals['_RESTOREGROUPREQUEST']._serialized_end=669
-  _globals['_MIGRATEREQUEST']._serialized_start=671
-  _globals['_MIGRATEREQUEST']._serialized_end=756
-  _globals['_OPERATION']._serialized_start=759
-  _globals['_OPERATION']._serialized_end=1237
-  _globals['_EPOCHFIGURES']._serialized_start=1240
-  _globals['_EPOCHFIGURES']._serialized_end=1373
-  _globals['_RESTOREDPOD']._serialized_start=1375
-  _globals['_RESTOREDPOD']._serialized_end=1496
-  _globals['_GETOPERATIONREQUEST']._serialized_start=1498
-  _globals['_GETOPERATIONREQUEST']._serialized_end=1550
-  _globals['_WATCHOPERATIONREQUEST']._serialized_start=1552
-  _globals['_WATCHOPERATIONREQUEST']._serialized_end=1606
-  _globals['_CANCELOPERATIONREQUEST']._serialized_start=1608
-  _globals['_CANCELOPERATIONREQUEST']._serialized_end=1663
-  _globals['_LISTOPERATIONSREQUEST']._serialized_start=1665
-  _globals['_LISTOPERATIONSREQUEST']._serialized_end=1761
-  _globals['_LISTOPERATIONSRESPONSE']._serialized_start=1763
-  _globals['_LISTOPERATIONSRESPONSE']._serialized_end=1857
-  _globals['_PLANEPOCHREQUEST']._serialized_start=1859
-  _globals['_PLANEPOCHREQUEST']._serialized_end=1934
-  _globals['_PLANEPOCHRESPONSE']._serialized_start=1936
-  _globals['_PLANEPOCHRESPONSE']._serialized_end=2017
-  _globals['_MEMBERPLAN']._serialized_start=2019
-  _globals['_MEMBERPLAN']._serialized_end=2115
-  _globals['_LISTGROUPIMAGESREQUEST']._serialized_start=2117
-  _globals['_LISTGROUPIMAGESREQUEST']._serialized_end=2231
-  _globals['_LISTGROUPIMAGESRESPONSE']._serialized_start=2234
-  _globals['_LISTGROUPIMAGESRESPONSE']._serialized_end=2366
-  _globals['_COORDINATOR']._serialized_start=2781
-  _globals['_COORDINATOR']._serialized_end=3582
+  _globals['_RESTOREGROUPREQUEST']._serialized_end=684
+  _globals['_MIGRATEREQUEST']._serialized_start=686
+  _globals['_MIGRATEREQUEST']._serialized_end=771
+  _globals['_OPERATION']._serialized_start=774
+  _globals['_OPERATION']._serialized_end=1252
+  _globals['_EPOCHFIGURES']._serialized_start=1255
+  _globals['_EPOCHFIGURES']._serialized_end=1388
+  _globals['_RESTOREDPOD']._serialized_start=1390
+  _globals['_RESTOREDPOD']._serialized_end=1511
+  _globals['_GETOPERATIONREQUEST']._serialized_start=1513
+  _globals['_GETOPERATIONREQUEST']._serialized_end=1565
+  _globals['_WATCHOPERATIONREQUEST']._serialized_start=1567
+  _globals['_WATCHOPERATIONREQUEST']._serialized_end=1621
+  _globals['_CANCELOPERATIONREQUEST']._serialized_start=1623
+  _globals['_CANCELOPERATIONREQUEST']._serialized_end=1678
+  _globals['_LISTOPERATIONSREQUEST']._serialized_start=1680
+  _globals['_LISTOPERATIONSREQUEST']._serialized_end=1776
+  _globals['_LISTOPERATIONSRESPONSE']._serialized_start=1778
+  _globals['_LISTOPERATIONSRESPONSE']._serialized_end=1872
+  _globals['_PLANEPOCHREQUEST']._serialized_start=1874
+  _globals['_PLANEPOCHREQUEST']._serialized_end=1949
+  _globals['_PLANEPOCHRESPONSE']._serialized_start=1951
+  _globals['_PLANEPOCHRESPONSE']._serialized_end=2032
+  _globals['_MEMBERPLAN']._serialized_start=2034
+  _globals['_MEMBERPLAN']._serialized_end=2130
+  _globals['_LISTGROUPIMAGESREQUEST']._serialized_start=2132
+  _globals['_LISTGROUPIMAGESREQUEST']._serialized_end=2246
+  _globals['_LISTGROUPIMAGESRESPONSE']._serialized_start=2249
+  _globals['_LISTGROUPIMAGESRESPONSE']._serialized_end=2381
+  _globals['_COORDINATOR']._serialized_start=2796
+  _globals['_COORDINATOR']._serialized_end=3597
 # @@protoc_insertion_point(module_scope)

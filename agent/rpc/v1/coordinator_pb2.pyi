@@ -88,20 +88,22 @@ class CreateEpochRequest(_message.Message):
     def __init__(self, asking: _Optional[_Union[Asking, _Mapping]] = ..., target: _Optional[_Union[Target, _Mapping]] = ..., storage: _Optional[str] = ..., stop: _Optional[bool] = ...) -> None: ...
 
 class RestoreGroupRequest(_message.Message):
-    __slots__ = ("asking", "target", "epoch", "storage", "nodes", "replace")
+    __slots__ = ("asking", "target", "epoch", "storage", "nodes", "replace", "again")
     ASKING_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STORAGE_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     asking: Asking
     target: Target
     epoch: str
     storage: str
     nodes: _containers.RepeatedScalarFieldContainer[str]
     replace: bool
-    def __init__(self, asking: _Optional[_Union[Asking, _Mapping]] = ..., target: _Optional[_Union[Target, _Mapping]] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., nodes: _Optional[_Iterable[str]] = ..., replace: _Optional[bool] = ...) -> None: ...
+    again: bool
+    def __init__(self, asking: _Optional[_Union[Asking, _Mapping]] = ..., target: _Optional[_Union[Target, _Mapping]] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., nodes: _Optional[_Iterable[str]] = ..., replace: _Optional[bool] = ..., again: _Optional[bool] = ...) -> None: ...
 
 class MigrateRequest(_message.Message):
     __slots__ = ("asking", "jobset", "nodes")

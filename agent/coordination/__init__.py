@@ -1,0 +1,1 @@
+"""The coordinator as a service: operations that are asked for, recorded, run, and taken over."""
