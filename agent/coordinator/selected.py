@@ -80,9 +80,14 @@ def _members(
             "an empty selector means every pod of the namespace", hint="say which: -l app=train"
         )
     api, namespace = session.api, session.namespace
+    if objects.pods(api, namespace, name=group):
+        raise errors.InvalidInput(
+            f"a pod is called {group}: its own images and those of the group would be mixed",
+            hint="choose another name for the group",
+        )
     pods = objects.pods(api, namespace, selector=selector)
     of_jobsets = {each: jobsets.pods(api, namespace, each) for each in selection.owned(pods)}
-    made = selection.membership(group, selector, pods, of_jobsets)
+    made = selection.membership(selector, pods, of_jobsets)
     found = [checkpoint.Member(each.identity, each.pod, each.uid, each.node) for each in made]
     taking = {each.pod for each in found}
     said = {

@@ -62,10 +62,12 @@ def pod(api: Connection, namespace: str, name: str) -> Json:
     return api.call("GET", _pods(namespace, name), f"pod {namespace}/{name}")
 
 
-def pods(api: Connection, namespace: str, *, selector: str = "") -> list[Json]:
-    """The pods of a namespace whose labels match."""
-    query = {"labelSelector": selector} if selector else None
-    found = api.call("GET", _pods(namespace), f"list of pods in {namespace}", query=query)
+def pods(api: Connection, namespace: str, *, selector: str = "", name: str = "") -> list[Json]:
+    """The pods of a namespace whose labels match; with ``name`` the one of that name."""
+    query = {"labelSelector": selector} if selector else {}
+    query |= {"fieldSelector": f"metadata.name={name}"} if name else {}
+    what = f"list of pods in {namespace}"
+    found = api.call("GET", _pods(namespace), what, query=query or None)
     return list(found.get("items") or ())
 
 

@@ -47,10 +47,10 @@ def owned(pods: Sequence[Json]) -> tuple[str, ...]:
 
 
 def membership(
-    group: str, selector: str, pods: Sequence[Json], of_jobsets: Mapping[str, Sequence[Json]]
+    selector: str, pods: Sequence[Json], of_jobsets: Mapping[str, Sequence[Json]]
 ) -> tuple[Member, ...]:
-    """The pods that make up ``group``: all of ``pods``, which are those that ``selector`` means,
-    but for those that have failed. ``of_jobsets`` are all pods of the JobSets that own one.
+    """The pods that make up a group: all of ``pods``, which are those that ``selector`` means, but
+    for those that have failed. ``of_jobsets`` are all pods of the JobSets that own one.
 
     Raises:
         errors.NotFound: there are none.
@@ -64,12 +64,6 @@ def membership(
         )
     reasons = [
         f"pod {each['metadata']['name']} {problem}" for each in meant if (problem := _problem(each))
-    ]
-    reasons += [
-        f"pod {each['metadata']['name']} is called like the group, which would mix its own images"
-        " with the group's"
-        for each in meant
-        if each["metadata"]["name"] == group
     ]
     inside = {each["metadata"]["uid"] for each in meant}
     for name, its in sorted(of_jobsets.items()):

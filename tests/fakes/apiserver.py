@@ -207,11 +207,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 wanted = dict(
                     each.split("=") for each in query.get("labelSelector", "").split(",") if each
                 )
+                _, _, named = query.get("fieldSelector", "").partition("metadata.name=")
                 return 200, {
                     "items": [
                         pod
-                        for (where, _), pod in api.pods.items()
+                        for (where, name), pod in api.pods.items()
                         if where == space
+                        and named in ("", name)
                         and wanted.items() <= pod["metadata"].get("labels", {}).items()
                     ]
                 }

@@ -153,6 +153,12 @@ def test_what_cannot_be_one_group_is_refused_before_any_agent_is_asked(
     assert (group.cut, group.world.agents.calls) == ([], [])
 
 
+def test_a_group_is_never_called_like_a_pod(run: Any, group: Group) -> None:
+    ran = run("dump", "group/job", "-l", "app=solver", "-o", "json")
+    assert error(ran)["message"].startswith("a pod is called job")
+    assert group.cut == []
+
+
 def test_a_jobset_is_not_cut_in_two(run: Any, group: Group) -> None:
     for name, app in (("train-0", "solver"), ("train-1", "other")):
         found = of_a_jobset(name)["metadata"]

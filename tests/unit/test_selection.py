@@ -42,14 +42,14 @@ def of_a_jobset(name: str, jobset_name: str = "train", *, controller: bool = Tru
 
 def reasons(*pods: Json, of_jobsets: dict[str, list[Json]] | None = None) -> list[str]:
     with pytest.raises(errors.TargetUnsuitable) as caught:
-        selection.membership("solver", "app=solver", pods, of_jobsets or {})
+        selection.membership("app=solver", pods, of_jobsets or {})
     found = caught.value.facts["reasons"]
     assert isinstance(found, list)
     return found
 
 
 def test_every_pod_that_matches_is_a_member_by_its_name() -> None:
-    found = selection.membership("solver", "app=solver", [pod("b"), pod("a")], {})
+    found = selection.membership("app=solver", [pod("b"), pod("a")], {})
     assert [(each.identity, each.pod, each.uid, each.node) for each in found] == [
         ("a", "a", "uid-a", "n1"),
         ("b", "b", "uid-b", "n1"),
@@ -57,12 +57,12 @@ def test_every_pod_that_matches_is_a_member_by_its_name() -> None:
 
 
 def test_pods_that_have_failed_are_nobodys_members_any_more() -> None:
-    found = selection.membership("solver", "app=solver", [pod("a"), pod("b", phase="Failed")], {})
+    found = selection.membership("app=solver", [pod("a"), pod("b", phase="Failed")], {})
     assert [each.pod for each in found] == ["a"]
     with pytest.raises(errors.NotFound, match="app=solver"):
-        selection.membership("solver", "app=solver", [pod("b", phase="Failed")], {})
+        selection.membership("app=solver", [pod("b", phase="Failed")], {})
     with pytest.raises(errors.NotFound):
-        selection.membership("solver", "app=solver", [], {})
+        selection.membership("app=solver", [], {})
 
 
 def test_what_stands_in_the_way_is_told_of_every_pod() -> None:
@@ -73,14 +73,12 @@ def test_what_stands_in_the_way_is_told_of_every_pod() -> None:
         pod("going", deletionTimestamp="2026-01-01T00:00:00Z"),
         pod("ordinary", labels={"app": "solver"}),
         pod("x" * 62),
-        pod("solver"),
     ) == [
         "pod pending does not run (Pending)",
         "pod done has finished",
         "pod going is being deleted",
         "pod ordinary is not opted in (label ckpt-agent.dev/checkpoint=enabled)",
         f"pod {'x' * 62} cannot be a member: member name '{'x' * 62}.c' is not valid",
-        "pod solver is called like the group, which would mix its own images with the group's",
     ]
 
 
@@ -92,7 +90,7 @@ def test_a_jobset_is_taken_whole_or_not_at_all() -> None:
         "JobSet train would be cut in two: its pod train-1 does not match"
     ]
     both = [inside, outside, pod("a")]
-    found = selection.membership("g", "x", both, {"train": [inside, outside, failed]})
+    found = selection.membership("x", both, {"train": [inside, outside, failed]})
     assert [each.pod for each in found] == ["a", "train-0", "train-1"]
 
 
