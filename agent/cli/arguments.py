@@ -189,6 +189,39 @@ def engine(verb: Callable[..., Any]) -> Callable[..., Any]:
     )(verb)
 
 
+def coordinator(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The option that has the cluster's coordinator do it, instead of this program."""
+    return click.option(
+        "--coordinator/--no-coordinator",
+        default=None,
+        help="For a JobSet or a group: ask the cluster's coordinator, and follow what it does.",
+    )(verb)
+
+
+def queue(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The option that waits for the turn, beside ``coordinator``."""
+    return click.option(
+        "--queue",
+        is_flag=True,
+        help="With --coordinator: if another operation is under way with the group, wait for its"
+        " end instead of being refused.",
+    )(verb)
+
+
+def by_coordinator(
+    merged: settings.Settings, kind: str, *, said: bool | None, queue: bool = False
+) -> bool:
+    """Whether the coordinator is asked about something of ``kind`` ("" for this host)."""
+    of_a_group = kind in ("jobset", "group")
+    refuse(
+        {"--coordinator": said and not of_a_group, "--queue": queue and not of_a_group},
+        "is for a JobSet or a group",
+    )
+    asked = of_a_group and merged.use_coordinator
+    refuse({"--queue": queue and not asked}, "goes with --coordinator")
+    return asked
+
+
 def check_target(
     invocation: Invocation,
     pod: object,

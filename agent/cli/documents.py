@@ -32,20 +32,21 @@ def document(kind: str, name: str, **fields: Any) -> Document:
     return {"apiVersion": API_VERSION, "kind": kind, "name": name, **fields}
 
 
-def _time(seconds: float) -> str:
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+def moment(seconds: float) -> str:
+    """Seconds since 1970 as they are printed."""
+    found = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return found.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _created(summary: EpochSummary | Image) -> str:
     """When an epoch was made; a damaged manifest does not tell, but the epoch's name does."""
     if summary.damage is None:
-        return _time(summary.created_s)
+        return moment(summary.created_s)
     try:
-        moment = datetime.datetime.strptime(f"{summary.epoch[:15]}+0000", "%Y%m%d-%H%M%S%z")
+        named = datetime.datetime.strptime(f"{summary.epoch[:15]}+0000", "%Y%m%d-%H%M%S%z")
     except ValueError:  # digits that are no date
-        return _time(0.0)
-    return _time(moment.timestamp())
+        return moment(0.0)
+    return moment(named.timestamp())
 
 
 def image_name(summary: EpochSummary | Image) -> str:

@@ -11,6 +11,7 @@ from agent.cli import arguments, documents, exits, interrupts, output, progress
 from agent.cli.invocation import Invocation, Verb, pass_invocation
 from agent.engines.base import CaptureOptions
 from agent.node.dump import Cancel
+from agent.settings import Settings
 
 
 @click.command(
@@ -66,6 +67,8 @@ from agent.node.dump import Cancel
     metavar="SPAN",
     help="Give up after this time [default: 10m].",
 )
+@arguments.coordinator
+@arguments.queue
 @pass_invocation
 def verb(
     invocation: Invocation,
@@ -79,6 +82,8 @@ def verb(
     containers: tuple[str, ...],
     engine: str | None,
     deadline: float | None,
+    coordinator: bool | None,
+    queue: bool,
 ) -> None:
     """Capture the process trees below each PID, or in a cluster the containers of a pod, of all
     pods of a JobSet or of all pods that a selector means, as one image and print its name.
@@ -93,25 +98,26 @@ def verb(
         {"--container": containers, "--engine": engine, "--selector": selector},
         {"--follow": follow, "--name": name, "--include": include},
     )
-    settings = invocation.settings(dump_deadline=deadline)
+    settings = invocation.settings(dump_deadline=deadline, use_coordinator=coordinator)
+    kind = target.kind if target else ""
+    asked = arguments.by_coordinator(settings, kind, said=coordinator, queue=queue)
     if target is not None:
         of_a_pod = {"--container": containers, "--engine": engine}
-        if (target.kind == "group") != bool(selector):
+        if (kind == "group") != bool(selector):
             raise click.UsageError("group/NAME and --selector LABELS go together")
-        if target.kind == "group":
-            from agent.cli import ingroup
-
-            arguments.refuse(of_a_pod, "is for a pod, not for a group of pods")
-            ingroup.dump(invocation, settings, target.name, selector, stop=stop)
-        elif target.kind == "jobset":
-            from agent.cli import injobset
-
-            arguments.refuse(of_a_pod, "is for a pod, not for a JobSet")
-            injobset.dump(invocation, settings, target.name, stop=stop)
-        else:
+        if kind == "pod":
             from agent.cli import incluster
 
             incluster.dump(invocation, settings, target.name, containers, engine=engine, stop=stop)
+            return
+        arguments.refuse(of_a_pod, "is for a pod, not for a JobSet or a group of pods")
+        if asked:
+            from agent.cli import bycoordinator
+
+            meant = bycoordinator.target(target, selector)
+            bycoordinator.dump(invocation, settings, meant, stop=stop, wait=queue)
+        else:
+            _dump_together(invocation, settings, target, selector, stop=stop)
         return
     options = CaptureOptions(
         deadline_s=settings.dump_deadline_s,
@@ -161,3 +167,22 @@ def verb(
         f" {output.human_bytes(document['storedBytes'])}"
     )
     invocation.emit(document)
+
+
+def _dump_together(
+    invocation: Invocation,
+    settings: Settings,
+    target: arguments.Target,
+    selector: str,
+    *,
+    stop: bool,
+) -> None:
+    """This program is the coordinator."""
+    if target.kind == "group":
+        from agent.cli import ingroup
+
+        ingroup.dump(invocation, settings, target.name, selector, stop=stop)
+    else:
+        from agent.cli import injobset
+
+        injobset.dump(invocation, settings, target.name, stop=stop)

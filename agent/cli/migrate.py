@@ -46,6 +46,8 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
     metavar="SPAN",
     help="Give the dump, and the restore, up after this time [default: 10m each].",
 )
+@arguments.coordinator
+@arguments.queue
 @pass_invocation
 def verb(
     invocation: Invocation,
@@ -53,6 +55,8 @@ def verb(
     nodes: tuple[str, ...],
     engine: str | None,
     deadline: float | None,
+    coordinator: bool | None,
+    queue: bool,
 ) -> None:
     """Checkpoint a pod, stop it, and bring it back on another node under its own name, with its
     memory, its files and its output going on.
@@ -64,12 +68,20 @@ def verb(
     The pods of a JobSet move at one instant. Those that are on one node stay together; the nodes
     that they are on, in the order of the pods, go to the named ones in turn.
     """
-    settings = invocation.settings(dump_deadline=deadline, restore_deadline=deadline)
+    settings = invocation.settings(
+        dump_deadline=deadline, restore_deadline=deadline, use_coordinator=coordinator
+    )
+    asked = arguments.by_coordinator(settings, target.kind, said=coordinator, queue=queue)
     if target.kind == "jobset":
-        from agent.cli import injobset
-
         arguments.refuse({"--engine": engine}, "is for a pod, not for a JobSet")
-        injobset.migrate(invocation, settings, target.name, nodes)
+        if asked:
+            from agent.cli import bycoordinator
+
+            bycoordinator.migrate(invocation, settings, target.name, nodes, wait=queue)
+        else:
+            from agent.cli import injobset
+
+            injobset.migrate(invocation, settings, target.name, nodes)
         return
     node = arguments.one_node(nodes, "--to") or ""
     from agent.cli import incluster

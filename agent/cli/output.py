@@ -123,6 +123,38 @@ _BACK = (
     Column("TO", lambda item, now_s: item["now"]["node"]),
     Column("NOW", lambda item, now_s: item["now"]["pod"]),
 )
+_OPERATIONS = (
+    Column("ID", _text("name")),
+    Column("AGE", lambda item, now_s: age(item["createdAt"], now_s), right=True),
+    Column("OPERATION", _text("operation")),
+    Column("GROUP", _text("group")),
+    Column("STATE", _text("state")),
+    Column("STEP", _text("step")),
+    Column("IMAGE", lambda item, now_s: item["image"]["name"] if item["image"] else "-"),
+)
+_OPERATIONS_WIDE = (
+    *_OPERATIONS,
+    Column("CALLER", _text("caller")),
+    Column("TAKEOVERS", _text("takeovers"), right=True),
+    Column("ENDED", _text("endedAt")),
+    Column("ERROR", lambda item, now_s: item["error"]["message"] if item["error"] else "-"),
+)
+_MEMBER_PLANS = (
+    Column("MEMBER", _text("name")),
+    Column("POD", _text("pod")),
+    Column("NODE", _text("node")),
+    Column("DUMP", lambda item, now_s: "would work" if item["plan"]["feasible"] else "would fail"),
+    Column(
+        "CAPTURED",
+        lambda item, now_s: human_bytes(item["plan"]["estimate"]["rawBytes"]),
+        right=True,
+    ),
+    Column(
+        "STOP",
+        lambda item, now_s: human_s(item["plan"]["estimate"]["stopSeconds"]),
+        right=True,
+    ),
+)
 _COMPARED = (
     Column("MEMBER", _text("name")),
     Column("SAME", _size("sameBytes"), right=True),
@@ -372,6 +404,31 @@ def _plan(document: Document, wide: bool, now_s: float) -> list[str]:
     return [*lines, "", *_files(document["files"], wide, now_s)]
 
 
+def _operation(document: Document, wide: bool, now_s: float) -> list[str]:
+    if document["pods"]:
+        return table(_BACK, document["pods"], now_s)
+    return _operation_table([document], wide, now_s)
+
+
+def _operation_list(document: Document, wide: bool, now_s: float) -> list[str]:
+    return _operation_table(document["items"], wide, now_s)
+
+
+def _operation_table(items: list[Document], wide: bool, now_s: float) -> list[str]:
+    return table(_OPERATIONS_WIDE if wide else _OPERATIONS, items, now_s)
+
+
+def _epoch_plan(document: Document, wide: bool, now_s: float) -> list[str]:
+    lines = _pairs(
+        (
+            ("Name", document["name"]),
+            ("Dump", "would work" if document["feasible"] else "would be refused or fail"),
+        )
+    )
+    lines += [f"  - {_printable(reason)}" for reason in document["obstacles"]]
+    return [*lines, "", *_section("Members", _MEMBER_PLANS, document["members"], now_s)]
+
+
 def _error(document: Document, wide: bool, now_s: float) -> list[str]:
     lines = [f"ckpt-agent: {document['message']}"]
     facts = document["facts"]
@@ -397,6 +454,9 @@ _LAYOUTS: dict[str, Callable[[Document, bool, float], list[str]]] = {
     "PruneReport": _prune_report,
     "DoctorReport": _doctor_report,
     "Plan": _plan,
+    "EpochPlan": _epoch_plan,
+    "Operation": _operation,
+    "OperationList": _operation_list,
     "Error": _error,
 }
 

@@ -17,9 +17,9 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
     example="ckpt-agent plan --pid 4711",
 )
 @click.argument(
-    "pod",
-    metavar="[pod/NAME]",
-    type=arguments.pod,
+    "target",
+    metavar="[pod/NAME|jobset/NAME|group/NAME]",
+    type=arguments.dump_target,
     required=False,
     shell_complete=arguments.complete_pod,
 )
@@ -32,27 +32,54 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
     help="Root of a process tree; may be repeated.",
 )
 @arguments.follow
+@click.option(
+    "-l",
+    "--selector",
+    metavar="LABELS",
+    default="",
+    help="With group/NAME: its pods are all that match, as kubectl's -l.",
+)
 @arguments.containers
+@arguments.coordinator
 @pass_invocation
 def verb(
     invocation: Invocation,
-    pod: str | None,
+    target: arguments.Target | None,
     pids: tuple[int, ...],
     follow: bool,
+    selector: str,
     containers: tuple[str, ...],
+    coordinator: bool | None,
 ) -> int:
     """Say what a dump of the trees below each PID, or of a pod in a cluster, would capture, how
     large it is, how long the stop would be, and what would fail and why. The processes are only
-    looked at.
+    looked at. Of a JobSet or a group of pods the cluster's coordinator says it.
 
     The exit status is 3 if a dump would be refused or fail.
     """
-    arguments.check_target(invocation, pod, pids, {"--container": containers}, {"--follow": follow})
-    settings = invocation.settings()
-    if pod is not None:
-        from agent.cli import incluster
+    arguments.check_target(
+        invocation,
+        target,
+        pids,
+        {"--container": containers, "--selector": selector},
+        {"--follow": follow},
+    )
+    settings = invocation.settings(use_coordinator=coordinator)
+    kind = target.kind if target else ""
+    asked = arguments.by_coordinator(settings, kind, said=coordinator)
+    if target is not None:
+        if (kind == "group") != bool(selector):
+            raise click.UsageError("group/NAME and --selector LABELS go together")
+        if kind == "pod":
+            from agent.cli import incluster
 
-        return incluster.plan(invocation, settings, pod, containers)
+            return incluster.plan(invocation, settings, target.name, containers)
+        arguments.refuse({"--container": containers}, "is for a pod, not for a group of pods")
+        if not asked:
+            raise click.UsageError(f"the coordinator plans for a {kind}: add --coordinator")
+        from agent.cli import bycoordinator
+
+        return bycoordinator.plan(invocation, settings, bycoordinator.target(target, selector))
     followed = wiring.followed(pids) if follow else None
     found = wiring.plan(settings, pids, followed)
     invocation.emit(documents.plan_report(found, followed))

@@ -117,6 +117,17 @@ def for_epoch(quiet: bool) -> Iterator[Callable[[enum.Enum], None]]:
 
 
 @contextlib.contextmanager
+def for_steps(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A callback for the step that an operation of the coordinator is at."""
+    with _bars(quiet) as bars:
+        if bars is None:
+            yield lambda step: None
+            return
+        task = bars.add_task("asking the coordinator", total=None)
+        yield lambda step: bars.update(task, description=step)
+
+
+@contextlib.contextmanager
 def for_reading(quiet: bool, name: str) -> Iterator[Callable[[int, int], None]]:
     """A callback that takes bytes done and bytes in all."""
     with _bars(quiet) as bars:

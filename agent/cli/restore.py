@@ -77,6 +77,8 @@ _OUTPUT_MODE = 0o600
     metavar="SPAN",
     help="Give up after this time [default: 10m].",
 )
+@arguments.coordinator
+@arguments.queue
 @pass_invocation
 def verb(
     invocation: Invocation,
@@ -94,6 +96,8 @@ def verb(
     stderr: str | None,
     accept_changed: bool,
     deadline: float | None,
+    coordinator: bool | None,
+    queue: bool,
 ) -> int:
     """Bring IMAGE back: a name that dump printed, or a group for its newest image.
 
@@ -120,24 +124,48 @@ def verb(
         "--stderr": stderr,
         "--accept-changed": accept_changed,
     }
-    settings = invocation.settings(restore_deadline=deadline)
-    of_a_jobset = arguments.jobset_image(image)
-    if of_a_jobset is not None:
-        arguments.refuse(of_a_host | {"--pod": pod, "--again": again}, "is not for a JobSet")
-        from agent.cli import injobset
+    settings = invocation.settings(restore_deadline=deadline, use_coordinator=coordinator)
+    together = _together(image)
+    kind = together[0].kind if together else ""
+    asked = arguments.by_coordinator(settings, kind, said=coordinator, queue=queue)
+    if together is not None:
+        if kind == "jobset":
+            arguments.refuse(of_a_host | {"--pod": pod, "--again": again}, "is not for a JobSet")
+        else:
+            placed = {"--pod": pod, "--node": nodes, "--replace": replace}
+            arguments.refuse(of_a_host | placed, "is not for a group of pods, which wait already")
+            arguments.refuse({"--again": again and asked}, "does not go with --coordinator")
+        target, epoch = together
+        if asked:
+            from agent.cli import bycoordinator
 
-        name, epoch = of_a_jobset
-        injobset.restore(
-            invocation, settings, name, epoch, storage=storage, nodes=nodes, replace=replace
-        )
-        return exits.DONE
-    of_a_group = arguments.group_image(image)
-    if of_a_group is not None:
-        placed = {"--pod": pod, "--node": nodes, "--replace": replace}
-        arguments.refuse(of_a_host | placed, "is not for a group of pods, which wait already")
-        from agent.cli import ingroup
+            meant = bycoordinator.target(target)
+            bycoordinator.restore(
+                invocation,
+                settings,
+                meant,
+                epoch,
+                storage=storage,
+                nodes=nodes,
+                replace=replace,
+                wait=queue,
+            )
+        elif kind == "jobset":
+            from agent.cli import injobset
 
-        ingroup.restore(invocation, settings, *of_a_group, storage=storage, again=again)
+            injobset.restore(
+                invocation,
+                settings,
+                target.name,
+                epoch,
+                storage=storage,
+                nodes=nodes,
+                replace=replace,
+            )
+        else:
+            from agent.cli import ingroup
+
+            ingroup.restore(invocation, settings, target.name, epoch, storage=storage, again=again)
         return exits.DONE
     if invocation.in_cluster(settings) or any(of_a_cluster.values()):
         arguments.refuse(of_a_host, "is for processes on this host, not for pods in a cluster")
@@ -170,10 +198,10 @@ def verb(
             accept_changed=accept_changed,
             log_level=settings.criu_log_level,
         )
-        asked: list[int] = []
-        with interrupts.caught(asked.append), progress.for_restore(invocation.quiet) as show:
+        stopped: list[int] = []
+        with interrupts.caught(stopped.append), progress.for_restore(invocation.quiet) as show:
             outcome = wiring.restore(settings, image, options, progress=show)
-            if asked:
+            if stopped:
                 _take_back(outcome)
     document = documents.restore_report(outcome, isolated=isolate)
     invocation.say(f"{document['name']} runs after {output.human_s(document['runningSeconds'])}")
@@ -182,6 +210,17 @@ def verb(
         member["exitStatus"] = status
     invocation.emit(document)
     return next((status for status in statuses if status), exits.DONE)
+
+
+def _together(image: str) -> tuple[arguments.Target, str] | None:
+    """The JobSet or group that ``image`` is of, with its epoch ("" for the newest), if it names
+    one.
+    """
+    if (of_a_jobset := arguments.jobset_image(image)) is not None:
+        return arguments.Target("jobset", of_a_jobset[0]), of_a_jobset[1]
+    if (of_a_group := arguments.group_image(image)) is not None:
+        return arguments.Target("group", of_a_group[0]), of_a_group[1]
+    return None
 
 
 def _opened(stack: contextlib.ExitStack, path: str | None, flags: int) -> int | None:

@@ -119,16 +119,22 @@ class Asking:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """All pods of a JobSet, or those that ``labels`` mean as the group ``name``."""
+    """All pods of ``jobset``, or, if that is "", those of ``group``: that ``labels`` mean, or for a
+    restore, that wait for its image.
+    """
 
-    name: str
+    jobset: str = ""
+    group: str = ""
     labels: str = ""
+
+    def __str__(self) -> str:
+        return f"jobset/{self.jobset}" if self.jobset else f"group/{self.group}"
 
     def message(self) -> coordinator_pb2.Target:
         """As it is sent."""
-        if not self.labels:
-            return coordinator_pb2.Target(jobset=self.name)
-        selector = coordinator_pb2.Selector(labels=self.labels, group=self.name)
+        if self.jobset:
+            return coordinator_pb2.Target(jobset=self.jobset)
+        selector = coordinator_pb2.Selector(labels=self.labels, group=self.group)
         return coordinator_pb2.Target(selector=selector)
 
 
