@@ -167,7 +167,8 @@ class RestoreOptions:
     ``stdin|stdout|stderr``: open descriptors that replace the tree's own, or None.
     ``accept_changed``: paths whose changed size or time is accepted (binaries, libraries).
     ``moved``: addresses of all hosts of a group, old to new, where its members move together;
-    connections between them go on.
+    connections between them go on, but for the ``halves`` ("local -> remote" as they were): whose
+    other end is in no member, since nobody had accepted it yet.
     """
 
     isolate: bool = False
@@ -179,6 +180,7 @@ class RestoreOptions:
     accept_changed: bool = False
     log_level: int = 2
     moved: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    halves: frozenset[str] = frozenset()
 
 
 class Gate(Protocol):

@@ -20,7 +20,7 @@ from typing import Any
 
 from agent import errors
 from agent.engines.base import Engine, RestoredTree, RestoreOptions
-from agent.host import clock
+from agent.host import clock, sockets
 from agent.model import cut, ids
 from agent.model.container import Container
 from agent.model.pods import Placement, Pod
@@ -78,6 +78,7 @@ class JointRestore:
         self._pod: Pod | None = None
         self._containers: Sequence[Container] = ()
         self._was = Placement("", "", "", ())
+        self._halves: frozenset[str] = frozenset()
         self._telling: threading.Thread | None = None
         self._engine: Engine | None = None
         self._sources: Sequence[MemberSource] = ()
@@ -166,6 +167,7 @@ class JointRestore:
             order.namespace, order.pod, order.pod_uid, names, self._deadline, self._check
         )
         self._pod, self._containers = pod, containers
+        self._halves = _texts(reader.facts.get("leaving"))
         was = dict(podwork.placements(reader.facts))
         self._was = was.get(order.member, self._was)
         with contextlib.ExitStack() as stack:
@@ -199,7 +201,9 @@ class JointRestore:
 
     def _restore(self, engine: Engine, source: MemberSource) -> RestoredTree:
         allowed_s = self._deadline.remaining_s + _DECIDED_S
-        options = dataclasses.replace(self._order.options, deadline_s=allowed_s)
+        options = dataclasses.replace(
+            self._order.options, deadline_s=allowed_s, halves=self._halves
+        )
         try:
             tree = engine.restore(source, options, self._gate)
         except BaseException as exc:
@@ -246,12 +250,24 @@ class JointRestore:
         """The peers of connections that are reset."""
         moved = self._order.options.moved
         for source in self._sources:
-            ends: Sequence[dict[str, Any]] = source.facts().get("tcp_ends", ())
+            known = source.facts()
+            established = {
+                (sockets.unmapped(each["local"]), sockets.unmapped(each["remote"]))
+                for each in known.get("sockets", ())
+                if each["state"] == "established"
+            }
+            ends: Sequence[dict[str, Any]] = known.get("tcp_ends", ())
             for each in ends:
                 local, remote = str(each["local"]), str(each["remote"])
-                outside = remote not in moved and not ipaddress.ip_address(remote).is_loopback
-                if outside and moved.get(local, local) != local:
-                    yield cut.address(remote, int(each["remote_port"]))
+                here = cut.address(local, int(each["local_port"]))
+                there = cut.address(remote, int(each["remote_port"]))
+                if remote not in moved and not ipaddress.ip_address(remote).is_loopback:
+                    lost = moved.get(local, local) != local
+                else:
+                    both = {(here, there), (there, here)} & established
+                    lost = f"{here} -> {there}" in self._halves and both == {(here, there)}
+                if lost:
+                    yield there
 
     def _check(self) -> None:
         if self._over:
@@ -260,6 +276,10 @@ class JointRestore:
     def _tell_failed(self, exc: errors.CkptError) -> None:
         if self._pod is not None and not self._over:
             self._work.tell(self._pod, "RestoreFailed", f"{exc.message} ({exc.code})")
+
+
+def _texts(told: object) -> frozenset[str]:
+    return frozenset(str(each) for each in told) if isinstance(told, list) else frozenset()
 
 
 def _close_after(telling: threading.Thread, owned: contextlib.ExitStack) -> None:

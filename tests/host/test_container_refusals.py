@@ -38,6 +38,14 @@ libc.shmat(libc.shmget(0, 1 << 20, 0o1600), None, 0)
 print('up', flush=True)
 time.sleep(1000)
 """
+MULTICAST = """
+import socket, struct, time
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+group = struct.pack('=4s4si', socket.inet_aton('239.77.0.1'), bytes(4), 1)
+sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
+print('up', flush=True)
+time.sleep(1000)
+"""
 
 
 def refused(boxes: Boxes, box: Box, match: str, kind: type[errors.Refused]) -> errors.Refused:
@@ -92,6 +100,13 @@ def test_sysv_shared_memory(boxes: Boxes) -> None:
     box = boxes.start("source", "python3", "-c", SYSV)
     wait_for(lambda: "up" in box.log.read_text(), "no output")
     refused(boxes, box, "System V", errors.TargetUnsuitable)
+
+
+def test_a_multicast_group(boxes: Boxes) -> None:
+    box = boxes.start("source", "python3", "-c", MULTICAST)
+    wait_for(lambda: "up" in box.log.read_text(), box.log.read_text())
+    found = refused(boxes, box, r"multicast group 239\.77\.0\.1", errors.TargetUnsuitable)
+    assert "leave the group" in found.hint
 
 
 def test_a_workload_that_mounted_something_by_itself(boxes: Boxes) -> None:

@@ -207,6 +207,29 @@ def test_what_moves_together_stays_connected_and_addresses_may_be_exchanged() ->
     assert wrong.homeless(facts) == ["10.1.0.5"]
 
 
+def test_a_connection_in_the_group_that_nobody_had_accepted_is_lost() -> None:
+    facts = known(
+        ("tcp", "10.1.0.5:1", "10.1.0.6:80"),
+        ("tcp", "10.1.0.5:2", "10.1.0.6:80"),
+        ("tcp6", "[::ffff:10.1.0.5]:3", "[::ffff:10.1.0.6]:80"),
+        ("tcp", "127.0.0.1:4", "127.0.0.1:80"),
+        ("tcp", "127.0.0.1:80", "127.0.0.1:4"),
+    )
+    for each in facts["sockets"]:
+        each["state"] = "established"
+    facts["sockets"][1]["state"] = "close-wait"  # its peer has closed it, which it will read
+    group = {"10.1.0.5": "10.1.0.15", "10.1.0.6": "10.1.0.16"}
+    halves = {f"10.1.0.5:{port} -> 10.1.0.6:80" for port in (2, 3)}
+    # Of another pod's own, which looks the same.
+    halves.add("127.0.0.1:4 -> 127.0.0.1:80")
+    moved = connections.Moved(["10.1.0.5"], ["10.1.0.15"], group, frozenset(halves))
+    assert [lost.fd for lost in moved.lost(facts)] == [2]
+    # Where it stays as well: the one who was to accept it knows nothing of it.
+    same = {each: each for each in group}
+    stays = connections.Moved(["10.1.0.5"], ["10.1.0.5"], same, frozenset(halves))
+    assert [lost.fd for lost in stays.lost(facts)] == [2]
+
+
 def test_an_address_of_an_image_is_replaced_in_every_form() -> None:
     words = {connections._words("10.1.0.5"): connections._words("10.1.0.77")}
 

@@ -325,6 +325,36 @@ def test_what_is_too_old_is_neither_joined_nor_finished_nor_committed(
     assert names(volume, layout.PACKS) == []
 
 
+@pytest.mark.parametrize("apart_s", [600.0, -600.0, 3600.0, -3600.0])
+def test_machines_that_do_not_agree_on_the_time_lose_nothing(
+    store: Store, volume: Volume, apart_s: float
+) -> None:
+    """One names the epoch, one writes a part, one deletes, one commits: by two clocks."""
+    here_s = clock.wall_s()
+    there_s = here_s + apart_s
+    done = []
+    for named_s, written_s in ((here_s, there_s), (there_s, here_s), (here_s, here_s)):
+        epoch = store.new_epoch(GROUP, now_s=named_s)
+        with (
+            store.join(GROUP, epoch, now_s=named_s) as one,
+            store.join(GROUP, epoch, now_s=written_s) as two,
+        ):
+            given = [part_of(one, image(RANKS[0])), part_of(two, image(RANKS[1], 30))]
+            for now_s in (named_s, written_s):
+                assert store.prune(KEEP, now_s=now_s).leftovers == 0
+            store.commit_joint(GROUP, epoch, given, {}, now_s=written_s)
+            one.keep()
+            two.keep()
+        done.append(epoch)
+    assert [each.epoch for each in store.epochs(GROUP)] == done
+    for now_s in (here_s, there_s):
+        within = Retention(keep_within_s=2 * abs(apart_s))
+        assert store.prune(within, now_s=now_s).removed == ()
+    report = store.prune(Retention(keep_last=1), now_s=there_s)
+    assert [epoch for _, epoch in report.removed] == done[:-1]
+    assert store.verify(GROUP, done[-1]).good
+
+
 def test_an_epoch_is_not_deleted_while_its_writers_are_at_it(
     store: Store, volume: Volume, epoch: EpochId
 ) -> None:

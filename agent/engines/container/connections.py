@@ -5,7 +5,8 @@ the pod, go on at the new one. So are the addresses of pods that were cut with i
 same time, on both ends by one map, and connections between them go on as well. A connection to
 somebody else cannot: its peer knows the old address. It comes back and is then reset, so that the
 program sees what it would see if its peer had vanished, at once, and not at some later time or
-never. If the address stays the same, its peer may still be there, and it stays as it is.
+never. If the address stays the same, its peer may still be there, and it stays as it is. Reset is
+also a connection within the group that nobody had accepted: it is in no image but its caller's.
 
 Promises: only addresses that were those of the old pod or of its group change.
 Does not: move the address itself, or change what the programs remember of it.
@@ -42,12 +43,18 @@ class Lost:
 
 class Moved:
     """What becomes of addresses when a pod with the addresses ``old`` comes up with ``new``, and of
-    those of its ``group``, which has a new one for each old one, the pod's own among them.
+    those of its ``group``, which has a new one for each old one, the pod's own among them;
+    ``halves`` as in ``engines.base.RestoreOptions``.
     """
 
     def __init__(
-        self, old: Iterable[str], new: Iterable[str], group: Mapping[str, str] | None = None
+        self,
+        old: Iterable[str],
+        new: Iterable[str],
+        group: Mapping[str, str] | None = None,
+        halves: frozenset[str] = frozenset(),
     ) -> None:
+        self._halves = halves
         here = [ipaddress.ip_address(each) for each in new]
         self._here = {str(each) for each in here}
         self._own = {_plain(each) for each in old}
@@ -80,7 +87,10 @@ class Moved:
             for local, remote in ends:
                 here, there = conflicts.endpoint(local)[0], conflicts.endpoint(remote)[0]
                 inside = there in self._inside or ipaddress.ip_address(there).is_loopback
-                if not inside and here not in self._here and (remote, local) not in live:
+                # What its peer has closed comes to its end by itself.
+                half = f"{local} -> {remote}" in self._halves and each["state"] == "established"
+                gone = half if inside else here not in self._here
+                if gone and (remote, local) not in live:
                     found.append(Lost(int(each["pid"]), int(each["fd"]), remote))
         return found
 

@@ -123,7 +123,7 @@ class ContainerEngine:
                 files.put_back(container, init, source, known, deadline, self._filled)
             gate.filled()
             kind = NestedPlaceholder if conflicts.whole(known) else Placeholder
-            site = kind(bundle, container, init, known, deadline, options.moved)
+            site = kind(bundle, container, init, known, deadline, options.moved, options.halves)
             return restore.run(self._places, site, [], source, known, options, gate, deadline)
 
     def _refuse_conflicts(

@@ -38,8 +38,9 @@ class Placeholder:
         known: dict[str, Any],
         deadline: clock.Deadline,
         moved: Mapping[str, str],
+        halves: frozenset[str],
     ) -> None:
-        """``moved`` are the addresses of all pods of the group, old to new."""
+        """``moved`` and ``halves`` as in ``engines.base.RestoreOptions``."""
         self._bundle = bundle
         self._container = container
         self._init = init
@@ -51,7 +52,7 @@ class Placeholder:
         self._tree: Adopted | None = None
         self._hold: hold.Held | None = None
         self._moved = connections.Moved(
-            known["container"]["addresses"], addresses.of(init.pid), moved
+            known["container"]["addresses"], addresses.of(init.pid), moved, halves
         )
 
     def entry(self) -> journal.About:

@@ -208,6 +208,7 @@ def _refuse_process(pid: int, inner: proc.Identity) -> None:
             "containers inside of the container cannot be checkpointed",
             pid=pid,
         )
+    preflight.refuse_multicast(pid)
     lacking = rights.missing([status.uid], status.caps_held)
     if lacking:
         raise _unsuitable(

@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection
 
 from agent import errors
-from agent.host import proc
+from agent.host import multicast, proc
 from agent.model import gpus
 from agent.model.hooks import RELEASE_GPU, TEARDOWN_RDMA
 
@@ -105,6 +105,27 @@ def _suitable(pid: int, ours: dict[str, int]) -> None:
                 namespace=kind,
             )
     refuse_gpus(pid)
+    refuse_multicast(pid)
+
+
+def refuse_multicast(pid: int) -> None:
+    """Refuse a process that has joined a group of multicast: CRIU keeps no membership, and the
+    restored program would wait for ever, without any error, for what is sent to the group.
+
+    Raises:
+        errors.NotFound: the process has ended.
+        errors.TargetUnsuitable: it has joined some; they are named.
+    """
+    groups = multicast.joined(pid)
+    if groups:
+        raise errors.TargetUnsuitable(
+            f"process {pid} ({_comm(pid)}) has joined the multicast group {', '.join(groups)},"
+            " which no restored socket would be in",
+            hint="let it leave the group before the dump and join it again afterwards, or send to"
+            " each receiver's own address",
+            pid=pid,
+            groups=groups,
+        )
 
 
 def refuse_gpus(pid: int) -> None:
