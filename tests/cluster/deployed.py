@@ -21,13 +21,18 @@ SOURCES = (
     *("Dockerfile", "requirements.lock", "pyproject.toml", "scripts/criu-bundle"),
     *("agent", "hooks", "hold"),
 )
+WORKLOADS = (
+    "deployment/ckpt-agent-admission",
+    "daemonset/ckpt-agent-node",
+    "deployment/ckpt-agent-coordinator",
+)
 BUILD_S = 1800
 READY_S = 240
 
 
 def deploy(cluster: Cluster) -> None:
     """Builds and loads the image and applies the overlay for test clusters, as far as needed; the
-    admission service and an agent on every node are ready afterwards.
+    admission service, the coordinator and an agent on every node are ready afterwards.
     """
     wanted = sources_digest()
     loaded = _loaded(cluster)
@@ -35,12 +40,12 @@ def deploy(cluster: Cluster) -> None:
     if _content(loaded) != wanted or not there:
         cluster.import_image(build_image(cluster))
         _apply(cluster)
-        for what in ("deployment/ckpt-agent-admission", "daemonset/ckpt-agent-node"):
+        for what in WORKLOADS:
             cluster.kubectl("rollout", "restart", what, "-n", NAMESPACE)
         loaded.write_text(wanted)
     else:
         _apply(cluster)
-    for what in ("deployment/ckpt-agent-admission", "daemonset/ckpt-agent-node"):
+    for what in WORKLOADS:
         cluster.kubectl(
             *("rollout", "status", what, "-n", NAMESPACE, f"--timeout={READY_S}s"),
             timeout_s=READY_S + 10,

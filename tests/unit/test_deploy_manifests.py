@@ -20,7 +20,8 @@ import pytest
 import yaml
 
 from agent import settings
-from agent.model import access, optin, storage
+from agent.admission import keeper
+from agent.model import access, jobset, optin, storage
 from tests.cluster.cluster import cache_directory
 
 ROOT = Path(__file__).parents[2]
@@ -139,8 +140,60 @@ def test_nobody_is_given_everything_of_something() -> None:
                 assert rule["verbs"] == ["create"] or rule["resourceNames"]
 
 
-def test_every_rule_of_the_agent_is_argued() -> None:
-    assert argued((BASE / "rbac.yaml").read_text(), r"  - apiGroups: .*") == []
+def test_the_coordinators_rights_are_these_and_no_others() -> None:
+    objects = base()
+
+    def granted(kind: str) -> set[tuple[str, str, str]]:
+        return {
+            (group, resource, verb)
+            for rule in one(objects, kind, "ckpt-agent-coordinator")["rules"]
+            for group in rule["apiGroups"]
+            for resource in rule["resources"]
+            for verb in rule["verbs"]
+        }
+
+    assert granted("ClusterRole") == {
+        *((access.API_GROUP, "images", verb) for verb in ("create", "get", "list", "restore")),
+        ("", "pods", "list"),
+        ("", "pods", "create"),
+        *((jobset.API_GROUP, "jobsets", verb) for verb in ("get", "patch", "create", "delete")),
+        ("", "nodes", "get"),
+        ("authentication.k8s.io", "tokenreviews", "create"),
+        ("authorization.k8s.io", "subjectaccessreviews", "create"),
+    }
+    assert granted("Role") == {
+        *(("coordination.k8s.io", "leases", verb) for verb in ("create", "get", "update")),
+        *(("", "configmaps", verb) for verb in ("create", "get", "list", "update", "delete")),
+    }
+
+
+def test_what_rbac_cannot_say_of_the_coordinator_a_policy_says() -> None:
+    """Above all that the pods it may create are never made."""
+    spec = one(base(), "ValidatingAdmissionPolicy", "ckpt-agent-coordinator")["spec"]
+    assert spec["failurePolicy"] == "Fail"
+    (condition,) = spec["matchConditions"]
+    account = one(base(), "ServiceAccount", "ckpt-agent-coordinator")["metadata"]
+    user = f"system:serviceaccount:{account['namespace']}:{account['name']}"
+    assert condition["expression"] == f'request.userInfo.username == "{user}"'
+    writes = {
+        (resource, operation)
+        for rule in spec["matchConstraints"]["resourceRules"]
+        for resource in rule["resources"]
+        for operation in rule["operations"]
+    }
+    assert writes == {
+        ("pods", "CREATE"),
+        *(("configmaps", operation) for operation in ("CREATE", "UPDATE", "DELETE")),
+        *(("jobsets", operation) for operation in ("CREATE", "UPDATE", "DELETE")),
+    }
+    bound = one(base(), "ValidatingAdmissionPolicyBinding", "ckpt-agent-coordinator")["spec"]
+    assert bound["policyName"] == "ckpt-agent-coordinator"
+    assert bound["validationActions"][0] == "Deny"
+
+
+@pytest.mark.parametrize("file", ["rbac.yaml", "coordinator.yaml"])
+def test_every_rule_is_argued(file: str) -> None:
+    assert argued((BASE / file).read_text(), r"  - apiGroups: .*") == []
 
 
 def test_restore_is_nobodys_by_default_and_a_right_of_its_own() -> None:
@@ -160,6 +213,8 @@ def test_restore_is_nobodys_by_default_and_a_right_of_its_own() -> None:
         "ckpt-agent-restorer": (["restore"], []),
         "ckpt-agent-exporter": (["export"], []),
         "ckpt-agent-operator": (["get"], []),
+        # Nobody's but the coordinator's own, which asks what its callers may.
+        "ckpt-agent-coordinator": (["create", "get", "list", "restore"], []),
     }
 
 
@@ -182,6 +237,28 @@ def test_every_root_file_system_is_read_only() -> None:
         spec = pod(workload)
         for container in [*spec["containers"], *spec.get("initContainers", ())]:
             assert container["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def test_a_service_without_a_node_has_no_privileges_on_it() -> None:
+    for workload in workloads(base()):
+        if workload["kind"] != "Deployment":
+            continue
+        spec = pod(workload)
+        assert not {"hostPID", "hostNetwork", "hostIPC"} & set(spec)
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not any("hostPath" in volume for volume in spec.get("volumes", ()))
+        for container in spec["containers"]:
+            security = container["securityContext"]
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["capabilities"] == {"drop": ["ALL"]}
+        (budget,) = [
+            o
+            for o in base()
+            if o["kind"] == "PodDisruptionBudget"
+            and o["spec"]["selector"] == workload["spec"]["selector"]
+        ]
+        assert budget["spec"]["minAvailable"] < workload["spec"]["replicas"]
 
 
 def test_every_mount_is_argued_and_every_volume_mounted() -> None:
@@ -267,6 +344,28 @@ def test_the_manifests_mean_what_the_program_means() -> None:
     assert spec["terminationGracePeriodSeconds"] > default.shutdown_grace_s
     for variable in container["env"]:
         assert variable["name"].removeprefix("CKPT_AGENT_").lower() in settings.KEYS
+
+
+def test_the_coordinators_manifest_means_what_the_program_means() -> None:
+    default = settings.Settings()
+    objects = base()
+    found = one(objects, "Deployment", "ckpt-agent-coordinator")
+    (container,) = pod(found)["containers"]
+    labels = found["spec"]["template"]["metadata"]["labels"]
+    assert default.coordinator_selector in [f"{key}={value}" for key, value in labels.items()]
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {default.tls_dir}
+    (volume,) = pod(found)["volumes"]
+    assert volume["secret"]["secretName"] == keeper.LEAF_NAME
+    assert pod(found)["terminationGracePeriodSeconds"] > default.shutdown_grace_s
+    service = one(objects, "Service", "ckpt-agent-coordinator")
+    assert service["spec"]["clusterIP"] == "None", "callers look which replica serves"
+    assert f"{service['metadata']['name']}.{default.agent_namespace}.svc" in keeper.names(
+        default.agent_namespace
+    )
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert {p["targetPort"]: p["port"] for p in service["spec"]["ports"]} == {
+        name: ports[name] for name in ("token", "certificate")
+    }
 
 
 def test_services_and_accounts_are_there() -> None:
