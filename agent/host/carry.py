@@ -2,9 +2,10 @@
 know how to connect by themselves.
 
 Promises: the socket lies in a directory that only this program's user may enter, and takes one
-connection; bytes flow both ways at once with bounded memory; leaving the context ends everything:
-the far end has let go of its connection, if it does so within a second of our end's leaving, so
-that a peer that is frozen next has nothing of it left.
+connection; bytes flow both ways at once with bounded memory until the deadline, at which both ends
+are cut, whoever waits for what; leaving the context ends everything:
+the far end has let go of its connection, if it does so within a second of our end's leaving and
+before the deadline, so that a peer that is frozen next has nothing of it left.
 Does not: look at what flows.
 """
 
@@ -26,7 +27,7 @@ _CLOSES_S = 1.0
 
 
 @contextlib.contextmanager
-def carried(far: socket.socket) -> Iterator[str]:
+def carried(far: socket.socket, deadline: clock.Deadline) -> Iterator[str]:
     """The path of a socket that leads to where ``far`` does, which is closed at the end."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(far)
@@ -37,14 +38,18 @@ def carried(far: socket.socket) -> Iterator[str]:
         listener.listen(1)
         stopped, stop = os.pipe()
         stack.callback(os.close, stopped)
-        carrier = threading.Thread(target=_carry, args=(listener, far, stopped), name="carry")
+        carrier = threading.Thread(
+            target=_carry, args=(listener, far, stopped, deadline), name="carry"
+        )
         carrier.start()
         stack.callback(carrier.join)
         stack.callback(os.close, stop)
         yield path
 
 
-def _carry(listener: socket.socket, far: socket.socket, stopped: int) -> None:
+def _carry(
+    listener: socket.socket, far: socket.socket, stopped: int, deadline: clock.Deadline
+) -> None:
     """Carry one connection until it has ended, or the other end of ``stopped`` is closed."""
     poll = select.poll()
     poll.register(listener, select.POLLIN)
@@ -59,22 +64,22 @@ def _carry(listener: socket.socket, far: socket.socket, stopped: int) -> None:
         back = threading.Thread(target=_copy, args=(far, near), name="carry back")
         for each in (out, back):
             each.start()
-        _wait_for_end(stopped)
+        _wait_for_end(stopped, deadline)
         # Our end has left, or is about to: its last words go out, then the far end closes.
         _shut(near, socket.SHUT_RD)
-        deadline = clock.Deadline.after(_CLOSES_S)
+        closes = deadline.sooner(_CLOSES_S)
         for each in (out, back):
-            each.join(deadline.remaining_s)
+            each.join(closes.remaining_s)
         for end in (near, far):
             _shut(end, socket.SHUT_RDWR)
         for each in (out, back):
             each.join()
 
 
-def _wait_for_end(stopped: int) -> None:
+def _wait_for_end(stopped: int, deadline: clock.Deadline) -> None:
     poll = select.poll()
     poll.register(stopped, select.POLLIN)
-    poll.poll()
+    poll.poll(deadline.remaining_s * 1000)
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:

@@ -51,7 +51,7 @@ def call(connected: socket.socket, told: Told, deadline: clock.Deadline) -> Answ
         errors.Unreachable: the other end does not speak gRPC, or hung up.
     """
     with (
-        carry.carried(connected) as path,
+        carry.carried(connected, deadline) as path,
         grpc.insecure_channel(f"unix:{path}", _OPTIONS) as channel,
     ):
         try:

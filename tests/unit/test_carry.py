@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from agent.host import carry
+from agent.host import carry, clock
 
 
 def test_bytes_flow_both_ways_and_the_far_end_hears_that_we_left() -> None:
@@ -25,7 +25,7 @@ def test_bytes_flow_both_ways_and_the_far_end_hears_that_we_left() -> None:
 
     thread = threading.Thread(target=answer)
     thread.start()
-    with carry.carried(far) as path:
+    with carry.carried(far, clock.Deadline.after(10.0)) as path:
         assert stat.S_IMODE(os.stat(os.path.dirname(path)).st_mode) == 0o700
         with socket.socket(socket.AF_UNIX) as near:
             near.connect(path)
@@ -44,7 +44,11 @@ def test_bytes_flow_both_ways_and_the_far_end_hears_that_we_left() -> None:
 
 def test_there_is_one_connection_and_no_more() -> None:
     far, theirs = socket.socketpair()
-    with theirs, carry.carried(far) as path, socket.socket(socket.AF_UNIX) as near:
+    with (
+        theirs,
+        carry.carried(far, clock.Deadline.after(10.0)) as path,
+        socket.socket(socket.AF_UNIX) as near,
+    ):
         near.connect(path)
         near.sendall(b"x")
         assert theirs.recv(1) == b"x"
@@ -58,7 +62,10 @@ def test_there_is_one_connection_and_no_more() -> None:
 def test_a_far_end_that_never_leaves_is_left() -> None:
     far, theirs = socket.socketpair()
     with theirs:
-        with carry.carried(far) as path, socket.socket(socket.AF_UNIX) as near:
+        with (
+            carry.carried(far, clock.Deadline.after(10.0)) as path,
+            socket.socket(socket.AF_UNIX) as near,
+        ):
             near.connect(path)
             near.sendall(b"last words")
         # It neither read nor closed, and what was said before is still there.
@@ -69,6 +76,6 @@ def test_a_far_end_that_never_leaves_is_left() -> None:
 def test_nobody_has_to_connect() -> None:
     far, theirs = socket.socketpair()
     with theirs:
-        with carry.carried(far):
+        with carry.carried(far, clock.Deadline.after(10.0)):
             pass
         assert theirs.recv(1) == b""
