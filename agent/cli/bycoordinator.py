@@ -16,7 +16,7 @@ from agent.cli import arguments, exits, interrupts, operationdocuments, output, 
 from agent.cli.incluster import connected
 from agent.cli.invocation import Invocation
 from agent.cluster.operations import Operations
-from agent.rpc.coordinatorclient import Operation, State, Target
+from agent.rpc.coordinatorclient import Coordinator, Operation, State, Target
 from agent.settings import Settings
 
 
@@ -35,8 +35,11 @@ def dump(
     """``dump`` of a JobSet or of what a selector means."""
     with _asked(settings) as (operations, _):
         asking = operations.asking(wait=wait, deadline_s=settings.dump_deadline_s)
-        begun = operations.ask(lambda replica: replica.create_epoch(asking, target, stop=stop))
-        done = _ended(invocation, operations, begun)
+        done = _done(
+            invocation,
+            operations,
+            lambda replica: replica.create_epoch(asking, target, stop=stop),
+        )
     document = operationdocuments.dump_report(done, target, stopped=stop)
     invocation.say(
         f"captured {output.human_bytes(document['rawBytes'])} of {len(document['members'])}"
@@ -66,12 +69,13 @@ def restore(
     """``restore`` of a JobSet."""
     with _asked(settings) as (operations, _):
         asking = operations.asking(wait=wait, deadline_s=settings.restore_deadline_s)
-        begun = operations.ask(
+        done = _done(
+            invocation,
+            operations,
             lambda replica: replica.restore(
                 asking, target, epoch=epoch, storage=storage, nodes=nodes, replace=replace
-            )
+            ),
         )
-        done = _ended(invocation, operations, begun)
     _said_back(invocation, done)
 
 
@@ -82,8 +86,7 @@ def migrate(
     with _asked(settings) as (operations, _):
         deadline_s = settings.dump_deadline_s + settings.restore_deadline_s
         asking = operations.asking(wait=wait, deadline_s=deadline_s)
-        begun = operations.ask(lambda replica: replica.migrate(asking, name, nodes))
-        done = _ended(invocation, operations, begun)
+        done = _done(invocation, operations, lambda replica: replica.migrate(asking, name, nodes))
     _said_back(invocation, done)
 
 
@@ -136,9 +139,12 @@ def _asked(settings: Settings) -> Iterator[tuple[Operations, str]]:
         yield Operations(session, stack), session.namespace
 
 
-def _ended(invocation: Invocation, operations: Operations, begun: Operation) -> Operation:
-    """Follow what was begun; its error is this program's."""
+def _done(
+    invocation: Invocation, operations: Operations, begin: Callable[[Coordinator], Operation]
+) -> Operation:
+    """Begin an operation and follow it to its success; its error is this program's."""
     asked = threading.Event()
+    begun: Operation | None = None
 
     def stop_asked(number: int) -> None:
         if asked.is_set():
@@ -146,19 +152,13 @@ def _ended(invocation: Invocation, operations: Operations, begun: Operation) -> 
         asked.set()
         invocation.say("asking the coordinator to give it up; again to leave it alone")
 
-    invocation.say(f"operation {begun.id}: {begun.state.value}")
     try:
-        with (
-            interrupts.caught(stop_asked),
-            progress.for_steps(invocation.quiet) as show_step,
-        ):
+        with interrupts.caught(stop_asked), progress.for_steps(invocation.quiet) as show_step:
+            begun = operations.ask(begin, asked)
+            invocation.say(f"operation {begun.id}: {begun.state.value}")
             done = operations.follow(begun, _shown(invocation, show_step), asked)
     except KeyboardInterrupt:
-        raise errors.Interrupted(
-            f"operation {begun.id} goes on without this command",
-            hint=f"ckpt-agent operations watch {begun.id} -n {begun.namespace}",
-            operation=begun.id,
-        ) from None
+        raise _left(begun) from None
     if done.error is not None:
         raise done.error
     if done.state is not State.SUCCEEDED:
@@ -167,6 +167,20 @@ def _ended(invocation: Invocation, operations: Operations, begun: Operation) -> 
             hint="its log says more",
         )
     return done
+
+
+def _left(begun: Operation | None) -> errors.Interrupted:
+    """What is said to who stops twice."""
+    if begun is None:
+        return errors.Interrupted(
+            "interrupted before the coordinator answered",
+            hint="ckpt-agent operations shows whether anything began",
+        )
+    return errors.Interrupted(
+        f"operation {begun.id} goes on without this command",
+        hint=f"ckpt-agent operations watch {begun.id} -n {begun.namespace}",
+        operation=begun.id,
+    )
 
 
 def _shown(invocation: Invocation, show_step: Callable[[str], None]) -> Callable[[Operation], None]:

@@ -44,11 +44,13 @@ class Operations:
         """What begins one operation, however often it is said."""
         return Asking(self._session.namespace, secrets.token_hex(16), wait, deadline_s)
 
-    def ask(self, call: Callable[[Coordinator], T]) -> T:
-        """``call`` the replica that serves, wait for one if none does now.
+    def ask(self, call: Callable[[Coordinator], T], asked: threading.Event | None = None) -> T:
+        """``call`` the replica that serves, wait for one if none does now, unless somebody
+        ``asked`` to stop.
 
         Raises:
             errors.NotFound: the cluster has no coordinator.
+            errors.Interrupted: nobody served until somebody asked to stop.
             errors.Unreachable: none served for a minute.
         """
         deadline = clock.Deadline.after(_TAKEOVER_S)
@@ -64,6 +66,11 @@ class Operations:
                 self._served = replica
                 return answer
             self._served = None
+            if asked is not None and asked.is_set():
+                raise errors.Interrupted(
+                    "interrupted before the coordinator answered",
+                    hint="ckpt-agent operations shows whether anything began",
+                )
             if deadline.expired:
                 raise errors.Unreachable(
                     f"no coordinator served for {_TAKEOVER_S:g} s",

@@ -2,8 +2,8 @@
 
 Promises: an agent is reached by a port-forward with the caller's own rights, or at the address that
 the settings name, or, by a service inside the cluster, at its pod's; its certificate is checked
-against the authority that the cluster publishes; who cannot be asked is told by name with the reason
-and the way out; leaving the context closes all.
+against the authority that the cluster publishes; who cannot be asked is told by name with the
+reason and the way out; leaving the context closes all.
 Does not: decide what to do with pods.
 """
 
