@@ -107,11 +107,15 @@ class ApiServer:
 
 
 @contextlib.contextmanager
-def running(authority: Authority, folder: pathlib.Path) -> Iterator[ApiServer]:
-    """An API server on loopback whose certificate ``authority`` issued."""
+def running(
+    authority: Authority, folder: pathlib.Path, handler: type[_Handler] | None = None
+) -> Iterator[ApiServer]:
+    """An API server on loopback whose certificate ``authority`` issued; ``handler`` may know more
+    than this one.
+    """
     state = ApiServer()
 
-    class Handler(_Handler):
+    class Handler(handler or _Handler):  # type: ignore[misc]
         api = state
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -311,16 +311,24 @@ def _pruned(names: list[str], dry_run: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def running(
-    cluster: Cluster, node: str, authority: Authority, *, clients: bytes | None = None
+    cluster: Cluster,
+    node: str,
+    authority: Authority,
+    *,
+    clients: bytes | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    more: Callable[[grpc.Server], None] = lambda server: None,
 ) -> Iterator[str]:
     """An agent on loopback; its address. ``clients``: the authority of client certificates, which
-    are then asked for.
+    are then asked for. ``more`` adds services.
     """
     certificate, key = authority.issue(SERVER_NAME, hosts=(SERVER_NAME,))
     server = grpc.server(ThreadPoolExecutor(8))
     node_pb2_grpc.add_NodeServicer_to_server(_Servicer(cluster, node), server)
+    more(server)
     port = server.add_secure_port(
-        "127.0.0.1:0",
+        f"{host}:{port}",
         grpc.ssl_server_credentials(
             [(key, certificate)], clients, require_client_auth=clients is not None
         ),
@@ -328,6 +336,6 @@ def running(
     server.start()
     cluster.ends = lambda: server.stop(0)
     try:
-        yield f"127.0.0.1:{port}"
+        yield f"{host}:{port}"
     finally:
         server.stop(0).wait()

@@ -1,0 +1,214 @@
+"""A cluster for tests of the coordinator as a service: its API server, two agents whose processes
+are words, a JobSet controller of a few lines, and replicas that are the program itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from agent import settings, wiring
+from agent.coordination import leading
+from agent.model import jobset
+from agent.rpc import coordinatorclient
+from agent.rpc.channels import Credentials
+from agent.rpc.v1 import coordinator_pb2_grpc
+from tests.fakes import apiserver, coordinatorapi, epochs, nodeagent
+from tests.fakes.authority import Authority
+from tests.unit import test_cli_jobset
+
+SERVER_NAME = "ckpt-agent-coordinator.ckpt-agent.svc"
+ADA, BOB = "token-of-ada", "token-of-bob"
+LEASE = ("leases", "ckpt-agent", leading.LEASE_NAME)
+_HOSTS = {"n1": "127.0.0.2", "n2": "127.0.0.3"}
+_LABELS = {"app.kubernetes.io/name": "ckpt-agent-node"}
+
+
+class Controller(test_cli_jobset.Controller):
+    """With restores that are the real ones."""
+
+    def __init__(self, api: apiserver.ApiServer) -> None:
+        self.api = api
+        self.webhook = True
+        self.no_room: set[str] = set()
+        self._made = 0
+        api.admit = self._admit
+        api.on_jobset = self._changed
+
+
+@dataclasses.dataclass
+class Cluster:
+    """All of it."""
+
+    api: apiserver.ApiServer
+    extra: coordinatorapi.Extra
+    agents: nodeagent.Cluster
+    group: epochs.Group
+    jobsets: Controller
+    ca_pem: bytes
+    environ: dict[str, str]
+
+    def processes(self) -> dict[str, str]:
+        """What the processes of the pods do that are there, by the pods' identities."""
+        return {
+            identity: self.group.processes.get(pod["metadata"]["uid"], "absent")
+            for identity, pod in self.jobsets.pods().items()
+        }
+
+    def records(self) -> list[dict[str, Any]]:
+        """The ConfigMaps of operations."""
+        return [each for (kind, *_), each in self.extra.stored.items() if kind == "configmaps"]
+
+    def free_lease(self) -> None:
+        """What time does to the lease of a holder that is gone."""
+        self.extra.stored[LEASE]["spec"]["holderIdentity"] = ""
+
+
+@contextlib.contextmanager
+def running(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Everything but replicas."""
+    for name in [name for name in os.environ if name.startswith("CKPT_AGENT_")]:
+        monkeypatch.delenv(name)
+    authority, ours = Authority("cluster"), Authority("ckpt-agent")
+    extra = coordinatorapi.Extra()
+    extra.callers = {ADA: "ada", BOB: "bob"}
+
+    class Handler(coordinatorapi.Handler):
+        pass
+
+    Handler.extra = extra
+    agents = nodeagent.Cluster(tokens={apiserver.TOKEN})
+    group = epochs.Group(agents)
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        api = stack.enter_context(apiserver.running(authority, folder, Handler))
+        for node, host in _HOSTS.items():
+            api.add_node(node)
+            api.add_pod(
+                f"agent-{node}",
+                node,
+                namespace="ckpt-agent",
+                metadata={"labels": _LABELS},
+                status={"podIP": host},
+            )
+            more = epochs.add(group, agents.tokens)
+            stack.enter_context(
+                nodeagent.running(agents, node, ours, host=host, port=port, more=more)
+            )
+        api.config_maps["ckpt-agent", "ckpt-agent-ca"] = {"ca.crt": ours.pem.decode()}
+        tls = folder / "tls"
+        tls.mkdir()
+        certificate, key = ours.issue(SERVER_NAME, hosts=(SERVER_NAME,))
+        for name, content in (("tls.crt", certificate), ("tls.key", key), ("ca.crt", ours.pem)):
+            (tls / name).write_bytes(content)
+        environ = {
+            "KUBECONFIG": api.kubeconfig(folder / "kubeconfig", authority),
+            "CKPT_AGENT_TLS_DIR": str(tls),
+            "CKPT_AGENT_TOKEN_PORT": str(port),
+            "CKPT_AGENT_COORDINATOR_CERTIFICATE_PORT": "0",
+            "CKPT_AGENT_PROBE_PORT": "0",
+            "CKPT_AGENT_SCHEDULE_DEADLINE": "5s",
+            "CKPT_AGENT_SHUTDOWN_GRACE": "3s",
+            "XDG_CONFIG_HOME": str(folder / "none"),
+            "XDG_CONFIG_DIRS": str(folder / "none"),
+        }
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        yield Cluster(api, extra, agents, group, Controller(api), ours.pem, environ)
+
+
+def free_port() -> int:
+    """A port that nobody has on any address."""
+    with socket.create_server(("0.0.0.0", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def wait_for(predicate: Callable[[], object], seconds: float = 20) -> None:
+    """Return when ``predicate`` is true; fail if it does not become so."""
+    deadline = time.monotonic() + seconds
+    while not predicate():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def client(
+    cluster: Cluster, port: int, token: str = ADA
+) -> Iterator[coordinatorclient.Coordinator]:
+    """A caller."""
+    credentials = Credentials(cluster.ca_pem, SERVER_NAME, lambda: token)
+    target = f"localhost:{port}"
+    with coordinatorclient.connect(target, credentials, peer="the coordinator") as made:
+        yield made
+
+
+@contextlib.contextmanager
+def stub(cluster: Cluster, port: int) -> Iterator[Any]:
+    """The API as its messages have it."""
+    secret = grpc.ssl_channel_credentials(cluster.ca_pem)
+    options = (("grpc.ssl_target_name_override", SERVER_NAME),)
+    token = grpc.access_token_call_credentials(ADA)
+    both = grpc.composite_channel_credentials(secret, token)
+    with grpc.secure_channel(f"localhost:{port}", both, options) as channel:
+        yield coordinator_pb2_grpc.CoordinatorStub(channel)
+
+
+@contextlib.contextmanager
+def replica(cluster: Cluster) -> Iterator[int]:
+    """A replica in this process that leads; the port of its callers."""
+    port, stop = free_port(), threading.Event()
+    chosen = settings.load({"coordinator_token_port": str(port)}, None, os.environ)
+    thread = threading.Thread(target=wiring.coordinator, args=(chosen, stop), name="replica")
+    thread.start()
+    try:
+        wait_for(lambda: _leads(cluster))
+        yield port
+    finally:
+        stop.set()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def _leads(cluster: Cluster) -> bool:
+    found = cluster.extra.stored.get(LEASE)
+    return bool(found and found["spec"]["holderIdentity"])
+
+
+class Process:
+    """A replica of its own, which can be killed."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.port = free_port()
+        environ = {**os.environ, "CKPT_AGENT_COORDINATOR_TOKEN_PORT": str(self.port)}
+        self._process = subprocess.Popen(
+            [str(pathlib.Path(sys.executable).with_name("ckpt-agent")), "coordinator"],
+            env=environ,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def kill(self) -> None:
+        """As a node that is gone."""
+        self._process.kill()
+        self._process.wait()
+
+    def end(self) -> str:
+        """As a kubelet; what it had logged."""
+        self._process.terminate()
+        _, log = self._process.communicate(timeout=20)
+        return log
+
+
+GROUP = jobset.group("train")

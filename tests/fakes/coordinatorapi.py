@@ -1,0 +1,107 @@
+"""The API server of ``apiserver`` as a coordinator sees it: more than one caller, reviews of tokens
+and of others' rights, and objects whose versions count.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+from tests.fakes import apiserver
+
+Json = dict[str, Any]
+
+
+class Handler(apiserver._Handler):
+    """``extra`` is shared by all requests of one server."""
+
+    extra: Extra
+
+    def do_PUT(self) -> None:  # noqa: N802  as http.server calls it
+        """Replace."""
+        self._answer("PUT")
+
+    def _object(
+        self, method: str, parts: list[str], query: dict[str, str], body: Any
+    ) -> tuple[int, Any]:
+        found = self.extra.answer(method, parts, query, body)
+        return found or super()._object(method, parts, query, body)
+
+
+class Extra:
+    """``callers`` are users by their tokens, ``lacking`` what users may not: (user, verb,
+    resource). ``down``: nothing is written.
+    """
+
+    def __init__(self) -> None:
+        self.callers: dict[str, str] = {}
+        self.lacking: set[tuple[str, str, str]] = set()
+        self.reviews: list[tuple[str, str, str]] = []
+        self.stored: dict[tuple[str, str, str], Json] = {}
+        self.down = False
+        self._version = 100
+        self._lock = threading.Lock()
+
+    def answer(
+        self, method: str, parts: list[str], query: dict[str, str], body: Any
+    ) -> tuple[int, Any] | None:
+        """The answer to a request, None if somebody else knows it."""
+        match parts:
+            case ("apis", "authentication.k8s.io", *_):
+                user = self.callers.get(body["spec"]["token"])
+                if user is None or body["spec"].get("audiences"):
+                    return 201, {"status": {"error": "invalid bearer token"}}
+                status = {"user": {"username": user, "uid": f"uid-{user}"}, "authenticated": True}
+                return 201, {"status": status}
+            case ("apis", "authorization.k8s.io", "v1", "subjectaccessreviews"):
+                wanted = body["spec"]["resourceAttributes"]
+                asked = (body["spec"]["user"], wanted["verb"], wanted["resource"])
+                self.reviews.append(asked)
+                return 201, {"status": {"allowed": asked not in self.lacking}}
+            case ("api", "v1", "namespaces", space, "configmaps", *name):
+                if (method, name) != ("GET", ["ckpt-agent-ca"]):
+                    return self._stored(method, "configmaps", space, name, query, body)
+            case ("apis", "coordination.k8s.io", "v1", "namespaces", space, "leases", *name):
+                return self._stored(method, "leases", space, name, query, body)
+        return None
+
+    def _stored(
+        self, method: str, kind: str, space: str, name: list[str], query: dict[str, str], body: Any
+    ) -> tuple[int, Any]:
+        if self.down and method != "GET":
+            return 503, {"message": "the server is currently unable to handle the request"}
+        with self._lock:
+            if method == "GET" and not name:
+                key, _, value = query["labelSelector"].partition("=")
+                return 200, {
+                    "items": [
+                        copy.deepcopy(each)
+                        for (plural, where, _), each in self.stored.items()
+                        if (plural, where) == (kind, space)
+                        and each["metadata"].get("labels", {}).get(key) == value
+                    ]
+                }
+            place = (kind, space, name[0] if name else body["metadata"]["name"])
+            found = self.stored.get(place)
+            if method == "POST":
+                if found is not None:
+                    return 409, {"message": "already exists"}
+                return 201, self._put(place, body)
+            if found is None:
+                return 404, {"message": "not found"}
+            if method == "GET":
+                return 200, copy.deepcopy(found)
+            wanted = body.get("preconditions") or body.get("metadata") or {}
+            if wanted.get("resourceVersion") not in (None, found["metadata"]["resourceVersion"]):
+                return 409, {"message": "the object has been modified"}
+            if method == "DELETE":
+                return 200, self.stored.pop(place)
+            return 200, self._put(place, body)
+
+    def _put(self, place: tuple[str, str, str], body: Json) -> Json:
+        self._version += 1
+        made: Json = copy.deepcopy(body)
+        made["metadata"]["resourceVersion"] = str(self._version)
+        self.stored[place] = made
+        return copy.deepcopy(made)
