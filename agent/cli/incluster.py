@@ -237,11 +237,12 @@ def dump(
         )
         document = poddocuments.dump_report(session.namespace, pod, outcome)
     _said_dumped(invocation, document)
-    _said_hooks(invocation, document)
+    said_hooks(invocation, document)
     invocation.emit(document)
 
 
-def _said_hooks(invocation: Invocation, document: output.Document) -> None:
+def said_hooks(invocation: Invocation, document: output.Document) -> None:
+    """Tell which hooks failed."""
     for problem in document["hookProblems"]:
         invocation.say(f"warning: {problem}")
 
@@ -287,7 +288,7 @@ def restore(
         f"pod {done.pod} runs {document['name']} on {done.node} after"
         f" {output.human_s(document['runningSeconds'])}"
     )
-    _said_hooks(invocation, document)
+    said_hooks(invocation, document)
     invocation.emit(document)
 
 
@@ -306,7 +307,7 @@ def migrate(
         )
         + ")"
     )
-    _said_hooks(invocation, document)
+    said_hooks(invocation, document)
     invocation.emit(document)
 
 

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from agent.cli import interrupts, jobsetdocuments, output, progress
-from agent.cli.incluster import connected
+from agent.cli.incluster import connected, said_hooks
 from agent.cli.invocation import Invocation
 from agent.coordinator import checkpoint, jobsetcourse, jobsetrestore, jobsets
 from agent.host import clock
@@ -60,6 +60,7 @@ def said_cut(
     for pod_uid, local, remote in done.leaving:
         pod = next((each.pod for each in done.members if each.uid == pod_uid), pod_uid)
         invocation.say(f"pod {pod} is connected to {remote}, outside of {what} (from {local})")
+    said_hooks(invocation, document)
 
 
 def restore(

@@ -53,6 +53,7 @@ def dump_report(
             }
             for each in done.stops
         ],
+        hookProblems=list(done.hook_problems),
     )
 
 

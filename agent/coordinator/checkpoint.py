@@ -43,7 +43,8 @@ class Member:
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A committed epoch. ``stop_s`` is from the word to freeze until the last pod ran again, or
-    was ended; ``durable_s`` from the request to the commit.
+    was ended; ``durable_s`` from the request to the commit. ``hook_problems`` are those of hooks
+    that had failed by then, a text for people each.
     """
 
     image: results.Image
@@ -54,6 +55,7 @@ class Checkpoint:
     connections: int
     leaving: tuple[tuple[str, str, str], ...]
     spans_s: dict[State, float]
+    hook_problems: tuple[str, ...] = ()
 
 
 class Control:
@@ -157,6 +159,7 @@ def run(
         connections=decided[-1].connections,
         leaving=decided[-1].leaving,
         spans_s=report.spans_s,
+        hook_problems=decided[-1].hook_problems,
     )
 
 

@@ -30,13 +30,14 @@ class Stop:
 @dataclasses.dataclass(frozen=True)
 class Contribution:
     """``part`` is the store's own; ``ends`` are the pod's connections at the cut; ``pod`` is what a
-    restore has to know of the pod.
+    restore has to know of the pod; ``hook_problems`` is for whoever asked, and for no image.
     """
 
     part: bytes
     ends: tuple[End, ...]
     stops: tuple[Stop, ...]
     pod: dict[str, Any] = dataclasses.field(default_factory=dict)
+    hook_problems: tuple[str, ...] = ()
 
     def encode(self) -> bytes:
         """Return it as JSON."""
@@ -45,6 +46,7 @@ class Contribution:
             "ends": [dataclasses.asdict(each) for each in self.ends],
             "stops": [dataclasses.asdict(each) for each in self.stops],
             "pod": self.pod,
+            "hook_problems": self.hook_problems,
         }
         return json.dumps(body, separators=(",", ":")).encode("ascii")
 
@@ -62,6 +64,7 @@ class Contribution:
                 ends=tuple(End(**each) for each in body["ends"]),
                 stops=tuple(Stop(**each) for each in body["stops"]),
                 pod=dict(body["pod"]),
+                hook_problems=tuple(str(each) for each in body["hook_problems"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             raise errors.Corrupt(f"{_WHAT} cannot be understood", part=_WHAT) from exc

@@ -369,6 +369,11 @@ def _commit(
             for each in given
             for stop in each.stops
         ],
+        hook_problems=[
+            f"{each.pod.get('member', '')}: {problem}"
+            for each in given
+            for problem in each.hook_problems
+        ],
     )
 
 

@@ -191,8 +191,9 @@ class JointDump:
             self._await_captures()
         self._given = True
         part = self._writer.finish().encode()
+        problems = self._hooks.problems if self._hooks is not None else ()
         return Contribution(
-            part, tuple(self._connections()), tuple(self._stops()), dict(self._about)
+            part, tuple(self._connections()), tuple(self._stops()), dict(self._about), problems
         ).encode()
 
     def _connections(self) -> Iterator[End]:

@@ -67,6 +67,7 @@ class Decided:
     connections: int
     leaving: tuple[tuple[str, str, str], ...]
     members: tuple[MemberStop, ...]
+    hook_problems: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +164,8 @@ class Epochs:
             for each in answer.members
         )
         image = results.image(answer.image) if answer.HasField("image") else None
-        return Decided(decision, image, answer.connections, leaving, members)
+        problems = tuple(answer.hook_problems)
+        return Decided(decision, image, answer.connections, leaving, members, problems)
 
     def decide_restore(
         self, epoch: Epoch, attempt: Attempt, wish: Decision, pod_uids: Sequence[str] = ()

@@ -18,6 +18,11 @@ HOOKS = {
     "pre": [
         noting("group", scope="group"),
         noting("member", more="! [ -e /disk/fail ]"),
+        {
+            "name": "minor",
+            "exec": ["sh", "-c", "[ ! -e /disk/minor ] || { echo why; false; }"],
+            "onFailure": "ignore",
+        },
     ],
     "post": [noting("resume"), noting("report", scope="group", when="decided")],
 }
@@ -44,7 +49,12 @@ def test_hooks_of_a_group_surround_its_cut_and_its_restore(boxes: Boxes, tmp_pat
 
         for each in members:
             each.flows()
-        group.dump(members, LEAVE_RUNNING)
+        second.box.root("/disk/minor").touch()
+        done = group.dump(members, LEAVE_RUNNING)
+        assert done.hook_problems == (
+            "w-0-1: the hook 'minor' failed: it ended with status 1\nwhy",
+        )
+        second.box.root("/disk/minor").unlink()
         # Nobody waits for post hooks; nothing else is done to the pods while they run.
         wait_for(idle)
         assert noted(first) == [

@@ -80,7 +80,10 @@ class Group:
         image = results.image(self.world.agents.images[-1])
         stops = tuple(epochclient.MemberStop(f"{each.name}.c", 0.1, 4096, 2) for each in members)
         leaving = ((members[1].uid, "10.0.2.9:40000", "192.0.2.1:5432"),)
-        return checkpoint.Checkpoint(image, tuple(members), stops, 0.3, 1.0, 1, leaving, {})
+        return checkpoint.Checkpoint(
+            *(image, tuple(members), stops, 0.3, 1.0, 1, leaving, {}),
+            hook_problems=("solver-0: the hook 'drop' failed",),
+        )
 
     def _restore(
         self,
@@ -120,6 +123,8 @@ def test_all_pods_that_match_are_one_group(run: Any, group: Group) -> None:
         ("solver-1", "solver-1", group.uids[1], "n2"),
     ]
     assert facts == {"selector": "app=solver"}
+    assert document["hookProblems"] == ["solver-0: the hook 'drop' failed"]
+    assert "warning: solver-0: the hook 'drop' failed" in ran.err
     assert "pod solver-1 is connected to 192.0.2.1:5432, outside of the group" in ran.err
 
 
