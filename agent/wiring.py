@@ -234,6 +234,13 @@ def plan(
     return node_plan.plan_dump(pids, ghost_limit_bytes=limit_bytes)
 
 
+def written(pids: Sequence[int], span_s: float) -> model_plan.Written:
+    """What the trees below ``pids`` write in ``span_s``. Raises what ``rate.measure`` does."""
+    with podengines.needing_pycriu():
+        from agent.engines.tracking import precopy, rate
+    return rate.measure(pids, span_s, precopy.LOOK_S)
+
+
 def followed(pids: Sequence[int]) -> follow.Closure:
     """Who must be cut with the trees below ``pids``. Raises what ``node.follow.close`` does."""
     return node_follow.close(pids)

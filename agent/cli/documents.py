@@ -367,6 +367,21 @@ def doctor_report(host: str, checks: Iterable[checkup.Check]) -> Document:
     return document("DoctorReport", host, status=worst, checks=lines)
 
 
+def _written(found: plan.Written | None) -> Document:
+    if found is None:
+        return {}
+    return {
+        "written": {
+            "seconds": round(found.span_s, 3),
+            "bytes": found.span_bytes,
+            "leftForStopBytes": found.look_bytes,
+            "followedBytes": found.followed_bytes,
+            "notFollowedBytes": found.apart_bytes,
+            "notFollowedBecause": list(found.reasons),
+        }
+    }
+
+
 def plan_report(found: plan.Plan, followed: follow.Closure | None = None) -> Document:
     """What a dump would take, and who is in it for whose sake."""
     members: Document = {}
@@ -380,10 +395,12 @@ def plan_report(found: plan.Plan, followed: follow.Closure | None = None) -> Doc
         estimate={
             "rawBytes": found.raw_bytes,
             "stopSeconds": round(found.stop_s, 3),
+            **_written(found.written),
             "rates": {
                 "captureBytesPerSecond": found.rates.capture_bytes_per_s,
                 "fixedSeconds": found.rates.fixed_s,
                 "processSeconds": found.rates.process_s,
+                "heldBytesPerSecond": found.rates.held_bytes_per_s,
             },
         },
         **members,

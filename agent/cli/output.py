@@ -377,19 +377,34 @@ def _doctor_report(document: Document, wide: bool, now_s: float) -> list[str]:
 def _plan(document: Document, wide: bool, now_s: float) -> list[str]:
     estimate = document["estimate"]
     rates = estimate["rates"]
-    lines = _pairs(
+    written = estimate.get("written")
+    pairs = [
+        ("Name", document["name"]),
+        ("Dump", "would work" if document["feasible"] else "would be refused or fail"),
+        ("Captured", human_bytes(estimate["rawBytes"])),
         (
-            ("Name", document["name"]),
-            ("Dump", "would work" if document["feasible"] else "would be refused or fail"),
-            ("Captured", human_bytes(estimate["rawBytes"])),
-            (
-                "Stop",
-                f"about {human_s(estimate['stopSeconds'])}, at"
-                f" {human_bytes(rates['captureBytesPerSecond'])}/s and"
-                f" {human_s(rates['fixedSeconds'])} + {human_s(rates['processSeconds'])} a process",
-            ),
+            "Stop",
+            f"{'about' if written else 'at most about'} {human_s(estimate['stopSeconds'])}, at"
+            f" {human_bytes(rates['captureBytesPerSecond'])}/s and"
+            f" {human_s(rates['fixedSeconds'])} + {human_s(rates['processSeconds'])} a process",
+        ),
+    ]
+    if written:
+        wrote = (
+            f"{human_bytes(written['bytes'])} in {human_s(written['seconds'])}, of"
+            f" {human_bytes(written['followedBytes'])}; a stop reads"
+            f" {human_bytes(written['leftForStopBytes'])}"
         )
-    )
+        pairs.append(("Written", wrote))
+        reasons = "; ".join(written["notFollowedBecause"])
+        if reasons:
+            pairs.append(
+                (
+                    "Apart",
+                    f"{human_bytes(written['notFollowedBytes'])} cannot be followed: {reasons}",
+                )
+            )
+    lines = _pairs(pairs)
     if "members" in document:
         lines += ["", *_section("Members", _FOLLOWED, document["members"], now_s)]
         lines += ["", *_section("Leaving", _LEAVING, document["leaving"], now_s)]

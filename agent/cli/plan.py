@@ -7,6 +7,7 @@ import click
 from agent import wiring
 from agent.cli import arguments, documents, exits
 from agent.cli.invocation import Invocation, Verb, pass_invocation
+from agent.model import plan as model_plan
 
 
 @click.command(
@@ -39,6 +40,12 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
     default="",
     help="With group/NAME: its pods are all that match, as kubectl's -l.",
 )
+@click.option(
+    "--measure",
+    type=arguments.span_s,
+    metavar="SPAN",
+    help="Note for so long which memory the processes write: the stop is then what it would be.",
+)
 @arguments.containers
 @arguments.coordinator
 @pass_invocation
@@ -48,12 +55,14 @@ def verb(
     pids: tuple[int, ...],
     follow: bool,
     selector: str,
+    measure: float | None,
     containers: tuple[str, ...],
     coordinator: bool | None,
 ) -> int:
     """Say what a dump of the trees below each PID, or of a pod in a cluster, would capture, how
     large it is, how long the stop would be, and what would fail and why. The processes are only
-    looked at. Of a JobSet or a group of pods the cluster's coordinator says it.
+    looked at, unless --measure lets the kernel note what they write, as a dump does that copies
+    memory ahead. Of a JobSet or a group of pods the cluster's coordinator says it.
 
     The exit status is 3 if a dump would be refused or fail.
     """
@@ -62,7 +71,7 @@ def verb(
         target,
         pids,
         {"--container": containers, "--selector": selector},
-        {"--follow": follow},
+        {"--follow": follow, "--measure": measure},
     )
     settings = invocation.settings(use_coordinator=coordinator)
     kind = target.kind if target else ""
@@ -82,5 +91,7 @@ def verb(
         return bycoordinator.plan(invocation, settings, bycoordinator.target(target, selector))
     followed = wiring.followed(pids) if follow else None
     found = wiring.plan(settings, pids, followed)
+    if measure and not found.blockers:
+        found = model_plan.measured(found, wiring.written(found.roots, measure))
     invocation.emit(documents.plan_report(found, followed))
     return exits.REFUSED if found.blockers else exits.DONE

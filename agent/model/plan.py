@@ -95,6 +95,24 @@ class Rates:
     process_s: float = 0.005
     """Collect and write one process's state."""
 
+    held_bytes_per_s: float = 1e9
+    """Read what was written last into memory, to be stored when the tree runs again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What a running tree wrote: ``look_bytes`` within the time that a capture lets pages rest
+    before it copies them ahead, ``span_bytes`` in ``span_s`` after that, of ``followed_bytes``.
+    ``apart_bytes`` of its memory could not be followed, for these ``reasons``.
+    """
+
+    followed_bytes: int
+    apart_bytes: int
+    look_bytes: int
+    span_bytes: int
+    span_s: float
+    reasons: tuple[str, ...] = ()
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -118,7 +136,9 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The whole answer; ``stop_s`` is the expected stop time."""
+    """The whole answer; ``stop_s`` is the expected stop time: of a plain dump, or if it is known
+    what was ``written``, of one that copies memory ahead.
+    """
 
     roots: tuple[int, ...]
     processes: tuple[Process, ...]
@@ -129,6 +149,7 @@ class Plan:
     rates: Rates
     blockers: tuple[Finding, ...]
     warnings: tuple[Finding, ...]
+    written: Written | None = None
 
     @property
     def anonymous_bytes(self) -> int:
@@ -149,6 +170,21 @@ class Plan:
     def file_bytes(self) -> int:
         """Memory whose content is in files; not captured."""
         return sum(process.file_bytes for process in self.processes)
+
+
+def measured(found: Plan, written: Written) -> Plan:
+    """``found`` with what the tree was seen to write."""
+    rates = found.rates
+    # What is small, shared or in files goes through CRIU while the tree stands still.
+    plain_bytes = max(0, found.raw_bytes - written.followed_bytes - written.apart_bytes)
+    read_bytes = written.look_bytes + written.apart_bytes
+    stop_s = (
+        rates.fixed_s
+        + rates.process_s * len(found.processes)
+        + plain_bytes / rates.capture_bytes_per_s
+        + read_bytes / rates.held_bytes_per_s
+    )
+    return dataclasses.replace(found, stop_s=min(stop_s, found.stop_s), written=written)
 
 
 # Majors of Documentation/admin-guide/devices.txt that CRIU opens again by name: memory devices

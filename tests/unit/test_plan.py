@@ -14,7 +14,17 @@ from collections.abc import Iterator
 import pytest
 
 from agent import errors
-from agent.model.plan import Connection, Descriptor, Observer, Plan, Process, Rates, decide
+from agent.model.plan import (
+    Connection,
+    Descriptor,
+    Observer,
+    Plan,
+    Process,
+    Rates,
+    Written,
+    decide,
+    measured,
+)
 from agent.node.plan import plan_dump
 
 _SPACES = {"pid": 1, "mnt": 2, "net": 3}
@@ -258,3 +268,19 @@ def test_a_gpu_is_one_blocker_a_process_with_all_its_files_and_no_other_device_i
     assert codes(plan) == ["gpu", "device", "device"]
     assert "(/dev/nvidia-uvm, /dev/nvidia0, /dev/nvidiactl)" in plan.blockers[0].reason
     assert "cuda-checkpoint" in plan.blockers[0].cure
+
+
+def test_what_is_written_last_makes_the_stop_where_memory_is_copied_ahead() -> None:
+    rates = Rates(
+        capture_bytes_per_s=1000.0, fixed_s=0.5, process_s=0.25, held_bytes_per_s=10_000.0
+    )
+    process = dataclasses.replace(
+        _PROCESS, anonymous_bytes=9000, shared_bytes=1000, swapped_bytes=0
+    )
+    found = decide([10], [process], (), _OBSERVER, ghost_limit_bytes=1 << 20, rates=rates)
+    assert found.stop_s == pytest.approx(0.75 + 10)
+    written = Written(8000, 500, look_bytes=2000, span_bytes=5000, span_s=1.0)
+    # 1500 bytes go through CRIU, 2000 and 500 are read beside it.
+    assert measured(found, written).stop_s == pytest.approx(0.75 + 1.5 + 0.25)
+    everything = Written(0, 100_000, look_bytes=0, span_bytes=0, span_s=1.0)
+    assert measured(found, everything).stop_s == pytest.approx(10.75)

@@ -40,7 +40,7 @@ _ENOUGH_BYTES = 4 << 20
 # Rounds that do not get on any more only cost the job time.
 _SHRINKS_TO = 0.8
 # What is written within this is taken for written all the time: some steps of common trainings.
-_LOOK_S = 0.25
+LOOK_S = 0.25
 _MOST_ROUNDS = 6
 # Runs settled in one call.
 _SETTLED_RUNS = 4096
@@ -174,7 +174,7 @@ class Precopy:
         """
         left_bytes = None
         for _ in range(_MOST_ROUNDS):
-            looked = clock.Deadline.after(_LOOK_S)
+            looked = clock.Deadline.after(LOOK_S)
             self.round(root, rested=True)
             before, left_bytes = left_bytes, sum(each.left_bytes for each in self._copies.values())
             if left_bytes <= _ENOUGH_BYTES:
@@ -183,7 +183,7 @@ class Precopy:
                 self.shrinks = False
                 break
             rest = self._deadline.sooner(looked.remaining_s)
-            clock.wait_until(lambda: False, rest, every_s=_LOOK_S)
+            clock.wait_until(lambda: False, rest, every_s=LOOK_S)
 
     def round(self, root: int, *, rested: bool = False) -> int:
         """Copy once what the trackers ask for, or with ``rested`` only what has not been written
