@@ -39,13 +39,25 @@ _LABELS = {"app.kubernetes.io/name": "ckpt-agent-node"}
 class Controller(test_cli_jobset.Controller):
     """With restores that are the real ones."""
 
-    def __init__(self, api: apiserver.ApiServer) -> None:
+    def __init__(self, api: apiserver.ApiServer, group: epochs.Group) -> None:
         self.api = api
         self.webhook = True
         self.no_room: set[str] = set()
         self._made = 0
         api.admit = self._admit
         api.on_jobset = self._changed
+        # Called with the JobSet whenever it was changed, before its controller sees it.
+        self.before: Callable[[Any], None] = lambda found: None
+        # What the processes did of pods that were ended with the JobSet.
+        self.ended: list[str] = []
+        self.group = group
+
+    def _changed(self, found: Any) -> None:
+        self.before(found)
+        if found["spec"].get("suspend"):
+            uids = [each["metadata"]["uid"] for each in self.pods().values()]
+            self.ended += [self.group.processes.get(each, "absent") for each in uids]
+        super()._changed(found)
 
 
 @dataclasses.dataclass
@@ -103,7 +115,7 @@ def running(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
                 metadata={"labels": _LABELS},
                 status={"podIP": host},
             )
-            more = epochs.add(group, agents.tokens)
+            more = epochs.add(group, agents.tokens, node)
             stack.enter_context(
                 nodeagent.running(agents, node, ours, host=host, port=port, more=more)
             )
@@ -126,7 +138,7 @@ def running(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
         }
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
-        yield Cluster(api, extra, agents, group, Controller(api), ours.pem, environ)
+        yield Cluster(api, extra, agents, group, Controller(api, group), ours.pem, environ)
 
 
 def free_port() -> int:
@@ -201,8 +213,9 @@ class Process:
 
     def kill(self) -> None:
         """As a node that is gone."""
-        self._process.kill()
-        self._process.wait()
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
 
     def end(self) -> str:
         """As a kubelet; what it had logged."""

@@ -8,7 +8,7 @@ Does not: decide (``model.operations``).
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Iterator
 
 from agent import errors
 from agent.cluster.session import Session
@@ -18,10 +18,10 @@ from agent.coordination.work import Handle, Work
 from agent.coordinator import checkpoint, jobsetrestore, jobsets, selected, takeover
 from agent.host import clock
 from agent.kube import jobsets as kube
+from agent.kube import objects
 from agent.kube.connection import Json
 from agent.model import intent, jobset, operations, optin
 from agent.model.operations import Job, Kind, Next, Operation, Stage, State
-from agent.model.pods import Placement
 from agent.model.protocol import EVACUATE, LEAVE_RUNNING, Course, Decision
 from agent.rpc import epochclient, results
 from agent.rpc.v1 import coordinator_pb2 as api
@@ -70,6 +70,15 @@ class Resuming:
 
     def _finish(self, session: Session, operation: Operation) -> None:
         image = self._work.patiently(lambda: _image(session, operation))
+        if _course(operation) is EVACUATE and not self._work.patiently(
+            lambda: _all_ended(session, operation, image)
+        ):
+            self._book.change(operation.id, image=messages.image(image))
+            raise errors.Abandoned(
+                "the coordinator was replaced when the epoch was committed, and not all pods were"
+                " ended: those run on",
+                hint=f"image {image.group}@{image.epoch} is whole; ask again to stop the pods too",
+            )
         self._work.patiently(
             lambda: self._book.change(
                 operation.id,
@@ -172,25 +181,31 @@ def _job(session: Session, operation: Operation) -> Job:
                 return Job.STANDS
     if operation.kind is Kind.RESTORE or operation.stage is Stage.ATTEMPTED:
         return Job.RUNS
+    # One that was ended is enough: the others wait for what it does not say any more.
+    return Job.STANDS if any(_ended_pods(session, operation, image)) else Job.RUNS
+
+
+def _all_ended(session: Session, operation: Operation, image: results.Image) -> bool:
+    """Whether nothing runs any more of what the image was taken of."""
+    found = list(_ended_pods(session, operation, image))
+    return bool(found) and all(found)
+
+
+def _ended_pods(session: Session, operation: Operation, image: results.Image) -> Iterator[bool]:
+    """For each pod of the image that is still there, whether nothing has run in it since it was
+    ended.
+    """
     name = f"{image.group}@{image.epoch}"
     detail = session.any_agent(lambda agent: agent.image(session.namespace, name, image.storage))
-    pods = [
-        each
-        for each in kube.pods(session.api, session.namespace, operation.jobset)
-        if (each.get("status") or {}).get("phase") not in _OVER
-    ]
-    ended = [each for each in pods if _ended(session, each, detail.pods)]
-    # One that was ended is enough: the others wait for what it does not say any more.
-    return Job.STANDS if ended else Job.RUNS
+    uids = {each.pod_uid for each in detail.pods.values()}
+    for pod in objects.pods(session.api, session.namespace):
+        over = (pod.get("status") or {}).get("phase") in _OVER
+        if pod["metadata"]["uid"] in uids and not over:
+            yield _ended(session, pod)
 
 
-def _ended(session: Session, pod: Json, was: dict[str, Placement] | Any) -> bool:
-    """Whether this is a pod of the image, and nothing runs in it since: each container's first
-    process is alone, and waits.
-    """
-    identity, uid = jobset.identity(pod), pod["metadata"]["uid"]
-    if identity not in was or was[identity].pod_uid != uid:
-        return False
+def _ended(session: Session, pod: Json) -> bool:
+    """Whether each container's first process is alone, and waits."""
     name = str(pod["metadata"]["name"])
     found = session.agent_of(str(pod["spec"]["nodeName"])).plan(session.namespace, name)
     containers = [each for each in found.get("blockers") or () if each.get("code") == "container"]

@@ -49,6 +49,8 @@ class Group:
     attempts: dict[str, Decision] = dataclasses.field(default_factory=dict)
     processes: dict[str, str] = dataclasses.field(default_factory=dict)
     named: int = 0
+    # The epochs and attempts that pods were told to prepare.
+    tellings: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     facts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     before: Callable[[Step, str], None] = lambda step, pod: None
     # Called when a decision is asked for: before it is made, and when it is.
@@ -75,6 +77,8 @@ class _Actions:
         self._group.before(step, self._request.pod)
         if step in _WHAT_HAPPENS:
             self._group.processes[self._request.pod_uid] = _WHAT_HAPPENS[step]
+        if step is Step.END:
+            self._group.cluster.waiting.add(self._request.pod)
         return b"part" if step is Step.PERSIST else b""
 
     def let_go(self, *, committed: bool) -> bool:
@@ -95,8 +99,8 @@ class _Actions:
 class Servicer(epochs_pb2_grpc.EpochsServicer):
     """One agent's."""
 
-    def __init__(self, group: Group, tokens: set[str]) -> None:
-        self._group, self._tokens = group, tokens
+    def __init__(self, group: Group, tokens: set[str], node: str) -> None:
+        self._group, self._tokens, self._node = group, tokens, node
 
     def _begin(self, context: grpc.ServicerContext) -> None:
         given = dict(context.invocation_metadata()).get("authorization", "")
@@ -126,13 +130,14 @@ class Servicer(epochs_pb2_grpc.EpochsServicer):
         with self._group.lock:
             found = self._group.sessions.get(key)
             if found is None and step is Step.PREPARE:
+                self._group.tellings.append((request.epoch, request.attempt.id))
                 actions = _Actions(self._group, request)
                 found = Session(request.member, course, actions, timers_s=TIMERS_S)
                 self._group.sessions[key] = found
                 if course is not RESTORE:
                     self._group.processes[request.pod_uid] = "running"
                     self._group.placements[request.member] = node_pb2.Placement(
-                        pod=request.pod, pod_uid=request.pod_uid, node="n1", addresses=["10.0.0.1"]
+                        pod=request.pod, pod_uid=request.pod_uid, node=self._node
                     )
                 found.start()
             return found
@@ -203,10 +208,10 @@ def _abort(context: grpc.ServicerContext, exc: errors.CkptError) -> None:
     context.abort(status.code(exc), status.details(exc))
 
 
-def add(group: Group, tokens: set[str]) -> Callable[[grpc.Server], None]:
+def add(group: Group, tokens: set[str], node: str) -> Callable[[grpc.Server], None]:
     """What adds the service to an agent."""
 
     def more(server: grpc.Server) -> None:
-        epochs_pb2_grpc.add_EpochsServicer_to_server(Servicer(group, tokens), server)
+        epochs_pb2_grpc.add_EpochsServicer_to_server(Servicer(group, tokens, node), server)
 
     return more

@@ -43,6 +43,8 @@ class Cluster:
     hold: threading.Event | None = None
     given_up: threading.Event = dataclasses.field(default_factory=threading.Event)
     blockers: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    # Pods whose containers wait for an image, or for the next one.
+    waiting: set[str] = dataclasses.field(default_factory=set)
     page: int = 500
     # Storages that cannot be read, and why.
     unread: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -152,11 +154,13 @@ class _Servicer(node_pb2_grpc.NodeServicer):
 
     def PlanDump(self, request: Any, context: Any) -> node_pb2.PlanDumpResponse:
         self._begin("PlanDump", request, context)
+        waits = request.pod in self._cluster.waiting
+        blockers = [{"code": "container", "subject": "container c", "reason": "it waits"}]
         document = {
             "apiVersion": "ckpt-agent.dev/v1",
             "kind": "Plan",
             "name": request.pod,
-            "feasible": not self._cluster.blockers,
+            "feasible": not waits and not self._cluster.blockers,
             "estimate": {
                 "rawBytes": 1 << 20,
                 "stopSeconds": 0.1,
@@ -166,9 +170,9 @@ class _Servicer(node_pb2_grpc.NodeServicer):
                     "processSeconds": 0.01,
                 },
             },
-            "blockers": self._cluster.blockers,
+            "blockers": blockers if waits else self._cluster.blockers,
             "warnings": [],
-            "processes": [],
+            "processes": [{"pid": 1}] if waits else [],
             "memory": [],
             "files": [],
             "sockets": [],

@@ -336,3 +336,48 @@ def test_what_cannot_be_recorded_is_not_begun(
         ada.create_epoch(asking(), TRAIN)
     cluster.extra.down = False
     assert len(ada.operations("default")) == 1
+
+
+# Restores and moves.
+
+
+def test_a_move_ends_nothing_that_runs_and_tells_where_each_pod_went(
+    cluster: Cluster, ada: coordinatorclient.Coordinator
+) -> None:
+    before = cluster.jobsets.pods()["worker-0-0"]["metadata"]["uid"]
+    seen = list(ada.watch("default", ada.migrate(asking(), "train", ["n2", "n1"]).id))
+    last = seen[-1]
+    assert (last.state, last.error) == (State.SUCCEEDED, None)
+    assert [(each.identity, each.was.node, each.now.node) for each in last.pods] == [
+        ("worker-0-0", "n1", "n2"),
+        ("worker-0-1", "n2", "n1"),
+    ]
+    assert last.image is not None
+    assert last.figures is not None
+    steps = {each.step for each in seen}
+    assert {"suspend", "start"} <= steps
+    assert set(cluster.processes().values()) == {"running"}
+    assert cluster.jobsets.ended == ["ended", "ended"]
+    assert cluster.jobsets.intent() is None
+    assert not cluster.jobsets.found()["spec"]["suspend"]
+    assert cluster.jobsets.pods()["worker-0-0"]["metadata"]["uid"] != before
+
+
+def test_a_restore_brings_back_the_newest_image_and_ends_what_runs_only_if_told(
+    cluster: Cluster, ada: coordinatorclient.Coordinator
+) -> None:
+    taken = ended(ada, ada.create_epoch(asking(), TRAIN).id)
+    refused = ended(ada, ada.restore(asking(), TRAIN).id)
+    assert (refused.state, type(refused.error)) == (State.FAILED, errors.RestoreConflict)
+    assert cluster.jobsets.ended == []
+    done = ended(ada, ada.restore(asking(), TRAIN, replace=True).id)
+    assert (done.state, done.error) == (State.SUCCEEDED, None)
+    assert done.image == taken.image
+    assert cluster.jobsets.ended == ["running", "running"]
+    assert set(cluster.processes().values()) == {"running"}
+    # One that is past giving up goes to its end.
+    with held(cluster, Step.STAND) as reached:
+        begun = ada.restore(asking(), TRAIN, replace=True)
+        assert reached.wait(10)
+        assert ada.cancel("default", begun.id).cancelling
+    assert ended(ada, begun.id).state is State.SUCCEEDED
