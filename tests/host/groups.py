@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from agent.coordinator import checkpoint, restore
 from agent.engines.base import Engine
 from agent.engines.container.engine import ContainerEngine
 from agent.engines.kubelet import inner
-from agent.model import optin
+from agent.model import ids, optin
 from agent.model.container import Container
 from agent.model.plan import Plan
 from agent.model.pods import Pod
@@ -27,6 +28,8 @@ from agent.node import plan
 from agent.podengines import hold_state
 from agent.rpc import client
 from agent.settings import Settings
+from agent.store.repository import Store
+from agent.volumes.directory import DirectoryVolume
 from tests.fakes import cri, nodeapi
 from tests.fakes.authority import Authority
 from tests.host import nodes
@@ -44,7 +47,8 @@ PROGRAM = """
 import json, socket, struct, sys, threading, time
 role, address, *outside = sys.argv[1:]
 if role == 'serve':
-    sock = socket.create_server((address, 7000)).accept()[0]
+    family = socket.AF_INET6 if ':' in address else socket.AF_INET
+    sock = socket.create_server((address, 7000), family=family).accept()[0]
 else:
     while True:
         try:
@@ -147,7 +151,7 @@ class Group:
         self.folder = folder
         self._owned = owned
         self.nodes: dict[str, Node] = {}
-        self._around: dict[str, tuple[nodeapi.NodeApi, cri.Cri]] = {}
+        self.around: dict[str, tuple[nodeapi.NodeApi, cri.Cri]] = {}
         self.clients: dict[str, client.Agent] = {}
         self.hooks: dict[str, Any] = {}
         """Of the pods that are added (``model.hooks``)."""
@@ -178,7 +182,7 @@ class Group:
             )
         )
         self.nodes[name] = node
-        self._around[name] = node.api, node.cri
+        self.around[name] = node.api, node.cri
         self.clients[name] = self._owned.enter_context(node.caller("create", "restore", "get"))
 
     def agent_process(self, name: str) -> Agent:
@@ -197,7 +201,7 @@ class Group:
                 CKPT_AGENT_WORK_KEPT_FREE="1",
             )
         )
-        self._around[name] = found.api, found.runtime
+        self.around[name] = found.api, found.runtime
         token = found.api.add_user("ada", *((verb, "default") for verb in ("create", "restore")))
         credentials = client.Credentials(authority.pem, nodes.SERVER_NAME, lambda: token)
         self.clients[name] = self._owned.enter_context(
@@ -210,13 +214,13 @@ class Group:
         network = self._owned.enter_context(contextlib.ExitStack())
         path = network.enter_context(pod_network(address))
         options = {"namespaces": {"network": {"path": path}}}
-        pod = f"{name}-{address.rsplit('.', 1)[1]}"
+        pod = f"{name}-{re.split(r'[.:]', address)[-1]}"
         box = (
             self.boxes.start(pod, *argv, **options)
             if argv
             else self.boxes.placeholder(pod, **options)
         )
-        api, runtime = self._around[agent]
+        api, runtime = self.around[agent]
         metadata = {"annotations": {optin.HOOKS: json.dumps(self.hooks)}}
         uid = api.put(pod, nodes.NODE, containers=("main",), metadata=metadata)
         config = json.loads((box.folder / "config.json").read_text())
@@ -238,18 +242,24 @@ class Group:
 
     def dump(self, members: Sequence[Member], course: Course = EVACUATE) -> checkpoint.Checkpoint:
         return checkpoint.run(
-            self.session, GROUP, _told(members), course, facts={}, now_s=time.time()
+            self.session, GROUP, told(members), course, facts={}, now_s=time.time()
         )
+
+    def epochs(self) -> list[str]:
+        """Those that can be restored, oldest first."""
+        root = str(self.folder / "stores/default")
+        store = Store.open(DirectoryVolume(root, create=False), create=False)
+        return [str(each.epoch) for each in store.epochs(ids.group_name(GROUP))]
 
     def restore(
         self, epoch: str, members: Sequence[Member], moved: Mapping[str, str], **more: Any
     ) -> restore.Restored:
         return restore.run(
-            self.session, GROUP, epoch, _told(members), moved, now_s=time.time(), **more
+            self.session, GROUP, epoch, told(members), moved, now_s=time.time(), **more
         )
 
 
-def _told(members: Sequence[Member]) -> list[checkpoint.Member]:
+def told(members: Sequence[Member]) -> list[checkpoint.Member]:
     return [checkpoint.Member(each.name, each.box.name, each.uid, each.agent) for each in members]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -95,9 +96,13 @@ def echoing() -> Iterator[int]:
 
 @contextlib.contextmanager
 def pod_network(address: str) -> Iterator[str]:
-    """A network namespace with this address on the tests' bridge; yields its path."""
+    """A network namespace with this address, of either family, on the tests' bridge; yields its
+    path.
+    """
     popen = subprocess.Popen(["unshare", "--net", "sleep", "1000"])
-    name = "v" + address.rsplit(".", 1)[1]
+    name = "v" + re.split(r"[.:]", address)[-1]
+    # Who else might have the address is not waited for.
+    width = ("/64", "nodad") if ":" in address else ("/24",)
     try:
         own = f"/proc/{popen.pid}/ns/net"
         here = subprocess.run(["readlink", "/proc/self/ns/net"], capture_output=True).stdout
@@ -119,7 +124,7 @@ def pod_network(address: str) -> Iterator[str]:
         )
         run("ip", "link", "set", name, "master", "bridge", "up")
         inside = ("nsenter", "--target", str(popen.pid), "--net", "ip")
-        run(*inside, "addr", "add", f"{address}/24", "dev", "eth0")
+        run(*inside, "addr", "add", f"{address}{width[0]}", "dev", "eth0", *width[1:])
         run(*inside, "link", "set", "eth0", "up")
         run(*inside, "link", "set", "lo", "up")
         yield own

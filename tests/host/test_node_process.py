@@ -29,6 +29,7 @@ class Agent:
         self, folder: Path, api: nodeapi.NodeApi, runtime: cri.Cri, **environment: str
     ) -> None:
         self.environment = environment
+        self.program = [str(PROGRAM)]
         self.folder = folder
         self.api = api
         self.runtime = runtime
@@ -55,7 +56,7 @@ class Agent:
         script = f'mkdir -p /run/ckpt-agent && mount --bind {self.run} /run/ckpt-agent && exec "$@"'
         with open(self.log_file, "ab") as log:
             self.popen = subprocess.Popen(
-                ["unshare", "-m", "sh", "-c", script, "sh", str(PROGRAM), "node"],
+                ["unshare", "-m", "sh", "-c", script, "sh", *self.program, "node"],
                 env=environment,
                 stderr=log,
             )
