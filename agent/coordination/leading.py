@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 from agent import errors
-from agent.coordination.book import Book
 from agent.coordination.service import Lead
 from agent.host import clock
 from agent.kube.leases import Lease
@@ -32,6 +31,8 @@ _PERIOD_S = 2.0
 _STOPS_S = 10.0
 # How soon an operation is begun whose turn has come; a change is heard at once.
 _TICK_S = 0.5
+_LOOK_S = 0.25
+_RECORD_S = 1.0
 _TIDY_S = 300.0
 
 
@@ -108,28 +109,24 @@ class Replica:
         _log.info("leading", extra={"facts": {"left": len(left)}})
         self.lead, self.healthy = lead, True
         parts.server.set_serving(serving=True)
-        writing = threading.Thread(
-            target=_keep_book, args=(lead.book, stop), name="records", daemon=True
-        )
-        writing.start()
         lead.runner.take_over(left)
+        over = threading.Event()
+        # Each in a thread of its own: they wait for the API server, the lease does not.
+        for name, act in (("turns", _take_turns), ("records", _keep_book)):
+            threading.Thread(target=act, args=(lead, parts, over), name=name, daemon=True).start()
         try:
-            while not stop.is_set():
-                if keeping.lost.is_set() or lead.book.deposed.is_set():
+            while not stop.wait(_LOOK_S):
+                if keeping.lapsed or lead.book.deposed.is_set():
+                    lead.book.deposed.set()
                     raise errors.Unreachable(
                         "the lease could not be renewed in time, or another replica took it",
                         hint="is the API server slow? This replica is started anew by its kubelet",
                     )
-                try:
-                    parts.refresh()
-                    lead.runner.tick()
-                except errors.CkptError as exc:
-                    _log.warning("cannot begin what is next: %s", exc.message)
-                lead.book.await_change(_TICK_S)
         finally:
             parts.server.set_serving(serving=False)
             self.lead = None
-            if stop.is_set():
+            over.set()
+            if not lead.book.deposed.is_set():
                 lead.runner.close(clock.Deadline.after(parts.grace_s))
             lead.book.close()
 
@@ -139,26 +136,33 @@ class _Keeping:
 
     def __init__(self, parts: Parts, stop: threading.Event) -> None:
         self._parts, self._stop = parts, stop
-        self.held, self.lost = threading.Event(), threading.Event()
+        self.held, self._lost = threading.Event(), threading.Event()
         self.reached = False
+        self._until = clock.Deadline.after(0.0)
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def lapsed(self) -> bool:
+        """Whether the lease was held, and may be another's by now or soon."""
+        return self.held.is_set() and (self._lost.is_set() or self._until.expired)
+
     def end(self) -> None:
-        """Let the lease go."""
+        """Let the lease go, unless it has lapsed."""
         self._ending.set()
-        self._thread.join(self._parts.period_s + self._parts.stops_s)
+        if self.lapsed:
+            return
+        self._thread.join(self._parts.stops_s)
         try:
-            if self.held.is_set() and not self.lost.is_set():
+            if self.held.is_set():
                 self._parts.lease.release()
         except errors.CkptError as exc:
             _log.info("the lease runs out by itself: %s", exc.message)
 
     def _run(self) -> None:
-        until = clock.Deadline.after(0.0)
         while not self._ending.is_set():
             # From before the request: the lease may have been renewed any time after.
             asked = clock.Deadline.after(self._parts.stops_s)
@@ -169,22 +173,34 @@ class _Keeping:
                 _log.warning("the lease cannot be looked at: %s", exc.message)
                 self.reached, holds = False, None
             if holds:
-                until = asked
+                self._until = asked
                 self.held.set()
-            elif self.held.is_set() and (holds is False or until.expired):
-                self.lost.set()
+            elif self.held.is_set() and holds is False:
+                self._lost.set()
                 return
             self._ending.wait(self._parts.period_s)
 
 
-def _keep_book(book: Book, stop: threading.Event) -> None:
+def _take_turns(lead: Lead, parts: Parts, over: threading.Event) -> None:
+    """Begin what is next."""
+    while not over.is_set():
+        try:
+            parts.refresh()
+            lead.runner.tick()
+        except errors.CkptError as exc:
+            _log.warning("cannot begin what is next: %s", exc.message)
+            over.wait(_LOOK_S)
+        lead.book.await_change(_TICK_S)
+
+
+def _keep_book(lead: Lead, parts: Parts, over: threading.Event) -> None:
     """Record steps, and forget what is old."""
     tidy = clock.Deadline.after(0.0)
-    while not stop.wait(1.0) and not book.deposed.is_set():
+    while not over.wait(_RECORD_S):
         try:
-            book.record_steps()
+            lead.book.record_steps()
             if tidy.expired:
                 tidy = clock.Deadline.after(_TIDY_S)
-                book.forget_old(clock.wall_s())
+                lead.book.forget_old(clock.wall_s())
         except errors.CkptError as exc:
             _log.warning("cannot record now: %s", exc.message)

@@ -37,6 +37,8 @@ class Resuming:
 
     def run(self, operation: Operation, handle: Handle) -> None:
         """Bring it to its end. Raises what ``Work.run`` does."""
+        ordered_s = operations.ordered(operation, clock.wall_s())
+        operation = self._book.change(operation.id, ordered_s=ordered_s)
         with self._work.session(operation.namespace, operation.caller) as session:
             decision = self._work.patiently(lambda: _decision(session, operation))
             job = None
@@ -61,6 +63,7 @@ class Resuming:
             state=State.RUNNING,
             stage=Stage.BEGUN,
             tries=operation.tries + 1,
+            ordered_s=operations.ordered(operation, clock.wall_s()),
             epoch="",
             storage="",
             attempt="",
@@ -98,7 +101,7 @@ class Resuming:
         if not operation.jobset:
             returned = self._work.patiently(
                 lambda: selected.conclude(
-                    session, image, attempt, now_s=clock.wall_s(), watch=handle.watch.state
+                    session, image, attempt, now_s=operation.ordered_s, watch=handle.watch.state
                 )
             )
             if returned is None:
@@ -114,7 +117,7 @@ class Resuming:
                 image,
                 nodes,
                 attempt=attempt,
-                now_s=clock.wall_s(),
+                now_s=operation.ordered_s,
                 watch=handle.watch,
             )
         self._work.returned(operation.id, returned)
@@ -122,7 +125,7 @@ class Resuming:
 
 def _decision(session: Session, operation: Operation) -> Decision | None:
     """What the store says of what was recorded last; None if nothing is to be asked."""
-    now_s = clock.wall_s()
+    now_s = operation.ordered_s
     if operation.stage is Stage.NAMED:
         taken = epochclient.Epoch(
             operation.namespace, operation.group, operation.epoch, operation.storage

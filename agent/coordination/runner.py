@@ -67,7 +67,11 @@ class Runner:
                 return
             try:
                 begun = self._book.change(
-                    each.id, _queued, state=State.RUNNING, tries=each.tries + 1
+                    each.id,
+                    _queued,
+                    state=State.RUNNING,
+                    tries=each.tries + 1,
+                    ordered_s=operations.ordered(each, now_s),
                 )
             except errors.Interrupted:
                 continue  # cancelled in this moment
@@ -154,7 +158,14 @@ class Runner:
         finally:
             with self._lock:
                 self._running.pop(operation.id, None)
-            _log.info("operation ends here", extra={"facts": facts})
+            self._note_end(operation, facts)
+
+    def _note_end(self, operation: Operation, facts: dict[str, str]) -> None:
+        found = self._book.get(operation.namespace, operation.id)
+        facts |= {"state": found.state.value, "stage": found.stage.value}
+        if found.error is not None:
+            facts |= {"error": str(found.error.get("message", ""))}
+        _log.info("operation ends" if found.over else "operation is left", extra={"facts": facts})
 
     def _failed(self, operation: Operation, handle: Handle, exc: errors.CkptError) -> None:
         state = State.FAILED
@@ -165,7 +176,7 @@ class Runner:
                 exc = errors.DeadlineExceeded(
                     "the operation did not end in time; the job goes on", hint="allow more time"
                 )
-            else:
+            elif self._book.get(operation.namespace, operation.id).cancelling:
                 state = State.CANCELLED
         while not self._closing.is_set():
             try:

@@ -97,7 +97,7 @@ class Work:
                     nodes=tuple(said.nodes),
                     storage=said.storage,
                     replace=said.replace,
-                    now_s=clock.wall_s(),
+                    now_s=operation.ordered_s,
                     watch=handle.watch,
                 )
                 self.returned(operation.id, returned)
@@ -108,7 +108,7 @@ class Work:
                     session,
                     operation.jobset,
                     tuple(said.nodes),
-                    now_s=clock.wall_s(),
+                    now_s=operation.ordered_s,
                     watch=handle.watch,
                 )
                 self.returned(operation.id, moved.returned)
@@ -127,7 +127,7 @@ class Work:
             done = jobsets.dump(
                 session,
                 target.jobset,
-                now_s=clock.wall_s(),
+                now_s=operation.ordered_s,
                 storage=said.storage,
                 stop=said.stop,
                 control=handle.control,
@@ -139,7 +139,7 @@ class Work:
                 session,
                 target.group,
                 target.selector,
-                now_s=clock.wall_s(),
+                now_s=operation.ordered_s,
                 storage=said.storage,
                 stop=said.stop,
                 control=handle.control,
@@ -171,7 +171,7 @@ class Work:
             session,
             operation.group,
             said.epoch,
-            now_s=clock.wall_s(),
+            now_s=operation.ordered_s,
             storage=said.storage,
             again=said.again,
             control=handle.control,

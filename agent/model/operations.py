@@ -78,7 +78,8 @@ class Operation:
     """One operation on the pods of ``jobset``, or of a selector if that is "". ``request`` is what
     was asked, ``image``, ``figures``, ``pods`` and ``error`` what is told of it, as JSON values;
     ``epoch`` and ``storage`` name the epoch to come, ``attempt`` the restore under way. Times are
-    seconds since 1970, ``ended_s`` 0 until it has ended.
+    seconds since 1970, ``ended_s`` 0 until it has ended; ``ordered_s`` is the one by which members
+    know its latest coordinator.
     """
 
     id: str
@@ -95,6 +96,7 @@ class Operation:
     step: str = ""
     revision: int = 1
     ended_s: float = 0.0
+    ordered_s: float = 0.0
     takeovers: int = 0
     tries: int = 0
     cancelling: bool = False
@@ -156,6 +158,13 @@ def read(document: Any) -> Operation:
         raise errors.Corrupt(
             f"this is no operation: {type(exc).__name__} {exc}", hint="it was written by another"
         ) from exc
+
+
+def ordered(before: Operation, now_s: float) -> float:
+    """A time for the next coordinator of an operation that is later than that of the one before,
+    whose clock may have been ahead.
+    """
+    return max(now_s, before.ordered_s + 1.0)
 
 
 def identity(caller: Caller, namespace: str, key: str) -> str:
