@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import select
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from agent.engines.tracking import rate
 from agent.engines.tracking.precopy import Precopy
 from agent.host import clock, injection, proc
 from agent.host.pagemap import Pagemap
@@ -35,6 +37,12 @@ def fill(at, size, byte): ctypes.memset(room + at * M, byte, size * M)
 def move(at, size, to): return libc.mremap(room + at * M, size * M, size * M, 3, room + to * M) != room + to * M
 def protect(at, size, how): libc.mprotect(room + at * M, size * M, how)
 def fork(): return os.fork() or time.sleep(1000)
+def spawn(fifo):
+    # Until somebody opens the fifo, the child is between its birth and execve: in the same memory.
+    actions, argv = ctypes.create_string_buffer(256), (ctypes.c_char_p * 2)(b"true")
+    libc.posix_spawn_file_actions_init(actions)
+    libc.posix_spawn_file_actions_addopen(actions, 9, fifo.encode(), 0, 0)
+    libc.posix_spawn(ctypes.byref(I()), b"/bin/true", actions, None, argv, None)
 def end(pid): os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
 def serve():
     print(room, flush=True)
@@ -166,6 +174,63 @@ def test_memory_is_copied_where_it_was_moved_to(program: Program) -> None:
         copy.close()
     assert copied(image, program, 2, 4) == program.first_bytes(30, 4) == b"\2" * 1024
     assert copied(image, program, 30, 4) == b"\2" * 1024
+
+
+def test_what_another_one_is_told_of_the_same_process_is_not_kept_from_this_one(
+    program: Program,
+) -> None:
+    """A watch lasts while others dump, or ask what a dump would take."""
+    image = MemoryImage()
+    for line in ("map(2, 4)", "map(20, 4)", "fill(2, 4, 1)", "fill(20, 4, 1)"):
+        program.do(line)
+    first = Precopy(image, clock.Deadline.after(60))
+    other_image = MemoryImage()
+    other = Precopy(other_image, clock.Deadline.after(60))
+    try:
+        first.round(program.pid)
+        program.do("fill(2, 4, 2)")
+        other.round(program.pid)
+        rate.measure([program.pid], 0.01, 0.01)
+        program.do("fill(20, 4, 3)")
+        other.round(program.pid)
+        first.round(program.pid)
+        assert program.do("move(20, 4, 40)") == 0
+        program.stop()
+        for copy, into in ((first, image), (other, other_image)):
+            copy.finish(copy.cut([program.pid]), into)
+    finally:
+        first.close()
+        other.close()
+    for into in (image, other_image):
+        assert copied(into, program, 2, 4) == program.first_bytes(2, 4) == b"\2" * 1024
+        assert copied(into, program, 40, 4) == program.first_bytes(40, 4) == b"\3" * 1024
+
+
+def test_a_child_that_still_has_its_parents_memory_is_told_nothing_of_it(
+    program: Program, tmp_path: pathlib.Path
+) -> None:
+    """As each one of posix_spawn, and of Python's subprocess, for a moment."""
+    image = MemoryImage()
+    os.mkfifo(tmp_path / "fifo")
+    for line in ("map(2, 4)", "fill(2, 4, 1)"):
+        program.do(line)
+    copy = Precopy(image, clock.Deadline.after(60))
+    try:
+        copy.round(program.pid)
+        program.do(f"threading.Thread(target=spawn, args=['{tmp_path}/fifo']).start()")
+        deadline = clock.Deadline.after(10)
+        assert clock.wait_until(lambda: len(proc.tree(program.pid)) == 2, deadline)
+        child = proc.tree(program.pid)[1]
+        program.do("fill(2, 4, 2)")
+        # It is not known at which moment the child is met: here, only the child is.
+        copy.round(child)
+        (tmp_path / "fifo").write_bytes(b"")
+        copy.round(program.pid)
+        program.stop()
+        copy.finish(copy.cut([program.pid]), image)
+    finally:
+        copy.close()
+    assert copied(image, program, 2, 4) == program.first_bytes(2, 4) == b"\2" * 1024
 
 
 def test_a_mapping_can_be_moved_whole_though_it_was_protected_in_parts(program: Program) -> None:

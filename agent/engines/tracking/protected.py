@@ -65,11 +65,17 @@ class Protected:
             for start, end in chosen.tolist():
                 if (start, end) in self._refused:
                     continue  # given out once; it stays unknown
-                if not pages.guarded(start, end):
+                pieces = [
+                    np.array([[at, min(end, at + _PIECE_BYTES)]], dtype=np.int64)
+                    for at in range(start, end, _PIECE_BYTES)
+                ]
+                if not self._followed(pages, start, end):
                     self._refused.add((start, end))
+                    for piece in pieces:
+                        yield pages.existing(*piece[0].tolist())
+                    continue
                 untold = untold_of[start]
-                for at in range(start, end, _PIECE_BYTES):
-                    piece = np.array([[at, min(end, at + _PIECE_BYTES)]], dtype=np.int64)
+                for piece in pieces:
                     arrived = self._give_arrived(pages, piece)
                     taken = pages.take(*piece[0].tolist())
                     yield pagemap.union(taken, pagemap.clip(untold, piece), arrived)
@@ -85,8 +91,7 @@ class Protected:
         found = [pagemap.none()]
         try:
             for start, end in areas.tolist():
-                # Only what this very descriptor protects: after an exec it protects nothing here.
-                if pages.guarded(start, end) and self._protection.register(start, end):
+                if self._followed(pages, start, end):
                     area = np.array([[start, end]], dtype=np.int64)
                     found.append(pagemap.without(area, pages.written(start, end)))
         finally:
@@ -120,6 +125,13 @@ class Protected:
                 gone = [self._protection.unregister(start, end) for start, end in spans]
                 if all(gone) and not len(self._moves.arrived(self._made.descriptor)):
                     break
+
+    def _followed(self, pages: Pagemap, start: int, end: int) -> bool:
+        """Whether this very descriptor protects the mapping. After an exec it protects nothing; and
+        what another one protects, of another capture or of the parent of a process that was just
+        born by vfork and still has its memory, must not be taken: that one would not learn of it.
+        """
+        return pages.guarded(start, end) and self._protection.register(start, end)
 
     def _look_for_arrivals(self) -> None:
         self._arrived = pagemap.union(self._arrived, self._moves.arrived(self._made.descriptor))
