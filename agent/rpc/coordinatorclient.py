@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import grpc
 
 from agent import errors
+from agent.model.operations import OVER, Kind, State
 from agent.model.pods import Placement
 from agent.rpc import channels, convert, results, status
 from agent.rpc.channels import Calls, Credentials
@@ -26,23 +26,20 @@ from agent.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc
 _WATCH_S = 24 * 3600.0
 _PAGE = 500
 
-
-class Kind(enum.Enum):
-    """What an operation does."""
-
-    EPOCH = "epoch"
-    RESTORE = "restore"
-    MIGRATE = "migrate"
-
-
-class State(enum.Enum):
-    """What became of it."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
+__all__ = [
+    "Asking",
+    "Coordinator",
+    "EpochPlan",
+    "Figures",
+    "Kind",
+    "MemberPlan",
+    "Operation",
+    "PodBack",
+    "State",
+    "Target",
+    "connect",
+    "operation",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +89,7 @@ class Operation:
     @property
     def over(self) -> bool:
         """Whether it has ended."""
-        return self.state not in (State.QUEUED, State.RUNNING)
+        return self.state in OVER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +105,12 @@ class Asking:
 
     def message(self) -> coordinator_pb2.Asking:
         """As it is sent."""
-        when = coordinator_pb2.WHEN_BUSY_WAIT if self.wait else coordinator_pb2.WHEN_BUSY_REFUSE
-        return coordinator_pb2.Asking(
-            namespace=self.namespace,
-            idempotency_key=self.key,
-            when_busy=when,
-            deadline_s=self.deadline_s,
+        said = coordinator_pb2.Asking(
+            namespace=self.namespace, idempotency_key=self.key, deadline_s=self.deadline_s
         )
+        if self.wait:
+            said.when_busy = coordinator_pb2.WHEN_BUSY_WAIT
+        return said
 
 
 @dataclasses.dataclass(frozen=True)

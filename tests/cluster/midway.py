@@ -58,3 +58,14 @@ def processes(cluster: Cluster, namespace: str, name: str, *programs: str) -> li
             if uid in (entry / "cgroup").read_text() and named in programs:
                 found.append(int(entry.name))
     return sorted(found)
+
+
+def stands(pid: int) -> int:
+    """The CRIU that traces the process, as it does from the freeze to the thaw; else 0."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        tracer = int(status.partition("\nTracerPid:")[2].split()[0])
+        # While memory is copied ahead it is the agent, for an instant.
+        if tracer and b"criu: " in Path(f"/proc/{tracer}/cmdline").read_bytes():
+            return tracer
+    return 0

@@ -82,7 +82,7 @@ def test_a_dump_is_followed_to_its_image(run: Any, cluster: coordinator.Cluster)
     (request,) = [request for _, method, request in cluster.calls if method == "EPOCH"]
     assert (request.target.jobset, request.stop) == ("train", True)
     assert request.asking.deadline_s == 600
-    assert request.asking.when_busy == api.WHEN_BUSY_REFUSE
+    assert request.asking.when_busy == api.WHEN_BUSY_UNSPECIFIED
     assert len(request.asking.idempotency_key) == 32
     assert run("dump", "jobset/train", "--coordinator", "--quiet").out == f"{IMAGE.name}\n"
 
