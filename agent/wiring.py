@@ -147,6 +147,7 @@ def watch(
 
     return node_watch.watch(
         once,
+        pids,
         lambda: _members(pids if follow_up is None else follow_up().roots),
         options,
         stop,

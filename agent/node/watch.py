@@ -1,7 +1,8 @@
 """Epoch after epoch of the same trees, each for what was written since the one before.
 
 Promises: an epoch that fails costs nothing but itself: the trees go on, and the next one begins
-anew; what is kept in the agent between two epochs is dropped when it ends, by whatever.
+anew; what is kept in the agent between two epochs is dropped when it ends, by whatever; and the
+kernel ends it if it stands still, since processes that move mappings wait for it.
 Does not: choose the trees, or remove old epochs.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from agent import errors
 from agent.engines.base import CaptureOptions, Kept
-from agent.host import clock, proc
+from agent.host import clock, deadman, proc
 from agent.node import dump
 from agent.node.dump import DumpOutcome, Member
 
@@ -56,6 +57,7 @@ class Stop(dump.Cancel):
 
 def watch(
     dump_once: Dump,
+    pids: Sequence[int],
     members: Callable[[], Sequence[Member]],
     options: CaptureOptions,
     stop: Stop,
@@ -65,8 +67,8 @@ def watch(
     done: Callable[[DumpOutcome], None] = lambda outcome: None,
     failed: Callable[[errors.CkptError], None] = lambda exc: None,
 ) -> Watched:
-    """Dump again and again until ``stop``, until the trees have ended or ``most`` epochs were
-    tried; ``members`` says before each what belongs to it.
+    """Dump again and again until ``stop``, until one of the roots ``pids`` has ended or ``most``
+    epochs were tried; ``members`` says before each what belongs to it, more trees maybe.
 
     Raises:
         errors.CkptError: the first epoch failed.
@@ -74,8 +76,8 @@ def watch(
     epochs = failures = 0
     last: errors.CkptError | None = None
     known: Sequence[Member] = ()
-    roots: Sequence[proc.Identity] = ()
-    with Kept() as kept:
+    roots = [proc.identity(pid) for pid in pids]
+    with deadman.armed(), Kept() as kept:
         while True:
             began_s = clock.monotonic_s()
             try:
@@ -83,7 +85,7 @@ def watch(
                 if now != known:
                     # A member's name would mean another tree.
                     kept.forget()
-                known, roots = now, [proc.identity(each.pid) for each in now]
+                known = now
                 outcome = dump_once(now, dataclasses.replace(options, kept=kept), stop)
             except errors.CkptError as exc:
                 kept.forget()

@@ -300,6 +300,16 @@ def test_a_watch_ends_with_its_job(cli: Cli, job: Job, watching: Watching) -> No
     assert "the job has ended" in err
 
 
+def test_a_watch_that_stands_still_is_ended(cli: Cli, job: Job, watching: Watching) -> None:
+    """Whoever moves a mapping would wait for it."""
+    watch = watching("--every", "100s")
+    assert watch.stdout is not None
+    assert watch.stdout.readline().startswith("job@")
+    watch.send_signal(signal.SIGSTOP)
+    assert watch.wait(60) == -signal.SIGKILL
+    assert job.counts_on()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_the_job_of_a_watch_that_ends_goes_on(
     cli: Cli, job: Job, watching: Watching, number: int

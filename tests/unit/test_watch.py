@@ -59,7 +59,7 @@ def job() -> Iterator[subprocess.Popen[bytes]]:
 def watched(dumps: Dumps, pid: int, **options: Any) -> watch.Watched:
     member = Member(ids.member_name("tree-0"), pid)
     given = {"every_s": 0.01, **options}
-    return watch.watch(dumps, lambda: [member], CaptureOptions(), watch.Stop(), **given)
+    return watch.watch(dumps, [pid], lambda: [member], CaptureOptions(), watch.Stop(), **given)
 
 
 @pytest.mark.parametrize(
@@ -133,5 +133,30 @@ def test_of_other_members_nothing_is_kept() -> None:
     def members() -> list[Member]:
         return [Member(ids.member_name(f"tree-{i}"), pid) for i, pid in enumerate(next(roots))]
 
-    watch.watch(dumps, members, CaptureOptions(), stop, every_s=0.01, most=3)
+    watch.watch(dumps, [os.getpid()], members, CaptureOptions(), stop, every_s=0.01, most=3)
+    assert dumps.begun == [("", False), ("", False), ("e2", True)]
+
+
+def test_it_goes_on_when_one_has_ended_that_was_only_followed(job: subprocess.Popen[bytes]) -> None:
+    dumps = Dumps()
+
+    def members() -> list[Member]:
+        own = Member(ids.member_name("tree-0"), os.getpid())
+        return [own, Member(ids.member_name("tree-1"), job.pid)] if job.poll() is None else [own]
+
+    def end(outcome: DumpOutcome) -> None:
+        job.kill()
+        job.wait()
+
+    found = watch.watch(
+        dumps,
+        [os.getpid()],
+        members,
+        CaptureOptions(),
+        watch.Stop(),
+        every_s=0.01,
+        most=3,
+        done=end,
+    )
+    assert found == watch.Watched(3, 0, None, ended=False)
     assert dumps.begun == [("", False), ("", False), ("e2", True)]
