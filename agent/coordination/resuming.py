@@ -101,7 +101,12 @@ class Resuming:
         if not operation.jobset:
             returned = self._work.patiently(
                 lambda: selected.conclude(
-                    session, image, attempt, now_s=operation.ordered_s, watch=handle.watch.state
+                    session,
+                    image,
+                    attempt,
+                    # Its members have heard this coordinator already.
+                    now_s=operation.ordered_s + 1.0,
+                    watch=handle.watch.state,
                 )
             )
             if returned is None:
@@ -135,8 +140,10 @@ def _decision(session: Session, operation: Operation) -> Decision | None:
     if operation.stage is Stage.ATTEMPTED and operation.image is not None:
         image = messages.read_image(operation.image)
         taken = epochclient.Epoch(operation.namespace, image.group, image.epoch, image.storage)
-        # Its members are told when it is known what is to become of them.
-        return takeover.attempt(session, taken, operation.attempt, (), now_s=now_s)
+        # Those of a JobSet are told when it is known what is to become of them; those of a
+        # selector stay where they are, and go on or wait.
+        told = () if operation.jobset else selected.restored(session, image)
+        return takeover.attempt(session, taken, operation.attempt, told, now_s=now_s)
     return None
 
 

@@ -152,10 +152,7 @@ def conclude(
     """Bring the restore ``attempt`` of ``image`` to its end, whose coordinator is gone; None if it
     is abandoned, and the pods wait on. Raises what ``takeover.attempt`` does.
     """
-    name = f"{image.group}@{image.epoch}"
-    detail = session.any_agent(lambda agent: agent.image(session.namespace, name, image.storage))
-    pods = {each["metadata"]["name"]: each for each in objects.pods(session.api, session.namespace)}
-    ready = {each: pods[each] for each in detail.pods if each in pods}
+    detail, ready = _taken(session, image)
     taken = epochclient.Epoch(session.namespace, image.group, image.epoch, image.storage)
     members = [jobsetcourse.member(each, pod) for each, pod in sorted(ready.items())]
     found = takeover.attempt(session, taken, attempt, members, now_s=now_s, watch=watch)
@@ -167,6 +164,27 @@ def conclude(
             f"the image was let run, and not all of it does: {gone[0]}", reasons=gone
         )
     return _returned(detail, ready, coordinator_restore.Restored(tuple(members), {}, 0.0, {}))
+
+
+def restored(session: Session, image: results.Image) -> list[checkpoint.Member]:
+    """The pods that ``image`` is, or was, brought back into, as far as they are there."""
+    _, ready = _taken(session, image)
+    return [jobsetcourse.member(each, pod) for each, pod in sorted(ready.items())]
+
+
+def _taken(
+    session: Session, image: results.Image
+) -> tuple[results.ImageDetail, dict[str, jobset.Json]]:
+    name = f"{image.group}@{image.epoch}"
+    detail = session.any_agent(lambda agent: agent.image(session.namespace, name, image.storage))
+    pods = {each["metadata"]["name"]: each for each in objects.pods(session.api, session.namespace)}
+    # One without a node has no agent that could know of it.
+    ready: dict[str, jobset.Json] = {
+        each: pods[each]
+        for each in detail.pods
+        if each in pods and pods[each]["spec"].get("nodeName")
+    }
+    return detail, ready
 
 
 def _returned(

@@ -25,6 +25,8 @@ TRIES = 3
 
 _KEY_CHARACTERS = 128
 _ID_CHARACTERS = 20
+# A coordinator may come back to members that it has told already, a second later.
+_APART_S = 10.0
 
 Json = Mapping[str, Any]
 
@@ -164,7 +166,7 @@ def ordered(before: Operation, now_s: float) -> float:
     """A time for the next coordinator of an operation that is later than that of the one before,
     whose clock may have been ahead.
     """
-    return max(now_s, before.ordered_s + 1.0)
+    return max(now_s, before.ordered_s + _APART_S)
 
 
 def identity(caller: Caller, namespace: str, key: str) -> str:

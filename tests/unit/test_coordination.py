@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from agent import errors
-from agent.model import jobset
+from agent.model import jobset, optin
+from agent.model.container import HOLD
+from agent.model.operations import Kind, State
 from agent.model.protocol import Step
 from agent.rpc import coordinatorclient
-from agent.rpc.coordinatorclient import Asking, Kind, State, Target
+from agent.rpc.coordinatorclient import Asking, Target
 from agent.rpc.v1 import coordinator_pb2 as api
 from agent.rpc.v1 import node_pb2
 from tests import coordinated
@@ -381,3 +383,41 @@ def test_a_restore_brings_back_the_newest_image_and_ends_what_runs_only_if_told(
         assert reached.wait(10)
         assert ada.cancel("default", begun.id).cancelling
     assert ended(ada, begun.id).state is State.SUCCEEDED
+
+
+# Groups by label.
+
+
+PAIR = Target(group="pair", labels="app=pair")
+
+
+def add_pair(cluster: Cluster, **more: Any) -> None:
+    for index in range(2):
+        name = f"pair-{index}"
+        cluster.api.pods.pop(("default", name), None)
+        labels = {"app": "pair", optin.LABEL: optin.ENABLED}
+        metadata = {"labels": labels, **more}
+        status = {"podIPs": [{"ip": f"10.1.0.{index}"}]}
+        spec = {"containers": [{"name": "trainer", "command": [HOLD, "auto", "work"]}]}
+        node = f"n{index + 1}"
+        cluster.api.add_pod(name, node, metadata=metadata, status=status, spec=spec)
+
+
+def test_a_group_by_label_is_cut_ended_and_brought_back_into_pods_that_wait(
+    cluster: Cluster, ada: coordinatorclient.Coordinator
+) -> None:
+    add_pair(cluster)
+    done = ended(ada, ada.create_epoch(asking(), PAIR, stop=True).id)
+    assert (done.state, done.error, done.group) == (State.SUCCEEDED, None, "pair")
+    assert done.image is not None
+    image = f"pair@{done.image.epoch}"
+    add_pair(cluster, annotations={optin.RESTORE: image})
+    back = ended(ada, ada.restore(asking(), Target(group="pair")).id)
+    assert (back.state, back.error) == (State.SUCCEEDED, None)
+    assert [each.identity for each in back.pods] == ["pair-0", "pair-1"]
+    with pytest.raises(errors.InvalidInput):
+        ada.restore(asking(), Target(group="pair"), replace=True)
+    with pytest.raises(errors.InvalidInput):
+        ada.restore(asking(), Target(group="pair"), nodes=["n1"])
+    with pytest.raises(errors.InvalidInput):
+        ada.create_epoch(asking(), Target(group="jobset.train", labels="app=pair"))

@@ -13,12 +13,14 @@ import pytest
 
 from agent import errors
 from agent.model import optin
+from agent.model.operations import State
 from agent.model.protocol import Decision, Step
 from agent.rpc import coordinatorclient
-from agent.rpc.coordinatorclient import State
+from agent.rpc.coordinatorclient import Target
+from agent.rpc.v1 import node_pb2
 from tests import coordinated
 from tests.coordinated import Cluster, wait_for
-from tests.unit.test_coordination import TRAIN, asking, ended, serves
+from tests.unit.test_coordination import TRAIN, add_pair, asking, ended, serves
 
 
 @pytest.fixture
@@ -267,3 +269,80 @@ def test_a_replica_that_is_told_to_end_leaves_its_operations_to_the_next(cluster
         wait_for(lambda: serves(second))
         assert ended(second, identifier).state is State.SUCCEEDED
     wait_for(lambda: set(cluster.processes().values()) == {"running"})
+
+
+@pytest.mark.parametrize("point", ["capturing", "after the commit", "ending"])
+def test_a_dump_that_was_to_end_the_pods_says_whether_it_did(
+    cluster: Cluster, killer: Killer, point: str
+) -> None:
+    MOVE_POINTS[point](killer)
+    identifier = begun(
+        cluster, killer, lambda first: first.create_epoch(asking(), TRAIN, stop=True)
+    )
+    # Those that were not ended go on before the next replica comes.
+    there = "ended" if point == "ending" else "running"
+    wait_for(lambda: set(cluster.processes().values()) == {there}, 5)
+    with coordinated.replica(cluster) as port, coordinated.client(cluster, port) as second:
+        wait_for(lambda: serves(second))
+        last = ended(second, identifier)
+    if point == "after the commit":
+        assert (last.state, type(last.error)) == (State.FAILED, errors.Abandoned)
+        assert last.image is not None
+        assert set(cluster.processes().values()) == {"running"}
+    else:
+        assert (last.state, last.error) == (State.SUCCEEDED, None)
+        assert set(cluster.processes().values()) == {"ended"}
+    assert cluster.jobsets.ended == []
+
+
+@pytest.mark.parametrize("point", ["suspending", "filling", "after the restore is decided"])
+def test_a_restore_that_was_to_replace_ends_what_ran_once(
+    cluster: Cluster, killer: Killer, point: str
+) -> None:
+    taken = "20260131-235901-0a1b2c"
+    cluster.agents.add_image("jobset.train", 1)
+    del cluster.agents.images[-1].members[:]
+    cluster.agents.images[-1].members.extend(["worker-0-0.trainer", "worker-0-1.trainer"])
+    pods = [node_pb2.PodOfImage(member=f"worker-0-{index}") for index in range(2)]
+    cluster.agents.details[f"jobset.train@{taken}"] = {"pods": pods}
+    for each in cluster.jobsets.pods().values():
+        cluster.group.processes[each["metadata"]["uid"]] = "running"
+    # The first decision is that of the restore.
+    if point == "after the restore is decided":
+        killer.after_decision(1)
+    else:
+        MOVE_POINTS[point](killer)
+    identifier = begun(cluster, killer, lambda first: first.restore(asking(), TRAIN, replace=True))
+    last = gone_on_with(cluster, identifier)
+    assert (last.state, last.error) == (State.SUCCEEDED, None)
+    assert last.image is not None
+    assert last.image.epoch == taken
+    wait_for(lambda: set(cluster.processes().values()) == {"running"})
+    assert cluster.jobsets.ended.count("running") == 2
+    assert cluster.jobsets.intent() is None
+
+
+@pytest.mark.parametrize("point", ["filling", "after the restore is decided"])
+def test_a_group_by_label_is_brought_back_once(
+    cluster: Cluster, killer: Killer, point: str
+) -> None:
+    pair = Target(group="pair", labels="app=pair")
+    add_pair(cluster)
+    with coordinated.client(cluster, killer.process.port) as first:
+        taken = ended(first, first.create_epoch(asking(), pair, stop=True).id)
+    assert taken.image is not None
+    add_pair(cluster, annotations={optin.RESTORE: f"pair@{taken.image.epoch}"})
+    if point == "filling":
+        killer.at_step(Step.FILL)
+    else:
+        killer.after_decision(1)
+    identifier = begun(cluster, killer, lambda first: first.restore(asking(), pair))
+    last = gone_on_with(cluster, identifier)
+    assert (last.state, last.error) == (State.SUCCEEDED, None)
+    assert [each.identity for each in last.pods] == ["pair-0", "pair-1"]
+    uids = [cluster.api.pods["default", f"pair-{index}"]["metadata"]["uid"] for index in range(2)]
+    wait_for(lambda: {cluster.group.processes[each] for each in uids} == {"running"})
+    committed = [
+        name for name, found in cluster.group.attempts.items() if found is Decision.COMMITTED
+    ]
+    assert len(committed) == 1

@@ -103,7 +103,7 @@ def test_a_key_means_one_operation_of_its_caller_in_its_namespace() -> None:
 def test_each_coordinator_is_later_than_the_one_before_whatever_its_clock_says() -> None:
     assert operations.ordered(operation(), 100.0) == 100.0
     for now_s in (0.0, 100.0, 100.5, 500.0):
-        assert operations.ordered(operation(ordered_s=100.0), now_s) >= max(now_s, 101.0)
+        assert operations.ordered(operation(ordered_s=100.0), now_s) >= max(now_s, 102.0)
 
 
 # Turns.
