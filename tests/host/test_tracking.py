@@ -206,6 +206,18 @@ def test_what_another_one_is_told_of_the_same_process_is_not_kept_from_this_one(
         assert copied(into, program, 40, 4) == program.first_bytes(40, 4) == b"\3" * 1024
 
 
+def test_what_another_one_follows_counts_as_written(program: Program) -> None:
+    program.do("map(2, 4)")
+    program.do("fill(2, 4, 1)")
+    copy = Precopy(MemoryImage(), clock.Deadline.after(60))
+    try:
+        copy.round(program.pid)
+        found = rate.measure([program.pid], 0.01, 0.01)
+    finally:
+        copy.close()
+    assert found.span_bytes >= 4 << 20
+
+
 def test_a_child_that_still_has_its_parents_memory_is_told_nothing_of_it(
     program: Program, tmp_path: pathlib.Path
 ) -> None:
@@ -276,6 +288,16 @@ def test_a_child_that_is_forked_while_its_parent_is_taken_on_keeps_nothing(
         assert faults(child), "it was not forked at that moment"
     finally:
         copy.close()
+    assert proc.exists(child)
+    assert faults(program.pid) + faults(child) == []
+    assert not guarded(program)
+
+
+def test_nothing_of_a_measurement_stays_in_a_child_that_was_forked_meanwhile(
+    program: Program, late_children: list[int]
+) -> None:
+    rate.measure([program.pid], 0.01, 0.01)
+    (child,) = late_children
     assert proc.exists(child)
     assert faults(program.pid) + faults(child) == []
     assert not guarded(program)
