@@ -80,7 +80,7 @@ def crius(node: Node) -> list[int]:
     for entry in _entries():
         with contextlib.suppress(OSError):
             # It may run below a loader of its own.
-            at_work = _name(entry).startswith(("criu", "ld-linux"))
+            at_work = _name(entry).startswith(("criu", "ld-linux", "ld.so"))
             if at_work and (_own(entry, node) or group in (entry / "cgroup").read_text()):
                 found.append(int(entry.name))
     return found

@@ -70,9 +70,9 @@ def jobset(namespace: str) -> Json:
 class Training:
     """A JobSet that trains."""
 
-    def __init__(self, cluster: Cluster, namespace: str) -> None:
+    def __init__(self, cluster: Cluster, namespace: str, document: Json | None = None) -> None:
         self.cluster, self.namespace = cluster, namespace
-        cluster.apply(jobset(namespace))
+        cluster.apply(document or jobset(namespace))
         cluster.wait_for("two ranks", lambda: len(self.pods()) == 2, 60)
         self.goes_on()
 

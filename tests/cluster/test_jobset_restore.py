@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,19 +22,21 @@ RANKS = ("worker-0-0", "worker-0-1")
 NUMPY = "localhost/np:1"
 
 
-def training(namespace: str, steps: int, image: str = NUMPY) -> Json:
-    """Two ranks, one on each node, that end after ``steps``."""
+def training(namespace: str, steps: int, image: str = NUMPY, world: int = 2) -> Json:
+    """So many ranks, spread over the nodes, that end after ``steps``."""
     document = jobset(namespace)
     (job,) = document["spec"]["replicatedJobs"]
+    job["template"]["spec"] |= {"parallelism": world, "completions": world}
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    container["env"][0]["value"] = str(world)
     container |= {"image": image, "imagePullPolicy": "Never"}
     container["env"].append({"name": "STEPS", "value": str(steps)})
     return document
 
 
-def uninterrupted(namespace: str, steps: int, image: str) -> Json:
-    """Both ranks in one pod, as fast as they can."""
-    env = {"WORLD_SIZE": "2", "PACE_S": "0", "STEPS": str(steps), "MASTER_ADDR": "localhost"}
+def uninterrupted(namespace: str, steps: int, image: str, world: int = 2) -> Json:
+    """All ranks in one pod, as fast as they can."""
+    env = {"WORLD_SIZE": str(world), "PACE_S": "0", "STEPS": str(steps), "MASTER_ADDR": "localhost"}
     containers = [
         {
             "name": f"worker-0-{rank}",
@@ -45,7 +48,7 @@ def uninterrupted(namespace: str, steps: int, image: str) -> Json:
                 for key, value in {**env, "JOB_COMPLETION_INDEX": str(rank)}.items()
             ],
         }
-        for rank in (0, 1)
+        for rank in range(world)
     ]
     return {
         "apiVersion": "v1",
@@ -82,10 +85,10 @@ def steps_in(text: str) -> dict[int, str]:
     return dict(zip(numbers, lines, strict=True))
 
 
-def await_step(cluster: Cluster, namespace: str, step: int) -> None:
+def await_step(cluster: Cluster, namespace: str, step: int, ranks: Sequence[str] = RANKS) -> None:
     cluster.wait_for(
-        f"step {step} of both ranks",
-        lambda: all(max(steps_of(cluster, namespace, rank), default=0) >= step for rank in RANKS),
+        f"step {step} of all ranks",
+        lambda: all(max(steps_of(cluster, namespace, rank), default=0) >= step for rank in ranks),
         240,
     )
 
@@ -99,26 +102,31 @@ def intent(cluster: Cluster, namespace: str) -> str | None:
     return (metadata.get("annotations") or {}).get(optin.RESTORE)
 
 
-def killed_and_moved(agents: Cluster, namespace: str, image: str, steps: int) -> None:
+def killed_and_moved(
+    agents: Cluster, namespace: str, image: str, steps: int, world: int = 2
+) -> None:
     """A JobSet loses all of its pods at a random step after a dump, comes back on exchanged nodes,
     moves back, and ends; each step is as if nothing had happened.
     """
     before = leftovers.of_all(agents)
-    document = training(namespace, steps, image)
+    ranks = [f"worker-0-{rank}" for rank in range(world)]
+    document = training(namespace, steps, image, world)
     # A lost pod makes JobSet start all over, as it would for a user.
     document["spec"]["failurePolicy"] = {"maxRestarts": 3}
     agents.apply(document)
-    await_step(agents, namespace, 20)
+    await_step(agents, namespace, 20, ranks)
     taken = ckpt(agents, "dump", "jobset/train", "-n", namespace).document()["name"]
     cut = max(steps_of(agents, namespace, "worker-0-0"))
-    await_step(agents, namespace, cut + random.randrange(1, 20))
+    await_step(agents, namespace, cut + random.randrange(1, 20), ranks)
     lost = pods(agents, namespace)
     names = [each["metadata"]["name"] for each in lost.values()]
     agents.kubectl("delete", "pods", "-n", namespace, "--grace-period=0", "--force", *names)
 
     ran = ckpt(agents, "restore", "jobset/train", "-n", namespace).error()
     assert (ran["code"], "--replace" in ran["hint"]) == ("restore-conflict", True)
-    here, there = (lost[rank]["spec"]["nodeName"] for rank in RANKS)
+    here = lost[ranks[0]]["spec"]["nodeName"]
+    there = agents.other_node(here).name
+    assert {each["spec"]["nodeName"] for each in lost.values()} == {here, there}
     words = ("restore", "jobset/train", "-n", namespace, "--replace")
     report = ckpt(agents, *words, "--node", there, "--node", here).document()
     assert (report["name"], report["created"], report["passedOver"]) == (taken, False, [])
@@ -127,9 +135,9 @@ def killed_and_moved(agents: Cluster, namespace: str, image: str, steps: int) ->
         assert old["pod"] == lost[each["member"]]["metadata"]["name"]
         assert {old["node"], new["node"]} == {here, there}
         assert set(old["addresses"]).isdisjoint(new["addresses"])
-    await_step(agents, namespace, cut + 10)
+    await_step(agents, namespace, cut + 10, ranks)
     assert min(steps_of(agents, namespace, "worker-0-0")) <= cut + 1
-    said = [(rank, steps_of(agents, namespace, rank)) for rank in RANKS]
+    said = [(rank, steps_of(agents, namespace, rank)) for rank in ranks]
 
     back = ("migrate", "jobset/train", "-n", namespace, "--to", here, "--to", there)
     moved = ckpt(agents, *back)
@@ -144,10 +152,10 @@ def killed_and_moved(agents: Cluster, namespace: str, image: str, steps: int) ->
         ),
         240,
     )
-    said += [(rank, steps_of(agents, namespace, rank)) for rank in RANKS]
-    assert all(max(steps_of(agents, namespace, rank)) == steps for rank in RANKS)
+    said += [(rank, steps_of(agents, namespace, rank)) for rank in ranks]
+    assert all(max(steps_of(agents, namespace, rank)) == steps for rank in ranks)
     leftovers.assert_none(agents, before)
-    agents.apply(uninterrupted(namespace, steps, image))
+    agents.apply(uninterrupted(namespace, steps, image, world))
     agents.wait_for_pod("uninterrupted", namespace, "Succeeded", timeout_s=240)
     for rank, lines in said:
         whole = steps_in(agents.logs("uninterrupted", namespace, "-c", rank))
@@ -159,6 +167,12 @@ def test_a_jobset_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
     agents: Cluster, namespace: str
 ) -> None:
     killed_and_moved(agents, namespace, NUMPY, 250)
+
+
+def test_four_ranks_two_on_each_node_that_were_killed_end_bit_for_bit_as_if_they_were_not(
+    agents: Cluster, namespace: str
+) -> None:
+    killed_and_moved(agents, namespace, NUMPY, 200, world=4)
 
 
 @pytest.mark.slow
