@@ -240,6 +240,18 @@ def test_nobody_unknown_makes_the_agent_wait_for_what_comes(agent: Agent) -> Non
     assert agent.guard.asked == []
 
 
+@pytest.mark.parametrize(
+    "made",
+    [b"[" + b",".join([item] * 1000) + b"]" for item in (b"[]", b"{}", b"[[]]")] + [b"[" * 999],
+    ids=["lists", "objects", "lists in lists", "depth"],
+)
+def test_what_is_sent_in_few_bytes_takes_no_gigabytes(made: bytes) -> None:
+    with pytest.raises(errors.Corrupt):
+        Contribution.decode(
+            b'{"part":"","ends":[],"stops":[],"hook_problems":[],"pod":{"made":' + made + b"}}"
+        )
+
+
 def test_a_piece_that_nothing_follows_is_no_contribution(agent: Agent) -> None:
     with contributed(agent, 1) as (epoch, given), agent.stub() as stub:
         message = _first(epoch, contributions=[given[0][:100]], unfinished=True)
