@@ -8,6 +8,7 @@ as long as threads of this program run at all.
 Promises: within the context this process ends ``LEASE_S`` after it has come to stand still; none
 of it is left when the context is.
 Does not: notice a single thread that hangs while others run; every wait has a deadline of its own.
+Nor end the first process of a pid namespace, which the kernel spares its own signals.
 """
 
 from __future__ import annotations

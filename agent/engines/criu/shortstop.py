@@ -53,8 +53,11 @@ class ShortStop:
         self._held = held
         self._deadline = deadline
         self._kept = kept
-        self._precopy = _taken_up(kept, root, ahead, deadline) or Precopy(ahead, deadline)
-        self._hiding = hiding.Hiding()
+        with contextlib.ExitStack() as stack:
+            self._precopy = _taken_up(kept, root, ahead, deadline) or Precopy(ahead, deadline)
+            stack.callback(self._precopy.close)
+            self._hiding = hiding.Hiding()
+            stack.pop_all()
         self._sent: dict[AddressSpace, list[PageRun]] = {}
         self._standing: list[Standing] = []
         self._failure: BaseException | None = None
