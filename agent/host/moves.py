@@ -7,7 +7,8 @@ part of a larger mapping could not be moved with it any more (mm/mremap.c, mm/us
 ``mremap_userfaultfd_prep``).
 
 Promises: whoever moves a mapping goes on as soon as one thread of ours has run, or this program has
-ended; when a process stands still, all its moves are known.
+ended; when a process stands still, all its moves are known. What is held of them does not grow with
+their number, however seldom it is asked for.
 Does not: tell the order of moves.
 """
 
@@ -21,13 +22,15 @@ import threading
 
 import numpy as np
 
-from agent.host.pagemap import Ranges
+from agent.host.pagemap import Ranges, union
 
 # linux/userfaultfd.h: struct uffd_msg is the event, 7 bytes of nothing, and for a move from, to and
 # length.
 _MESSAGE = struct.Struct("=B7xQQQ")
 _REMAP = 0x14
 _MESSAGES = 16
+# Ranges held of one process; beyond it they are joined, first where they touch.
+_MOST = 4096
 
 
 class Moves:
@@ -85,3 +88,13 @@ class Moves:
                 for event, _, to, length in _MESSAGE.iter_unpack(said):
                     if event == _REMAP:
                         self._arrived[descriptor].append((to, to + length))
+                        if len(self._arrived[descriptor]) > _MOST:
+                            self._arrived[descriptor] = _joined(self._arrived[descriptor])
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Fewer ranges that hold all of these; to hold more costs only reading."""
+    rows = union(np.array(ranges, dtype=np.int64)).tolist()
+    if len(rows) > _MOST // 2:
+        rows = [[rows[0][0], rows[-1][1]]]
+    return [(start, end) for start, end in rows]

@@ -16,7 +16,7 @@ import pytest
 
 from agent.engines.tracking import rate
 from agent.engines.tracking.precopy import Precopy
-from agent.host import clock, injection, proc
+from agent.host import clock, injection, moves, proc
 from agent.host.pagemap import Pagemap
 from agent.model.streams import PAGE_BYTES, AddressSpace
 from tests.host.image import MemoryImage
@@ -243,6 +243,33 @@ def test_a_child_that_still_has_its_parents_memory_is_told_nothing_of_it(
     finally:
         copy.close()
     assert copied(image, program, 2, 4) == program.first_bytes(2, 4) == b"\2" * 1024
+
+
+def test_a_process_that_moves_mappings_all_the_time_costs_no_memory(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A watch may pause for hours."""
+    monkeypatch.setattr(moves, "_MOST", 64)
+    image = MemoryImage()
+    for line in ("map(2, 2)", "map(20, 2)", "fill(2, 2, 1)", "fill(20, 2, 1)"):
+        program.do(line)
+    copy = Precopy(image, clock.Deadline.after(60))
+    try:
+        copy.round(program.pid)
+        program.do("[move(at, 2, to) for at, to in ((2, 30), (30, 2)) * 200] and 0")
+        assert all(len(each) <= 64 for each in copy._moves._arrived.values())
+        # Too many that do not touch.
+        program.do("[move(at, 2, at + 4) for at in (20, 24, 28, 32, 36, 40)] and 0")
+        monkeypatch.setattr(moves, "_MOST", 2)
+        program.do("[move(at, 2, at - 4) for at in (44, 40, 36, 32, 28, 24)] and 0")
+        assert all(len(each) <= 2 for each in copy._moves._arrived.values())
+        program.do("fill(20, 2, 3)")
+        program.stop()
+        copy.finish(copy.cut([program.pid]), image)
+    finally:
+        copy.close()
+    assert copied(image, program, 2, 2) == program.first_bytes(2, 2) == b"\1" * 512
+    assert copied(image, program, 20, 2) == program.first_bytes(20, 2) == b"\3" * 512
 
 
 def test_a_mapping_can_be_moved_whole_though_it_was_protected_in_parts(program: Program) -> None:
