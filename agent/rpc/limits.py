@@ -46,13 +46,12 @@ class Limiter:
         self._lasting: dict[str, int] = {}
 
     @contextlib.contextmanager
-    def identifying(self, peer: str) -> Iterator[None]:
-        """Around the question of who calls from ``peer``, as gRPC writes it.
+    def identifying(self, address: str) -> Iterator[None]:
+        """Around the question of who calls from ``address``.
 
         Raises:
             errors.Overloaded: too many from there were nobody.
         """
-        address = peer.rpartition(":")[0]
         with self._lock:
             wait_s = self._strangers.wait_s(address, clock.monotonic_s())
         if wait_s > 0:

@@ -17,6 +17,11 @@ from agent.model.access import Caller
 _SCHEME = "bearer "
 
 
+def address(context: grpc.ServicerContext) -> str:
+    """Where the call comes from, without its port."""
+    return context.peer().rpartition(":")[0]
+
+
 def certificate(context: grpc.ServicerContext) -> Caller | None:
     """Who the client's certificate names, as the API server reads it: the common name is the
     user, each organization a group. None if the port takes no client certificates.

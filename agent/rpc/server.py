@@ -20,13 +20,11 @@ from typing import Any, Protocol
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from agent import errors
 from agent.host import clock
 from agent.model.access import Caller, Right
-from agent.rpc import limits, peers, rights, status
+from agent.rpc import limits, openly, peers, rights, status
 from agent.rpc.calls import Call
 from agent.rpc.certificates import Certificates
 from agent.rpc.v1 import coordinator_pb2, epochs_pb2, node_pb2
@@ -117,7 +115,8 @@ class Server:
                 _handlers(_SERVICES[name], service, _Door(guard, node, limiter))
                 for name, service in services.items()
             ],
-            maximum_concurrent_rpcs=threads + _WAITING,
+            # Whoever watches whether it serves holds no thread.
+            maximum_concurrent_rpcs=threads + _WAITING + openly.MOST,
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", _REQUEST_BYTES),
@@ -127,14 +126,9 @@ class Server:
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
             ],
         )
-        self._health = health.HealthServicer(experimental_non_blocking=True)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         # The description of the API is public, as its source is.
-        self._names = [_SERVICES[name].full_name for name in services]
-        reflection.enable_server_reflection(
-            (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
-        )
-        self.set_serving(serving=False)
+        names = [_SERVICES[name].full_name for name in services]
+        self._health = openly.add(self._server, names)
         self.token_port = self._listen(ports.host, ports.token, certificates, clients=False)
         self.certificate_port = self._listen(
             ports.host, ports.certificate, certificates, clients=True
@@ -157,13 +151,11 @@ class Server:
 
     def set_serving(self, *, serving: bool) -> None:
         """What the health service answers, for the server as a whole and for the API."""
-        answer = health_pb2.HealthCheckResponse
-        for name in ("", *self._names):
-            self._health.set(name, answer.SERVING if serving else answer.NOT_SERVING)
+        self._health.set_serving(serving=serving)
 
     def stop(self, grace_s: float) -> None:
         """Take no more calls, give the ones there are ``grace_s``, and end."""
-        self._health.enter_graceful_shutdown()
+        self._health.close()
         self._server.stop(grace_s).wait(grace_s + 1.0)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -245,7 +237,7 @@ class _Door:
         return self.allow(answer, self.identify(answer, context), request, context)
 
     def identify(self, answer: _Answer, context: grpc.ServicerContext) -> Caller:
-        with self._limiter.identifying(context.peer()):
+        with self._limiter.identifying(peers.address(context)):
             caller = peers.certificate(context)
             if caller is None:
                 caller = self._guard.authenticate(peers.token(context))

@@ -15,10 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from agent import errors
-from agent.rpc import status
+from agent.rpc import openly, status
 from agent.rpc.v1 import coordinator_pb2 as api
 from agent.rpc.v1 import coordinator_pb2_grpc, node_pb2
 from tests.fakes.authority import Authority
@@ -51,14 +50,13 @@ class Cluster:
     changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
     # Of a replica, by name: ends its calls as its death would.
     ends: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)
-    healths: dict[str, health.HealthServicer] = dataclasses.field(default_factory=dict)
+    healths: dict[str, openly.Health] = dataclasses.field(default_factory=dict)
 
     def lead(self, name: str) -> None:
         """Let a replica serve, and only that."""
         self.leader = name
         for each, servicer in self.healths.items():
-            answer = health_pb2.HealthCheckResponse
-            servicer.set(SERVICE, answer.SERVING if each == name else answer.NOT_SERVING)
+            servicer.set_serving(serving=each == name)
 
     def change(self, identifier: str, **fields: Any) -> None:
         """Change an operation, and tell those who watch it."""
@@ -216,8 +214,7 @@ def running(cluster: Cluster, name: str, authority: Authority) -> Iterator[str]:
     certificate, key = authority.issue(SERVER_NAME, hosts=(SERVER_NAME,))
     server = grpc.server(ThreadPoolExecutor(8))
     coordinator_pb2_grpc.add_CoordinatorServicer_to_server(_Servicer(cluster, name), server)
-    cluster.healths[name] = health.HealthServicer(experimental_non_blocking=True)
-    health_pb2_grpc.add_HealthServicer_to_server(cluster.healths[name], server)
+    cluster.healths[name] = openly.add(server, [SERVICE])
     cluster.lead(cluster.leader)
     port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, certificate)]))
     server.start()

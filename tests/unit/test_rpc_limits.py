@@ -11,8 +11,11 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from agent import errors
+from agent.host import clock
 from agent.model.access import Caller, Right
 from agent.model.rates import Rate
 from agent.rpc import limits, status
@@ -60,15 +63,20 @@ class Service:
 
 class Served:
     def __init__(self, server: Server, authority: Authority) -> None:
-        self.guard, self.service = Guard(), Service()
+        self.server, self.guard, self.service = server, Guard(), Service()
         self.port, self._authority = server.token_port, authority
 
     @contextlib.contextmanager
     def stub(self) -> Iterator[node_pb2_grpc.NodeStub]:
+        with self.channel() as channel:
+            yield node_pb2_grpc.NodeStub(channel)
+
+    @contextlib.contextmanager
+    def channel(self) -> Iterator[grpc.Channel]:
         name = (("grpc.ssl_target_name_override", NAME),)
         credentials = grpc.ssl_channel_credentials(self._authority.pem)
         with grpc.secure_channel(f"localhost:{self.port}", credentials, name) as channel:
-            yield node_pb2_grpc.NodeStub(channel)
+            yield channel
 
 
 @contextlib.contextmanager
@@ -173,3 +181,79 @@ def test_whoever_is_somebody_calls_without_limit_where_none_is_set(tmp_path: Pat
         for _ in range(120):
             listed(stub, "ada")
         assert served.guard.asked == ["ada"] * 120
+
+
+def test_descriptions_of_the_api_take_the_threads_of_nobody(tmp_path: Path) -> None:
+    with serving(tmp_path, None) as served, served.channel() as channel:
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        done = threading.Event()
+
+        def slowly() -> Iterator[reflection_pb2.ServerReflectionRequest]:
+            yield reflection_pb2.ServerReflectionRequest(list_services="")
+            done.wait(30)
+
+        calls = [stub.ServerReflectionInfo(slowly(), timeout=20) for _ in range(30)]
+        said = []
+        for each in calls:
+            try:
+                next(each)
+                said.append(grpc.StatusCode.OK)
+            except grpc.RpcError:
+                said.append(each.code())
+        assert said.count(grpc.StatusCode.OK) == 4
+        assert set(said) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        listed(node_pb2_grpc.NodeStub(channel), "ada")
+        done.set()
+        for each in calls:
+            each.cancel()
+
+
+def test_who_watches_whether_it_serves_is_counted_by_address(tmp_path: Path) -> None:
+    with serving(tmp_path, None) as served, served.channel() as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="agent.rpc.v1.Node")
+        calls = [stub.Watch(request, timeout=20) for _ in range(32)]
+        assert {next(each).status for each in calls} == {health_pb2.HealthCheckResponse.NOT_SERVING}
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stub.Watch(request, timeout=20))
+        assert isinstance(caught.value, grpc.Call)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        calls[0].cancel()
+        assert clock.wait_until(lambda: _watches(stub, request), clock.Deadline.after(10))
+        with pytest.raises(grpc.RpcError) as unknown:
+            next(stub.Watch(health_pb2.HealthCheckRequest(service="x" * 1000), timeout=20))
+        assert isinstance(unknown.value, grpc.Call)
+        assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+        for each in calls:
+            each.cancel()
+
+
+def test_those_who_leave_hold_up_nobody_who_is_told(tmp_path: Path) -> None:
+    """gRPC's own servicer waits for ever when somebody leaves while it tells others."""
+    with serving(tmp_path, None) as served, served.channel() as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="")
+        for turn in range(20):
+            calls = [stub.Watch(request, timeout=20) for _ in range(10)]
+            for each in calls:
+                next(each)
+            leaving = threading.Thread(target=lambda: [each.cancel() for each in calls])  # noqa: B023
+            leaving.start()
+            served.server.set_serving(serving=turn % 2 == 0)
+            leaving.join()
+            assert clock.wait_until(lambda: _watches(stub, request), clock.Deadline.after(10))
+        last = stub.Watch(request, timeout=20)
+        assert next(last).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        served.server.set_serving(serving=True)
+        assert next(last).status == health_pb2.HealthCheckResponse.SERVING
+        last.cancel()
+
+
+def _watches(stub: Any, request: health_pb2.HealthCheckRequest) -> bool:
+    call = stub.Watch(request, timeout=20)
+    try:
+        next(call)
+    except grpc.RpcError:
+        return False
+    call.cancel()
+    return True
