@@ -73,7 +73,8 @@ class Operations:
                 )
             if deadline.expired:
                 raise errors.Unreachable(
-                    f"no coordinator served for {_TAKEOVER_S:g} s",
+                    f"the coordinator did not answer for {_TAKEOVER_S:g} s"
+                    + (f": {problems[-1]}" if problems else ": no replica of it is ready"),
                     hint=f"kubectl -n {self._session.settings.agent_namespace} get pods -l"
                     f" {self._session.settings.coordinator_selector}",
                     reasons=problems,
