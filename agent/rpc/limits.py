@@ -1,7 +1,8 @@
 """What one caller may ask of a server, so that none keeps the others out.
 
 Promises: a caller over its rate is refused before its rights are looked up, and told when to come
-again; calls that last hold a thread each, of which one caller has only so many. Whoever shows
+again; calls that last hold a thread each, of which one caller has only so many; nobody, known as he
+may be, has more than a few that say nothing, of which the rights cannot be looked up. Whoever shows
 nobody's token again and again is refused by address before the API server is asked about another;
 an address that shows good ones is not counted.
 Does not: authenticate anybody.
@@ -24,6 +25,9 @@ _CALLERS = 4096
 # Refused identities from one address: a client with an expired token tries a few times; guessing a
 # token takes more than the age of the world either way. It is the API server that is spared.
 _STRANGERS = Rate(per_s=5.0, burst=50)
+# A third of an agent's threads. The first message comes with the call, so that the many calls of
+# one name, such as those of a coordinator, are hardly ever here together.
+_SILENT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Limiter:
         self._callers = Buckets(limits.rate, _CALLERS) if limits else None
         self._strangers = Buckets(_STRANGERS, _CALLERS)
         self._lasting: dict[str, int] = {}
+        self._silent: dict[str, int] = {}
 
     @contextlib.contextmanager
     def identifying(self, address: str) -> Iterator[None]:
@@ -86,21 +91,30 @@ class Limiter:
         if self._limits is None:
             yield
             return
+        with self._counted(self._lasting, user, self._limits.lasting, "that last open"):
+            yield
+
+    def silent(self, user: str) -> contextlib.AbstractContextManager[None]:
+        """Around the wait for the first message of a call of ``user``; raises as ``lasting``."""
+        return self._counted(self._silent, user, _SILENT, "open without a word")
+
+    @contextlib.contextmanager
+    def _counted(self, of: dict[str, int], user: str, most: int, what: str) -> Iterator[None]:
         with self._lock:
-            there = self._lasting.get(user, 0)
-            if there >= self._limits.lasting:
+            there = of.get(user, 0)
+            if there >= most:
                 raise errors.Overloaded(
-                    f"{user} has {there} calls that last open, which is as many as it may",
+                    f"{user} has {there} calls {what}, which is as many as it may",
                     hint="end one of them, or ask for what is there now instead",
                 )
-            self._lasting[user] = there + 1
+            of[user] = there + 1
         try:
             yield
         finally:
             with self._lock:
-                self._lasting[user] -= 1
-                if not self._lasting[user]:
-                    del self._lasting[user]
+                of[user] -= 1
+                if not of[user]:
+                    del of[user]
 
 
 def _refused(what: str, wait_s: float) -> errors.Overloaded:

@@ -187,7 +187,8 @@ def _handler(
             caller = door.identify(answer, context)
             with door.lasting(caller):
                 messages = _received(requests)
-                first = _first(messages, context)
+                with door.silent(caller):
+                    first = _first(messages, context)
                 return serve(first, messages, door.allow(answer, caller, first, context))
 
     read = message_factory.GetMessageClass(method.input_type).FromString
@@ -247,6 +248,9 @@ class _Door:
 
     def lasting(self, caller: Caller) -> contextlib.AbstractContextManager[None]:
         return self._limiter.lasting(caller.user)
+
+    def silent(self, caller: Caller) -> contextlib.AbstractContextManager[None]:
+        return self._limiter.silent(caller.user)
 
     def allow(
         self, answer: _Answer, caller: Caller, request: Any, context: grpc.ServicerContext

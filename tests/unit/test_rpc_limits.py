@@ -157,6 +157,27 @@ def test_calls_that_last_are_so_many_for_each_caller(tmp_path: Path) -> None:
         begin("ada").cancel()
 
 
+def test_calls_that_say_nothing_leave_threads_for_others(tmp_path: Path) -> None:
+    """An agent's callers are not limited; whoever has a token, and no right, is one of them."""
+    over = threading.Event()
+
+    def nothing() -> Iterator[node_pb2.ImportImageRequest]:
+        over.wait(30)
+        yield from ()
+
+    with serving(tmp_path, None) as served, served.stub() as stub:
+        calls = [
+            stub.ImportImage.future(nothing(), timeout=30, metadata=told("ada")) for _ in range(40)
+        ]
+        most = 40 - limits._SILENT
+        deadline = clock.Deadline.after(10)
+        assert clock.wait_until(lambda: sum(each.done() for each in calls) == most, deadline)
+        refused = [status.error(each.exception(), PEER) for each in calls if each.done()]
+        assert all(isinstance(each, errors.Overloaded) for each in refused)
+        listed(stub, "bob")
+        over.set()
+
+
 def test_an_address_of_nobody_is_refused_before_anybody_is_asked_about_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
