@@ -10,8 +10,8 @@ from agent.coordination import leading
 from tests.cluster import leftovers, test_coordinator
 from tests.cluster.cluster import Cluster
 from tests.cluster.midway import processes
-from tests.cluster.test_cli_cluster import ckpt
-from tests.cluster.test_coordinator import PROJECT, Service
+from tests.cluster.test_cli_cluster import PROJECT, ckpt
+from tests.cluster.test_coordinator import Service
 from tests.cluster.test_jobset_restore import (
     RANKS,
     await_step,
