@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import threading
 import time
@@ -61,7 +62,10 @@ def armed(lease_s: float = LEASE_S) -> Iterator[None]:
     """
     timer = ctypes.c_void_p()
     event = _Event(None, signal.SIGKILL, _SIGEV_SIGNAL)
-    _checked(_libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)))
+    create = (time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer))
+    if _libc.timer_create(*create) != 0:
+        _raise_limit()
+        _checked(_libc.timer_create(*create))
     over = threading.Event()
     setting = _Setting(0, 0, int(lease_s), int(lease_s % 1 * 1e9))
 
@@ -80,6 +84,16 @@ def armed(lease_s: float = LEASE_S) -> Iterator[None]:
             keeper.join()
     finally:
         _libc.timer_delete(timer)
+
+
+def _raise_limit() -> None:
+    """Timers count as pending signals, and those of all processes of a user are counted together:
+    root in any container could have used all of them.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_SIGPENDING)
+    for most in (hard, resource.RLIM_INFINITY):
+        with contextlib.suppress(ValueError, OSError):  # the second takes a privilege
+            resource.setrlimit(resource.RLIMIT_SIGPENDING, (most, most))
 
 
 def _checked(result: int) -> None:

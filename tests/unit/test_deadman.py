@@ -59,3 +59,20 @@ def test_one_that_works_goes_on_beyond_the_lease() -> None:
         while time.monotonic() - began_s < 3.0:
             sum(range(10_000))
     assert time.monotonic() - began_s >= 3.0
+
+
+def test_who_uses_up_the_signals_of_our_user_keeps_us_from_nothing() -> None:
+    """As far as we may have more than others; root may."""
+    limited = """
+import resource
+_, hard = resource.getrlimit(resource.RLIMIT_SIGPENDING)
+resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, hard))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", limited + _STANDING.format(lease_s=5.0)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as popen:
+        said, _ = popen.communicate("\n\n", timeout=30)
+    assert said == "armed\ndone\n"
