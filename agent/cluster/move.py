@@ -278,10 +278,13 @@ def check_node(session: Session, template: move.Json, node: str) -> None:
     Raises:
         errors.TargetUnsuitable: it could not; every reason is told.
     """
+    # Looking at nodes is not everybody's right; the scheduler will tell.
+    if session.for_another and not session.may(objects.Right("get", "nodes")):
+        return
     try:
         target = objects.node(session.api, node)
     except errors.Forbidden:
-        return  # looking at nodes is not everybody's right; the scheduler will tell
+        return
     reasons = move.node_objections(template, target)
     if reasons:
         raise errors.TargetUnsuitable(

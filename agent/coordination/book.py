@@ -22,8 +22,8 @@ from agent.model import operations
 from agent.model.operations import Operation, State
 
 KEPT_S = 86400.0
-# A record is a few KiB, with the figures of a group of a thousand pods 100; they share the API
-# server's database with everything else.
+# A record is a few KiB, of a large group 100; they share the API server's database with everything
+# else.
 ENDED = 500
 WAITING = 500
 # A step takes milliseconds; whoever takes over reads only what is recorded at once.

@@ -21,8 +21,9 @@ from agent.rpc import convert, results, status
 from agent.rpc.v1 import coordinator_pb2 as api
 from agent.rpc.v1 import node_pb2
 
-# What a record has room for: it lies in the API server's database, which takes 1 MiB.
-_MEMBERS = 1000
+# Of what there is one of for each pod: hundreds of operations are held in memory, and lie in the
+# API server's database.
+_MEMBERS = 256
 
 _KINDS = {
     Kind.EPOCH: api.OPERATION_KIND_EPOCH,

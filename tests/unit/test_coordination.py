@@ -343,6 +343,19 @@ def test_what_cannot_be_recorded_is_not_begun(
 # Restores and moves.
 
 
+def test_who_may_not_look_at_nodes_learns_nothing_of_them(
+    cluster: Cluster, port: int, ada: coordinatorclient.Coordinator
+) -> None:
+    cluster.api.nodes["n2"]["spec"]["unschedulable"] = True
+    told = ended(ada, ada.migrate(asking(), "train", ["n2", "n1"]).id)
+    assert isinstance(told.error, errors.TargetUnsuitable)
+    cluster.extra.callers["token-of-eve"] = "eve"
+    cluster.extra.lacking.add(("eve", "get", "nodes"))
+    with coordinated.client(cluster, port, "token-of-eve") as eve:
+        moved = ended(eve, eve.migrate(asking(), "train", ["n2", "n1"]).id)
+    assert (moved.state, moved.error) == (State.SUCCEEDED, None)
+
+
 def test_a_move_ends_nothing_that_runs_and_tells_where_each_pod_went(
     cluster: Cluster, ada: coordinatorclient.Coordinator
 ) -> None:
