@@ -17,12 +17,13 @@ import dataclasses
 from collections.abc import Sequence
 
 from agent import errors
+from agent.cluster import move as cluster_move
 from agent.cluster.session import Session
 from agent.coordinator import checkpoint, jobsetchecks, jobsets
 from agent.coordinator.jobsetcourse import Course, Returned, Watch
 from agent.kube import jobsets as kube
 from agent.kube.connection import Json
-from agent.model import jobset, jobsetrestore
+from agent.model import jobset, jobsetrestore, optin
 from agent.model.intent import Intent
 from agent.model.jobsetrestore import Plan, Step
 from agent.rpc import results
@@ -160,13 +161,31 @@ def go_on(
     course = Course(session, plan, now_s, watch)
     course.adopt(found)
     if attempt:
-        try:
-            returned = course.conclude(image, attempt)
-        except errors.RestoreFailed:
-            returned = None  # what runs of it is ended with the rest
+        returned = _concluded(course, plan, image, attempt)
         if returned is not None:
             return returned
     return course.run([image], ended=True)
+
+
+def _concluded(course: Course, plan: Plan, image: results.Image, attempt: str) -> Returned | None:
+    """None: it does not run, or not all of it does, and what does is ended with the rest."""
+    try:
+        found: Returned | None = cluster_move.retried(lambda: course.conclude(image, attempt))
+    except errors.RestoreFailed:
+        return None
+    except errors.MoveIncomplete:
+        raise
+    except errors.CkptError as exc:
+        name = f"{image.group}@{image.epoch}"
+        where = f"-n {plan.namespace}"
+        raise errors.MoveIncomplete(
+            f"JobSet {plan.namespace}/{plan.name} was let run from image {name}, and it cannot be"
+            f" told whether all of it does: {exc.message}",
+            hint=f"if it runs: kubectl {where} annotate jobset {plan.name} {optin.RESTORE}-; if"
+            f" not: ckpt-agent restore jobset/{plan.name}@{image.epoch} {where} --replace",
+            image=name,
+        ) from exc
+    return found
 
 
 def _fitting(images: Sequence[results.Image], found: Json) -> list[results.Image]:

@@ -226,6 +226,25 @@ def test_what_somebody_else_has_let_run_meanwhile_is_left_alone(
     assert jobsets.ended == []
 
 
+def test_a_restore_that_is_committed_and_cannot_be_looked_at_is_told_so(
+    cluster: Cluster, killer: Killer
+) -> None:
+    killer.after_decision(2)
+    identifier = begun(
+        cluster, killer, lambda first: first.migrate(asking(), "train", ["n2", "n1"])
+    )
+    wait_for(lambda: set(cluster.processes().values()) == {"running"})
+    cluster.agents.fails["GetImage"] = errors.Unreachable("the store is away")
+    with coordinated.replica(cluster) as port, coordinated.client(cluster, port) as second:
+        wait_for(lambda: serves(second))
+        last = ended(second, identifier)
+    assert (last.state, type(last.error)) == (State.FAILED, errors.MoveIncomplete)
+    assert last.error is not None
+    assert f"annotate jobset train {optin.RESTORE}-" in last.error.hint
+    assert cluster.jobsets.ended == ["ended", "ended"]
+    assert set(cluster.processes().values()) == {"running"}
+
+
 def test_what_ends_three_coordinators_is_not_begun_a_fourth_time(
     cluster: Cluster, killer: Killer
 ) -> None:
