@@ -18,9 +18,11 @@ from tests.cluster.cluster import Cluster, Node
 from tests.cluster.machine import ClusterError, poll
 
 SETTLE_S = 90
-# Identifiers: of containers and sandboxes, of pods, of namespaces, of snapshots, of a pod's files.
+# Identifiers: of containers and sandboxes, of pods, of namespaces, of snapshots, of a pod's files,
+# of its token.
 _NAMES = re.compile(
     r"[0-9a-f]{64}|[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|cni-[0-9a-f-]+"
+    r"|kube-api-access-[0-9a-z]{5}"
 )
 _KEPT = (
     *("run/ckpt-agent/ops", "run/ckpt-agent/locks", "run/ckpt-agent/pods"),

@@ -27,7 +27,7 @@ from agent.host import clock
 from agent.model import optin
 from tests.cluster import leftovers
 from tests.cluster.cluster import Cluster, Node
-from tests.cluster.midway import begun, meet, processes, told
+from tests.cluster.midway import begun, meet, processes, stands, told
 from tests.cluster.test_cli_cluster import CHECKOUT, ckpt
 from tests.cluster.test_faults import cut_off, ready
 from tests.cluster.test_jobset import Training, jobset
@@ -70,17 +70,6 @@ class Ranks:
 
     def images(self) -> list[str]:
         return self.training.images()
-
-
-def stands(pid: int) -> int:
-    """The CRIU that traces the process, as it does from the freeze to the thaw; else 0."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        status = Path(f"/proc/{pid}/status").read_text()
-        tracer = int(status.partition("\nTracerPid:")[2].split()[0])
-        # While memory is copied ahead it is the agent, for an instant.
-        if tracer and b"criu: " in Path(f"/proc/{tracer}/cmdline").read_bytes():
-            return tracer
-    return 0
 
 
 def runs_soon(cluster: Cluster, *pids: int) -> float:

@@ -28,6 +28,16 @@ def test_who_is_in_the_way_is_named() -> None:
         pass
 
 
+def test_the_epoch_that_has_a_pod_is_named() -> None:
+    operations = Operations(LIMIT)
+    with (
+        operations.begin("dump", "pod ns/a", ["a"], Cancel(), "dump of ns/jobset.train@1"),
+        pytest.raises(errors.TargetBusy, match=r"right now \(dump of ns/jobset\.train@1\), since"),
+        operations.begin("dump", "pod ns/a", ["a"], Cancel(), "dump of ns/jobset.train@2"),
+    ):
+        pass
+
+
 def test_an_operation_that_failed_is_counted_out() -> None:
     operations = Operations(1)
     with pytest.raises(ZeroDivisionError), operations.begin("dump", "a", ["a"], Cancel()):
