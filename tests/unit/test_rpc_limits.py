@@ -182,6 +182,7 @@ def test_an_address_of_nobody_is_refused_before_anybody_is_asked_about_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s = [1000.0]
+    monkeypatch.setattr(limits, "_FORWARDED", ())
     monkeypatch.setattr(limits, "clock", types.SimpleNamespace(monotonic_s=lambda: now_s[0]))
     with serving(tmp_path, None) as served, served.stub() as stub:
         listed(stub, "ada")
@@ -194,6 +195,14 @@ def test_an_address_of_nobody_is_refused_before_anybody_is_asked_about_it(
                 listed(stub, token)
         assert len(served.guard.asked) == asked
         now_s[0] += 0.2
+        listed(stub, "ada")
+
+
+def test_a_stale_token_in_a_port_forward_shuts_nobody_out(tmp_path: Path) -> None:
+    with serving(tmp_path, None) as served, served.stub() as stub:
+        for number in range(60):
+            with pytest.raises(errors.Unauthenticated):
+                listed(stub, f"x{number}")
         listed(stub, "ada")
 
 
