@@ -25,8 +25,8 @@ _CALLERS = 4096
 # Refused identities from one address: a client with an expired token tries a few times; guessing a
 # token takes more than the age of the world either way. It is the API server that is spared.
 _STRANGERS = Rate(per_s=5.0, burst=50)
-# Where port-forwards come from: the API server knows those callers, each way in costs it more than a
-# question does, and one with a stale token must not shut the others out.
+# Where port-forwards come from: the API server knows those callers, each way in costs it more than
+# a question does, and one with a stale token must not shut the others out.
 _FORWARDED = ("ipv4:127.0.0.1", "ipv6:%5B::1%5D")
 # A third of an agent's threads. The first message comes with the call, so that the many calls of
 # one name, such as those of a coordinator, are hardly ever here together.
