@@ -431,6 +431,7 @@ def coordinator(settings: Settings, stop: threading.Event) -> None:
     from agent.model.rates import Rate
     from agent.rpc import certificates, limits, server
 
+    memory.keep_small()
     with contextlib.ExitStack() as stack:
         api = stack.enter_context(
             contextlib.closing(connection.connect(settings.kubeconfig, settings.context))
