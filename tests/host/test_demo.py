@@ -38,7 +38,7 @@ def test_a_restore_that_is_not_identical_fails_the_demo(tmp_path: Path) -> None:
     )
     liar.chmod(0o755)
     command = [sys.executable, "-m", "demo.run", "--out", str(tmp_path / "out"), "--ranks=2"]
-    small = ["--hidden=64", "--steps=400", f"--agent={liar}"]
+    small = ["--hidden=64", "--steps=4000", f"--agent={liar}"]
     ran = subprocess.run([*command, *small], capture_output=True, text=True, timeout=240)
     assert ran.returncode == 1
     assert "wrote nothing" in ran.stderr
