@@ -80,7 +80,7 @@ def verb(
     Between two dumps the kernel notes what the processes write. A dump that fails is told on
     stderr, and the next one is made in its turn; the exit status tells of the last one.
     """
-    settings = invocation.settings(keep_last=keep_last)
+    settings = invocation.settings()
     options = CaptureOptions(
         deadline_s=settings.dump_deadline_s,
         include=tuple(os.path.abspath(path) for path in include),
@@ -102,13 +102,14 @@ def verb(
             f" {output.human_bytes(document['storedBytes'])}"
         )
         invocation.emit(document)
-        if settings.keep_last is not None:
-            _prune(invocation, outcome, settings.keep_last)
+        # What the configuration says of images to keep is prune's, which is asked for by name.
+        if keep_last is not None:
+            prune(outcome, keep_last)
 
-    def _prune(invocation: Invocation, outcome: DumpOutcome, keep_last: int) -> None:
+    def prune(outcome: DumpOutcome, keep_last: int) -> None:
         try:
             wiring.store(settings).prune(
-                Retention(keep_last=keep_last),
+                Retention(keep_last=keep_last, keep_within_s=settings.keep_within_s),
                 group=outcome.epoch.group,
                 now_s=clock.wall_s(),
                 dry_run=False,

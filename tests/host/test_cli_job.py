@@ -289,6 +289,20 @@ def test_a_watched_job_comes_back_from_its_newest_image(
     assert until(lambda: job.count() > last)
 
 
+def test_a_watch_removes_nothing_that_it_was_not_told_to(
+    cli: Cli, watching: Watching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration's rules are for prune, and one that keeps an image keeps it here too."""
+    monkeypatch.setenv("CKPT_AGENT_KEEP_LAST", "1")
+    first = watching("--every", "0.2s", "--count", "2")
+    images = first.communicate(timeout=60)[0].split()
+    assert cli.run("list", "-o", "name").stdout.split() == images
+    monkeypatch.setenv("CKPT_AGENT_KEEP_WITHIN", "1d")
+    second = watching("--every", "0.2s", "--count", "1", "--keep-last", "1")
+    images += second.communicate(timeout=60)[0].split()
+    assert cli.run("list", "-o", "name").stdout.split() == images
+
+
 def test_a_watch_ends_with_its_job(cli: Cli, job: Job, watching: Watching) -> None:
     watch = watching("--every", "0.2s")
     assert watch.stdout is not None

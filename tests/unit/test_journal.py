@@ -63,9 +63,11 @@ def test_what_an_agent_was_writing_when_it_died_is_removed(
     ops = tmp_path / "run" / "ops"
     dead, living = f"dump-{os.getpid()}-1-0.json.new", f"dump-{me().pid}-{me().start_ticks}-7"
     (ops / dead).write_text("{")
+    (ops / "of somebody else.json.new").touch()
     (ops / f"{living}.json.new").write_text("{")
     recovery.recover(places)
-    assert [path.name for path in ops.iterdir()] == [f"{living}.json.new"]
+    left = {f"{living}.json.new", "of somebody else.json.new"}
+    assert {path.name for path in ops.iterdir()} == left
 
 
 def test_a_process_is_held_by_one_operation_at_a_time(places: journal.Places) -> None:

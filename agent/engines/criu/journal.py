@@ -203,9 +203,9 @@ class Places:
         for name in os.listdir(folder) if os.path.isdir(folder) else ():
             if not name.endswith(".json.new"):
                 continue
-            _, pid, start, _ = name.rsplit("-", 3)
-            if not proc.alive(proc.Identity(int(pid), int(start))):
-                with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                _, pid, start, _ = name.rsplit("-", 3)
+                if not proc.alive(proc.Identity(int(pid), int(start))):
                     os.unlink(os.path.join(folder, name))
 
     def forget_void_locks(self) -> None:
