@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 import pytest
 
-from agent import settings, wiring
+from agent import services, settings
 from agent.coordination import leading
 from agent.model import jobset
 from agent.rpc import coordinatorclient
@@ -182,7 +182,7 @@ def replica(cluster: Cluster) -> Iterator[int]:
     """A replica in this process that leads; the port of its callers."""
     port, stop = free_port(), threading.Event()
     chosen = settings.load({"coordinator_token_port": str(port)}, None, os.environ)
-    thread = threading.Thread(target=wiring.coordinator, args=(chosen, stop), name="replica")
+    thread = threading.Thread(target=services.coordinator, args=(chosen, stop), name="replica")
     thread.start()
     try:
         wait_for(lambda: _leads(cluster))

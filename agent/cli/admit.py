@@ -7,7 +7,7 @@ import threading
 
 import click
 
-from agent import wiring
+from agent import services
 from agent.cli import arguments, exits, interrupts
 from agent.cli.invocation import Invocation, Verb, pass_invocation
 
@@ -82,4 +82,4 @@ def verb(
     )
     stop = threading.Event()
     with interrupts.caught(lambda number: stop.set()):
-        wiring.admit(settings, port=port, stop=stop)
+        services.admit(settings, port=port, stop=stop)

@@ -7,7 +7,7 @@ import threading
 
 import click
 
-from agent import wiring
+from agent import services
 from agent.cli import arguments, exits, interrupts
 from agent.cli.invocation import Invocation, Verb, pass_invocation
 from agent.host import logs
@@ -65,4 +65,4 @@ def verb(
     logs.to_stderr(logging.WARNING if invocation.quiet else logging.INFO)
     stop = threading.Event()
     with interrupts.caught(lambda number: stop.set()):
-        wiring.coordinator(settings, stop)
+        services.coordinator(settings, stop)

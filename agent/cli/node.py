@@ -7,7 +7,7 @@ import threading
 
 import click
 
-from agent import wiring
+from agent import services
 from agent.cli import arguments, documents, exits, interrupts
 from agent.cli.invocation import Invocation, Verb, pass_invocation
 from agent.host import logs
@@ -60,9 +60,9 @@ def verb(
         shutdown_grace=shutdown_grace,
     )
     if health:
-        wiring.node_health(settings)
+        services.node_health(settings)
         return
     logs.to_stderr(logging.WARNING if invocation.quiet else logging.INFO)
     stop = threading.Event()
     with interrupts.caught(lambda number: stop.set()):
-        wiring.node(settings, documents, stop)
+        services.node(settings, documents, stop)
