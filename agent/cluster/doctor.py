@@ -56,7 +56,7 @@ def _rights(session: Session) -> Iterator[checkup.Check]:
     if not direct:
         rows += [(session.settings.agent_namespace, row) for row in _AGENTS]
     for namespace, (verb, resource, group, subresource, without) in rows:
-        right = objects.Right(verb, resource, group, namespace, "", subresource)
+        right = access.Right(verb, resource, namespace, group=group, subresource=subresource)
         name = f"right {right}"
         try:
             allowed = objects.may(session.api, right)

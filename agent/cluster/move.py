@@ -279,7 +279,7 @@ def check_node(session: Session, template: move.Json, node: str) -> None:
         errors.TargetUnsuitable: it could not; every reason is told.
     """
     # Looking at nodes is not everybody's right; the scheduler will tell.
-    if session.for_another and not session.may(objects.Right("get", "nodes")):
+    if session.for_another and not session.may(access.Right("get", "nodes", group="")):
         return
     try:
         target = objects.node(session.api, node)
@@ -298,14 +298,14 @@ def _check_rights(session: Session, *, dump: bool) -> None:
     check_rights(
         session,
         [
-            objects.Right(verb, resource, group, session.namespace)
+            access.Right(verb, resource, session.namespace, group=group)
             for verb, resource, group in _RIGHTS
             if dump or (verb, group) != ("create", access.API_GROUP)
         ],
     )
 
 
-def check_rights(session: Session, wanted: Sequence[objects.Right]) -> None:
+def check_rights(session: Session, wanted: Sequence[access.Right]) -> None:
     """Return if the caller has all of these rights.
 
     Raises:

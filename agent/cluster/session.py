@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from agent import errors
 from agent.kube import connection, objects, portforward
+from agent.model import access
 from agent.rpc import client
 from agent.settings import Settings
 
@@ -25,7 +26,7 @@ _CA_NAME, _CA_KEY = "ckpt-agent-ca", "ca.crt"
 _SERVICE = "ckpt-agent-node"
 
 T = TypeVar("T")
-May = Callable[[objects.Right], bool]
+May = Callable[[access.Right], bool]
 """Whether somebody has a right. Raises ``errors.Unreachable`` if that cannot be told now."""
 
 
@@ -72,7 +73,7 @@ class Session:
         self._connected: dict[str, client.Agent] = {}
         self._made_credentials: client.Credentials | None = None
 
-    def may(self, right: objects.Right) -> bool:
+    def may(self, right: access.Right) -> bool:
         """Whether whom this is done for has a right, as the API server's review says."""
         return self._may(right)
 
@@ -130,11 +131,12 @@ class Session:
         return self._reached(here[0])
 
     def any_agent(self, ask: Callable[[client.Agent], T]) -> T:
-        """``ask`` an agent that is ready; where one cannot be reached, the next. For what any
-        agent answers alike, such as the images of the shared store.
+        """``ask`` an agent that is ready; where one cannot be reached or has too much to do, the
+        next. For what any agent answers alike, such as the images of the shared store.
 
         Raises:
             errors.Unreachable: none is ready, or none answered.
+            errors.Overloaded: the last one has too much to do, and no other answered.
         """
         if self.settings.agent_address:
             return ask(self._direct(self.settings.agent_address))
@@ -147,7 +149,7 @@ class Session:
                 reasons=problems,
             )
         for each in ready[:-1]:
-            with contextlib.suppress(errors.Unreachable):
+            with contextlib.suppress(errors.Unreachable, errors.Overloaded):
                 return ask(self._reached(each))
         return ask(self._reached(ready[-1]))
 

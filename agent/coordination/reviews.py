@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from agent import errors
 from agent.cluster.session import May
-from agent.kube.objects import Right
 from agent.model import access
 
 Authorize = Callable[[access.Caller, access.Right], None]
@@ -25,12 +24,9 @@ class Reviews:
     def of(self, caller: access.Caller) -> May:
         """What ``caller`` may do."""
 
-        def may(right: Right) -> bool:
-            wanted = access.Right(
-                right.verb, right.resource, right.namespace, right.name, right.group
-            )
+        def may(right: access.Right) -> bool:
             try:
-                self._authorize(caller, wanted)
+                self._authorize(caller, right)
             except errors.Forbidden:
                 return False
             return True

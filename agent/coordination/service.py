@@ -22,7 +22,6 @@ from agent.coordination.runner import Runner
 from agent.coordination.work import Work
 from agent.coordinator import jobsetchecks
 from agent.host import clock
-from agent.kube import objects
 from agent.model import access, ids
 from agent.model.operations import Kind, Operation
 from agent.rpc.calls import Call
@@ -81,7 +80,7 @@ class CoordinatorService:
         with lead.work.session(wanted.namespace, caller) as session:
             if wanted.kind is Kind.EPOCH or not wanted.jobset:
                 verb = "create" if wanted.kind is Kind.EPOCH else "restore"
-                right = objects.Right(verb, "images", access.API_GROUP, wanted.namespace)
+                right = access.Right(verb, "images", wanted.namespace)
                 cluster_move.check_rights(session, [right])
                 return
             what = "dump" if wanted.kind is Kind.MIGRATE else ""

@@ -23,7 +23,6 @@ from agent.coordination.reviews import Reviews
 from agent.coordinator import checkpoint, jobsetcourse, jobsetrestore, jobsets, selected
 from agent.coordinator.machine import State as Progress
 from agent.host import clock
-from agent.kube import objects
 from agent.kube.connection import Connection
 from agent.model import access
 from agent.model.jobsetrestore import Step
@@ -120,7 +119,7 @@ class Work:
         said: api.CreateEpochRequest,
         handle: Handle,
     ) -> None:
-        create = objects.Right("create", "images", access.API_GROUP, session.namespace)
+        create = access.Right("create", "images", session.namespace)
         cluster_move.check_rights(session, [create])
         target, watch = asked.target_of(operation), handle.watch
         if target.jobset:
@@ -155,7 +154,7 @@ class Work:
         said: api.RestoreGroupRequest,
         handle: Handle,
     ) -> None:
-        restore = objects.Right("restore", "images", access.API_GROUP, session.namespace)
+        restore = access.Right("restore", "images", session.namespace)
         cluster_move.check_rights(session, [restore])
 
         def attempting(image: results.Image, attempt: str) -> None:

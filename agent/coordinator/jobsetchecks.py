@@ -36,18 +36,18 @@ def check_rights(session: Session, what: str) -> None:
     """``what`` is create where the JobSet is to be created, dump where it is to be dumped."""
     namespace = session.namespace
     wanted = [
-        objects.Right("restore", "images", access.API_GROUP, namespace),
-        objects.Right("get", "images", access.API_GROUP, namespace),
-        objects.Right("list", "images", access.API_GROUP, namespace),
-        objects.Right("list", "pods", "", namespace),
-        objects.Right("create", "pods", "", namespace),
+        access.Right("restore", "images", namespace),
+        access.Right("get", "images", namespace),
+        access.Right("list", "images", namespace),
+        access.Right("list", "pods", namespace, group=""),
+        access.Right("create", "pods", namespace, group=""),
         kube.right("get", namespace),
         kube.right("patch", namespace),
     ]
     if what == "create":
         wanted += [kube.right("create", namespace), kube.right("delete", namespace)]
     if what == "dump":
-        wanted.append(objects.Right("create", "images", access.API_GROUP, namespace))
+        wanted.append(access.Right("create", "images", namespace))
     cluster_move.check_rights(session, wanted)
 
 

@@ -103,19 +103,12 @@ class Access:
 
     def _refusal(self, caller: Caller, right: Right) -> str | None:
         """None if allowed, else why not, which may be ""."""
-        attributes = {
-            "group": right.group,
-            "verb": right.verb,
-            "resource": right.resource,
-            "namespace": right.namespace,
-            "name": right.name,
-        }
         spec: Json = {
             "user": caller.user,
             "groups": list(caller.groups),
             "uid": caller.uid,
             "extra": {key: list(values) for key, values in caller.extra.items()},
-            "resourceAttributes": {key: value for key, value in attributes.items() if value},
+            "resourceAttributes": right.attributes(),
         }
         status = self._ask(_REVIEW_ACCESS, "SubjectAccessReview", spec)
         if status.get("allowed") is True and status.get("denied") is not True:

@@ -13,8 +13,8 @@ from typing import Any
 from agent import errors
 from agent.kube import objects
 from agent.kube.connection import Connection, Json
+from agent.model import access, jobset, optin
 from agent.model import intent as model_intent
-from agent.model import jobset, optin
 from agent.model.intent import Intent
 
 # A webhook is waited for 3 s by its API server (deploy/), and a request that broke is sent again.
@@ -94,6 +94,6 @@ def pods(api: Connection, namespace: str, name: str) -> list[Json]:
     return [each for each in found if jobset.made_by_job(each)]
 
 
-def right(verb: str, namespace: str) -> objects.Right:
+def right(verb: str, namespace: str) -> access.Right:
     """The right to do ``verb`` to JobSets of a namespace."""
-    return objects.Right(verb, "jobsets", jobset.API_GROUP, namespace)
+    return access.Right(verb, "jobsets", namespace, group=jobset.API_GROUP)

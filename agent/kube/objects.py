@@ -15,6 +15,7 @@ from collections.abc import Callable
 from agent import errors
 from agent.host import clock
 from agent.kube.connection import Connection, Json
+from agent.model.access import Right
 from agent.model.pods import unscheduled
 
 # How often a pod is looked at while something is awaited: short against the seconds it takes.
@@ -33,23 +34,6 @@ class AgentPod:
     node: str
     problem: str
     address: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Right:
-    """Something to be allowed, as the API server names it; ``namespace`` "" for the cluster."""
-
-    verb: str
-    resource: str
-    group: str = ""
-    namespace: str = ""
-    name: str = ""
-    subresource: str = ""
-
-    def __str__(self) -> str:
-        resource = self.resource + (f"/{self.subresource}" if self.subresource else "")
-        resource += f".{self.group}" if self.group else ""
-        return f"{self.verb} {resource}" + (f" in {self.namespace}" if self.namespace else "")
 
 
 def _pods(namespace: str, name: str = "") -> str:
@@ -217,11 +201,10 @@ def config_map(api: Connection, namespace: str, name: str) -> dict[str, str]:
 
 def may(api: Connection, right: Right) -> bool:
     """Whether the caller has a right, as the API server's own review says."""
-    attributes = {key: value for key, value in vars(right).items() if value}
     body = {
         "apiVersion": "authorization.k8s.io/v1",
         "kind": "SelfSubjectAccessReview",
-        "spec": {"resourceAttributes": attributes},
+        "spec": {"resourceAttributes": right.attributes()},
     }
     path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
     answer = api.call("POST", path, "review of the caller's rights", body=body)

@@ -25,8 +25,9 @@ class Caller:
 
 @dataclasses.dataclass(frozen=True)
 class Right:
-    """One thing that a role can allow: ``verb`` on ``resource`` of an API ``group``. An empty
-    ``namespace`` is the whole cluster, an empty ``name`` any.
+    """One thing that a role can allow: ``verb`` on ``resource``, or on its ``subresource``, of an
+    API ``group``, which is "" for Kubernetes' own. An empty ``namespace`` is the whole cluster, an
+    empty ``name`` any.
     """
 
     verb: str
@@ -34,8 +35,15 @@ class Right:
     namespace: str = ""
     name: str = ""
     group: str = API_GROUP
+    subresource: str = ""
+
+    def attributes(self) -> dict[str, str]:
+        """The ``resourceAttributes`` of an access review."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value}
 
     def __str__(self) -> str:
-        named = f"/{self.name}" if self.name else ""
+        what = self.resource + (f"/{self.subresource}" if self.subresource else "")
+        what += f".{self.group}" if self.group else ""
+        named = f" {self.name}" if self.name else ""
         where = f" in namespace {self.namespace}" if self.namespace else ""
-        return f"{self.verb} {self.resource}.{self.group}{named}{where}"
+        return f"{self.verb} {what}{named}{where}"

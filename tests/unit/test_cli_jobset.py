@@ -305,9 +305,9 @@ def test_what_passes_is_tried_once_more_with_the_same_image(
 @pytest.mark.parametrize(
     ("denied", "named"),
     [
-        (("patch", "jobsets"), "patch jobsets.jobset.x-k8s.io in default"),
-        (("restore", "images"), "restore images.ckpt-agent.dev in default"),
-        (("create", "pods"), "create pods in default"),
+        (("patch", "jobsets"), "patch jobsets.jobset.x-k8s.io in namespace default"),
+        (("restore", "images"), "restore images.ckpt-agent.dev in namespace default"),
+        (("create", "pods"), "create pods in namespace default"),
     ],
 )
 def test_who_lacks_a_right_is_told_before_anything_is_touched(

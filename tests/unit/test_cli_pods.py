@@ -248,9 +248,9 @@ def test_doctor_shows_the_cluster_the_callers_rights_and_every_node(run: Any, wo
     lines = {check["name"]: check for check in document["checks"]}
     assert (ran.status, document["status"]) == (0, "degraded")
     assert lines["api-server"]["found"].startswith("v1.36.3")
-    assert lines["right delete pods in default"]["status"] == "degraded"
-    assert "migrate" in lines["right delete pods in default"]["consequence"]
-    assert lines["right restore images.ckpt-agent.dev in default"]["status"] == "ok"
+    assert lines["right delete pods in namespace default"]["status"] == "degraded"
+    assert "migrate" in lines["right delete pods in namespace default"]["consequence"]
+    assert lines["right restore images.ckpt-agent.dev in namespace default"]["status"] == "ok"
     assert lines["n1/criu"]["status"] == "ok"
     assert lines["n2/CAP_SYS_RESOURCE"]["cure"] == "add it"
     assert lines["n3/agent"]["status"] == "degraded"
@@ -426,7 +426,11 @@ def going(world: World) -> None:
         (tainted, exits.REFUSED, "taint gpu=yes:NoSchedule is not tolerated"),
         (no_agent, exits.REFUSED, "no agent runs on node n2"),
         (agent_not_ready, exits.ENVIRONMENT, "is not ready: CrashLoopBackOff"),
-        (no_right, exits.REFUSED, "not allowed: restore images.ckpt-agent.dev in default"),
+        (
+            no_right,
+            exits.REFUSED,
+            "not allowed: restore images.ckpt-agent.dev in namespace default",
+        ),
         (blocked, exits.REFUSED, "pid 7: uses io_uring"),
         (policy, exits.REFUSED, "ValidatingAdmissionPolicy denied"),
         (ended, exits.REFUSED, "has ended (Succeeded)"),
