@@ -72,6 +72,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
     from agent.host.probes import Probes
     from agent.kube import access, connection, events, namespaces
     from agent.kube.pods import PodWatch
+    from agent.model.rates import Rate
     from agent.node import (
         abandoned,
         epochs,
@@ -88,7 +89,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
     from agent.node import transfers as node_transfers
     from agent.node.operations import Operations
     from agent.node.pods import Pods
-    from agent.rpc import certificates, server
+    from agent.rpc import certificates, limits, server
 
     memory.keep_small()
     name = settings.node_name
@@ -149,6 +150,9 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
             name,
             certificates.Certificates(settings.tls_dir, authorities.pem),
             server.Ports(token=settings.token_port, certificate=settings.certificate_port),
+            each_caller=limits.for_agents(
+                Rate(settings.caller_rate_per_s, settings.caller_burst), settings.caller_streams
+            ),
         )
         checks: dict[str, Callable[[], object]] = {
             "CRIU": functools.cache(lambda: wiring.criu(settings)),

@@ -86,6 +86,15 @@ class Settings:
     """Whether a job's memory is copied while it runs, so that it stops only for what it wrote last.
     Where that cannot be done, a dump takes the plain way by itself."""
 
+    precopy_cpu_percent: int = 7
+    """How much of the cores that this program may use it takes for that, in percent, while the job
+    computes. What a core does slows its neighbours down, too, and a job is to keep nine tenths of
+    its speed on two of them (bench/short_stop.md). 100: no limit."""
+
+    precopy_rate_bytes: int | None = None
+    """How many bytes of memory it reads a second for that, and so writes at most. None: as many as
+    come; for a volume that others need as well."""
+
     criu_log_level: int = 2
     """How much CRIU logs, 0 to 4. Errors and warnings are all that a failure report quotes, and
     level 4 slows the stop."""
@@ -220,14 +229,16 @@ class Settings:
     not say. An hour holds the longest wait for a turn behind other operations."""
 
     caller_rate_per_s: float = 20.0
-    """Calls a second that ``coordinator`` takes from one caller in the long run: a scheduler that
-    looks after thousands of jobs makes a few; each costs the API server a question or two."""
+    """Calls a second that ``coordinator`` and ``node`` take from one caller in the long run: a
+    scheduler that looks after thousands of jobs makes a few; each costs the API server a question
+    or two. What a coordinator says to the pods of an epoch does not count."""
 
     caller_burst: int = 200
     """Calls that one caller may make at once before that holds."""
 
     caller_streams: int = 16
-    """Operations that one caller may watch at once; each holds a thread of ``coordinator``."""
+    """Operations that one caller may watch at once, at ``coordinator``, or have under way, at
+    ``node``; each holds a thread there."""
 
     shutdown_grace_s: float = 25.0
     """How long ``node`` lets operations give up when told to end: the usual 30 s of a pod, less
@@ -252,6 +263,8 @@ _KEYS = {
     "restore_deadline": _Key("restore_deadline_s", values.duration_s, "--deadline"),
     "ghost_limit": _Key("ghost_limit_bytes", values.size_bytes, "--ghost-limit"),
     "precopy": _Key("precopy", values.yes, "--precopy"),
+    "precopy_cpu": _Key("precopy_cpu_percent", values.share, "--precopy-cpu"),
+    "precopy_rate": _Key("precopy_rate_bytes", values.rate_bytes, "--precopy-rate"),
     "criu_log_level": _Key("criu_log_level", values.criu_log_level, "--criu-log-level"),
     "keep_last": _Key("keep_last", values.count, "--keep-last"),
     "keep_within": _Key("keep_within_s", values.duration_s, "--keep-within"),

@@ -1,7 +1,8 @@
 """What the pods of a group give to its commit, as it comes in a call's messages.
 
 Promises: all that is being gathered here at a time, for whomever, has at most ``LIMIT_BYTES`` as it
-was sent; a caller who does not go on sending is left after ``GATHER_S``.
+was sent, and for one caller ``SHARE_BYTES``, so that there is room for others; a caller who does
+not go on sending is left after ``GATHER_S``.
 Does not: commit.
 """
 
@@ -19,6 +20,8 @@ from agent.rpc.v1 import epochs_pb2 as api
 # A pod gives about 5 KiB, most of it the pod as it was made: this is 13,000 of them. Taken apart,
 # and written anew as the image's manifest, it is eight times as large as long as the commit lasts.
 LIMIT_BYTES = 64 << 20
+# 11,000 pods, which no single group has; what is left to others holds 1,600.
+SHARE_BYTES = 56 << 20
 # A coordinator gives a commit up after half a minute.
 GATHER_S = 30.0
 
@@ -29,6 +32,7 @@ class Gathering:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._held_bytes = 0
+        self._held_for_bytes: dict[str, int] = {}
 
     @contextlib.contextmanager
     def gathered(
@@ -38,12 +42,13 @@ class Gathering:
 
         Raises:
             errors.InvalidInput: they are more than could ever be gathered, or end in a piece.
-            errors.Overloaded: they are more than there is room for, beside those of others.
+            errors.Overloaded: they are more than there is room for, beside those of others, or
+                beside the caller's own.
             errors.Corrupt: one cannot be understood.
             errors.Interrupted: the call ended before all had come.
         """
         found: list[Contribution] = []
-        held = _Held(self)
+        held = _Held(self, call.caller.user)
         try:
             with call.ending_after(GATHER_S):
                 piece = bytearray()
@@ -62,13 +67,21 @@ class Gathering:
         finally:
             held.release()
 
-    def hold(self, mine_bytes: int, more_bytes: int) -> None:
-        """Hold ``more_bytes`` for a call that holds ``mine_bytes``; raises as ``gathered``."""
+    def hold(self, user: str, mine_bytes: int, more_bytes: int) -> None:
+        """Hold ``more_bytes`` for a call of ``user`` that holds ``mine_bytes``; raises as
+        ``gathered``.
+        """
         with self._lock:
-            if mine_bytes + more_bytes > LIMIT_BYTES:
+            if mine_bytes + more_bytes > SHARE_BYTES:
                 raise errors.InvalidInput(
-                    f"the pods of the group give more than {LIMIT_BYTES >> 20} MiB to its commit",
+                    f"the pods of the group give more than {SHARE_BYTES >> 20} MiB to its commit",
                     hint="checkpoint it as several groups",
+                )
+            theirs_bytes = self._held_for_bytes.get(user, 0)
+            if theirs_bytes + more_bytes > SHARE_BYTES:
+                raise errors.Overloaded(
+                    f"{user} has this agent commit too many large groups now",
+                    hint="try again in a moment",
                 )
             if self._held_bytes + more_bytes > LIMIT_BYTES:
                 raise errors.Overloaded(
@@ -76,26 +89,30 @@ class Gathering:
                     hint="try again in a moment",
                 )
             self._held_bytes += more_bytes
+            self._held_for_bytes[user] = theirs_bytes + more_bytes
 
-    def release(self, held_bytes: int) -> None:
-        """Hold so much less."""
+    def release(self, user: str, held_bytes: int) -> None:
+        """Hold so much less for ``user``."""
         with self._lock:
             self._held_bytes -= held_bytes
+            left_bytes = self._held_for_bytes.pop(user, 0) - held_bytes
+            if left_bytes:
+                self._held_for_bytes[user] = left_bytes
 
 
 class _Held:
     """What one call holds."""
 
-    def __init__(self, gathering: Gathering) -> None:
-        self._gathering = gathering
+    def __init__(self, gathering: Gathering, user: str) -> None:
+        self._gathering, self._user = gathering, user
         self._bytes = 0
 
     def add(self, more_bytes: int) -> None:
-        self._gathering.hold(self._bytes, more_bytes)
+        self._gathering.hold(self._user, self._bytes, more_bytes)
         self._bytes += more_bytes
 
     def release(self) -> None:
-        self._gathering.release(self._bytes)
+        self._gathering.release(self._user, self._bytes)
         self._bytes = 0
 
 

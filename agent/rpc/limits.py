@@ -1,10 +1,11 @@
 """What one caller may ask of a server, so that none keeps the others out.
 
 Promises: a caller over its rate is refused before its rights are looked up, and told when to come
-again; calls that last hold a thread each, of which one caller has only so many; nobody, known as he
-may be, has more than a few that say nothing, of which the rights cannot be looked up. Whoever shows
-nobody's token again and again is refused by address before the API server is asked about another,
-unless it comes through a port-forward; an address that shows good ones is not counted.
+again; each call holds a thread, of which one caller has only so many; nobody, known as he
+may be, has more than a few that say nothing, of which the rights cannot be looked up. Whoever asks
+again and again for what it may not is refused before the API server is asked once more. Whoever
+shows nobody's token again and again is refused by address before the API server is asked about
+another, unless it comes through a port-forward; an address that shows good ones is not counted.
 Does not: authenticate anybody.
 """
 
@@ -28,17 +29,35 @@ _STRANGERS = Rate(per_s=5.0, burst=50)
 # Where port-forwards come from: the API server knows those callers, each way in costs it more than
 # a question does, and one with a stale token must not shut the others out.
 _FORWARDED = ("ipv4:127.0.0.1", "ipv6:%5B::1%5D")
-# A third of an agent's threads. The first message comes with the call, so that the many calls of
-# one name, such as those of a coordinator, are hardly ever here together.
+# The first message comes with the call, so that the many calls of one name, such as those of a
+# coordinator, are hardly ever here together.
 _SILENT = 8
+# Refusals are remembered for seconds, and each costs the API server a question; whoever has the
+# right is not concerned.
+_REFUSED = Rate(per_s=2.0, burst=50)
+# A large node has 250 pods. Each is told a word of each of a dozen steps at once, and while it has
+# not answered again every second; a word that overtakes another waits beside it for as long.
+_WORDS = Rate(per_s=500.0, burst=5000)
+_AT_ONCE = 288
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """For each caller: how often it may call, and how many calls that last it may have at once."""
+    """For each caller: how often it may call, and how many calls that last it may have at once.
+    ``words`` is how often it may say a word to a member of an epoch instead, of which there is one
+    a second and step for each pod; ``at_once`` how many calls that are answered once it may have
+    here at the same moment. None: these are as others; as many as there are threads.
+    """
 
     rate: Rate
     lasting: int
+    words: Rate | None = None
+    at_once: int | None = None
+
+
+def for_agents(rate: Rate, lasting: int) -> Limits:
+    """What callers of a node's agent are held to, of which one may coordinate all of its pods."""
+    return Limits(rate, lasting, _WORDS, _AT_ONCE)
 
 
 class Limiter:
@@ -49,8 +68,12 @@ class Limiter:
         self._limits = limits
         self._lock = threading.Lock()
         self._callers = Buckets(limits.rate, _CALLERS) if limits else None
+        words = limits.words if limits else None
+        self._words = Buckets(words, _CALLERS) if words else self._callers
+        self._refused = Buckets(_REFUSED, _CALLERS)
         self._strangers = Buckets(_STRANGERS, _CALLERS)
         self._lasting: dict[str, int] = {}
+        self._at_once: dict[str, int] = {}
         self._silent: dict[str, int] = {}
 
     @contextlib.contextmanager
@@ -74,18 +97,44 @@ class Limiter:
                 self._strangers.take(address, clock.monotonic_s())
             raise
 
-    def count(self, user: str) -> None:
-        """A call of ``user``.
+    def count(self, user: str, *, word: bool) -> None:
+        """A call of ``user``; ``word``: to a member of an epoch.
 
         Raises:
             errors.Overloaded: one too many.
         """
-        if self._callers is None:
+        callers = self._words if word else self._callers
+        if callers is None:
             return
         with self._lock:
-            wait_s = self._callers.take(user, clock.monotonic_s())
+            wait_s = callers.take(user, clock.monotonic_s())
         if wait_s > 0:
             raise _refused(f"{user} calls more often than is allowed", wait_s)
+
+    @contextlib.contextmanager
+    def reviewing(self, user: str) -> Iterator[None]:
+        """Around the question whether ``user`` may do what it asks for.
+
+        Raises:
+            errors.Overloaded: it asked too often for what it may not.
+        """
+        with self._lock:
+            wait_s = self._refused.wait_s(user, clock.monotonic_s())
+        if wait_s > 0:
+            raise _refused(f"{user} asks too often for what it may not", wait_s)
+        try:
+            yield
+        except errors.Forbidden:
+            with self._lock:
+                self._refused.take(user, clock.monotonic_s())
+            raise
+
+    def answering(self, user: str) -> contextlib.AbstractContextManager[None]:
+        """Around a call of ``user`` that is answered once; raises as ``lasting``."""
+        most = self._limits.at_once if self._limits else None
+        if most is None:
+            return contextlib.nullcontext()
+        return self._counted(self._at_once, user, most, "that wait for an answer")
 
     @contextlib.contextmanager
     def lasting(self, user: str) -> Iterator[None]:

@@ -36,9 +36,11 @@ _SERVICES = {
     **epochs_pb2.DESCRIPTOR.services_by_name,
     **coordinator_pb2.DESCRIPTOR.services_by_name,
 }
-# A stream holds its thread as long as it lasts; the operations behind them are limited by
-# themselves, so this only has to leave room for health checks and listings.
-_THREADS = 24
+# Each call holds one as long as it lasts; they are made as they are needed. A coordinator waits for
+# each pod of a node in a call of its own (limits), and others are still to be heard.
+_THREADS = 320
+# Words to members of epochs, which are many and cost little.
+_WORDS = {"TakePart"}
 # Calls that wait for one; more are refused at once.
 _WAITING = 40
 # Requests are names and a few numbers, or pieces of an archive.
@@ -173,7 +175,9 @@ def _handler(
 ) -> grpc.RpcMethodHandler[Any, Any]:
     def unary(request: Any, context: grpc.ServicerContext) -> Any:
         with _Answer(method, context) as answer:
-            return serve(request, door.admit(answer, request, context))
+            call = door.admit(answer, request, context)
+            with door.answering(call.caller):
+                return serve(request, call)
 
     def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         with _Answer(method, context) as answer:
@@ -243,8 +247,11 @@ class _Door:
             if caller is None:
                 caller = self._guard.authenticate(peers.token(context))
         answer.user = caller.user
-        self._limiter.count(caller.user)
+        self._limiter.count(caller.user, word=answer.method in _WORDS)
         return caller
+
+    def answering(self, caller: Caller) -> contextlib.AbstractContextManager[None]:
+        return self._limiter.answering(caller.user)
 
     def lasting(self, caller: Caller) -> contextlib.AbstractContextManager[None]:
         return self._limiter.lasting(caller.user)
@@ -256,9 +263,9 @@ class _Door:
         self, answer: _Answer, caller: Caller, request: Any, context: grpc.ServicerContext
     ) -> Call:
         answer.request = request
-        self._guard.authorize(
-            caller, rights.needed(answer.service, answer.method, request, self._node)
-        )
+        right = rights.needed(answer.service, answer.method, request, self._node)
+        with self._limiter.reviewing(caller.user):
+            self._guard.authorize(caller, right)
         return Call(caller, context)
 
 

@@ -732,6 +732,22 @@ def test_an_agent_that_cannot_be_reached_is_passed_over_where_any_will_do(
     assert [node for node, _ in world.called("ListImages")] == ["n2"]
 
 
+def test_an_agent_that_has_too_much_to_do_is_passed_over_where_any_will_do(
+    run: Any, world: World
+) -> None:
+    class Once(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            return self.pop(key, default)
+
+    name = world.agents.add_image("job", 1)
+    world.agents.fails = Once(ListImages=errors.Overloaded("too many large groups"))
+    assert run("list", "-n", "default", "-o", "name").out.split() == [name]
+    assert [node for node, _ in world.called("ListImages")] == ["n1", "n2"]
+    world.agents.fails = {"ListImages": errors.Overloaded("too many large groups")}
+    ran = run("list", "-n", "default", "-o", "json")
+    assert json.loads(ran.err)["code"] == "overloaded"
+
+
 def test_an_api_server_of_another_authority_is_not_trusted(
     run: Any, world: World, tmp_path: pathlib.Path
 ) -> None:

@@ -40,17 +40,21 @@ from tests.unit.test_move import pod as example
 if TYPE_CHECKING:
     from agent.node.service import Parts
 
+# Who gathers something meanwhile: the same caller, or another.
+OTHERS = {"of one in all": "good", "of all": "better"}
+
 
 class Guard:
-    """Knows one user."""
+    """Knows two users."""
 
     def __init__(self) -> None:
         self.asked: list[Right] = []
 
     def authenticate(self, token: str) -> Caller:
-        if token != "good":
+        users = {"good": "ada", "better": "bob"}
+        if token not in users:
             raise errors.Unauthenticated("the token is not known")
-        return Caller("ada")
+        return Caller(users[token])
 
     def authorize(self, caller: Caller, right: Right) -> None:
         self.asked.append(right)
@@ -166,13 +170,20 @@ def test_an_epoch_that_is_abandoned_needs_no_contributions(agent: Agent) -> None
         assert caller.epochs.decide(epoch, Decision.ABANDONED).decision is Decision.ABANDONED
 
 
-@pytest.mark.parametrize("room", ["of one", "of all"])
+@pytest.mark.parametrize("room", ["of one", "of one in all", "of all"])
 def test_no_more_is_gathered_than_there_is_room_for(
     agent: Agent, monkeypatch: pytest.MonkeyPatch, room: str
 ) -> None:
     with contributed(agent, 100) as (epoch, given), agent.caller() as caller:
         size = sum(map(len, given))
-        monkeypatch.setattr(gathering, "LIMIT_BYTES", size - 1 if room == "of one" else size)
+        # As large as can be sent at all; what is gathered for others has to leave that much.
+        whole, share = {
+            "of one": (2 * size, size - 1),
+            "of one in all": (2 * size, size),
+            "of all": (size, size),
+        }[room]
+        monkeypatch.setattr(gathering, "LIMIT_BYTES", whole)
+        monkeypatch.setattr(gathering, "SHARE_BYTES", share)
         if room == "of one":
             with pytest.raises(errors.InvalidInput, match="to its commit"):
                 caller.epochs.decide(epoch, Decision.COMMITTED, given)
@@ -181,15 +192,19 @@ def test_no_more_is_gathered_than_there_is_room_for(
             with agent.stub() as stub:
                 call = stub.DecideEpoch.future(
                     _slowly(epoch, given[:1], sending, ended),
-                    metadata=(("authorization", "Bearer good"),),
+                    metadata=(("authorization", f"Bearer {OTHERS[room]}"),),
                 )
                 assert sending.wait(10)
                 with pytest.raises(errors.Overloaded):
                     _until_refused(caller, epoch, given)
+                if room == "of one in all":
+                    with agent.caller("better") as other:
+                        assert other.epochs.decide(epoch, Decision.COMMITTED, given)
                 ended.set()
                 assert call.exception(timeout=10) is not None
         # What was refused, or ended, holds nothing any more.
         monkeypatch.setattr(gathering, "LIMIT_BYTES", size)
+        monkeypatch.setattr(gathering, "SHARE_BYTES", size)
         found = caller.epochs.decide(epoch, Decision.COMMITTED, given)
         assert found.decision is Decision.COMMITTED
 

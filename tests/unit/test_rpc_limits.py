@@ -7,7 +7,7 @@ import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -15,13 +15,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from agent import errors
+from agent.cluster.session import Session
+from agent.coordinator import checkpoint
 from agent.host import clock
 from agent.model.access import Caller, Right
+from agent.model.protocol import LEAVE_RUNNING, Said
 from agent.model.rates import Rate
-from agent.rpc import limits, status
+from agent.rpc import client, limits, status
 from agent.rpc.certificates import Certificates
 from agent.rpc.server import Ports, Server
-from agent.rpc.v1 import node_pb2, node_pb2_grpc
+from agent.rpc.v1 import epochs_pb2, node_pb2, node_pb2_grpc
+from agent.settings import Settings
 from tests.fakes.authority import Authority
 
 PEER = "the server"
@@ -41,7 +45,9 @@ class Guard:
         return Caller(token)
 
     def authorize(self, caller: Caller, right: Right) -> None:
-        return
+        if right.namespace == "secret":
+            self.asked.append(right.namespace)
+            raise errors.Forbidden("no")
 
 
 class Service:
@@ -49,6 +55,7 @@ class Service:
 
     def __init__(self) -> None:
         self.go = threading.Event()
+        self.said: dict[tuple[str, int], int] = {}
 
     def verify_image(self, request: Any, call: Any) -> Iterator[node_pb2.VerifyEvent]:
         yield node_pb2.VerifyEvent(done_bytes=1)
@@ -56,6 +63,26 @@ class Service:
 
     def list_images(self, request: Any, call: Any) -> node_pb2.ListImagesResponse:
         return node_pb2.ListImagesResponse()
+
+    def get_image(self, request: Any, call: Any) -> node_pb2.GetImageResponse:
+        self.go.wait(30)
+        return node_pb2.GetImageResponse()
+
+    def new_epoch(self, request: Any, call: Any) -> epochs_pb2.NewEpochResponse:
+        return epochs_pb2.NewEpochResponse(epoch="20260131-235959-0a1b2c", storage="default")
+
+    def take_part(self, request: Any, call: Any) -> epochs_pb2.TakePartResponse:
+        """Each step takes the pod some calls."""
+        key = request.pod_uid, request.step
+        self.said[key] = self.said.get(key, 0) + 1
+        if self.said[key] < 3:
+            return epochs_pb2.TakePartResponse()
+        return epochs_pb2.TakePartResponse(answered=True, contribution=b"part")
+
+    def decide_epoch(self, request: Any, more: Any, call: Any) -> epochs_pb2.DecideEpochResponse:
+        image = node_pb2.Image(name="jobset.train@20260131-235959-0a1b2c", group="jobset.train")
+        image.created_at.FromSeconds(1_790_000_000)
+        return epochs_pb2.DecideEpochResponse(decision=request.wish, image=image)
 
     def __getattr__(self, name: str) -> Any:
         return lambda request, call: None
@@ -65,6 +92,10 @@ class Served:
     def __init__(self, server: Server, authority: Authority) -> None:
         self.server, self.guard, self.service = server, Guard(), Service()
         self.port, self._authority = server.token_port, authority
+
+    def agent(self, token: str) -> contextlib.AbstractContextManager[client.Agent]:
+        credentials = client.Credentials(self._authority.pem, NAME, lambda: token)
+        return client.connect(f"127.0.0.1:{self.port}", credentials, peer=PEER)
 
     @contextlib.contextmanager
     def stub(self) -> Iterator[node_pb2_grpc.NodeStub]:
@@ -87,7 +118,7 @@ def serving(folder: Path, each_caller: limits.Limits | None) -> Iterator[Served]
         (folder / name).write_bytes(content)
     guard, service = Guard(), Service()
     server = Server(
-        {"Node": service},
+        {"Node": service, "Epochs": service},
         guard,
         "n1",
         Certificates(str(folder)),
@@ -108,8 +139,8 @@ def told(token: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {token}"),)
 
 
-def listed(stub: node_pb2_grpc.NodeStub, token: str) -> None:
-    request = node_pb2.ListImagesRequest(namespace="default")
+def listed(stub: node_pb2_grpc.NodeStub, token: str, namespace: str = "default") -> None:
+    request = node_pb2.ListImagesRequest(namespace=namespace)
     try:
         stub.ListImages(request, timeout=20, metadata=told(token))
     except grpc.RpcError as exc:
@@ -158,7 +189,7 @@ def test_calls_that_last_are_so_many_for_each_caller(tmp_path: Path) -> None:
 
 
 def test_calls_that_say_nothing_leave_threads_for_others(tmp_path: Path) -> None:
-    """An agent's callers are not limited; whoever has a token, and no right, is one of them."""
+    """Whoever has a token, and no right, can begin them."""
     over = threading.Event()
 
     def nothing() -> Iterator[node_pb2.ImportImageRequest]:
@@ -176,6 +207,85 @@ def test_calls_that_say_nothing_leave_threads_for_others(tmp_path: Path) -> None
         assert all(isinstance(each, errors.Overloaded) for each in refused)
         listed(stub, "bob")
         over.set()
+
+
+def test_whoever_coordinates_all_pods_of_a_node_is_never_kept_waiting(tmp_path: Path) -> None:
+    settings = Settings()
+    allowed = limits.for_agents(
+        Rate(settings.caller_rate_per_s, settings.caller_burst), settings.caller_streams
+    )
+    members = [
+        checkpoint.Member(f"worker-0-{each}", f"pod-{each}", f"uid-{each}", "n1")
+        for each in range(100)
+    ]
+    refused: list[errors.CkptError] = []
+    with serving(tmp_path, allowed) as served, served.agent("ada") as agent:
+        take_part = agent.epochs.take_part
+
+        def noted(*args: Any, **more: Any) -> Said | None:
+            try:
+                return take_part(*args, **more)
+            except errors.CkptError as exc:
+                refused.append(exc)
+                raise
+
+        agent.epochs.take_part = noted  # type: ignore[method-assign]
+        session = types.SimpleNamespace(
+            namespace="default",
+            settings=settings,
+            agent_of=lambda node: agent,
+            any_agent=lambda ask: ask(agent),
+        )
+        for number in range(2):
+            served.service.said.clear()
+            checkpoint.run(
+                cast("Session", session),
+                "jobset.train",
+                members,
+                LEAVE_RUNNING,
+                facts={},
+                now_s=1e9 + number,
+            )
+            assert set(served.service.said.values()) == {3}
+        assert len(served.service.said) == 100 * (
+            len(LEAVE_RUNNING.before) + len(LEAVE_RUNNING.after)
+        )
+        assert refused == []
+
+
+def test_calls_that_wait_for_an_answer_leave_threads_for_others(tmp_path: Path) -> None:
+    allowed = limits.Limits(Rate(per_s=100.0, burst=100), lasting=2, at_once=3)
+    request = node_pb2.GetImageRequest(namespace="default", image="a@b")
+    with serving(tmp_path, allowed) as served, served.stub() as stub:
+        waiting = [
+            stub.GetImage.future(request, timeout=20, metadata=told("ada")) for _ in range(5)
+        ]
+        deadline = clock.Deadline.after(10)
+        assert clock.wait_until(lambda: sum(each.done() for each in waiting) == 2, deadline)
+        refused = [status.error(each.exception(), PEER) for each in waiting if each.done()]
+        assert all(isinstance(each, errors.Overloaded) for each in refused)
+        listed(stub, "bob")
+        served.service.go.set()
+        assert sum(each.exception(timeout=20) is None for each in waiting) == 3
+        listed(stub, "ada")
+
+
+def test_whoever_asks_for_what_it_may_not_does_not_keep_the_api_server_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [1000.0]
+    monkeypatch.setattr(limits, "clock", types.SimpleNamespace(monotonic_s=lambda: now_s[0]))
+    with serving(tmp_path, None) as served, served.stub() as stub:
+        for _ in range(50):
+            with pytest.raises(errors.Forbidden):
+                listed(stub, "ada", "secret")
+        for namespace in ("secret", "default"):
+            with pytest.raises(errors.Overloaded, match="may not"):
+                listed(stub, "ada", namespace)
+        assert served.guard.asked.count("secret") == 50
+        listed(stub, "bob")
+        now_s[0] += 0.5
+        listed(stub, "ada")
 
 
 def test_an_address_of_nobody_is_refused_before_anybody_is_asked_about_it(
