@@ -15,30 +15,20 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from agent import errors
-from agent.cluster import pods
+from agent.cluster import objections, pods
 from agent.cluster.session import Session
 from agent.host import clock
 from agent.kube import objects
 from agent.kube.connection import Json
-from agent.model import access, move, optin
+from agent.model import move, optin
 from agent.model import pods as model_pods
-from agent.rpc import client, results
+from agent.rpc import results
 
 # Its processes have ended, or are not wanted any more; the kubelet still confirms.
 _GRACE_S = 1
 # A call that may succeed when tried again is: the job stands still meanwhile, so not for long.
 _TRIES = 3
 _PAUSE_S = 2.0
-# Any name that looks like an image's, to let admission look at a replacement.
-_TRIAL_EPOCH = "20000101-000000-000000"
-
-_RIGHTS = (
-    ("create", "images", access.API_GROUP),
-    ("restore", "images", access.API_GROUP),
-    ("get", "pods", ""),
-    ("create", "pods", ""),
-    ("delete", "pods", ""),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +83,11 @@ def migrate(
         errors.MoveIncomplete: after the commit; the image is safe.
     """
     watch = watch or Watch()
-    _check_rights(session, dump=True)
+    objections.check_own_rights(session, dump=True)
     found = pods.running(session, name)
     source = str(found["spec"]["nodeName"])
     agent = session.agent_of(source)
-    _check(session, found, node, agent)
+    objections.check(session, found, node, agent)
     # Also shows that the target's agent answers this caller, before anything stops.
     before = session.agent_of(node).images(session.namespace, name)
     steps = _Steps(watch)
@@ -176,7 +166,7 @@ def restore_on(
         errors.MoveIncomplete: the pod was created and does not run yet.
     """
     watch = watch or Watch()
-    _check_rights(session, dump=False)
+    objections.check_own_rights(session, dump=False)
     detail = session.any_agent(lambda agent: agent.image(session.namespace, image, storage))
     name = _name(detail.image)
     if detail.image.damage:
@@ -207,8 +197,8 @@ def restore_on(
             hint="--replace deletes it first; --pod restores into it if it waits for this image",
             reasons=[],
         )
-    check_node(session, template, node)
-    _try(session, template, detail.image.members, node, pod)
+    objections.check_node(session, template, node)
+    objections.check_admitted(session, template, detail.image.members, node, pod)
     session.agent_of(node).images(session.namespace, pod)
     plan = move.Move(session.namespace, pod, "", node)
     steps = _Steps(watch)
@@ -243,109 +233,6 @@ def restore_into(
     watch.step(move.Step.RESTORE)
     outcome = _restore(session, image, storage, pod, uid, node, again=again, watch=watch)
     return Restored(outcome, pod, uid, node)
-
-
-def _check(session: Session, found: Json, node: str, agent: client.Agent) -> None:
-    """Refuse, with every reason, what could not end well; the pod runs and is only looked at."""
-    name = str(found["metadata"]["name"])
-    if node == found["spec"]["nodeName"]:
-        raise errors.InvalidInput(
-            f"pod {session.namespace}/{name} already runs on {node}",
-            hint="ckpt-agent dump takes an image without moving it",
-        )
-    reasons = move.objections(found)
-    if reasons:
-        raise errors.TargetUnsuitable(
-            f"pod {session.namespace}/{name} cannot be moved",
-            hint="nothing was touched; ckpt-agent dump works without a move",
-            reasons=reasons,
-        )
-    template = model_pods.template(found)
-    check_node(session, template, node)
-    blockers = agent.plan(session.namespace, name).get("blockers") or []
-    if blockers:
-        raise errors.TargetUnsuitable(
-            f"pod {session.namespace}/{name} cannot be dumped",
-            hint=f"see ckpt-agent plan pod/{name} -n {session.namespace}",
-            reasons=[f"{each.get('subject')}: {each.get('reason')}" for each in blockers],
-        )
-    _try(session, template, move.members(found), node, name)
-
-
-def check_node(session: Session, template: move.Json, node: str) -> None:
-    """Return if a pod of ``template`` may run on ``node``, as far as the caller can see.
-
-    Raises:
-        errors.TargetUnsuitable: it could not; every reason is told.
-    """
-    # Looking at nodes is not everybody's right; the scheduler will tell.
-    if session.for_another and not session.may(access.Right("get", "nodes", group="")):
-        return
-    try:
-        target = objects.node(session.api, node)
-    except errors.Forbidden:
-        return
-    reasons = move.node_objections(template, target)
-    if reasons:
-        raise errors.TargetUnsuitable(
-            f"the pod could not run on node {node}",
-            hint="choose another node, or change what stands against this one",
-            reasons=reasons,
-        )
-
-
-def _check_rights(session: Session, *, dump: bool) -> None:
-    check_rights(
-        session,
-        [
-            access.Right(verb, resource, session.namespace, group=group)
-            for verb, resource, group in _RIGHTS
-            if dump or (verb, group) != ("create", access.API_GROUP)
-        ],
-    )
-
-
-def check_rights(session: Session, wanted: Sequence[access.Right]) -> None:
-    """Return if the caller has all of these rights.
-
-    Raises:
-        errors.Forbidden: one is missing; every one that is, is named.
-    """
-    missing = [str(right) for right in wanted if not session.may(right)]
-    if missing:
-        raise errors.Forbidden(
-            "the caller may not do all that a move takes",
-            hint="ask for a role that allows it; docs/cli.md shows one",
-            reasons=[f"not allowed: {each}" for each in missing],
-        )
-
-
-def _try(session: Session, template: Json, members: Collection[str], node: str, name: str) -> None:
-    """Let admission and quota look at the replacement while the pod still runs. A quota that has
-    no room for both is no objection: the old pod goes before the new one comes.
-    """
-    trial = move.trial(
-        move.replacement(
-            template,
-            image=f"{name}@{_TRIAL_EPOCH}",
-            members=members,
-            node=node,
-            name=move.trial_name(name),
-        )
-    )
-    try:
-        made = objects.create_pod(session.api, session.namespace, trial, dry_run=True)
-    except errors.Forbidden as exc:
-        if "exceeded quota" not in exc.message:
-            raise
-        return
-    reasons = move.not_waiting(made, members)
-    if reasons:
-        raise errors.TargetUnsuitable(
-            f"a replacement of pod {session.namespace}/{name} would not wait for the image",
-            hint="nothing was touched; ckpt-agent dump works without a move",
-            reasons=reasons,
-        )
 
 
 def _existing(session: Session, name: str) -> Json | None:

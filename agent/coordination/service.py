@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from agent import errors
-from agent.cluster import move as cluster_move
+from agent.cluster import objections
 from agent.cluster.session import Session
 from agent.coordination import asked, looking, messages
 from agent.coordination.book import Book
@@ -81,7 +81,7 @@ class CoordinatorService:
             if wanted.kind is Kind.EPOCH or not wanted.jobset:
                 verb = "create" if wanted.kind is Kind.EPOCH else "restore"
                 right = access.Right(verb, "images", wanted.namespace)
-                cluster_move.check_rights(session, [right])
+                objections.check_rights(session, [right])
                 return
             what = "dump" if wanted.kind is Kind.MIGRATE else ""
             jobsetchecks.check_rights(session, what)

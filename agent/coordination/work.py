@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from agent import errors
-from agent.cluster import move as cluster_move
+from agent.cluster import objections
 from agent.cluster import session as cluster_session
 from agent.cluster.session import Session
 from agent.coordination import asked, messages
@@ -120,7 +120,7 @@ class Work:
         handle: Handle,
     ) -> None:
         create = access.Right("create", "images", session.namespace)
-        cluster_move.check_rights(session, [create])
+        objections.check_rights(session, [create])
         target, watch = asked.target_of(operation), handle.watch
         if target.jobset:
             done = jobsets.dump(
@@ -155,7 +155,7 @@ class Work:
         handle: Handle,
     ) -> None:
         restore = access.Right("restore", "images", session.namespace)
-        cluster_move.check_rights(session, [restore])
+        objections.check_rights(session, [restore])
 
         def attempting(image: results.Image, attempt: str) -> None:
             self._stage(

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Sequence
 
 from agent import errors
-from agent.cluster import move as cluster_move
+from agent.cluster import objections
 from agent.cluster.session import Session
 from agent.kube import jobsets as kube
 from agent.kube import objects
@@ -48,7 +48,7 @@ def check_rights(session: Session, what: str) -> None:
         wanted += [kube.right("create", namespace), kube.right("delete", namespace)]
     if what == "dump":
         wanted.append(access.Right("create", "images", namespace))
-    cluster_move.check_rights(session, wanted)
+    objections.check_rights(session, wanted)
 
 
 def images_of(session: Session, name: str, epoch: str, storage: str) -> list[results.Image]:
@@ -155,7 +155,7 @@ def check_nodes(session: Session, found: Json, nodes: Sequence[str]) -> None:
     """Refuse nodes that could not run its pods, or whose agent does not answer."""
     for node in dict.fromkeys(nodes):
         for job in jobset.replicated_jobs(found):
-            cluster_move.check_node(session, jobset.pod_template(job), node)
+            objections.check_node(session, jobset.pod_template(job), node)
         session.agent_of(node).images(session.namespace, jobset.group(found["metadata"]["name"]))
 
 

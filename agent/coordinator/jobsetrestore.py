@@ -23,13 +23,10 @@ from agent.coordinator import checkpoint, jobsetchecks, jobsets
 from agent.coordinator.jobsetcourse import Course, Returned, Watch
 from agent.kube import jobsets as kube
 from agent.kube.connection import Json
-from agent.model import jobset, jobsetrestore, optin
+from agent.model import jobset, jobsetrestore, move, optin
 from agent.model.intent import Intent
 from agent.model.jobsetrestore import Plan, Step
 from agent.rpc import results
-
-# Any name that looks like an epoch's, to let admission look at pods before there is one.
-_TRIAL_EPOCH = "20000101-000000-000000"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +117,7 @@ def migrate(
     jobsetchecks.check_nodes(session, found, nodes)
     course = Course(session, Plan(session.namespace, name, tuple(nodes)), now_s, watch)
     course.adopt(found)
-    trial = Intent(f"{jobset.group(name)}@{_TRIAL_EPOCH}", "", jobsetrestore.placed(now, nodes))
+    trial = Intent(f"{jobset.group(name)}@{move.TRIAL_EPOCH}", "", jobsetrestore.placed(now, nodes))
     course.try_pods(trial, found)
     with course.timed(Step.DUMP):
         dumped = jobsets.dump(

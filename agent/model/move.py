@@ -27,6 +27,8 @@ _MIRROR = "kubernetes.io/config.mirror"
 # The labels by which Jobs and ReplicaSets tell their own pods from others.
 _OF_A_CONTROLLER = ("controller-uid", "batch.kubernetes.io/controller-uid", "pod-template-hash")
 _NO_SCHEDULE = ("NoSchedule", "NoExecute")
+# Any name that looks like an epoch's, to let admission look at pods before there is one.
+TRIAL_EPOCH = "20000101-000000-000000"
 _NAME_CHARS = 253
 
 
