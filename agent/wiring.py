@@ -123,6 +123,7 @@ def watch(
     most: int | None = None,
     done: Callable[[node_dump.DumpOutcome], None] = lambda outcome: None,
     failed: Callable[[errors.CkptError], None] = lambda exc: None,
+    late: Callable[[float, float], None] = lambda took_s, pause_s: None,
 ) -> node_watch.Watched:
     """Dump the trees below ``pids`` again and again as epochs of the group ``name``, with whom
     ``follow_up`` finds each time. Raises what ``node.watch.watch`` does.
@@ -148,6 +149,7 @@ def watch(
         most=most,
         done=done,
         failed=failed,
+        late=late,
     )
 
 

@@ -158,6 +158,21 @@ def follow(verb: Callable[..., Any]) -> Callable[..., Any]:
     )(verb)
 
 
+def pace(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how quickly memory is copied while the job runs."""
+    cpu = click.option(
+        "--precopy-cpu",
+        metavar="PERCENT",
+        help="Of the cores, for copying memory while a job computes; 100: no limit [default: 7].",
+    )
+    rate = click.option(
+        "--precopy-rate",
+        metavar="SIZE",
+        help="Read at most so much memory a second meanwhile [default: no limit].",
+    )
+    return cpu(rate(verb))
+
+
 def containers(verb: Callable[..., Any]) -> Callable[..., Any]:
     """The option that names containers of a pod."""
     return click.option(

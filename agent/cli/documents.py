@@ -113,7 +113,12 @@ def _member(name: str, facts: Mapping[str, Any], files: Sequence[FileEntry]) -> 
     return {
         "name": name,
         "engine": _word(facts.get("engine") or facts.get("layout")),
-        "stop": {"path": _word(stop.get("path")), "because": _word(stop.get("because"))},
+        "stop": {
+            "path": _word(stop.get("path")),
+            "because": _word(stop.get("because")),
+            "heldBackSeconds": _seconds(stop.get("held_back_s")),
+            "hurried": stop.get("hurried") is True,
+        },
         "processes": [_process_of_facts(process) for process in processes],
         "memory": _memory(totals["anon"], totals["shmem"], totals["swap"], totals["file"]),
         "files": [
@@ -176,6 +181,10 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 def _number(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def _seconds(value: object) -> float:
+    return value if isinstance(value, float) else 0.0
 
 
 def _word(value: object) -> str:

@@ -67,6 +67,7 @@ from agent.settings import Settings
     metavar="SPAN",
     help="Give up after this time [default: 10m].",
 )
+@arguments.pace
 @arguments.coordinator
 @arguments.queue
 @pass_invocation
@@ -82,6 +83,8 @@ def verb(
     containers: tuple[str, ...],
     engine: str | None,
     deadline: float | None,
+    precopy_cpu: str | None,
+    precopy_rate: str | None,
     coordinator: bool | None,
     queue: bool,
 ) -> None:
@@ -91,14 +94,21 @@ def verb(
     The processes stand still while they are captured and go on while the image is compressed and
     written. If anything fails, or on Ctrl-C, they go on and nothing is stored.
     """
+    of_a_host = {"--follow": follow, "--name": name, "--include": include}
+    of_a_host |= {"--precopy-cpu": precopy_cpu, "--precopy-rate": precopy_rate}
     arguments.check_target(
         invocation,
         target,
         pids,
         {"--container": containers, "--engine": engine, "--selector": selector},
-        {"--follow": follow, "--name": name, "--include": include},
+        of_a_host,
     )
-    settings = invocation.settings(dump_deadline=deadline, use_coordinator=coordinator)
+    settings = invocation.settings(
+        dump_deadline=deadline,
+        use_coordinator=coordinator,
+        precopy_cpu=precopy_cpu,
+        precopy_rate=precopy_rate,
+    )
     kind = target.kind if target else ""
     asked = arguments.by_coordinator(settings, kind, said=coordinator, queue=queue)
     if target is not None:
@@ -124,6 +134,8 @@ def verb(
         include=tuple(os.path.abspath(path) for path in include),
         ghost_limit_bytes=settings.ghost_limit_bytes,
         precopy=settings.precopy,
+        precopy_cpu_percent=settings.precopy_cpu_percent,
+        precopy_bytes_per_s=settings.precopy_rate_bytes,
         log_level=settings.criu_log_level,
     )
     followed = wiring.followed(pids) if follow else None

@@ -13,10 +13,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import yaml
+
+from agent.cli import stopping
 
 Document = dict[str, Any]
 
@@ -299,20 +301,12 @@ def _image(document: Document, wide: bool, now_s: float) -> list[str]:
     )
     for member in document.get("detail", ()):
         lines += ["", f"Member {member['name']}, engine {member['engine'] or 'unknown'}"]
-        lines += _stop(member.get("stop", {}))
+        lines += stopping.told(member.get("stop", {}))
         lines += _section("Processes", _PROCESSES, member["processes"], now_s)
         lines += _section("Memory", _MEMORY, member["memory"], now_s)
         lines += _files(member["files"], wide, now_s)
         lines += _section("Sockets", _SOCKETS, member["sockets"], now_s)
     return lines
-
-
-def _stop(stop: Mapping[str, Any]) -> list[str]:
-    """How the memory came into the image; images of before do not tell."""
-    if stop.get("path") == "precopy":
-        return ["Memory copied while it ran"]
-    because = f": {stop['because']}" if stop.get("because") else ""
-    return [f"Memory copied while it stood still{because}"] if stop.get("path") else []
 
 
 def _dump_report(document: Document, wide: bool, now_s: float) -> list[str]:

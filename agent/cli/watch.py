@@ -63,6 +63,7 @@ def _every(value: str) -> float | None:
 )
 @click.option("--count", type=click.IntRange(min=1), help="End after so many dumps.")
 @click.option("--keep-last", type=click.IntRange(min=1), help="Remove older images of the group.")
+@arguments.pace
 @pass_invocation
 def verb(
     invocation: Invocation,
@@ -73,6 +74,8 @@ def verb(
     every: float | None,
     count: int | None,
     keep_last: int | None,
+    precopy_cpu: str | None,
+    precopy_rate: str | None,
 ) -> int:
     """Capture the process trees below each PID again and again, each time for what was written
     since, and print a line for each image, until they end or Ctrl-C.
@@ -80,12 +83,14 @@ def verb(
     Between two dumps the kernel notes what the processes write. A dump that fails is told on
     stderr, and the next one is made in its turn; the exit status tells of the last one.
     """
-    settings = invocation.settings()
+    settings = invocation.settings(precopy_cpu=precopy_cpu, precopy_rate=precopy_rate)
     options = CaptureOptions(
         deadline_s=settings.dump_deadline_s,
         include=tuple(os.path.abspath(path) for path in include),
         ghost_limit_bytes=settings.ghost_limit_bytes,
         precopy=settings.precopy,
+        precopy_cpu_percent=settings.precopy_cpu_percent,
+        precopy_bytes_per_s=settings.precopy_rate_bytes,
         log_level=settings.criu_log_level,
     )
     stop = Stop()
@@ -120,6 +125,12 @@ def verb(
     def failed(exc: errors.CkptError) -> None:
         invocation.say(f"a dump failed, the job goes on: {exc.message}")
 
+    def late(took_s: float, pause_s: float) -> None:
+        invocation.say(
+            f"the dump took {output.human_s(took_s)}, longer than was to be between two: the next"
+            f" begins in {output.human_s(pause_s)}"
+        )
+
     def followed() -> model_follow.Closure:
         found = wiring.followed(pids)
         found.check()
@@ -137,6 +148,7 @@ def verb(
             most=count,
             done=done,
             failed=failed,
+            late=late,
         )
     invocation.say(
         f"{'the job has ended' if found.ended else 'the job goes on'}; images: {found.epochs},"

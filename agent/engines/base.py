@@ -122,8 +122,11 @@ class CaptureOptions:
     connections (otherwise their presence fails the dump). ``kill`` must be set for a cut that may
     answer ``KILL``: CRIU has to know beforehand, and then needs a definite no to let the tree go
     on. ``precopy``: copy memory while the member runs and stop it only for the rest, where that
-    can be done; with ``kept`` only what was written since the capture before. ``held_bytes`` bounds
-    what is held in memory while it stands still, to be stored when it runs again.
+    can be done; with ``kept`` only what was written since the capture before. Unless the member is
+    to be killed, that takes at most ``precopy_cpu_percent`` of the cores that this program may use,
+    where the member computes, and ``precopy_bytes_per_s`` of memory (None for no limit), for a
+    quarter of the deadline at most. ``held_bytes`` bounds what is held in memory while it stands
+    still, to be stored when it runs again.
     """
 
     deadline_s: float = 600.0
@@ -133,6 +136,8 @@ class CaptureOptions:
     kill: bool = False
     log_level: int = 2
     precopy: bool = False
+    precopy_cpu_percent: int = 100
+    precopy_bytes_per_s: int | None = None
     kept: Kept | None = None
     # What the agent takes for a dump in all stays below 256 MiB with it (bench.peak_memory).
     held_bytes: int = 96 << 20

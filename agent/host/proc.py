@@ -37,7 +37,8 @@ class Identity:
 @dataclasses.dataclass(frozen=True)
 class Stat:
     """/proc/PID/stat. ``state`` is the kernel's letter: R S D T (stopped) t (traced) Z X I.
-    ``terminal`` is the device number of its controlling terminal, 0 if it has none.
+    ``terminal`` is the device number of its controlling terminal, 0 if it has none. ``cpu_s`` is
+    what all of its threads took of processors so far.
     """
 
     pid: int
@@ -48,6 +49,7 @@ class Stat:
     session: int
     terminal: int
     flags: int
+    cpu_s: float
     threads: int
     start_ticks: int
 
@@ -191,6 +193,7 @@ def _parse_stat(raw: bytes) -> Stat:
         session=int(rest[3]),
         terminal=int(rest[4]),
         flags=int(rest[6]),
+        cpu_s=(int(rest[11]) + int(rest[12])) / TICKS_PER_S,
         threads=int(rest[17]),
         start_ticks=int(rest[19]),
     )

@@ -96,6 +96,22 @@ def percent(value: object, base: str = "") -> int:
     return int(text)
 
 
+def share(value: object, base: str = "") -> int:
+    """Read a whole number from 1 to 100, with or without a percent sign."""
+    text = as_text(value).removesuffix("%")
+    if re.fullmatch(r"[0-9]{1,3}", text) is None or not 1 <= int(text) <= 100:
+        raise errors.InvalidInput(f"{text!r} is not a share in percent", hint="write 5, 10%, 100")
+    return int(text)
+
+
+def rate_bytes(value: object, base: str = "") -> int:
+    """Read bytes a second, as ``size_bytes``: 1 MiB at least."""
+    found = size_bytes(value, base)
+    if found < _BYTES["MiB"]:
+        raise errors.InvalidInput(f"{value!r} a second is too little", hint="write 100MiB or more")
+    return found
+
+
 def as_text(value: object) -> str:
     """A value as text; raises ``errors.InvalidInput`` for what is none."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":

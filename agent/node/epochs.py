@@ -241,6 +241,8 @@ class EpochService:
                     ghost_limit_bytes=self._settings.ghost_limit_bytes,
                     kill=course is protocol.EVACUATE,
                     precopy=self._precopy(pod.uid),
+                    precopy_cpu_percent=self._settings.precopy_cpu_percent,
+                    precopy_bytes_per_s=self._settings.precopy_rate_bytes,
                     log_level=self._settings.criu_log_level,
                 ),
                 short_stop_failed=functools.partial(self._plain.add, pod.uid),

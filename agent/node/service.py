@@ -113,6 +113,8 @@ class NodeService:
                 deadline_s=call.allowed_s(request.deadline_s, self._settings.dump_deadline_s),
                 ghost_limit_bytes=self._settings.ghost_limit_bytes,
                 precopy=self._settings.precopy,
+                precopy_cpu_percent=self._settings.precopy_cpu_percent,
+                precopy_bytes_per_s=self._settings.precopy_rate_bytes,
                 log_level=self._settings.criu_log_level,
             ),
         )

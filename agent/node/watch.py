@@ -2,7 +2,9 @@
 
 Promises: an epoch that fails costs nothing but itself: the trees go on, and the next one begins
 anew; what is kept in the agent between two epochs is dropped when it ends, by whatever; and the
-kernel ends it if it stands still, since processes that move mappings wait for it.
+kernel ends it if it stands still, since processes that move mappings wait for it. Where an epoch
+takes longer than was to be between two, for a slow volume say, the time between two becomes longer:
+at most half of it is epochs.
 Does not: choose the trees, or remove old epochs.
 """
 
@@ -44,7 +46,14 @@ def pause_s(every_s: float | None, took_s: float) -> float:
     """
     if every_s is None:
         return max(_SHORTEST_S, took_s * (1 - _BUSY) / _BUSY)
-    return max(0.0, every_s - took_s)
+    return every_s - took_s if took_s <= every_s else took_s
+
+
+def _pause(every_s: float | None, took_s: float, late: Callable[[float, float], None]) -> float:
+    pause = pause_s(every_s, took_s)
+    if every_s is not None and took_s > every_s:
+        late(took_s, pause)
+    return pause
 
 
 class Stop(dump.Cancel):
@@ -66,9 +75,11 @@ def watch(
     most: int | None = None,
     done: Callable[[DumpOutcome], None] = lambda outcome: None,
     failed: Callable[[errors.CkptError], None] = lambda exc: None,
+    late: Callable[[float, float], None] = lambda took_s, pause_s: None,
 ) -> Watched:
     """Dump again and again until ``stop``, until one of the roots ``pids`` has ended or ``most``
-    epochs were tried; ``members`` says before each what belongs to it, more trees maybe.
+    epochs were tried; ``members`` says before each what belongs to it, more trees maybe. ``late``
+    is told of an epoch that took longer than ``every_s``, and of the pause after it.
 
     Raises:
         errors.CkptError: the first epoch failed.
@@ -101,7 +112,7 @@ def watch(
                 kept.committed(outcome.epoch.epoch)
                 epochs, last = epochs + 1, None
                 done(outcome)
-            pause = pause_s(every_s, clock.monotonic_s() - began_s)
+            pause = _pause(every_s, clock.monotonic_s() - began_s, late)
             if epochs + failures == most or stop.wait(pause):
                 return Watched(epochs, failures, last, ended=False)
             if not all(map(proc.alive, roots)):

@@ -154,7 +154,8 @@ def test_show_tells_of_the_real_job(cli: Cli, job: Job) -> None:
     (process,) = member["processes"]
     assert process["pid"] == job.pid
     assert process["memoryBytes"] > 16 << 20
-    assert member["stop"] == {"path": "precopy", "because": ""}
+    assert member["stop"]["path"] == "precopy"
+    assert not member["stop"]["hurried"]
     assert {"path": str(job.folder / "held"), "kind": "file", "bytes": 0, "travels": True} in (
         member["files"]
     )

@@ -251,6 +251,21 @@ def test_a_dump_that_fails_with_memory_hidden_is_made_the_plain_way(
     node_restore.restore(store, host.engine, group, RestoreOptions()).trees[0][1].kill()
 
 
+def test_a_job_that_goes_on_is_copied_slowly_and_one_that_ends_is_not(host: Host) -> None:
+    target = host.start("memory", MEMORY_MIB="48", GLIBC_TUNABLES="glibc.pthread.rseq=0")
+    slowly = dataclasses.replace(OPTIONS, precopy_bytes_per_s=32 << 20)
+    frozen: list[Frozen] = []
+    image = MemoryImage()
+    cut = Cut(captured=looked_at(target.pid, frozen))
+    how = host.capture(target.pid, image, cut, slowly).engine_facts["stop"]
+    assert how["held_back_s"] > 0.5
+    assert not how["hurried"]
+    frozen[0].assert_equal(image)
+    ends = dataclasses.replace(slowly, precopy_bytes_per_s=1 << 20, kill=True)
+    how = host.capture(target.pid, MemoryImage(), Cut(), ends).engine_facts["stop"]
+    assert (how["path"], how["held_back_s"]) == ("precopy", 0)
+
+
 def test_what_can_be_written_behind_the_page_table_is_not_tracked(
     host: Host, tmp_path: Path
 ) -> None:

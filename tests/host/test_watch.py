@@ -115,5 +115,5 @@ def test_what_was_kept_is_let_go_of_when_the_next_capture_cannot_begin(
         kept.keep(os.getpid(), Precopy(image, deadline))
         kept.committed("one")
         with pytest.raises(OSError, match="too many"):
-            ShortStop(os.getpid(), image, image, deadline, kept)
+            ShortStop(os.getpid(), image, image, deadline, CaptureOptions(kept=kept))
     assert threading.active_count() == before

@@ -56,6 +56,8 @@ def test_every_setting_can_come_from_flag_environment_and_file() -> None:
         "restore_deadline": ("90", 90.0),
         "ghost_limit": ("2GiB", 2 << 30),
         "precopy": ("false", False),
+        "precopy_cpu": ("20%", 20),
+        "precopy_rate": ("200MiB", 200 << 20),
         "criu_log_level": ("4", 4),
         "keep_last": ("3", 3),
         "keep_within": ("7d", 604800.0),
@@ -116,6 +118,12 @@ def test_what_is_no_port_is_refused(port: str) -> None:
 def test_what_is_no_rate_is_refused(rate: str) -> None:
     with pytest.raises(errors.InvalidInput, match="caller_rate"):
         merged(text=f"caller_rate: {rate!r}")
+
+
+@pytest.mark.parametrize("text", ["precopy_cpu: 0", "precopy_cpu: 101", "precopy_rate: 4KiB"])
+def test_what_would_never_end_is_refused(text: str) -> None:
+    with pytest.raises(errors.InvalidInput, match="precopy_"):
+        merged(text=text)
 
 
 def test_numbers_in_yaml_need_no_quotes() -> None:

@@ -64,10 +64,24 @@ def watched(dumps: Dumps, pid: int, **options: Any) -> watch.Watched:
 
 @pytest.mark.parametrize(
     ("every_s", "took_s", "pause_s"),
-    [(30, 1, 29), (30, 45, 0), (None, 2, 18), (None, 0.01, 1)],
+    [(30, 1, 29), (30, 45, 45), (None, 2, 18), (None, 0.01, 1)],
 )
 def test_the_pause_between_two(every_s: float | None, took_s: float, pause_s: float) -> None:
     assert watch.pause_s(every_s, took_s) == pytest.approx(pause_s)
+
+
+def test_epochs_that_take_longer_than_is_to_be_between_two_leave_as_much_time_again() -> None:
+    """Whatever a volume takes, what is written meanwhile is stored in the end."""
+    told: list[tuple[float, float]] = []
+    watched(
+        Dumps(),
+        os.getpid(),
+        most=3,
+        every_s=1e-9,
+        late=lambda took, pause: told.append((took, pause)),
+    )
+    assert len(told) == 3
+    assert all(pause == took > 1e-9 for took, pause in told)
 
 
 def test_each_goes_on_from_the_one_before() -> None:

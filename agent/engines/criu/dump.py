@@ -295,7 +295,7 @@ class _Capture:
         self._plain_because = shortstop.unsuited(self._subject.criu, self._pids)
         if not self._plain_because:
             self._short = shortstop.ShortStop(
-                self._root.pid, self._sink, self._held, self._deadline, self._options.kept
+                self._root.pid, self._sink, self._held, self._deadline, self._options
             )
 
     @property

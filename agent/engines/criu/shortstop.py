@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from agent import errors
-from agent.engines.base import Kept
+from agent.engines.base import CaptureOptions, Kept
 from agent.engines.criu import hiding, pageserver
 from agent.engines.criu.probe import Criu
+from agent.engines.tracking.pace import UNLIMITED, Limits, Pace
 from agent.engines.tracking.precopy import Precopy, Standing
 from agent.host import clock, proc
 from agent.model.streams import AddressSpace, MemberSink, PageRun
@@ -47,14 +48,18 @@ class ShortStop:
         ahead: MemberSink,
         held: MemberSink,
         deadline: clock.Deadline,
-        kept: Kept | None = None,
+        options: CaptureOptions,
     ) -> None:
         self._root = root
         self._held = held
         self._deadline = deadline
-        self._kept = kept
+        self._kept = kept = options.kept
+        # Who is to end has no speed to keep, and is often in a hurry.
+        limits = Limits(options.precopy_cpu_percent, options.precopy_bytes_per_s)
+        self._pace = pace = Pace(root, UNLIMITED if options.kill else limits, deadline)
         with contextlib.ExitStack() as stack:
-            self._precopy = _taken_up(kept, root, ahead, deadline) or Precopy(ahead, deadline)
+            taken_up = _taken_up(kept, root, ahead, deadline, pace)
+            self._precopy = taken_up or Precopy(ahead, deadline, pace)
             stack.callback(self._precopy.close)
             self._hiding = hiding.Hiding()
             stack.pop_all()
@@ -128,6 +133,8 @@ class ShortStop:
             "tracked": self._precopy.kinds,
             "untracked_because": self._precopy.reasons,
             "rounds": [[each.read_bytes, round(each.took_s, 4)] for each in self._precopy.rounds],
+            "held_back_s": round(self._pace.held_back_s, 3),
+            "hurried": self._pace.hurried,
             "read_at_cut_bytes": self._precopy.cut_bytes,
             "hidden_from_criu": self._hiding.answered,
         }
@@ -156,7 +163,7 @@ class ShortStop:
 
 
 def _taken_up(
-    kept: Kept | None, root: int, sink: MemberSink, deadline: clock.Deadline
+    kept: Kept | None, root: int, sink: MemberSink, deadline: clock.Deadline, pace: Pace
 ) -> Precopy | None:
     """The copy of the capture before, ready for another one."""
     part = kept.take(root) if kept else None
@@ -166,6 +173,6 @@ def _taken_up(
         stack.callback(part.close)
         if not isinstance(part, Precopy) or not kept.epoch:
             return None
-        part.begin(sink, deadline, kept.epoch)
+        part.begin(sink, deadline, kept.epoch, pace)
         stack.pop_all()
         return part

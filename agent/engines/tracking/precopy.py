@@ -23,6 +23,7 @@ import numpy as np
 from agent import errors
 from agent.engines.tracking import areas
 from agent.engines.tracking.base import Tracker
+from agent.engines.tracking.pace import Pace
 from agent.engines.tracking.protected import Protected
 from agent.engines.tracking.untracked import Untracked
 from agent.host import clock, injection, pagemap, proc
@@ -101,7 +102,9 @@ class _Copy:
         self._left = pagemap.without(existing, self.have)
         return missing
 
-    def round(self, sink: MemberSink, deadline: clock.Deadline, *, rested: bool) -> int:
+    def round(
+        self, sink: MemberSink, deadline: clock.Deadline, pace: Pace | None, *, rested: bool
+    ) -> int:
         """Read what the tracker asks for, and what was left; say how many bytes. ``rested``: only
         what was left and has not been written since, the rest is left.
         """
@@ -113,10 +116,11 @@ class _Copy:
                 given.append(piece)
                 deadline.check("copying memory ahead")
                 if not rested:
-                    read.append(_draft(sink, self.space, memory, piece))
+                    read.append(_draft(sink, self.space, memory, piece, pace))
             written = pagemap.union(*given)
             # Written after this look, it is given out again.
-            read.append(_draft(sink, self.space, memory, pagemap.without(left, written)))
+            unwritten = pagemap.without(left, written)
+            read.append(_draft(sink, self.space, memory, unwritten, pace))
         self.have = pagemap.union(pagemap.without(had, written), *read)
         self._left = written if rested else pagemap.none()
         return sum(map(pagemap.size_bytes, read))
@@ -125,9 +129,12 @@ class _Copy:
 class Precopy:
     """The copies of a tree's processes, in ``sink``."""
 
-    def __init__(self, sink: MemberSink, deadline: clock.Deadline) -> None:
+    def __init__(
+        self, sink: MemberSink, deadline: clock.Deadline, pace: Pace | None = None
+    ) -> None:
         self._sink = sink
         self._deadline = deadline
+        self._pace = pace
         self._moves = Moves()
         self._copies: dict[proc.Identity, _Copy] = {}
         # Processes that hold nothing of ours: only who is forked later can.
@@ -148,13 +155,20 @@ class Precopy:
         return found
 
     @property
+    def pace(self) -> Pace | None:
+        """What it is held back by."""
+        return self._pace
+
+    @property
     def reasons(self) -> list[str]:
         """Why processes are not tracked."""
         return sorted({copy.tracker.reason for copy in self._copies.values()} - {""})
 
-    def begin(self, sink: MemberSink, deadline: clock.Deadline, epoch: str) -> None:
+    def begin(
+        self, sink: MemberSink, deadline: clock.Deadline, epoch: str, pace: Pace | None = None
+    ) -> None:
         """Begin another copy of the tree, in ``sink``, after the last one became ``epoch``."""
-        self._sink, self._deadline = sink, deadline
+        self._sink, self._deadline, self._pace = sink, deadline, pace
         self._settled = {}
         self.rounds, self.shrinks, self.cut_bytes = [], True, 0
         for who, copy in list(self._copies.items()):
@@ -166,7 +180,8 @@ class Precopy:
         self._clean = {who for who in self._clean if proc.alive(who)}
 
     def run(self, root: int) -> None:
-        """Copy the tree below ``root`` until little is left or it does not get less.
+        """Copy the tree below ``root``, not quicker than ``pace`` allows, until little is left or
+        it does not get less.
 
         Raises:
             errors.NotFound: the root has ended.
@@ -187,7 +202,7 @@ class Precopy:
 
     def round(self, root: int, *, rested: bool = False) -> int:
         """Copy once what the trackers ask for, or with ``rested`` only what has not been written
-        since the round before; say how many bytes. Raises as ``run``.
+        since the round before, at the pace; say how many bytes. Raises as ``run``.
         """
         began_s = clock.monotonic_s()
         self._root = root
@@ -196,7 +211,8 @@ class Precopy:
             with contextlib.suppress(errors.NotFound):
                 self._take_back(pid)
                 copy = self._copy(proc.identity(pid))
-                total += copy.round(self._sink, self._deadline, rested=rested)
+                pace = self._pace if rested else None
+                total += copy.round(self._sink, self._deadline, pace, rested=rested)
         self.rounds.append(Round(total, clock.monotonic_s() - began_s))
         return total
 
@@ -325,6 +341,7 @@ def _draft(
     space: AddressSpace,
     memory: ForeignMemory,
     ranges: Ranges,
+    pace: Pace | None = None,
     *,
     standing: bool = False,
 ) -> Ranges:
@@ -332,6 +349,8 @@ def _draft(
     done = [pagemap.none()]
     for batch in _batches(ranges):
         size_bytes = sum(length for _, length in batch)
+        if pace is not None:
+            pace.wait(size_bytes)
         data = memoryview(bytearray(size_bytes))
         counts = (memory.read_standing if standing else memory.read)(batch, data)
         runs = []

@@ -1,0 +1,23 @@
+"""How the memory of a member came into its image, for people.
+
+Promises: pure; images of before this was noted do not tell.
+Does not: say how long the member stood still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def told(stop: Mapping[str, Any]) -> list[str]:
+    """A line about the ``stop`` of a member's document, if it tells anything."""
+    if stop.get("path") == "precopy":
+        line = "Memory copied while it ran"
+        if stop.get("heldBackSeconds"):
+            line += f", held back for {stop['heldBackSeconds']:.1f} s for the job's speed"
+        if stop.get("hurried"):
+            line += ", in the end at full speed to be in time"
+        return [line]
+    because = f": {stop['because']}" if stop.get("because") else ""
+    return [f"Memory copied while it stood still{because}"] if stop.get("path") else []
