@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import select
@@ -204,6 +205,51 @@ def test_what_another_one_is_told_of_the_same_process_is_not_kept_from_this_one(
     for into in (image, other_image):
         assert copied(into, program, 2, 4) == program.first_bytes(2, 4) == b"\2" * 1024
         assert copied(into, program, 40, 4) == program.first_bytes(40, 4) == b"\3" * 1024
+
+
+def kind_and_bytes(copy: Precopy, program: Program) -> tuple[dict[str, int], int]:
+    """Copy once more; how it is tracked, and what had to be read while it stood still."""
+    copy.begin(MemoryImage(("one", MemoryImage())), clock.Deadline.after(60), "one")
+    copy.round(program.pid)
+    program.stop()
+    copy.finish(copy.cut([program.pid]), MemoryImage())
+    os.kill(program.pid, signal.SIGCONT)
+    return copy.kinds, copy.cut_bytes
+
+
+def test_who_could_not_be_tracked_is_tried_again_with_the_next_copy(
+    program: Program, tmp_path: pathlib.Path
+) -> None:
+    """A watch may last for days."""
+    program.do("map(2, 16)")
+    program.do("fill(2, 16, 1)")
+    path = tmp_path / "direct"
+    opened = f"globals().update(fd=os.open('{path}', os.O_RDWR | os.O_CREAT | os.O_DIRECT)) or 0"
+    with contextlib.closing(Precopy(MemoryImage(), clock.Deadline.after(60))) as copy:
+        # Before it is met, and while it is tracked.
+        for _ in range(2):
+            program.do(opened)
+            kinds, cut_bytes = kind_and_bytes(copy, program)
+            assert cut_bytes >= 16 << 20
+            assert copy.reasons
+            program.do("os.close(fd)")
+            kinds, cut_bytes = kind_and_bytes(copy, program)
+            assert (kinds, copy.reasons) == ({"write-protect": 1}, [])
+            assert cut_bytes < 8 << 20
+
+
+def test_mappings_that_could_not_be_followed_are_tried_again_with_the_next_copy(
+    program: Program,
+) -> None:
+    program.do("map(2, 16)")
+    program.do("fill(2, 16, 1)")
+    with contextlib.closing(Precopy(MemoryImage(), clock.Deadline.after(60))) as copy:
+        with contextlib.closing(Precopy(MemoryImage(), clock.Deadline.after(60))) as other:
+            other.round(program.pid)
+            _, cut_bytes = kind_and_bytes(copy, program)
+            assert cut_bytes >= 16 << 20
+        _, cut_bytes = kind_and_bytes(copy, program)
+        assert cut_bytes < 8 << 20
 
 
 def test_what_another_one_follows_counts_as_written(program: Program) -> None:

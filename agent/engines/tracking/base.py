@@ -39,6 +39,14 @@ class Tracker(Protocol):
         not written since they were given out. May name pages that do not exist.
         """
 
+    def again(self) -> bool:
+        """Another copy begins: try anew what could not be tracked in the last one. False: for that
+        it must be made anew.
+
+        Raises:
+            errors.NotFound: the process has ended.
+        """
+
     def take_back(self, pid: int) -> None:
         """Leave nothing in this process, which was forked meanwhile and is seen for the first time.
 

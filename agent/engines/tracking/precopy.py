@@ -172,7 +172,10 @@ class Precopy:
         self._settled = {}
         self.rounds, self.shrinks, self.cut_bytes = [], True, 0
         for who, copy in list(self._copies.items()):
-            if proc.alive(who):
+            again = False
+            with contextlib.suppress(errors.NotFound):
+                again = proc.alive(who) and copy.tracker.again()
+            if again:
                 copy.recall(sink, epoch)
             else:
                 del self._copies[who]

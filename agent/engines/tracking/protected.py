@@ -99,6 +99,15 @@ class Protected:
         self._look_for_arrivals()
         return pagemap.without(np.concatenate(found), self._arrived)
 
+    def again(self) -> bool:
+        """See ``base.Tracker``. While its writes could escape nothing was named as unchanged, so
+        that all of it is read once more.
+        """
+        self._refused.clear()
+        if self.reason:
+            self.reason = areas.escapes(self._who.pid)
+        return True
+
     def close(self) -> None:
         """Drop all protection, also where a child that was forked at the wrong moment still holds
         the descriptor: nobody would read what it tells of moves, and who moves a mapping would wait

@@ -42,6 +42,10 @@ class Untracked:
         """None."""
         return pagemap.none()
 
+    def again(self) -> bool:
+        """Perhaps it can be tracked by now."""
+        return False
+
     def take_back(self, pid: int) -> None:
         """Nothing was put there."""
 
