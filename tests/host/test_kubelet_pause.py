@@ -102,9 +102,20 @@ def test_a_container_that_ends_meanwhile_is_no_error(group: Group) -> None:
     assert gone.stop_s is None
 
 
+# With one child it is a container's parent. With a second one, called "criu", it has just lost its
+# containerd in the middle of a checkpoint: the runc that it asked is gone, and what that left holds
+# the container by other means than the freezer, which it closes at its end as it had found it. Like
+# runc, it lets nothing go on whose freezer is open.
 SHIM = """
-import os, socket, struct, sys
-path, group = sys.argv[1:]
+import os, signal, socket, struct, sys, time
+path, group, api, criu = sys.argv[1:]
+v1 = os.path.exists(group + "/freezer.state")
+def frozen():
+    file, sign = ("freezer.state", "FROZEN") if v1 else ("cgroup.events", "frozen 1")
+    return sign in open(f"{group}/{file}").read()
+def freeze(yes):
+    file, texts = ("freezer.state", ("THAWED", "FROZEN")) if v1 else ("cgroup.freeze", "01")
+    open(f"{group}/{file}", "w").write(texts[yes])
 child = os.fork()
 if child == 0:
     os.execvp("sleep", ["sleep", "60"])
@@ -112,18 +123,28 @@ open(group + "/cgroup.procs", "w").write(str(child))
 server = socket.socket(socket.AF_UNIX)
 server.bind(path)
 server.listen()
+signal.signal(signal.SIGCHLD, lambda *_: (os.wait(), freeze(True), print("ended", flush=True)))
+if criu and not (left := os.fork()):
+    os.execv(criu, ["criu", "30"])
+while criu and open(f"/proc/{left}/comm").read() != "criu\\n":
+    time.sleep(0.01)
 print(child, flush=True)
 while True:
     client, _ = server.accept()
     with client:
         size, stream, kind, flags = struct.unpack(">IIBB", client.recv(10))
         message = client.recv(size)
-        print(stream, kind, message, flush=True)
-        if b"v3" in message:
-            name, text = ("freezer.state", "THAWED") if os.path.exists(
-                group + "/freezer.state") else ("cgroup.freeze", "0")
-            open(f"{group}/{name}", "w").write(text)
-        client.sendall(struct.pack(">IIBB", 0, stream, 2, 0))
+        if api.encode() not in message:
+            said, status = "unknown", b"\\x0a\\x02\\x08\\x0c"
+        elif not frozen():
+            said, status = "not paused", b"\\x0a\\x02\\x08\\x02"
+        else:
+            freeze(False)
+            said, status = "resumed", b""
+        print(stream, kind, message, said, flush=True)
+        client.sendall(struct.pack(">IIBB", len(status), stream, 2, 0) + status)
+    if criu and said == "resumed":
+        os.kill(left, signal.SIGTERM)
 """
 
 
@@ -132,34 +153,37 @@ class Paused:
 
     id = "c" * 64
 
-    def __init__(self, group: Group, folder: Path) -> None:
+    def __init__(self, group: Group, folder: Path, api: str = "v3", criu: str = "") -> None:
         self.folder = folder / "containerd/s"
         self.folder.mkdir(parents=True)
         path = str(self.folder / ("a" * 64))
         assert len(path) < 108
-        self.popen = subprocess.Popen(
-            [sys.executable, "-c", SHIM, path, str(group.path)], stdout=subprocess.PIPE, text=True
-        )
+        argv = [sys.executable, "-c", SHIM, path, str(group.path), api, criu]
+        self.popen = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
         assert self.popen.stdout
         self.out = self.popen.stdout
         pid = int(self.out.readline())
         self.container = Container(id=self.id, name="c", pid=pid, rootfs="")
 
     def end(self) -> list[str]:
+        """What it was asked and said."""
         if self.popen.poll() is None:  # the container is nobody's to wait for, and may be gone then
-            os.kill(self.container.pid, signal.SIGKILL)
             self.popen.kill()
             self.popen.wait()
+            os.kill(self.container.pid, signal.SIGKILL)
         return [] if self.out.closed else self.popen.communicate()[0].splitlines()
+
+    def said(self, version: int, answer: str) -> str:
+        """Asked as containerd asks: task API, method, the container's id."""
+        task = b"\x0a\x17containerd.task.v%d.Task\x12\x06Resume\x1aB\x0a@%s"
+        return f"1 1 {task % (version, self.id.encode())!r} {answer}"
 
 
 @pytest.fixture
-def paused(group: Group) -> Iterator[Paused]:
+def folder() -> Iterator[Path]:
     # pytest's own folders have names that are too long for a socket's.
-    with tempfile.TemporaryDirectory(prefix="shim-") as folder:
-        made = Paused(group, Path(folder))
-        yield made
-        made.end()
+    with tempfile.TemporaryDirectory(prefix="shim-") as made:
+        yield Path(made)
 
 
 def fail(group: Group) -> None:
@@ -169,18 +193,35 @@ def fail(group: Group) -> None:
     raise errors.DumpFailed("the runtime has gone")
 
 
+@pytest.mark.parametrize("api", ["v3", "v2"])
 def test_a_container_that_a_failed_checkpoint_left_paused_goes_on(
-    group: Group, paused: Paused
+    group: Group, folder: Path, api: str
 ) -> None:
-    with pytest.raises(errors.DumpFailed), resume.guarded(paused.container):
-        fail(group)
-    assert not pause.Freezer(paused.container.pid).frozen()
-    # Its shim was asked as containerd asks: task API, method, the container's id.
-    said = [
-        b"\x0a\x17containerd.task.v%d.Task\x12\x06Resume\x1aB\x0a@%s" % (version, b"c" * 64)
-        for version in (3, 2)
-    ]
-    assert paused.end() == [f"1 1 {each!r}" for each in said]
+    paused = Paused(group, folder, api)
+    try:
+        with pytest.raises(errors.DumpFailed), resume.guarded(paused.container):
+            fail(group)
+        assert not pause.Freezer(paused.container.pid).frozen()
+    finally:
+        said = paused.end()
+    unknown = [] if api == "v3" else [paused.said(3, "unknown")]
+    assert said == [*unknown, paused.said(int(api[1]), "resumed")]
+
+
+def test_a_container_that_an_abandoned_criu_holds_is_paused_to_nobody_and_goes_on_after_it(
+    group: Group, folder: Path
+) -> None:
+    criu = folder / "criu"
+    criu.symlink_to("/bin/sleep")
+    paused = Paused(group, folder, criu=str(criu))
+    try:
+        with pytest.raises(errors.DumpFailed), resume.guarded(paused.container):
+            raise errors.DumpFailed("the runtime has gone")
+        assert not pause.Freezer(paused.container.pid).frozen()
+    finally:
+        said = paused.end()
+    # Containerd's successor asks long before such a CRIU ends.
+    assert said == [paused.said(3, "resumed"), "ended"]
 
 
 def test_without_a_shim_the_freezer_itself_is_opened(group: Group) -> None:

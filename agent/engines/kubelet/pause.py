@@ -22,8 +22,11 @@ from agent.host import cgroups, clock
 _LOOK_S = 0.02
 # The file of version 1, of version 2, and how each says "frozen".
 _FILES = (("freezer.state", ("FROZEN", "FREEZING")), ("cgroup.events", ("frozen 1",)))
-# What to write where, so that it goes on.
-_THAW = {"freezer.state": ("freezer.state", "THAWED"), "cgroup.events": ("cgroup.freeze", "0")}
+# What to write where, so that it stops, and goes on.
+_WRITTEN = {
+    "freezer.state": ("freezer.state", "FROZEN", "THAWED"),
+    "cgroup.events": ("cgroup.freeze", "1", "0"),
+}
 
 
 class Freezer:
@@ -46,9 +49,18 @@ class Freezer:
             return False  # the container has ended
         return any(sign in lines for sign in self._signs)
 
+    def freeze(self) -> None:
+        """Begin to stop it; one that has ended, or cannot be seen, is fine."""
+        self._write(1)
+
     def thaw(self) -> None:
-        """Let it go on; one that has ended is fine."""
-        name, text = _THAW[self._name]
+        """Let it go on; likewise."""
+        self._write(2)
+
+    def _write(self, which: int) -> None:
+        if not self.seen:
+            return
+        name, text = _WRITTEN[self._name][0], _WRITTEN[self._name][which]
         with (
             contextlib.suppress(OSError),
             open(os.path.join(self._group, name), "w", encoding="ascii") as file,

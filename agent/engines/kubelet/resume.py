@@ -1,37 +1,38 @@
 """A container that its runtime stopped for a checkpoint and never let go on.
 
 containerd pauses a container while it writes and packs the checkpoint, and only that containerd
-knows. If it ends meanwhile, by a crash or an ordinary restart, the container stays paused, its
-successor cannot make sense of that, and the kubelet then kills the container and starts it from the
-beginning. So when a call has failed, the container is looked at, and if it stands still, its shim
-is asked to let it go on: before the successor looks, which takes it some tenths of a second. That
-succeeds once CRIU is done and the runtime only packs, which is most of the time; a container whose
-runtime is ended while CRIU works and is back before it is done cannot be saved from here.
+knows why. If it ends meanwhile, by a crash or an ordinary restart, the container's shim still has
+it down as paused. Its successor asks the shim as it starts, some tenths of a second later, cannot
+make sense of that, and the kubelet then kills the container and starts it from the beginning. So
+when a call has failed, the shim is asked at once to let the container go on.
 
-The shim (one a pod, the parent of its containers' first processes) speaks ttrpc on a socket of its
-own. What must be said is one message: ``Resume`` with the container's name. Its answer does not
-matter, the freezer shows what came of it. Without a shim (CRI-O), the freezer is the whole state.
+Two things make that more than one word. When containerd ends, its shim kills the runc that it had
+begun to checkpoint with, but not CRIU below it, which works on until it notices at its end that
+nobody listens: seconds, for a container with much memory. Meanwhile the container's freezer is
+open, since CRIU holds the processes by ptrace, so that runc finds nothing paused and refuses to let
+it go on, and the shim still has it down as paused. Hence the freezer is closed for the instant of
+the question. And such a CRIU leaves the freezer as it had found it: closed. Hence it is waited for.
 
-Sources: github.com/containerd/ttrpc (PROTOCOL.md), containerd's api/runtime/task/v3/shim.proto.
+Sources: containerd's client/task.go (Checkpoint), internal/cri/server/restart.go (loadContainer),
+cmd/containerd-shim-runc-v2/process/init_state.go; ttrpc's server.go (a connection's end cancels
+what was asked on it); CRIU's criu/seize.c (freeze_processes, freezer_restore_state).
 
 Promises: a container that ran before the call does not stand still after one that failed, or that
 is logged; one that stood still stays so.
-Does not: raise; the call's own error is what is to be told.
+Does not: raise; the call's own error is what is to be told. Nor end CRIU, whose code is in the
+processes as long as it works; they stand still until it is through, as they would have.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import re
-import socket
-import struct
 from collections.abc import Iterator
 
 from agent import errors
 from agent.engines.kubelet import pause
-from agent.host import clock, proc, sockets
+from agent.engines.kubelet.shim import Shim
+from agent.host import clock, proc
 from agent.model.container import Container
 
 log = logging.getLogger(__name__)
@@ -40,14 +41,12 @@ log = logging.getLogger(__name__)
 _QUIET_S = 0.5
 # A checkpoint that nobody waits for any more is still written to its end.
 _GIVE_UP_S = 60.0
-_LOOK_S = 0.02
-_SHIM_SOCKET = re.compile(r"/\S*/containerd/s/[0-9a-f]{64}")
-# containerd 2 and 1.
-_SERVICES = ("containerd.task.v3.Task", "containerd.task.v2.Task")
-# ttrpc: length of what follows, stream (odd for clients), type 1 for a request, no flags.
-_HEAD = struct.Struct(">IIBB")
-_REQUEST = 1
-_ANSWER_BYTES = 4096
+_ABANDONED_S = 600.0
+# For a shim to see that its containerd is gone, and to have ended runc.
+_NOTICE_S = 0.3
+# For a shim to run runc, on a busy node. The processes are doubly held meanwhile.
+_RESUME_S = 10.0
+_LOOK_S = 0.01
 
 
 @contextlib.contextmanager
@@ -61,76 +60,104 @@ def guarded(container: Container) -> Iterator[None]:
         yield
     except BaseException:
         if not before:
-            _let_go_on(container, freezer)
+            _LetGo(container, freezer).run()
         raise
 
 
-def _let_go_on(container: Container, freezer: pause.Freezer) -> None:
-    """Return when the container has run for ``_QUIET_S``."""
-    facts = {"container": container.id, "pid": container.pid}
-    shim = _shim_socket(container.pid)
-    deadline = clock.Deadline.after(_GIVE_UP_S)
-    while True:
-        paused = freezer.frozen()
-        for service in _SERVICES if shim else ():
+class _LetGo:
+    """Lets one container go on."""
+
+    def __init__(self, container: Container, freezer: pause.Freezer) -> None:
+        self._container = container
+        self._freezer = freezer
+        self._shim = Shim.of(container.pid)
+        self._facts = {"container": container.id, "pid": container.pid}
+        # Whether the runtime has it down as running again.
+        self._told = self._shim is None
+        self._longest = clock.Deadline.after(_ABANDONED_S)
+
+    def run(self) -> None:
+        """Return when the container has run for ``_QUIET_S``."""
+        deadline = clock.Deadline.after(_GIVE_UP_S)
+        stood = False
+        while True:
+            # A shim that has just lost its containerd has not ended its runc yet.
+            clock.wait_until(self._nobody_waits, deadline.sooner(_NOTICE_S), every_s=_LOOK_S)
+            abandoned = self._abandoned()
+            stood = stood or abandoned or self._freezer.frozen()
+            answered = self._told or self._tell(deadline, hold=abandoned)
+            if self._freezer.frozen() and (answered or deadline.expired):
+                self._freezer.thaw()
+            if abandoned:
+                deadline = self._longest
+                self._wait_for_criu()
+            elif self._runs():
+                if stood:
+                    log.warning(
+                        "the runtime had left a container paused; it goes on", extra=self._facts
+                    )
+                return
+            if deadline.expired:
+                log.error(
+                    "a container stays paused after a checkpoint that failed", extra=self._facts
+                )
+                return
+
+    def _tell(self, deadline: clock.Deadline, *, hold: bool) -> bool:
+        """Have the shim take it for running; whether it answered. One whose CRIU was abandoned is
+        held for the question: what is not paused cannot go on.
+        """
+        if self._shim is None:
+            return True
+        if not hold:
             # One that is still at the checkpoint answers when that has ended: until then its
             # processes may run, and be stopped again at the end.
-            _ask(shim, service, container.id, deadline)
-        if not shim and paused:
-            freezer.thaw()
-        if _stays(freezer):
-            if paused:
-                log.warning("the runtime had left a container paused; it goes on", extra=facts)
-            return
-        if deadline.expired:
-            log.error("a container stays paused after a checkpoint that failed", extra=facts)
-            return
-
-
-def _stays(freezer: pause.Freezer) -> bool:
-    """Whether it runs for a while from now."""
-    return not clock.wait_until(freezer.frozen, clock.Deadline.after(_QUIET_S), every_s=_LOOK_S)
-
-
-def _shim_socket(init: int) -> str:
-    """Where the shim of the container with this first process listens, as this program sees it;
-    "" if its parent is no shim.
-    """
-    with contextlib.suppress(errors.NotFound, errors.PrivilegeMissing):
-        shim = proc.stat(init).ppid
-        known = sockets.table(shim)
-        for file in proc.open_files(shim):
-            each = known.get(file.inode) if file.link.startswith("socket:") else None
-            if each is not None and each.state == "listen" and _SHIM_SOCKET.fullmatch(each.local):
-                return f"/proc/{shim}/root{each.local}"
-    return ""
-
-
-def _ask(path: str, service: str, container_id: str, deadline: clock.Deadline) -> None:
-    """Say ``Resume``; wait for the answer, whatever it is. To one that runs it is an error of no
-    consequence.
-    """
-    message = _text(1, service) + _text(2, "Resume") + _text(3, _text(1, container_id))
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as shim:
-            shim.settimeout(max(_LOOK_S, deadline.remaining_s))
-            # The name of a socket has at most 107 bytes; the one by a descriptor is short.
-            folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            answer = self._shim.resume(self._container.id, deadline, lambda: None)
+        else:
             try:
-                shim.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+                answer = self._shim.resume(
+                    self._container.id, deadline.sooner(_RESUME_S), self._freezer.freeze
+                )
             finally:
-                os.close(folder)
-            shim.sendall(_HEAD.pack(len(message), 1, _REQUEST, 0) + message)
-            shim.recv(_ANSWER_BYTES)
-    except OSError as exc:
-        log.warning("a container's shim cannot be asked: %s", exc, extra={"path": path})
+                self._freezer.thaw()
+        self._told = answer is True
+        return answer is not None
 
+    def _wait_for_criu(self) -> None:
+        """Until one that was abandoned is through, or it is time to ask the shim again."""
+        until = self._longest if self._told else self._longest.sooner(_QUIET_S)
+        clock.wait_until(
+            lambda: self._freezer.frozen() or not self._abandoned(), until, every_s=_LOOK_S
+        )
 
-def _text(number: int, value: str | bytes) -> bytes:
-    """A field of a protobuf message: text, or a message."""
-    raw = value.encode() if isinstance(value, str) else value
-    length, size = len(raw), b""
-    while length >= 0x80:
-        size += bytes([length & 0x7F | 0x80])
-        length >>= 7
-    return bytes([number << 3 | 2]) + size + bytes([length]) + raw
+    def _runs(self) -> bool:
+        """Whether it runs for a while from now."""
+        return not clock.wait_until(
+            lambda: self._freezer.frozen() or self._abandoned(),
+            clock.Deadline.after(_QUIET_S),
+            every_s=_LOOK_S,
+        )
+
+    def _nobody_waits(self) -> bool:
+        """Whether no CRIU works on the container that somebody else waits for."""
+        return not self._tracer() or self._abandoned()
+
+    def _abandoned(self) -> bool:
+        """Whether a CRIU works on the container whose runc is gone: it has become the shim's own
+        child, or the first process's where there is no shim that takes it.
+        """
+        with contextlib.suppress(errors.NotFound):
+            heirs = {1} if self._shim is None else {1, self._shim.pid}
+            tracer = self._tracer()
+            if tracer and proc.stat(tracer).ppid in heirs:
+                return True
+            # It may not hold the processes yet, or not any more.
+            if self._shim is not None:
+                return any(proc.stat(each).comm == "criu" for each in proc.children(self._shim.pid))
+        return False
+
+    def _tracer(self) -> int:
+        try:
+            return proc.status(self._container.pid).tracer_pid
+        except errors.NotFound:
+            return 0
