@@ -124,6 +124,15 @@ class CutTorn(DumpFailed):
     retryable = True
 
 
+class ConnectionUnaccepted(DumpFailed):
+    """A program had not accepted a connection yet when it was stopped: that end of it would have
+    been lost. It usually has a moment later.
+    """
+
+    code = "connection-unaccepted"
+    retryable = True
+
+
 class RestoreFailed(Failed):
     """The engine could not bring the tree back; nothing of it is left running."""
 

@@ -3,12 +3,15 @@
 Promises: every pod's agent is known and answers before any pod is told anything; the report says
 how long each step took; what failed is raised as the error of the member that failed first, with
 the member's name; whatever happens, each pod goes on, unless ``course`` ends it after the commit.
+A cut that would lose a connection between members, which one of them has not accepted yet, is tried
+again before that is put up with.
 Does not: know what makes pods a group.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +22,12 @@ from agent.cluster.session import Session
 from agent.coordinator.driver import Cancelled, Driver, Limits, Report
 from agent.coordinator.links import Call, Links, Mailbox
 from agent.coordinator.machine import Coordination, State
+from agent.host import clock
+from agent.model import jobset
 from agent.model.protocol import Course, Decision, Said, Step, Told
 from agent.rpc import epochclient, results
+
+_log = logging.getLogger(__name__)
 
 # Tokens grow with time, so that a coordinator that begins later is obeyed by members of the same
 # epoch; the low bits tell two of the same second apart.
@@ -28,16 +35,32 @@ _TOKEN_BITS = 20
 # Beyond a second that each call may wait: as long as a member that hears nothing stands still, so
 # long do the others at most if it is the one who is silent (``node.session``).
 _SILENT_S = 4.0
+# Cuts that are tried again for connections which were not accepted, and what lies between: a
+# program accepts within milliseconds, unless it is at something else; the random part keeps the
+# next stop from meeting the same moment of something that comes again and again.
+_UNACCEPTED_AGAIN = 2
+_UNACCEPTED_WAIT_S = (0.05, 0.25)
+# What is tried again for them may find that the post hooks of the try before still run in a pod.
+_BUSY_S = 60.0
+_BUSY_AGAIN_S = 0.5
+# More than this many addresses leave no room in a request for what else is in it (epochs.proto).
+_MOST_ADDRESSES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A pod that takes part, and its node."""
+    """A pod that takes part, its node, and the addresses that are its own."""
 
     name: str
     pod: str
     uid: str
     node: str
+    addresses: tuple[str, ...] = ()
+
+
+def member(found: jobset.Member) -> Member:
+    """Of a pod that was found to be one."""
+    return Member(found.identity, found.pod, found.uid, found.node, found.addresses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +88,23 @@ class Control:
         self.mailbox = Mailbox()
         self._asked = threading.Event()
 
+    def begin(self) -> Mailbox:
+        """An empty mailbox for what begins now: words of members to what was given up before must
+        not be taken for answers.
+        """
+        self.mailbox = Mailbox()
+        if self._asked.is_set():
+            self.cancel()
+        return self.mailbox
+
     def cancel(self) -> None:
         """Ask; too late once the commit was asked for."""
         self._asked.set()
         self.mailbox.put(Cancelled("interrupted"))
 
-    def check(self) -> None:
-        """Raise ``errors.Interrupted`` if that was asked."""
-        if self._asked.is_set():
+    def check(self, wait_s: float = 0.0) -> None:
+        """Raise ``errors.Interrupted`` if that was asked, or is within ``wait_s``."""
+        if self._asked.wait(wait_s):
             raise errors.Interrupted("interrupted")
 
 
@@ -96,13 +128,70 @@ def run(
     named: Callable[[epochclient.Epoch], None] = lambda epoch: None,
 ) -> Checkpoint:
     """Take an epoch of ``members`` as ``group``; ``now_s`` is wall time. ``named`` is called with
-    the epoch's name before any pod is told anything; if it raises, none is.
+    the epoch's name before any pod is told anything; if it raises, none is. Both happen again with
+    another epoch where a connection between members was not accepted yet.
 
     Raises:
         errors.Refused | errors.Unreachable: before any pod was touched.
         errors.Failed | errors.CkptError: given up; every pod goes on.
     """
-    namespace, control = session.namespace, control or Control()
+    began_s = clock.monotonic_s()
+    control = control or Control()
+    within = tuple(address for each in members for address in each.addresses)
+    if len(within) > _MOST_ADDRESSES:
+        within = ()
+    again, busy = 0, clock.Deadline.after(0.0)
+    while True:
+        before_s = clock.monotonic_s() - began_s
+        try:
+            found = _once(
+                session,
+                group,
+                members,
+                course,
+                facts=facts,
+                now_s=now_s + before_s,
+                storage=storage,
+                limits=limits or Limits(),
+                control=control,
+                watch=watch,
+                named=named,
+                within=within if again < _UNACCEPTED_AGAIN else (),
+            )
+        except errors.ConnectionUnaccepted as exc:
+            if again == _UNACCEPTED_AGAIN:
+                raise
+            _log.warning(
+                "a connection was not accepted yet; the cut is tried again",
+                extra={"facts": {"group": group, "reason": exc.message}},
+            )
+            again, busy = again + 1, clock.Deadline.after(_BUSY_S)
+            control.check(secrets.SystemRandom().uniform(*_UNACCEPTED_WAIT_S))
+        except errors.TargetBusy:
+            if busy.expired:
+                raise
+            control.check(_BUSY_AGAIN_S)
+        else:
+            return dataclasses.replace(found, durable_s=found.durable_s + before_s)
+
+
+def _once(
+    session: Session,
+    group: str,
+    members: Sequence[Member],
+    course: Course,
+    *,
+    facts: Mapping[str, Any],
+    now_s: float,
+    storage: str,
+    limits: Limits,
+    control: Control,
+    watch: Callable[[State], None],
+    named: Callable[[epochclient.Epoch], None],
+    within: tuple[str, ...],
+) -> Checkpoint:
+    """As ``run``, once. Leave a connection from ``within`` out of no image."""
+    namespace = session.namespace
     agents = {each.node: session.agent_of(each.node) for each in members}
     epoch = session.any_agent(lambda agent: agent.epochs.new(namespace, group, storage))
     named(epoch)
@@ -113,7 +202,7 @@ def run(
 
     def call_of(member: Member) -> Call:
         leads = member is members[0]
-        pod = epochclient.Pod(member.name, member.pod, member.uid, leads=leads)
+        pod = epochclient.Pod(member.name, member.pod, member.uid, leads=leads, within=within)
         epochs = agents[member.node].epochs
         deadline_s = session.settings.dump_deadline_s
 
@@ -135,9 +224,9 @@ def run(
         decided.append(found)
         return found.decision
 
-    made = Coordination(course, len(members), token(now_s))
-    with Links(control.mailbox, [call_of(each) for each in members], decide).open() as links:
-        report = Driver(made, links, control.mailbox, limits or Limits(), watch).run()
+    made, mailbox = Coordination(course, len(members), token(now_s)), control.begin()
+    with Links(mailbox, [call_of(each) for each in members], decide).open() as links:
+        report = Driver(made, links, mailbox, limits, watch).run()
     if not report.committed:
         raise failed(
             report,

@@ -246,7 +246,7 @@ class Course:
             waiting = self._await_waiting(intent, detail.image.members)
             self._await_agents({each["spec"]["nodeName"] for each in waiting.values()})
         with self.timed(Step.RESTORE):
-            now = {each: jobsetrestore.addresses(pod) for each, pod in waiting.items()}
+            now = {each: jobset.addresses(pod) for each, pod in waiting.items()}
             done = restore.run(
                 self._session,
                 detail.image.group,
@@ -302,7 +302,7 @@ class Course:
         """What to tell of a JobSet that runs in the pods that waited."""
         image = jobsetchecks.name_of(detail.image)
         self._forget_intent(image, {each["metadata"]["uid"] for each in waiting.values()})
-        now = {each: jobsetrestore.addresses(pod) for each, pod in waiting.items()}
+        now = {each: jobset.addresses(pod) for each, pod in waiting.items()}
         return Returned(
             image=detail.image,
             pods=tuple(

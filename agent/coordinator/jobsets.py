@@ -72,6 +72,4 @@ def dump(
 
 def members_of(made: jobset.Membership) -> list[checkpoint.Member]:
     """Those who take part."""
-    return [
-        checkpoint.Member(each.identity, each.pod, each.uid, each.node) for each in made.members
-    ]
+    return [checkpoint.member(each) for each in made.members]

@@ -88,7 +88,7 @@ def _members(
     pods = objects.pods(api, namespace, selector=selector)
     of_jobsets = {each: jobsets.pods(api, namespace, each) for each in selection.owned(pods)}
     made = selection.membership(selector, pods, of_jobsets)
-    found = [checkpoint.Member(each.identity, each.pod, each.uid, each.node) for each in made]
+    found = [checkpoint.member(each) for each in made]
     taking = {each.pod for each in found}
     said = {
         name: each["metadata"].get("annotations") or {}
@@ -124,7 +124,7 @@ def restore(
     detail = _detail(session, selection.group(group), epoch, storage)
     image = f"{detail.image.group}@{detail.image.epoch}"
     ready = _await_pods(session, sorted(detail.pods), image, control)
-    now = {name: jobsetrestore.addresses(pod) for name, pod in ready.items()}
+    now = {name: jobset.addresses(pod) for name, pod in ready.items()}
     done = coordinator_restore.run(
         session,
         group,
@@ -199,7 +199,7 @@ def _returned(
             Pod(
                 name,
                 detail.pods[name],
-                jobsetcourse.placement(pod, jobsetrestore.addresses(pod)),
+                jobsetcourse.placement(pod, jobset.addresses(pod)),
                 done.lost.get(name, ()),
             )
             for name, pod in sorted(ready.items())

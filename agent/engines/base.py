@@ -132,6 +132,10 @@ class CaptureOptions:
     deadline_s: float = 600.0
     include: tuple[str, ...] = ()
     tcp_established: bool = True
+    # The addresses of all that is cut together, ``cut.LOCALHOST`` for this member's own loopback:
+    # an engine that would leave a connection out of the image, since the member has not accepted
+    # it yet, gives the capture up instead if it comes from one of them.
+    within: frozenset[str] = frozenset()
     ghost_limit_bytes: int = 1 << 30
     kill: bool = False
     log_level: int = 2

@@ -22,6 +22,9 @@ STATES = (
 )
 _TYPES = {1: "stream", 2: "dgram", 5: "seqpacket"}
 
+# Before Python 3.13 the last two words are shown as others, in hexadecimal.
+_MAPPED = re.compile(r"\[(::ffff:[0-9a-f.]+(?::[0-9a-f]+)?)\]")
+
 # linux/netlink.h, linux/sock_diag.h, linux/unix_diag.h
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -66,7 +69,9 @@ class Socket:
 
 def unmapped(address: str) -> str:
     """``[::ffff:127.0.0.1]:80`` as ``127.0.0.1:80``: so it travels, and so filters see it."""
-    return re.sub(r"^\[::ffff:([0-9.]+)\]", r"\1", address)
+    found = _MAPPED.match(address)
+    inner = ipaddress.IPv6Address(found[1]).ipv4_mapped if found else None
+    return f"{inner}{address[found.end() :]}" if found and inner else address
 
 
 def protocol(pid: int, number: int) -> str:
@@ -101,6 +106,27 @@ def of(pid: int, inodes: Iterable[int]) -> list[Socket]:
     if _same_network(pid):
         found.update((one.inode, one) for one in _unix_diag() if one.inode in wanted)
     return [found[inode] for inode in sorted(found)]
+
+
+def unaccepted(pid: int, listening: Iterable[int]) -> list[tuple[str, str]]:
+    """Both ends, this one first, of the TCP connections in the network namespace of ``pid`` that
+    have come in at one of the sockets with the inode numbers ``listening``, and that no program has
+    accepted yet; IPv4 as IPv4.
+    """
+    wanted = set(listening)
+    rows = [each for each in _inet(pid) if each.tcp]
+    doors = {unmapped(each.local) for each in rows if each.inode in wanted}
+    found = []
+    for each in rows:
+        # Such a connection is nobody's file yet. One that was closed has no file either, but then
+        # it is in none of these states.
+        if each.inode or each.state not in ("syn-recv", "established", "close-wait"):
+            continue
+        local = unmapped(each.local)
+        port = local.rpartition(":")[2]
+        if doors & {local, f"0.0.0.0:{port}", f"[::]:{port}"}:
+            found.append((local, unmapped(each.peer)))
+    return sorted(found)
 
 
 def _same_network(pid: int) -> bool:

@@ -17,9 +17,11 @@ Does not: know whether the members' clocks or files fit together.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 _SEQUENCES = 1 << 32
+# Stands for the loopback addresses of a member, which mean another place in each.
+LOCALHOST = "localhost"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -101,6 +103,20 @@ def check(ends: Iterable[End]) -> Verdict:
     return Verdict(inside // 2, tuple(torn), tuple(leaving))
 
 
+def unaccepted(connections: Iterable[tuple[str, str]], within: Collection[str]) -> tuple[str, ...]:
+    """Those of ``connections`` ("ADDRESS:PORT", of who has not accepted it yet and of who made it)
+    that come from ``within``, a name for people each: addresses of all that is cut together, and
+    ``LOCALHOST`` where whoever shares the loopback is. The end of who made it would be alone in the
+    images. Who made another one finds out as from any program that ended.
+    """
+    return tuple(
+        f"{remote} -> {local}"
+        for local, remote in connections
+        if (host := remote.rpartition(":")[0].strip("[]")) in within
+        or (LOCALHOST in within and _is_loopback(host))
+    )
+
+
 def _key(end: End) -> tuple[str, str, int, str, int]:
     # A loopback address means another place in each network namespace.
     place = end.place if _loops(end) else ""
@@ -108,7 +124,11 @@ def _key(end: End) -> tuple[str, str, int, str, int]:
 
 
 def _loops(end: End) -> bool:
-    return end.remote.startswith("127.") or end.remote == "::1"
+    return _is_loopback(end.remote)
+
+
+def _is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host == "::1"
 
 
 def _lag(sender: End, receiver: End) -> int:

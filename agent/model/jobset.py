@@ -40,6 +40,7 @@ class Member:
     pod: str
     uid: str
     node: str
+    addresses: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,12 @@ def identity(pod: Json) -> str:
     marks = {**(metadata.get("labels") or {}), **(metadata.get("annotations") or {})}
     found = [marks.get(key) for key in (_REPLICATED_JOB, _JOB_INDEX, _COMPLETION)]
     return "-".join(str(each) for each in found) if all(found) else ""
+
+
+def addresses(pod: Json) -> list[str]:
+    """A pod's own addresses, one of each family."""
+    status = pod.get("status") or {}
+    return [str(each["ip"]) for each in status.get("podIPs") or () if each.get("ip")]
 
 
 def marks(name: str, job: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -110,7 +117,8 @@ def membership(jobset: Json, pods: Sequence[Json]) -> Membership:
             reasons.append(f"pod {pod['metadata']['name']} {problem}")
             continue
         metadata, node = pod["metadata"], str(pod["spec"]["nodeName"])
-        members.append(Member(identity(pod), metadata["name"], metadata["uid"], node))
+        here = tuple(addresses(pod))
+        members.append(Member(identity(pod), metadata["name"], metadata["uid"], node, here))
     twice = {each.identity for each in members if _count(members, each.identity) > 1}
     reasons += [f"two pods run as {each}" for each in sorted(twice)]
     wanted = len(identities(jobset))

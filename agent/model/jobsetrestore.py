@@ -260,7 +260,7 @@ def gathered(pods: Iterable[Json], intent: Intent, members: Iterable[str]) -> Ga
             starting.append(f"pod {name} is a second {identity}")
         elif not (pod.get("spec") or {}).get("nodeName"):
             homeless.append(f"pod {name} has no node: {unscheduled(pod)}")
-        elif status.get("phase") != "Running" or not addresses(pod):
+        elif status.get("phase") != "Running" or not jobset.addresses(pod):
             starting.append(f"pod {name} does not run yet: {_starting(status)}")
         else:
             waiting[identity] = pod
@@ -279,12 +279,6 @@ def left_waiting(pods: Iterable[Json], image: str, restored: Collection[str]) ->
         and not metadata.get("deletionTimestamp")
         and _alive(pod)
     ]
-
-
-def addresses(pod: Json) -> list[str]:
-    """A pod's own addresses, one of each family."""
-    status = pod.get("status") or {}
-    return [str(each["ip"]) for each in status.get("podIPs") or () if each.get("ip")]
 
 
 def _starting(status: Json) -> str:

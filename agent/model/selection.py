@@ -87,6 +87,7 @@ def membership(
             str(each["metadata"]["name"]),
             str(each["metadata"]["uid"]),
             str(each["spec"]["nodeName"]),
+            tuple(jobset.addresses(each)),
         )
         for each in meant
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,11 @@ from agent.model.streams import PAGE_BYTES, AddressSpace, FileEntry, MemberSink,
 from agent.store.repository import EpochSummary, EpochWriter, Store
 
 log = logging.getLogger(__name__)
+
+# A program accepts what comes in within milliseconds, unless it is at something else; the random
+# part keeps the next stop from meeting the same moment of something that comes again and again.
+UNACCEPTED_AGAIN = 2
+_UNACCEPTED_WAIT_S = (0.05, 0.25)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +94,11 @@ class Cancel:
         """Ask; asking again changes nothing."""
         self._event.set()
 
+    def pause(self, span_s: float) -> None:
+        """Let so much time pass; as ``check``, at once when asked."""
+        self._event.wait(span_s)
+        self.check()
+
     def check(self) -> None:
         """Raise ``errors.Interrupted`` if asked."""
         if self._event.is_set():
@@ -110,17 +121,20 @@ def dump(
     """Dump ``members`` as one epoch of ``group``; ``facts`` are kept with the epoch. ``around`` is
     not told of members that were ended.
 
-    A capture that copied memory ahead and failed is made once more without.
+    A capture that copied memory ahead and failed is made once more without. One that would lose a
+    connection between members that was not accepted yet is made up to twice more; then an engine
+    that can leaves it out.
 
     Raises:
         errors.Refused: before anything was touched.
-        errors.Failed | errors.VolumeError: given up; every member is as it was before.
+        errors.Failed | errors.VolumeError: given up; every member is as it was before. It is
+            ``errors.ConnectionUnaccepted`` if the engine cannot leave one out.
         errors.Corrupt: likewise, what an engine without a cut gave or what was stored is damaged.
     """
     cancel = cancel or Cancel()
     shared_bytes = options.held_bytes // max(1, len(members))
     options = dataclasses.replace(options, kill=stop, held_bytes=shared_bytes)
-    began_s = clock.monotonic_s()
+    began_s, deadline = clock.monotonic_s(), clock.Deadline.after(options.deadline_s)
 
     def attempt(options: CaptureOptions) -> DumpOutcome:
         return _dump(
@@ -136,15 +150,34 @@ def dump(
             around or _Nothing(),
         )
 
-    try:
-        return attempt(options)
-    except errors.ShortStopFailed as exc:
-        # All members again: they have run on since.
-        log.warning(
-            "a dump that copied memory ahead failed; the plain way is taken",
-            extra={"group": group, "reason": exc.message},
-        )
-    return attempt(dataclasses.replace(options, precopy=False))
+    again = 0
+    while True:
+        try:
+            return attempt(options)
+        except errors.ShortStopFailed as exc:
+            if not options.precopy:
+                raise
+            # All members again: they have run on since.
+            log.warning(
+                "a dump that copied memory ahead failed; the plain way is taken",
+                extra={"group": group, "reason": exc.message},
+            )
+            options = dataclasses.replace(options, precopy=False)
+        except errors.ConnectionUnaccepted as exc:
+            if again == UNACCEPTED_AGAIN:
+                raise
+            again += 1
+            log.warning(
+                "a connection was not accepted yet; the dump is tried again",
+                extra={"group": group, "reason": exc.message},
+            )
+            if again == UNACCEPTED_AGAIN:
+                options = dataclasses.replace(options, within=frozenset())
+            if options.kept is not None:
+                options.kept.forget()
+            cancel.pause(secrets.SystemRandom().uniform(*_UNACCEPTED_WAIT_S))
+            deadline.check("the dump")
+            options = dataclasses.replace(options, deadline_s=deadline.remaining_s)
 
 
 def _dump(

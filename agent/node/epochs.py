@@ -244,6 +244,7 @@ class EpochService:
                     precopy_cpu_percent=self._settings.precopy_cpu_percent,
                     precopy_bytes_per_s=self._settings.precopy_rate_bytes,
                     log_level=self._settings.criu_log_level,
+                    within=_within(request),
                 ),
                 short_stop_failed=functools.partial(self._plain.add, pod.uid),
                 place=pod.uid,
@@ -390,6 +391,17 @@ def _facts(
         "leaving": [each.name for each in verdict.leaving],
         "stops": [dataclasses.asdict(stop) for each in given for stop in each.stops],
     }
+
+
+def _within(request: api.TakePartRequest) -> frozenset[str]:
+    """As the engine's options have it."""
+    if not request.within:
+        return frozenset()
+    try:
+        told = {str(ipaddress.ip_address(each)) for each in request.within}
+    except ValueError as exc:
+        raise errors.InvalidInput(f"within: {exc}") from exc
+    return frozenset((*told, cut.LOCALHOST))
 
 
 def _response(said: Said, course: protocol.Course) -> api.TakePartResponse:

@@ -19,7 +19,7 @@ from agent import errors
 from agent.engines.base import CaptureOptions, Engine, Gate, RestoredTree, RestoreOptions
 from agent.host import addresses, clock
 from agent.kube.events import Reason
-from agent.model import ids, jobset, pods
+from agent.model import cut, ids, jobset, pods
 from agent.model.container import Container
 from agent.model.hooks import Outcome
 from agent.model.pods import Placement, Pod
@@ -169,6 +169,7 @@ class PodWork:
             wanted = order.engine or ("container" if order.stop else "")
             engine = self._engines.for_dump(wanted, pod, containers)
             known = facts(pod, containers)
+            within = frozenset((*known["addresses"], cut.LOCALHOST))
             around = self._hooks.around(pod, containers)
             try:
                 outcome = node_dump.dump(
@@ -176,7 +177,7 @@ class PodWork:
                     engine,
                     ids.group_name(pod.name),
                     [node_dump.Member(ids.member_name(each.name), each.pid) for each in containers],
-                    order.options,
+                    dataclasses.replace(order.options, within=within),
                     stop=order.stop,
                     facts=known,
                     cancel=cancel,

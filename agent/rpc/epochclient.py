@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from agent import errors
-from agent.model.protocol import Answer, Course, Decision, Said, Told
+from agent.model.protocol import Answer, Course, Decision, Said, Step, Told
 from agent.rpc import convert, results, status
 from agent.rpc.v1 import epochs_pb2, epochs_pb2_grpc
 
@@ -37,13 +37,16 @@ class Epoch:
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """A pod that takes part as ``member``; the one that ``leads`` runs the hooks of the group."""
+    """A pod that takes part as ``member``; the one that ``leads`` runs the hooks of the group. A
+    connection from one of the addresses ``within`` that it has not accepted fails the cut.
+    """
 
     member: str
     name: str
     uid: str
     containers: tuple[str, ...] = ()
     leads: bool = False
+    within: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Epochs:
             wait_s=wait_s,
             deadline_s=deadline_s,
             attempt=attempt.message() if attempt else None,
+            within=pod.within if told.step is Step.PREPARE else (),
         )
         timeout_s = None if silent_s is None else wait_s + silent_s
         answer = self._once(self._stub.TakePart, request, timeout_s=timeout_s)

@@ -202,11 +202,14 @@ class Host:
         return target
 
     def popen(
-        self, argv: list[str], environment: dict[str, str] | None = None
+        self,
+        argv: list[str],
+        environment: dict[str, str] | None = None,
+        stdin: int = subprocess.DEVNULL,
     ) -> subprocess.Popen[bytes]:
         popen = subprocess.Popen(
             argv,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL if "TARGET_STDERR" not in os.environ else None,
             start_new_session=True,

@@ -240,9 +240,11 @@ class Group:
         self.boxes.all.remove(member.box)
         member.network.close()
 
-    def dump(self, members: Sequence[Member], course: Course = EVACUATE) -> checkpoint.Checkpoint:
+    def dump(
+        self, members: Sequence[Member], course: Course = EVACUATE, **more: Any
+    ) -> checkpoint.Checkpoint:
         return checkpoint.run(
-            self.session, GROUP, told(members), course, facts={}, now_s=time.time()
+            self.session, GROUP, told(members), course, facts={}, now_s=time.time(), **more
         )
 
     def epochs(self) -> list[str]:
@@ -260,7 +262,10 @@ class Group:
 
 
 def told(members: Sequence[Member]) -> list[checkpoint.Member]:
-    return [checkpoint.Member(each.name, each.box.name, each.uid, each.agent) for each in members]
+    return [
+        checkpoint.Member(each.name, each.box.name, each.uid, each.agent, (each.address,))
+        for each in members
+    ]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from agent.store.reader import EpochReader
 from agent.store.repository import Store
 from agent.volumes.directory import DirectoryVolume
 from tests.host.conftest import TARGETS, Host, Target
+from tests.host.nodes import wait_for
 
 GROUP = ids.group_name("job")
 
@@ -143,6 +145,70 @@ def test_trees_that_talk_to_each_other_are_cut_at_one_moment_and_lose_nothing(
         for _, tree in trees:
             tree.kill()
     job.host.assert_clean()
+
+
+# Accepts who calls when it is told to, and answers what it is sent.
+DOOR = """
+import os, socket, sys
+server = socket.create_server(('127.0.0.1', int(sys.argv[1])))
+open(sys.argv[2], 'w').write('up')
+sys.stdin.readline()
+sock = server.accept()[0]
+open(sys.argv[2], 'w').write('accepted')
+while True:
+    sock.sendall(sock.recv(10))
+"""
+
+
+class Accepting:
+    """Lets the program accept before the try of that number."""
+
+    def __init__(self, tell: Callable[[], None], at: int) -> None:
+        self.tries = 0
+        self._tell, self._at = tell, at
+
+    def before(self, check: Callable[[], None]) -> None:
+        self.tries += 1
+        if self.tries == self._at:
+            self._tell()
+
+    def running(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("accepts_at", [2, 4])
+def test_a_dump_is_tried_again_while_a_connection_is_not_accepted(
+    job: Job, tmp_path: Path, accepts_at: int
+) -> None:
+    said = tmp_path / "said"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", DOOR, str(port), str(said)]
+    door = job.host.popen(command, stdin=subprocess.PIPE)
+    wait_for(lambda: said.exists() and said.read_text() == "up")
+
+    def accept() -> None:
+        assert door.stdin is not None
+        door.stdin.write(b"\n")
+        door.stdin.flush()
+        wait_for(lambda: said.read_text() == "accepted")
+
+    around = Accepting(accept, accepts_at)
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        if accepts_at == 2:
+            job.dump(door.pid, around=around)
+            assert len(job.epochs()) == 1
+        else:  # too late
+            with pytest.raises(errors.ConnectionUnaccepted, match="In-flight"):
+                job.dump(door.pid, around=around)
+            assert job.epochs() == []
+            accept()
+        assert around.tries == min(accepts_at, 3)
+        client.settimeout(10)
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+    assert door.stdin is not None
+    door.stdin.close()
 
 
 def test_a_failing_member_leaves_all_running_and_nothing_restorable(

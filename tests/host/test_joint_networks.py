@@ -5,12 +5,13 @@ accepted who calls them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from agent.model.protocol import LEAVE_RUNNING
+from agent.rpc import epochclient
 from tests.host.boxes import Boxes
 from tests.host.groups import PROGRAM, Group, Member, group_in
 from tests.host.nodes import wait_for
@@ -41,9 +42,9 @@ while True:
     print(json.dumps({'got': int(data), 'at': time.time(), 'ends': ends}), flush=True)
 """
 
-# Asks a server that never accepts, and waits for its greeting.
+# Asks a server that accepts when it is told to, and waits for its greeting.
 UNHEARD = """
-import json, socket, sys, time
+import json, os, socket, sys, time
 role, address = sys.argv[1:]
 def say(**more):
     print(json.dumps({'got': 0, 'at': time.time(), **more}), flush=True)
@@ -58,9 +59,16 @@ else:
             time.sleep(0.02)
 say(up=True)
 if role == 'serve':
-    while True:
+    while not os.path.exists('/accept'):
         time.sleep(0.05)
         say()
+    heard = server.accept()[0]
+    say(accepted=True)
+    while not os.path.exists('/greet'):
+        time.sleep(0.05)
+        say()
+    heard.sendall(b'x')
+    time.sleep(1000)
 try:
     say(heard=sock.recv(1).decode())
 except OSError as exc:
@@ -79,10 +87,14 @@ def group(boxes: Boxes, tmp_path: Path) -> Iterator[Group]:
 
 @contextlib.contextmanager
 def moved(
-    group: Group, members: list[Member], *addresses: str, lost: Mapping[str, object] | None = None
+    group: Group,
+    members: list[Member],
+    *addresses: str,
+    lost: Mapping[str, object] | None = None,
+    named: Callable[[epochclient.Epoch], None] = lambda epoch: None,
 ) -> Iterator[list[Member]]:
     """The group at other addresses, each pod at the agent that had the other one."""
-    epoch = group.dump(members).image.epoch
+    epoch = group.dump(members, named=named).image.epoch
     for each in members:
         group.remove(each)
     pairs = list(zip(members, reversed(members), addresses, strict=True))
@@ -141,10 +153,42 @@ def test_who_was_not_accepted_yet_hears_that_nobody_is_there(group: Group) -> No
     ]
     members[0].flows()
     wait_for(lambda: len(members[1].lines) == 1)
+    tried: list[str] = []
     with moved(
-        group, members, "10.77.0.4", "10.77.0.5", lost={"w-0-1": ("10.77.0.2:7000",)}
+        group,
+        members,
+        *("10.77.0.4", "10.77.0.5"),
+        lost={"w-0-1": ("10.77.0.2:7000",)},
+        named=lambda epoch: tried.append(epoch.name),
     ) as new:
         new[0].flows()
         wait_for(lambda: len(new[1].lines) > 3)
         first: dict[str, object] = {**new[1].lines[0]}
         assert first["heard"] in ("ConnectionResetError", "ConnectionAbortedError")
+    # The cut was tried again before that was put up with.
+    assert len(tried) == 3
+    assert group.epochs() == tried[-1:]
+
+
+def test_a_cut_is_tried_again_if_it_would_lose_who_was_not_accepted_yet(group: Group) -> None:
+    run = ("python3", "-c", UNHEARD)
+    server, client = members = [
+        group.add("w-0-0", "a", "10.77.0.2", *run, "serve", "10.77.0.2"),
+        group.add("w-0-1", "b", "10.77.0.3", *run, "call", "10.77.0.2"),
+    ]
+    wait_for(lambda: len(client.lines) == 1)
+    tried: list[str] = []
+
+    def named(epoch: epochclient.Epoch) -> None:
+        tried.append(epoch.name)
+        if len(tried) == 2:  # both go on meanwhile
+            (server.box.rootfs / "accept").touch()
+            wait_for(lambda: "accepted" in server.lines[-1] or "accepted" in server.lines[-2])
+
+    with moved(group, members, "10.77.0.4", "10.77.0.5", named=named) as new:
+        (new[0].box.rootfs / "greet").touch()
+        wait_for(lambda: bool(new[1].lines))
+        heard: dict[str, object] = {**new[1].lines[0]}
+        assert heard["heard"] == "x"
+    assert group.epochs() == tried[1:]
+    assert len(tried) == 2

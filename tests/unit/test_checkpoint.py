@@ -23,7 +23,10 @@ from agent.rpc import client, epochclient
 from agent.settings import Settings
 from tests.fakes.authority import Authority
 
-MEMBERS = tuple(Member(f"w-0-{number}", f"pod-{number}", f"uid-{number}", "n") for number in (0, 1))
+MEMBERS = tuple(
+    Member(f"w-0-{number}", f"pod-{number}", f"uid-{number}", "n", (f"10.1.0.{number}",))
+    for number in (0, 1)
+)
 
 
 class Agents:
@@ -36,6 +39,9 @@ class Agents:
         self.committed: list[str] = []
         self.refused = threading.Event()
         self.silent_s: dict[Step, float | None] = {}
+        # What the second pod says to a step, for each time that it is asked.
+        self.says: dict[Step, list[errors.CkptError]] = {}
+        self.within: list[tuple[str, ...]] = []
         self._begun = 0
         self._lock = threading.Lock()
         self.epochs = self
@@ -65,6 +71,11 @@ class Agents:
                 raise errors.TargetBusy(f"{pod.name} is taken for {holder}")
             if holder == epoch.name and told.step in (Step.ABORT, Step.FINISH):
                 del self.taken[pod.uid]
+            if pod.name == "pod-1" and told.step is Step.PREPARE:
+                self.within.append(pod.within)
+            if pod.name == "pod-1" and self.says.get(told.step):
+                error = self.says[told.step].pop(0)
+                return Said(Answer(told.step, error.message), error)
         if told.step is Step.PREPARE and not self.refused.wait(wait_s):
             return None
         return Said(Answer(told.step), None, b"part" if told.step is Step.PERSIST else b"")
@@ -82,7 +93,7 @@ class Agents:
         return epochclient.Decided(wish, cast("Any", object()), 0, (), ())
 
 
-def dump(agents: Agents, course: str = "leave-running") -> checkpoint.Checkpoint:
+def dump(agents: Agents, course: str = "leave-running", **more: Any) -> checkpoint.Checkpoint:
     session = SimpleNamespace(
         namespace="default",
         settings=Settings(),
@@ -90,7 +101,13 @@ def dump(agents: Agents, course: str = "leave-running") -> checkpoint.Checkpoint
         any_agent=lambda ask: ask(agents),
     )
     return checkpoint.run(
-        cast("Session", session), "jobset.train", MEMBERS, COURSES[course], facts={}, now_s=1e9
+        cast("Session", session),
+        "jobset.train",
+        MEMBERS,
+        COURSES[course],
+        facts={},
+        now_s=1e9,
+        **more,
     )
 
 
@@ -145,3 +162,62 @@ def test_one_that_is_silent_cannot_be_reached() -> None:
                     epoch, COURSES["leave-running"], pod, told, 0.1, 60.0, silent_s=0.2
                 )
             assert time.monotonic() - began_s < 30
+
+
+def unaccepted(times: int) -> dict[Step, list[errors.CkptError]]:
+    said = [errors.ConnectionUnaccepted("the connection a -> b was not accepted yet")] * times
+    return {Step.HOLD: cast("list[errors.CkptError]", said)}
+
+
+def test_a_connection_that_is_not_accepted_in_the_end_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoint, "_BUSY_AGAIN_S", 0.01)
+    agents = Agents()
+    agents.refused.set()
+    agents.says = unaccepted(2)
+    # The post hooks of the first try still run.
+    busy: list[errors.CkptError] = [errors.TargetBusy("post hooks run")] * 2
+    agents.says[Step.QUIESCE] = []
+    named: list[str] = []
+
+    def begin(epoch: epochclient.Epoch) -> None:
+        named.append(epoch.name)
+        if len(named) == 2:
+            agents.says[Step.QUIESCE] = busy
+
+    done = dump(agents, named=begin)
+    assert len(named) == 5
+    assert agents.committed == named[-1:]
+    ours = ("10.1.0.0", "10.1.0.1")
+    assert agents.within == [ours, ours, ours, ours, ()]
+    assert agents.taken == {}
+    # From the request on.
+    assert done.durable_s > 2 * checkpoint._UNACCEPTED_WAIT_S[0]
+
+
+def test_whoever_cannot_leave_it_out_says_so() -> None:
+    agents = Agents()
+    agents.refused.set()
+    agents.says = unaccepted(3)
+    with pytest.raises(errors.ConnectionUnaccepted, match="w-0-1"):
+        dump(agents)
+    assert agents.committed == []
+
+
+def test_what_was_cancelled_is_not_tried_again() -> None:
+    agents = Agents()
+    agents.refused.set()
+    agents.says = unaccepted(3)
+    control = checkpoint.Control()
+    named: list[str] = []
+
+    def begin(epoch: epochclient.Epoch) -> None:
+        named.append(epoch.name)
+        if len(named) == 2:
+            control.cancel()
+
+    with pytest.raises(errors.Interrupted):
+        dump(agents, control=control, named=begin)
+    assert len(named) == 2
+    assert agents.committed == []

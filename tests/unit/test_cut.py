@@ -88,3 +88,20 @@ def test_the_loopback_of_one_pod_is_not_that_of_another() -> None:
     assert cut.check([a, b]).leaving == (a, b)
     inside = dataclasses.replace(b, place="pod-a", written_seq=20, received_seq=10)
     assert cut.check([a, inside]).pairs == 1
+
+
+def test_a_connection_is_missed_if_it_comes_from_what_is_cut_as_well() -> None:
+    waiting = [
+        ("10.1.0.5:80", "10.1.0.6:1"),
+        ("10.1.0.5:80", "10.9.9.9:2"),
+        ("[fd00::5]:80", "[fd00::6]:3"),
+        ("127.0.0.1:80", "127.0.0.1:4"),
+        ("[::1]:80", "[::1]:5"),
+    ]
+    assert cut.unaccepted(waiting, {"10.1.0.6", "fd00::6"}) == (
+        "10.1.0.6:1 -> 10.1.0.5:80",
+        "[fd00::6]:3 -> [fd00::5]:80",
+    )
+    own = ("127.0.0.1:4 -> 127.0.0.1:80", "[::1]:5 -> [::1]:80")
+    assert cut.unaccepted(waiting, {cut.LOCALHOST}) == own
+    assert cut.unaccepted(waiting, ()) == ()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 
+import pytest
+
 from agent.host import sockets
 
 
@@ -37,11 +39,64 @@ def test_a_listener_and_both_ends_of_a_connection_show_their_addresses() -> None
     assert far.peer == f"{local[0]}:{local[1]}"
 
 
+@pytest.mark.parametrize("door", ["0.0.0.0", "127.0.0.1", "::"])
+def test_what_came_in_and_was_not_accepted_is_found_at_its_door(door: str) -> None:
+    family = socket.AF_INET6 if ":" in door else socket.AF_INET
+    with (
+        socket.create_server((door, 0), family=family, dualstack_ipv6=":" in door) as server,
+        socket.create_server(("127.0.0.1", 0)) as other,
+    ):
+        port = server.getsockname()[1]
+
+        def waiting() -> list[tuple[str, str]]:
+            return sockets.unaccepted(os.getpid(), [inode(server)])
+
+        assert waiting() == []
+        with (
+            socket.create_connection(("127.0.0.1", port)) as client,
+            socket.create_connection(("127.0.0.1", port)) as left,
+            socket.create_connection(other.getsockname()),
+        ):
+            left.close()
+            near = {f"127.0.0.1:{end.getsockname()[1]}" for end in (client,)}
+            assert near < {peer for _, peer in waiting()}
+            assert [local for local, _ in waiting()] == [f"127.0.0.1:{port}"] * 2
+            with server.accept()[0], server.accept()[0]:
+                assert waiting() == []
+
+
 def test_addresses_of_both_families_are_written_as_people_write_them() -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
         (found,) = looked_up(server)
         assert found.kind == "tcp6"
         assert found.local == f"[::1]:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("[::ffff:10.1.0.5]:80", "10.1.0.5:80"),
+        ("[::ffff:a01:5]:80", "10.1.0.5:80"),
+        ("[::ffff:0:1]:80", "0.0.0.1:80"),
+        ("[fd00::5]:80", "[fd00::5]:80"),
+        ("[::ffff:1:a01:5]:80", "[::ffff:1:a01:5]:80"),
+        ("[::]:80", "[::]:80"),
+        ("10.1.0.5:80", "10.1.0.5:80"),
+    ],
+)
+def test_ipv4_is_shown_as_ipv4_also_where_an_ipv6_socket_uses_it(address: str, shown: str) -> None:
+    assert sockets.unmapped(address) == shown
+
+
+def test_both_ends_of_a_connection_over_both_families_are_told_alike() -> None:
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
+        address = ("127.0.0.1", server.getsockname()[1])
+        with socket.create_connection(address) as client, server.accept()[0] as accepted:
+            near, far = looked_up(client, accepted)
+    assert near.kind == "tcp"
+    assert far.kind == "tcp6"
+    assert near.connection is not None
+    assert far.connection == near.connection[::-1]
 
 
 def test_an_abstract_name_is_shown_with_an_at_sign() -> None:

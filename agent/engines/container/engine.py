@@ -86,7 +86,7 @@ class ContainerEngine:
         container = next((each for each in self._containers if each.pid == pid), None)
         if container is None:
             raise errors.NotFound(f"no container of this operation has pid 1 at {pid}", pid=pid)
-        subject = ContainerTree(bundle, target.find(container), deadline)
+        subject = ContainerTree(bundle, target.find(container), deadline, options.within)
         return dump.run(self._places, subject, sink, cut, options)
 
     def check_restore(self, source: MemberSource, options: RestoreOptions) -> None:

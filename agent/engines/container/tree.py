@@ -11,7 +11,8 @@ everybody who could remove it has died, and it has the name of the operation, by
 finds it. It is made when the tree stands still, so that it is complete.
 
 Promises: what ``dump.Subject`` asks for; a process of the container that would be missing from the
-image fails the dump.
+image fails the dump, and so does a connection that somebody who is cut as well has made, and that
+the container has not accepted yet.
 Does not: decide when anything happens; ``dump`` does.
 """
 
@@ -27,12 +28,15 @@ from agent.engines.container import facts, files, holding, inside, target
 from agent.engines.container.bundle import Bundle
 from agent.engines.criu import conflicts, journal, preflight, recovery, rpc
 from agent.host import cgroups, clock, hold, namespaces, proc, sockets, subprocesses
+from agent.model import cut
 from agent.model.hooks import RELEASE_GPU, TEARDOWN_RDMA
 from agent.model.streams import MemberSink
 
 
 class ContainerTree:
-    """The tree of ``found``. ``deadline`` bounds how long connections can be held."""
+    """The tree of ``found``. ``deadline`` bounds how long connections can be held; ``within`` as in
+    ``engines.base.CaptureOptions``.
+    """
 
     # A hold that was not told to stop ends with it, and the pid namespace with hold.
     ends_with_root = True
@@ -42,8 +46,15 @@ class ContainerTree:
         """Whether the root is one among others."""
         return self._target.inner != self.tree[0]
 
-    def __init__(self, bundle: Bundle, found: target.Target, deadline: clock.Deadline) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        found: target.Target,
+        deadline: clock.Deadline,
+        within: frozenset[str],
+    ) -> None:
         self._bundle = bundle
+        self._within = within
         self._target = found
         self._deadline = deadline
         self._held = contextlib.ExitStack()
@@ -84,8 +95,11 @@ class ContainerTree:
 
         Raises:
             errors.DumpFailed: there is one outside of the tree, or one that uses a device still.
+            errors.ConnectionUnaccepted: one comes from somebody who stands still as well.
         """
         self._refuse_strays(pids)
+        if self._within:
+            _refuse_unaccepted(pids, self._within)
         if self._target.container.hooks & {RELEASE_GPU, TEARDOWN_RDMA}:
             self._refuse_devices(pids)
         connections = [
@@ -174,14 +188,33 @@ class ContainerTree:
             )
 
 
+def _refuse_unaccepted(pids: Sequence[int], within: frozenset[str]) -> None:
+    listening = [inode for pid in pids for inode in _sockets(pid)]
+    lost = cut.unaccepted(sockets.unaccepted(pids[0], listening), within)
+    if lost:
+        raise errors.ConnectionUnaccepted(
+            f"the connection {lost[0]} was not accepted yet"
+            + (f", nor {len(lost) - 1} more" if lost[1:] else ""),
+            hint="the job goes on; try again in a moment",
+            reasons=lost,
+        )
+
+
 def _live(pids: Sequence[int]) -> list[tuple[str, str]]:
     """Both ends of the tree's live TCP connections, each as the tree's own end sees it."""
     known = sockets.table(pids[0])
     found = set()
     for pid in pids:
-        with contextlib.suppress(errors.NotFound):
-            for file in proc.open_files(pid):
-                each = known.get(file.inode) if file.link.startswith("socket:") else None
-                if each is not None and each.connection is not None:
-                    found.add(each.connection)
+        for inode in _sockets(pid):
+            each = known.get(inode)
+            if each is not None and each.connection is not None:
+                found.add(each.connection)
     return sorted(found)
+
+
+def _sockets(pid: int) -> Iterator[int]:
+    """The inode numbers of a process's sockets; none if it has ended."""
+    with contextlib.suppress(errors.NotFound):
+        for file in proc.open_files(pid):
+            if file.link.startswith("socket:"):
+                yield file.inode

@@ -29,8 +29,8 @@ _HINTS = (
         "a Unix socket leads to a process outside the tree; dump the tree of their common parent",
     ),
     (
-        r"in-flight connection|In-flight connection",
-        "a connection is just being accepted; try again in a moment",
+        r"[Ii]n-flight connection",
+        "a program has not accepted a connection yet; try again in a moment",
     ),
     (
         r"ghost limit|ghost file .* too big|Can't dump ghost file",
@@ -85,6 +85,7 @@ _HINTS = (
     (r"No space left", "free space in the work directory"),
     (r"Cannot allocate memory", "free memory on this host"),
 )
+_UNACCEPTED = re.compile(r"[Ii]n-flight connection")
 # Logged as errors, but CRIU goes on: it tries to raise its own limits, and it probes the kernel.
 _NOISE = re.compile(r"FAILED|RLIMIT_NOFILE for self|Unable to create tun|Can't find tun")
 # Said at every start without CAP_SYS_RESOURCE: CRIU raises its own limit if it may.
@@ -133,11 +134,13 @@ def read(path: str) -> Log:
         return Log((), ())
 
 
-def failure(action: str, log: Log, errmsg: str = "", **facts: object) -> errors.CriuFailed:
+def failure(action: str, log: Log, errmsg: str = "", **facts: object) -> errors.Failed:
     """The error for a failed ``action`` ("dump" or "restore")."""
     said = "" if _NOISE.search(errmsg) else errmsg.strip()[:_LINE_CHARACTERS]
     cause = log.cause or said or "it gave no reason"
-    return errors.CriuFailed(
+    pending = action == "dump" and _UNACCEPTED.search(cause)
+    kind = errors.ConnectionUnaccepted if pending else errors.CriuFailed
+    return kind(
         f"CRIU could not {action}: {cause}",
         hint=log.hint or "the last lines of CRIU's log say what it was doing",
         log_errors=list(log.errors),

@@ -81,7 +81,7 @@ class NewEpochResponse(_message.Message):
     def __init__(self, epoch: _Optional[str] = ..., storage: _Optional[str] = ...) -> None: ...
 
 class TakePartRequest(_message.Message):
-    __slots__ = ("namespace", "group", "epoch", "storage", "course", "pod", "pod_uid", "containers", "member", "token", "step", "wait_s", "deadline_s", "attempt", "leads")
+    __slots__ = ("namespace", "group", "epoch", "storage", "course", "pod", "pod_uid", "containers", "member", "token", "step", "wait_s", "deadline_s", "attempt", "leads", "within")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,7 @@ class TakePartRequest(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     LEADS_FIELD_NUMBER: _ClassVar[int]
+    WITHIN_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     group: str
     epoch: str
@@ -112,7 +113,8 @@ class TakePartRequest(_message.Message):
     deadline_s: float
     attempt: Attempt
     leads: bool
-    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., course: _Optional[_Union[Course, str]] = ..., pod: _Optional[str] = ..., pod_uid: _Optional[str] = ..., containers: _Optional[_Iterable[str]] = ..., member: _Optional[str] = ..., token: _Optional[int] = ..., step: _Optional[_Union[Step, str]] = ..., wait_s: _Optional[float] = ..., deadline_s: _Optional[float] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., leads: _Optional[bool] = ...) -> None: ...
+    within: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., course: _Optional[_Union[Course, str]] = ..., pod: _Optional[str] = ..., pod_uid: _Optional[str] = ..., containers: _Optional[_Iterable[str]] = ..., member: _Optional[str] = ..., token: _Optional[int] = ..., step: _Optional[_Union[Step, str]] = ..., wait_s: _Optional[float] = ..., deadline_s: _Optional[float] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., leads: _Optional[bool] = ..., within: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Attempt(_message.Message):
     __slots__ = ("id", "addresses", "again")

@@ -80,7 +80,8 @@ class EpochsServicer:
         one instant, or abandons it. Answers what it is decided to be, whoever decided. Any agent on
         the same store answers. The first message says everything but the contributions; these may
         come in as many messages as it takes, each below the 256 KiB of every request. Altogether they
-        have at most 64 MiB, which is what an agent takes at a time of all its callers.
+        have at most 56 MiB, which is what an agent holds at a time for one caller, of 64 MiB for all;
+        it answers RESOURCE_EXHAUSTED if there is no room, and another agent may have it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
