@@ -30,8 +30,9 @@ _RECV, _SEND, _CONTINUE = 0xC0502100, 0xC0182101, 1
 _RET_ALLOW, _RET_USER_NOTIF = 0x7FFF0000, 0x7FC00000
 # linux/bpf_common.h: load a word of struct seccomp_data, jump if equal, return.
 _LOAD, _IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
-_NR_IOCTL = {"x86_64": 16, "aarch64": 29}
-_AT_NR, _AT_SECOND_ARGUMENT = 0, 24
+IOCTL = {"x86_64": 16, "aarch64": 29}[os.uname().machine]
+LSEEK = {"x86_64": 8, "aarch64": 62}[os.uname().machine]
+_AT_NR, _AT_ARGUMENTS = 0, 16
 _STARTED_S = 10.0
 
 log = logging.getLogger(__name__)
@@ -39,9 +40,10 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A system call that waits: whose, by its number on this host, and its arguments."""
+    """A system call that waits: whose, by its number on this host, which and its arguments."""
 
     pid: int
+    call: int
     arguments: tuple[int, ...]
 
     def read(self, address: int, size_bytes: int) -> bytes:
@@ -59,20 +61,31 @@ class Call:
         return os.readlink(f"/proc/{self.pid}/fd/{number}")
 
 
-# What the call returns, or None to let it go its way.
+# What the call returns (an error as its negative number), or None to let it go its way.
 Answer = Callable[[Call], int | None]
 
 
-def ioctls(request: int) -> bytes:
-    """A filter that picks the ioctls with this request number."""
-    steps = [
-        (_LOAD, 0, 0, _AT_NR),
-        (_IF_EQUAL, 0, 3, _NR_IOCTL[os.uname().machine]),
-        (_LOAD, 0, 0, _AT_SECOND_ARGUMENT),
-        (_IF_EQUAL, 0, 1, request),
-        (_RETURN, 0, 0, _RET_USER_NOTIF),
-        (_RETURN, 0, 0, _RET_ALLOW),
-    ]
+@dataclasses.dataclass(frozen=True)
+class Pick:
+    """Calls to be answered: of this number, with this value as argument ``at`` (from 0)."""
+
+    call: int
+    at: int
+    value: int
+
+
+def picking(*picks: Pick) -> bytes:
+    """A filter that picks these calls."""
+    steps = []
+    for pick in picks:
+        steps += [
+            (_LOAD, 0, 0, _AT_NR),
+            (_IF_EQUAL, 0, 3, pick.call),
+            (_LOAD, 0, 0, _AT_ARGUMENTS + 8 * pick.at),
+            (_IF_EQUAL, 0, 1, pick.value),
+            (_RETURN, 0, 0, _RET_USER_NOTIF),
+        ]
+    steps.append((_RETURN, 0, 0, _RET_ALLOW))
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
 
@@ -144,8 +157,8 @@ class Supervisor:
                 fcntl.ioctl(listener, _RECV, notification)
             except OSError:
                 continue  # the caller was interrupted or has died
-            number, pid, _, _, _, _, *arguments = struct.unpack("=QIIiIQ6Q", notification)
-            value = self._decide(Call(pid, tuple(arguments)))
+            number, pid, _, call, _, _, *arguments = struct.unpack("=QIIiIQ6Q", notification)
+            value = self._decide(Call(pid, call, tuple(arguments)))
             flags = _CONTINUE if value is None else 0
             # struct seccomp_notif_resp: id, val, error, flags.
             with contextlib.suppress(OSError):

@@ -368,6 +368,7 @@ def test_a_container_stops_only_for_what_it_wrote_since(boxes: Boxes) -> None:
     assert how["tracked"].get("write-protect", 0) > 0, how
     assert how["hidden_from_criu"] > 0, how
     assert how["read_at_cut_bytes"] < image.drafted_bytes / 2
+    assert how["shared_objects"] > 0, how
     boxes.check(source)
     target = boxes.placeholder("target")
     boxes.restore(image, target)

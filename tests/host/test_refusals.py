@@ -232,9 +232,11 @@ def test_what_criu_cannot_dump_is_named_with_its_log(host: Host) -> None:
     host.assert_clean()
 
 
-def test_sysv_shared_memory_in_an_ipc_namespace_of_its_own(host: Host) -> None:
-    target = host.start("sysv_shm", under=("unshare", "--ipc"))
-    image = host.dump(target)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_sysv_shared_memory_in_an_ipc_namespace_of_its_own(host: Host, *, ahead: bool) -> None:
+    target = host.start("memory", "sysv_shm", under=("unshare", "--ipc"), MEMORY_MIB="48")
+    image = host.dump(target, options=CaptureOptions(precopy=ahead))
+    assert image.facts()["stop"].get("shared_objects", 0) == ahead
     host.assert_running(target)
     host.kill(target)
     tree = host.restore(image)

@@ -2,9 +2,11 @@
 
 CRIU asks the kernel by ioctl(PAGEMAP_SCAN) which pages of a mapping there are, and then takes them
 through pipes: that is most of a stop. For a hidden mapping it is told that there are none, so that
-it writes the mapping's description and no pages. Everything else it does as always.
+it writes the mapping's description and no pages. Of a shared memory object it asks by
+lseek(SEEK_DATA) where there is anything, and is told likewise. Everything else it does as always.
 
-Promises: only a question about pages that lies within one hidden mapping of a process is answered;
+Promises: only a question about pages that lies within one hidden mapping of a process is answered,
+or about a hidden object;
 whatever else CRIU asks, and every question that is not understood, goes to the kernel, and then
 CRIU sends the pages as it always does.
 Does not: work if a process of the tree is itself filtered by seccomp: CRIU, being filtered, may not
@@ -14,6 +16,7 @@ suspend other filters then.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import platform
 import struct
@@ -21,9 +24,10 @@ from collections.abc import Iterable
 
 from agent import errors
 from agent.engines.criu.probe import Criu
+from agent.engines.tracking import shared
 from agent.engines.tracking.precopy import Standing
 from agent.host import proc
-from agent.host.supervision import Call, Supervisor, ioctls
+from agent.host.supervision import IOCTL, LSEEK, Call, Pick, Supervisor, picking
 
 # linux/fs.h: struct pm_scan_arg is size, flags, start, end, walk_end, vec, vec_len, max_pages,
 # category_inverted, category_mask, category_anyof_mask, return_mask.
@@ -56,7 +60,10 @@ class Hiding:
 
     def __init__(self) -> None:
         self._hidden: dict[int, list[tuple[int, int]]] = {}
-        self._supervisor = Supervisor(ioctls(_PAGEMAP_SCAN), self._answer)
+        self._objects: set[shared.Key] = set()
+        self._supervisor = Supervisor(
+            picking(Pick(IOCTL, 1, _PAGEMAP_SCAN), Pick(LSEEK, 2, os.SEEK_DATA)), self._answer
+        )
 
     @property
     def descriptor(self) -> int:
@@ -85,13 +92,23 @@ class Hiding:
         """CRIU has been started."""
         self._supervisor.release()
 
-    def hide(self, standing: Iterable[Standing]) -> None:
-        """Hide these mappings from now on."""
+    def hide(self, standing: Iterable[Standing], objects: Iterable[shared.Found]) -> None:
+        """Hide these mappings and shared memory objects from now on."""
+        self._objects = {each.key for each in objects}
         self._hidden = {
             each.space.id: [tuple(area) for area in each.areas.tolist()] for each in standing
         }
 
     def _answer(self, call: Call) -> int | None:
+        return self._of_an_object(call) if call.call == LSEEK else self._of_a_mapping(call)
+
+    def _of_an_object(self, call: Call) -> int | None:
+        if not self._objects:
+            return None
+        key = shared.key_of(f"/proc/{call.pid}/fd/{call.arguments[0]}")
+        return -errno.ENXIO if key in self._objects else None
+
+    def _of_a_mapping(self, call: Call) -> int | None:
         descriptor, _, address, *_ = call.arguments
         # ".../PID/pagemap": the rest depends on where CRIU's /proc is.
         *_, number, name = ("", "", *call.link(descriptor).split("/"))

@@ -19,6 +19,7 @@ from agent.engines.criu import hiding, pageserver
 from agent.engines.criu.probe import Criu
 from agent.engines.tracking.pace import UNLIMITED, Limits, Pace
 from agent.engines.tracking.precopy import Precopy, Standing
+from agent.engines.tracking.shared import Found
 from agent.host import clock, proc
 from agent.model.streams import AddressSpace, MemberSink, PageRun
 
@@ -33,7 +34,8 @@ def unsuited(criu: Criu, pids: Sequence[int]) -> str:
     resident_bytes = 0
     for pid in pids:
         with contextlib.suppress(errors.NotFound):
-            resident_bytes += proc.resident(pid).anon
+            resident = proc.resident(pid)
+            resident_bytes += resident.anon + resident.shmem
     if resident_bytes < _SMALLEST_BYTES:
         return "there is little memory"
     return hiding.usable(criu, pids)
@@ -65,6 +67,8 @@ class ShortStop:
             stack.pop_all()
         self._sent: dict[AddressSpace, list[PageRun]] = {}
         self._standing: list[Standing] = []
+        self._shared: list[Found] = []
+        self._shared_spaces: frozenset[AddressSpace] = frozenset()
         self._failure: BaseException | None = None
         self._let_go = True
         self._reader = threading.Thread(target=self._read, name="cut", daemon=True)
@@ -96,12 +100,14 @@ class ShortStop:
     def frozen(self, pids: Sequence[int]) -> None:
         """The tree, now ``pids``, stands still: hide its memory from CRIU and read what is left."""
         self._standing = self._precopy.cut(pids)
-        self._hiding.hide(self._standing)
+        self._shared = self._precopy.cut_shared(pids)
+        self._shared_spaces = frozenset(each.space for each in self._shared)
+        self._hiding.hide(self._standing, self._shared)
         self._reader.start()
 
     def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
         """Take pages that CRIU sent."""
-        if space.kind != "process":
+        if not self._ours(space):
             self._held.pages(space, run, data)
             return
         self._sent.setdefault(space, []).append(run)
@@ -121,11 +127,11 @@ class ShortStop:
             raise self._failure
 
     def settle(self, spaces: Sequence[AddressSpace]) -> int:
-        """Settle the processes among ``spaces``, when everything is in the sink; say how many bytes
-        are not CRIU's.
+        """Settle those of ``spaces`` that are copied here, when everything is in the sink; say how
+        many bytes are not CRIU's.
         """
-        processes = [space for space in spaces if space.kind == "process"]
-        return self._precopy.settle(processes, self._sent, pageserver.PE_PRESENT)
+        ours = [space for space in spaces if self._ours(space)]
+        return self._precopy.settle(ours, self._sent, pageserver.PE_PRESENT)
 
     def facts(self) -> dict[str, Any]:
         """How it went."""
@@ -136,6 +142,8 @@ class ShortStop:
             "held_back_s": round(self._pace.held_back_s, 3),
             "hurried": self._pace.hurried,
             "read_at_cut_bytes": self._precopy.cut_bytes,
+            "shared_objects": len(self._shared),
+            "shared_read_at_cut_bytes": self._precopy.shared_bytes,
             "hidden_from_criu": self._hiding.answered,
         }
 
@@ -155,8 +163,12 @@ class ShortStop:
         finally:
             self._hiding.close()
 
+    def _ours(self, space: AddressSpace) -> bool:
+        return space.kind == "process" or space in self._shared_spaces
+
     def _read(self) -> None:
         try:
+            self._precopy.finish_shared(self._shared, self._held)
             self._precopy.finish(self._standing, self._held)
         except BaseException as exc:  # noqa: BLE001 - carried to the thread that asks, by finish
             self._failure = exc

@@ -25,6 +25,7 @@ from agent.engines.tracking import areas
 from agent.engines.tracking.base import Tracker
 from agent.engines.tracking.pace import Pace
 from agent.engines.tracking.protected import Protected
+from agent.engines.tracking.shared import Found, SharedCopies
 from agent.engines.tracking.untracked import Untracked
 from agent.host import clock, injection, pagemap, proc
 from agent.host.foreign import ForeignMemory
@@ -43,6 +44,8 @@ _SHRINKS_TO = 0.8
 # What is written within this is taken for written all the time: some steps of common trainings.
 LOOK_S = 0.25
 _MOST_ROUNDS = 6
+# Of shared memory, each of which reads all of it.
+_MOST_LOOKS = 3
 # Runs settled in one call.
 _SETTLED_RUNS = 4096
 
@@ -137,6 +140,7 @@ class Precopy:
         self._pace = pace
         self._moves = Moves()
         self._copies: dict[proc.Identity, _Copy] = {}
+        self._shared = SharedCopies()
         # Processes that hold nothing of ours: only who is forked later can.
         self._clean: set[proc.Identity] = set()
         self._settled: dict[AddressSpace, Ranges] = {}
@@ -144,7 +148,7 @@ class Precopy:
         self.rounds: list[Round] = []
         # Whether more rounds leave less; they are stored, whether or not they are written again.
         self.shrinks = True
-        self.cut_bytes = 0
+        self.cut_bytes = self.shared_bytes = 0
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -170,7 +174,8 @@ class Precopy:
         """Begin another copy of the tree, in ``sink``, after the last one became ``epoch``."""
         self._sink, self._deadline, self._pace = sink, deadline, pace
         self._settled = {}
-        self.rounds, self.shrinks, self.cut_bytes = [], True, 0
+        self.rounds, self.shrinks = [], True
+        self.cut_bytes = self.shared_bytes = 0
         for who, copy in list(self._copies.items()):
             again = False
             with contextlib.suppress(errors.NotFound):
@@ -181,6 +186,7 @@ class Precopy:
                 del self._copies[who]
                 copy.tracker.close()
         self._clean = {who for who in self._clean if proc.alive(who)}
+        self._shared.begin(sink, epoch)
 
     def run(self, root: int) -> None:
         """Copy the tree below ``root``, not quicker than ``pace`` allows, until little is left or
@@ -190,6 +196,7 @@ class Precopy:
             errors.NotFound: the root has ended.
             errors.VolumeError: from the sink.
         """
+        self._look_at_shared(root)
         left_bytes = None
         for _ in range(_MOST_ROUNDS):
             looked = clock.Deadline.after(LOOK_S)
@@ -202,6 +209,17 @@ class Precopy:
                 break
             rest = self._deadline.sooner(looked.remaining_s)
             clock.wait_until(lambda: False, rest, every_s=LOOK_S)
+
+    def _look_at_shared(self, root: int) -> None:
+        before = None
+        for _ in range(_MOST_LOOKS):
+            pids = proc.tree(root)
+            drafted_bytes = self._shared.round(pids, self._sink, self._deadline, self._pace)
+            if drafted_bytes <= _ENOUGH_BYTES:
+                break
+            if before is not None and drafted_bytes > _SHRINKS_TO * before:
+                break
+            before = drafted_bytes
 
     def round(self, root: int, *, rested: bool = False) -> int:
         """Copy once what the trackers ask for, or with ``rested`` only what has not been written
@@ -233,6 +251,16 @@ class Precopy:
                     )
                 )
         return found
+
+    def cut_shared(self, pids: Sequence[int]) -> list[Found]:
+        """Which shared memory of theirs is copied."""
+        return self._shared.cut(pids)
+
+    def finish_shared(self, found: Sequence[Found], sink: MemberSink) -> None:
+        """As ``finish``, of shared memory."""
+        for each in found:
+            self._settled[each.space], size_bytes = self._shared.finish(each, sink)
+            self.shared_bytes += size_bytes
 
     def finish(self, standing: Sequence[Standing], sink: MemberSink) -> None:
         """Read what the copies lack into ``sink``, which may be another; they still stand still.
