@@ -134,6 +134,11 @@ class Settings:
     """A file with the authority that agents' certificates are checked against. None: what the
     cluster publishes in the ConfigMap ckpt-agent-ca."""
 
+    agent_silence_s: float = 3.0
+    """Seconds that an agent may be silent while a group stands still; then the epoch is given up
+    and the others run again. They do after half of it if its connection is refused. An agent that
+    captures beside six busy processes on two cores was silent for up to 2 s."""
+
     schedule_deadline_s: float = 120.0
     """Seconds that a replacement pod may take to be given a node. A scheduler needs less than one;
     two minutes let a person make room."""
@@ -276,6 +281,7 @@ _KEYS = {
     "agent_selector": _Key("agent_selector", values.word, "--agent-selector"),
     "agent_address": _Key("agent_address", values.word, "--agent-address"),
     "agent_ca": _Key("agent_ca", values.path, "--agent-ca"),
+    "agent_silence": _Key("agent_silence_s", values.duration_s, "--agent-silence"),
     "schedule_deadline": _Key("schedule_deadline_s", values.duration_s, "--schedule-deadline"),
     "image": _Key("image", values.word, "--image"),
     "leaf_lifetime": _Key("leaf_lifetime_s", values.duration_s, "--leaf-lifetime"),

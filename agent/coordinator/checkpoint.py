@@ -20,7 +20,7 @@ from typing import Any
 from agent import errors
 from agent.cluster.session import Session
 from agent.coordinator.driver import Cancelled, Driver, Limits, Report
-from agent.coordinator.links import Call, Links, Mailbox
+from agent.coordinator.links import PATIENCE_S, Call, Links, Mailbox
 from agent.coordinator.machine import Coordination, State
 from agent.host import clock
 from agent.model import jobset
@@ -32,9 +32,10 @@ _log = logging.getLogger(__name__)
 # Tokens grow with time, so that a coordinator that begins later is obeyed by members of the same
 # epoch; the low bits tell two of the same second apart.
 _TOKEN_BITS = 20
-# Beyond a second that each call may wait: as long as a member that hears nothing stands still, so
-# long do the others at most if it is the one who is silent (``node.session``).
-_SILENT_S = 4.0
+# Parts of the patience with a silent agent: a call that has nothing to tell comes back after the
+# first, and one whose connection breaks is called again for the second: if it has ended, its pod
+# runs, and a new one knows nothing of the epoch.
+_NOTHING_YET, _ENDED = 0.2, 0.5
 # Cuts that are tried again for connections which were not accepted, and what lies between: a
 # program accepts within milliseconds, unless it is at something else; the random part keeps the
 # next stop from meeting the same moment of something that comes again and again.
@@ -191,7 +192,7 @@ def _once(
     within: tuple[str, ...],
 ) -> Checkpoint:
     """As ``run``, once. Leave a connection from ``within`` out of no image."""
-    namespace = session.namespace
+    namespace, patience_s = session.namespace, session.settings.agent_silence_s
     agents = {each.node: session.agent_of(each.node) for each in members}
     epoch = session.any_agent(lambda agent: agent.epochs.new(namespace, group, storage))
     named(epoch)
@@ -211,7 +212,10 @@ def _once(
                 if not leads and not let_in.wait(wait_s):
                     return None
                 wait_s = 0.0
-            silent_s = _SILENT_S if course.stands(told.step) else None
+            silent_s = None
+            if course.stands(told.step):
+                wait_s = min(wait_s, patience_s * _NOTHING_YET)
+                silent_s = patience_s - wait_s
             said = epochs.take_part(epoch, course, pod, told, wait_s, deadline_s, silent_s=silent_s)
             let_in.set()
             return said
@@ -225,7 +229,11 @@ def _once(
         return found.decision
 
     made, mailbox = Coordination(course, len(members), token(now_s)), control.begin()
-    with Links(mailbox, [call_of(each) for each in members], decide).open() as links:
+
+    def patient_s(step: Step) -> float:
+        return patience_s * _ENDED if course.stands(step) else PATIENCE_S
+
+    with Links(mailbox, [call_of(each) for each in members], decide, patient_s).open() as links:
         report = Driver(made, links, mailbox, limits, watch).run()
     if not report.committed:
         raise failed(

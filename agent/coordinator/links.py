@@ -1,7 +1,7 @@
 """The way to members that are asked by calls, wherever they are, and the mailbox of what they say.
 
 Promises: the newest word is said to a member until it is answered, and again when reminded; a
-member that cannot be reached for ``PATIENCE_S`` is lost; the store is asked by a
+member that cannot be reached for as long as it is waited for is lost; the store is asked by a
 thread of its own for each wish; leaving the context lets no thread begin another call.
 Does not: know whether a call crosses a network.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from agent import errors
 from agent.coordinator.driver import Answered, Event, Lost, Settled
 from agent.host import clock
-from agent.model.protocol import Decision, Said, Told
+from agent.model.protocol import Decision, Said, Step, Told
 
 Call = Callable[[Told, float], Said | None]
 """Say something to a member and wait so many seconds for what it says to that; None: nothing yet.
@@ -32,7 +32,7 @@ Raises ``errors.CkptError`` if that cannot be told.
 
 # A call comes back at least so often, so that a member hears that somebody still waits.
 _WAIT_S = 1.0
-# An agent that is started anew answers after this; nobody stands still for longer in the meantime.
+# An agent that is started anew answers after this.
 PATIENCE_S = 2.0
 _AGAIN_S = 0.1
 
@@ -62,10 +62,19 @@ class Mailbox:
 class Links:
     """Threads that talk to the members of one epoch."""
 
-    def __init__(self, mailbox: Mailbox, calls: Sequence[Call], decide: Decide) -> None:
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        calls: Sequence[Call],
+        decide: Decide,
+        patience_s: Callable[[Step], float] = lambda step: PATIENCE_S,
+    ) -> None:
+        """``patience_s``: how long a member that cannot be reached is told a step again."""
         self._mailbox = mailbox
         self._decide = decide
-        self._members = [_Member(number, call, mailbox) for number, call in enumerate(calls)]
+        self._members = [
+            _Member(number, call, mailbox, patience_s) for number, call in enumerate(calls)
+        ]
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Links]:
@@ -98,8 +107,11 @@ class _Member:
     abort, does not wait until the call with the last one comes back.
     """
 
-    def __init__(self, number: int, call: Call, mailbox: Mailbox) -> None:
+    def __init__(
+        self, number: int, call: Call, mailbox: Mailbox, patience_s: Callable[[Step], float]
+    ) -> None:
         self._number, self._call, self._mailbox = number, call, mailbox
+        self._patience_s = patience_s
         self._changed = threading.Condition()
         self._word: Told | None = None
         self._saying = False
@@ -130,11 +142,12 @@ class _Member:
             self._mailbox.put(event)
 
     def _answer(self, word: Told) -> Event | None:
-        patience = clock.Deadline.after(PATIENCE_S)
+        patience_s = self._patience_s(word.step)
+        patience = clock.Deadline.after(patience_s)
         while not self._over(word):
             try:
                 said = self._call(word, _WAIT_S)
-                patience = clock.Deadline.after(PATIENCE_S)
+                patience = clock.Deadline.after(patience_s)
                 if said is not None:
                     return Answered(self._number, said)
             except errors.CkptError as exc:

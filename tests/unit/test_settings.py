@@ -69,6 +69,7 @@ def test_every_setting_can_come_from_flag_environment_and_file() -> None:
         "agent_selector": ("app=a", "app=a"),
         "agent_address": ("agent.svc:7443", "agent.svc:7443"),
         "agent_ca": ("/ca.crt", "/ca.crt"),
+        "agent_silence": ("2s", 2.0),
         "schedule_deadline": ("5m", 300.0),
         "image": ("registry.example/agent:1", "registry.example/agent:1"),
         "leaf_lifetime": ("30d", 2592000.0),
