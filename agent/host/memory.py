@@ -10,15 +10,17 @@ import ctypes
 import gc
 
 # malloc.h: M_ARENA_MAX. glibc makes eight arenas a core, and each thread that ever allocated keeps
-# what it used in one of them; two serve threads that mostly wait.
+# what it used in one of them. Only of the first one malloc_trim returns the free end, which
+# elsewhere may stay as large as twice the largest block that was ever freed (malloc/malloc.c:
+# mtrim, heap_trim). Threads that hold the interpreter's lock to allocate do not need more.
 _ARENA_MAX = -8
-_ARENAS = 2
+_ARENAS = 1
 
 _libc = ctypes.CDLL(None)
 
 
 def keep_small() -> None:
-    """Use few arenas; to be called before the first thread starts. A no-op where the C library
+    """Use one arena; to be called before the first thread starts. A no-op where the C library
     has no such thing.
     """
     mallopt = getattr(_libc, "mallopt", None)

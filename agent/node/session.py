@@ -125,6 +125,8 @@ class Session:
                 self._spoke.notify_all()
             # A session answers on for long after its end; what it did needs memory.
             del self._actions
+            for error in self._failures.values():
+                _forget_frames(error)  # others may have raised it again
 
     def _next(self) -> list[participant.Effect]:
         """What the next event leads to."""
@@ -183,6 +185,8 @@ class Session:
         self._events.put(succeeded)
 
     def _fail(self, step: Step, error: errors.CkptError) -> None:
+        _forget_frames(error)
+
         def failed() -> list[participant.Effect]:
             self._failures.setdefault(step, error)
             return self._participant.could_not(step, error.message)
@@ -216,3 +220,12 @@ class Session:
         with self._spoke:
             self._said[answer.step] = Said(answer, cause, self._parts.get(answer.step, b""))
             self._spoke.notify_all()
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Where an error came from keeps all that was worked on there, memory of the job included."""
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        if error.__cause__ is not error.__context__:
+            _forget_frames(error.__cause__)
+        error = error.__context__

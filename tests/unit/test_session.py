@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -163,6 +165,56 @@ def test_one_that_is_over_answers_on(start: Start, actions: Recorded) -> None:
     assert said is not None
     assert said.answer.problem == "the coordinator was silent"
     assert actions.done == ["let go", "abandoned"]
+
+
+class Content:
+    """What a step works on."""
+
+
+class Failing(Recorded):
+    """Its step fails deep inside, with content at hand on every level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worked_on: list[weakref.ref[Content]] = []
+
+    def do(self, step: Step) -> bytes:
+        content = self._content()
+        try:
+            self._read()
+        except OSError as exc:
+            raise errors.VolumeFull(f"no room for {content}") from exc
+        raise AssertionError
+
+    def _read(self) -> None:
+        content = self._content()
+        try:
+            int(f"{content}")
+        except ValueError:
+            raise OSError(28, "no space") from None
+
+    def _content(self) -> Content:
+        content = Content()
+        self.worked_on.append(weakref.ref(content))
+        return content
+
+
+def test_one_that_is_over_tells_its_failure_on_and_keeps_nothing_of_what_it_worked_on() -> None:
+    actions = Failing()
+    worked_on, of_actions = actions.worked_on, weakref.ref(actions)
+    session = Session("train-0", LEAVE_RUNNING, actions)
+    del actions
+    session.start()
+    session.tell(Told(Step.PREPARE, 1), 10.0)
+    session.tell(Told(Step.ABORT, 1), 10.0)
+    assert session.join(10)
+    gc.collect()
+    assert len(worked_on) == 2
+    assert [each() for each in worked_on] == [None, None]
+    assert of_actions() is None
+    said = session.tell(Told(Step.PREPARE, 1), 10.0)
+    assert said is not None
+    assert isinstance(said.error, errors.VolumeFull)
 
 
 def test_a_word_that_comes_just_as_it_ends_is_answered(actions: Recorded) -> None:
