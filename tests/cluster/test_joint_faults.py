@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ from tests.cluster.test_node_agent import agent_pids, agent_pod, operations, wai
 
 Json = dict[str, Any]
 
-# A member that hears nothing lets go after five seconds, and so long does its coordinator wait for
-# one; an agent that stands still is ended after ten. The rest is what a busy machine takes.
+# A member that hears nothing lets go after five seconds, its coordinator waits three for one that is
+# silent and half as long for one that is gone; an agent that stands still is ended after ten. The
+# rest is what a busy machine takes.
 SOON_S = 25.0
 # While this file is there, an epoch waits before it stops anybody.
 PAUSE = "/tmp/pause"
@@ -168,6 +169,67 @@ def test_a_node_that_is_cut_off_and_the_others_run_again_by_themselves(
         assert said["hint"], said
     for each in agents.nodes.values():
         ready(agents, each, "kubelet")
+
+
+def test_when_an_agent_is_killed_the_others_run_again_and_then_its_own_rank(
+    agents: Cluster,
+    ranks: Ranks,
+    unharmed: None,
+    record_property: Callable[[str, object], None],
+) -> None:
+    node = agents.node("n2")
+    (agent,) = agent_pids(node)
+    restarts = _restarts(agents, "n2")
+    others, own = ranks.on(agents.node("n1")), ranks.on(node)
+    with standing(ranks, node) as met:
+        os.kill(agent, signal.SIGKILL)
+        others_s = runs_soon(agents, *others)
+    # Its CRIU was stopped until now, and nobody tells it any more to go on.
+    own_s = runs_soon(agents, *own)
+    record_property("others_run_after_s", round(others_s, 3))
+    print(f"the other rank ran {others_s:.2f} s after the kill, its own {own_s:.2f} s after CRIU")
+    said = told(met.dump)
+    assert met.dump.returncode in (exits.FAILED, exits.ENVIRONMENT), said
+    agents.wait_for("a new agent", lambda: _restarts(agents, "n2") == restarts + 1, 60)
+    wait_until_ready(agents, "n2")
+
+
+def test_an_epoch_is_of_the_pods_that_there_were_when_it_was_asked_for(
+    agents: Cluster, ranks: Ranks
+) -> None:
+    """The JobSet is scaled meanwhile, by its Job: a JobSet's own number of pods never changes."""
+    before = leftovers.of_all(agents)
+    names = [each["metadata"]["name"] for each in ranks.training.pods().values()]
+    for name in names:
+        agents.kubectl("exec", name, "-n", ranks.namespace, "--", "touch", PAUSE)
+    dump = ranks.dump()
+    meet(dump, lambda: operations(agents.node("n1")) and operations(agents.node("n2")))
+    _scale(agents, ranks, 3)
+    for name in names:
+        agents.kubectl("exec", name, "-n", ranks.namespace, "--", "rm", PAUSE)
+    taken = told(dump)
+    assert dump.returncode == exits.DONE, taken
+    assert [each["name"] for each in taken["members"]] == [
+        "worker-0-0.trainer",
+        "worker-0-1.trainer",
+    ]
+    assert ckpt(agents, "verify", taken["name"], "-n", ranks.namespace).document()["good"]
+    # From now on it is not what the JobSet says, and which of them belong together nobody knows.
+    refused = told(ranks.dump())
+    assert refused["code"] == "target-unsuitable"
+    assert "3 of its 2 pods run" in refused["message"]
+    ranks.training.goes_on()
+    _scale(agents, ranks, 2)
+    assert told(ranks.dump())["name"] in ranks.images()
+    ranks.training.goes_on()
+    leftovers.assert_none(agents, before)
+
+
+def _scale(cluster: Cluster, ranks: Ranks, pods: int) -> None:
+    text = json.dumps({"spec": {"parallelism": pods, "completions": pods}})
+    words = ("patch", "job", "train-worker-0", "-n", ranks.namespace, "--type=merge", "-p", text)
+    cluster.kubectl(*words)
+    cluster.wait_for(f"{pods} ranks", lambda: len(ranks.training.pods()) == pods, 60)
 
 
 def test_an_agent_that_stands_still_does_not_keep_its_rank_from_running(
