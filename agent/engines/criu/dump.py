@@ -18,10 +18,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 from pycriu import rpc_pb2
 
@@ -40,11 +39,10 @@ from agent.engines.criu import (
     shortstop,
     tcpends,
 )
+from agent.engines.criu.beside import Beside
 from agent.engines.criu.probe import Criu
 from agent.host import clock, deadman, proc
 from agent.model.streams import AddressSpace, MemberSink, PageRun
-
-_T = TypeVar("_T")
 
 LOG = "dump.log"
 # Files that are beside the images and that no restore reads.
@@ -139,8 +137,10 @@ def run(
     with (
         places.locked(tree),
         places.operation("dump", tree, about=subject.entry()) as operation,
+        contextlib.closing(
+            _Capture(places, operation, subject, sink, cut, options, deadline)
+        ) as running,
     ):
-        running = _Capture(places, operation, subject, sink, cut, options, deadline)
         try:
             running.run()
         except BaseException as exc:
@@ -182,7 +182,12 @@ class _Capture:
         self._root = subject.tree[0]
         self._tree = subject.tree
         self._sink = sink
-        self._held = held.HeldSink(sink, options.held_bytes)
+        self._held = held.HeldSink(
+            sink,
+            options.held_bytes,
+            # Who is to end waits for the store in any case.
+            None if options.kill else operation.scratch,
+        )
         self._code = codepages.CodePages()
         self._short: shortstop.ShortStop | None = None
         self._plain_because = ""
@@ -191,8 +196,8 @@ class _Capture:
         self._deadline = deadline
         self._images = operation.folder("images")
         self._server = pageserver.PageServer(self._on_pages, deadline)
-        self._gatherer: _Beside[dict[str, Any]] | None = None
-        self._noting: _Beside[None] | None = None
+        self._gatherer: Beside[dict[str, Any]] | None = None
+        self._noting: Beside[None] | None = None
         self._times = _Times()
         self._image_names: list[str] = []
         self._metadata_bytes = 0
@@ -249,6 +254,10 @@ class _Capture:
             self._cut.running()
         if self._killed:
             self._settle_killed()
+
+    def close(self) -> None:
+        """Let go of what is held back."""
+        self._held.close()
 
     def persist(self) -> CaptureReport:
         """Pass on what was held back while the tree stood still."""
@@ -355,13 +364,13 @@ class _Capture:
             if self._short is not None:
                 self._short.frozen(self._pids)
             pids, states = self._pids, self._states
-            self._gatherer = _Beside("facts", lambda: self._subject.gather(pids, states))
+            self._gatherer = Beside("facts", lambda: self._subject.gather(pids, states))
         elif stage == "post-dump":
             self._on_captured()
 
     def _on_pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
         if self._noting is None:
-            self._noting = _Beside("note", lambda: self._subject.memory_flows(self._operation))
+            self._noting = Beside("note", lambda: self._subject.memory_flows(self._operation))
         self._code.put_back(space, run, data)
         if self._short is not None:
             self._short.pages(space, run, data)
@@ -406,18 +415,26 @@ class _Capture:
 
     def _how(self) -> dict[str, Any]:
         """Which way the memory took, and why no quicker one."""
+        how: dict[str, Any]
         if self._short is None:
-            return {"path": "plain", "because": self._plain_because}
-        return {"path": "precopy", **self._short.facts()}
+            how = {"path": "plain", "because": self._plain_because}
+        else:
+            how = {"path": "precopy", **self._short.facts()}
+        return {**how, "spooled_bytes": self._held.spooled_bytes}
 
     def _store_all(self) -> None:
         """Have everything in the sink."""
-        self._held.drain(lambda: self._deadline.check("the dump"))
+        self._held.drain(self._before_each)
         if self._short is not None:
             self._copied_bytes = self._short.settle(self._server.spaces)
         for name in self._image_names:
             self._deadline.check("the dump")
             self._store_image(name)
+
+    def _before_each(self) -> None:
+        self._deadline.check("the dump")
+        if self._short is not None and not self._options.kill:
+            self._short.keep_pace()
 
     def _store_image(self, name: str) -> None:
         path = os.path.join(self._images, name)
@@ -461,29 +478,6 @@ class _Capture:
                 "skipped": self._facts.get("skipped", []),
             },
         )
-
-
-class _Beside(threading.Thread, Generic[_T]):
-    """Something done while CRIU works: that time is free."""
-
-    def __init__(self, name: str, function: Callable[[], _T]) -> None:
-        super().__init__(name=name, daemon=True)
-        self._function = function
-        self._value: list[_T] = []
-        self._failure: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._value.append(self._function())
-        except BaseException as exc:  # noqa: BLE001 - carried to the thread that asks, by result
-            self._failure = exc
-
-    def result(self) -> _T:
-        self.join()
-        if self._failure is not None:
-            raise self._failure
-        return self._value[0]
 
 
 def _state(pid: int) -> str:

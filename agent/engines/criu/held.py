@@ -1,9 +1,10 @@
 """A sink that takes what it is given into memory while the job stands still, and passes it on to
 the real one when the job runs again.
 
-Promises: never more than ``budget_bytes`` of content are held; what does not fit any more is passed
-on at once, in order, at the real sink's pace. Safe from several threads, of which the real sink
-sees one at a time.
+Promises: never more than ``budget_bytes`` of content are held in memory; what does not fit goes to
+a file without a name on the local disk (``spool``), and if there is no room either, is passed on
+at once, in order, at the real sink's pace. Safe from several threads, of which the real sink sees
+one at a time. ``close`` leaves nothing.
 Does not: hold anything before ``hold`` or after ``drain``.
 """
 
@@ -14,22 +15,40 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, cast
 
+from agent.engines.criu.spool import Spool
 from agent.model.streams import AddressSpace, FileEntry, MemberSink, PageRun
 
 _PIECE_BYTES = 1 << 20
 
+# Gives back what was held.
+_Load = Callable[[], memoryview]
+
 
 class HeldSink:
-    """Holds back what is for ``sink``."""
+    """Holds back what is for ``sink``; ``folder`` is on the local disk, None for none. With a
+    budget of 0 no content is held.
+    """
 
-    def __init__(self, sink: MemberSink, budget_bytes: int) -> None:
+    def __init__(self, sink: MemberSink, budget_bytes: int, folder: str | None = None) -> None:
         self._sink = sink
         self._budget_bytes = budget_bytes
+        self._spool = Spool(folder if budget_bytes else None)
         self._lock = threading.Lock()
         self._waiting: list[Callable[[], None]] = []
         self._held_bytes = 0
         self._holding = False
+        # Whether something could not be held.
         self.overflowed = False
+
+    @property
+    def spooled_bytes(self) -> int:
+        """How much went to the local disk."""
+        return self._spool.size_bytes
+
+    def close(self) -> None:
+        """Let go of what is held; safe to repeat."""
+        self._waiting = []
+        self._spool.close()
 
     def hold(self) -> None:
         """Begin to hold things back."""
@@ -45,18 +64,18 @@ class HeldSink:
     def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
         """As ``MemberSink.pages``."""
         with self._lock:
-            if self._fits(len(data)):
-                kept = memoryview(bytes(data))
-                self._waiting.append(lambda: self._sink.pages(space, run, kept))
+            load = self._kept(data)
+            if load is not None:
+                self._waiting.append(lambda: self._sink.pages(space, run, load()))
             else:
                 self._sink.pages(space, run, data)
 
     def draft(self, space: AddressSpace, runs: Sequence[PageRun], data: memoryview) -> None:
         """As ``MemberSink.draft``."""
         with self._lock:
-            if self._fits(len(data)):
-                kept = memoryview(bytes(data))
-                self._waiting.append(lambda: self._sink.draft(space, runs, kept))
+            load = self._kept(data)
+            if load is not None:
+                self._waiting.append(lambda: self._sink.draft(space, runs, load()))
             else:
                 self._sink.draft(space, runs, data)
 
@@ -95,23 +114,28 @@ class HeldSink:
         else:
             call()
 
-    def _fits(self, size_bytes: int) -> bool:
-        """Whether so much more can be held; if not, nothing is from now on."""
-        if self._holding and self._held_bytes + size_bytes <= self._budget_bytes:
-            self._held_bytes += size_bytes
-            return True
-        self.overflowed = self.overflowed or self._holding
-        self._pass_on()
-        return False
+    def _kept(self, data: memoryview) -> _Load | None:
+        """Hold ``data``; None if it cannot be, and then nothing is from now on."""
+        if not self._holding:
+            return None
+        if self._held_bytes + len(data) <= self._budget_bytes:
+            self._held_bytes += len(data)
+            kept = memoryview(bytes(data))
+            return lambda: kept
+        load = self._spool.put(data)
+        if load is None:
+            self.overflowed = True
+            self._pass_on()
+        return load
 
     def _content(self, content: BinaryIO) -> BinaryIO:
         """A stream of the same bytes, which are held if they fit."""
-        pieces = []
+        pieces: list[_Load] = []
         while self._holding and (piece := content.read(_PIECE_BYTES)):
-            pieces.append(piece)
-            if not self._fits(len(piece)):
-                return cast("BinaryIO", io.BufferedReader(_Rest(pieces, content), _PIECE_BYTES))
-        return cast("BinaryIO", io.BytesIO(b"".join(pieces))) if self._holding else content
+            data = memoryview(piece)
+            pieces.append(self._kept(data) or _given(data))
+        rest = io.BytesIO() if self._holding else content
+        return cast("BinaryIO", io.BufferedReader(_Rest(pieces, rest), _PIECE_BYTES))
 
     def _pass_on(self, check: Callable[[], None] = lambda: None) -> None:
         waiting, self._waiting = self._waiting, []
@@ -123,11 +147,16 @@ class HeldSink:
             waiting.pop()()  # so that memory goes with each
 
 
+def _given(data: memoryview) -> _Load:
+    return lambda: data
+
+
 class _Rest(io.RawIOBase):
     """What was read already, then the rest."""
 
-    def __init__(self, pieces: list[bytes], content: BinaryIO) -> None:
-        self._pieces = [memoryview(piece) for piece in reversed(pieces)]
+    def __init__(self, pieces: list[_Load], content: BinaryIO) -> None:
+        self._pieces = pieces[::-1]
+        self._piece = memoryview(b"")
         self._content = content
 
     def readable(self) -> bool:
@@ -135,13 +164,13 @@ class _Rest(io.RawIOBase):
 
     def readinto(self, into: Any) -> int:
         into = memoryview(into).cast("B")
-        if not self._pieces:
+        if not self._piece and self._pieces:
+            self._piece = self._pieces.pop()()
+        if not self._piece:
             data = self._content.read(len(into))
             into[: len(data)] = data
             return len(data)
-        piece = self._pieces.pop()
-        count = min(len(piece), len(into))
-        into[:count] = piece[:count]
-        if count < len(piece):
-            self._pieces.append(piece[count:])
+        count = min(len(self._piece), len(into))
+        into[:count] = self._piece[:count]
+        self._piece = self._piece[count:]
         return count

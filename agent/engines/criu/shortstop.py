@@ -126,6 +126,10 @@ class ShortStop:
         if self._failure is not None:
             raise self._failure
 
+    def keep_pace(self) -> None:
+        """Wait until more may be stored: the tree runs again."""
+        self._pace.wait(0)
+
     def settle(self, spaces: Sequence[AddressSpace]) -> int:
         """Settle those of ``spaces`` that are copied here, when everything is in the sink; say how
         many bytes are not CRIU's.

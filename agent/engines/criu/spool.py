@@ -1,0 +1,84 @@
+"""Memory's overflow: a file without a name, on the local disk, that is written once and read once.
+
+While a job stands still, a disk that takes what it is given into the page cache is several times
+quicker than a store that compresses.
+
+Promises: at most a tenth of the memory that is free when the first piece comes, beyond which Linux
+makes writers wait for the disk (vm.dirty_background_ratio), and half of the room on the disk;
+what does not fit, or cannot be written, is refused. ``close`` leaves nothing, and so does death.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import IO
+
+from agent import errors
+from agent.host import system
+
+_OF_MEMORY = 0.1
+_OF_DISK = 0.5
+
+
+class Spool:
+    """One file in ``folder``, made when it is needed; without a folder there is no room. Writers
+    take turns.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self._folder = folder
+        self._file: IO[bytes] | None = None
+        self._most_bytes = 0
+        self.size_bytes = 0
+
+    def put(self, data: memoryview) -> Callable[[], memoryview] | None:
+        """Write ``data``; what reads it back, or None if there is no room."""
+        if self._folder is None:
+            return None
+        try:
+            if self._file is None:
+                self._open(self._folder)
+            return self._put(data)
+        except OSError:
+            # A full or failing disk: nothing more goes there, what is there is read.
+            self._folder = None
+            return None
+
+    def close(self) -> None:
+        """Remove it; safe to repeat."""
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self, folder: str) -> None:
+        found = os.statvfs(folder)
+        free_bytes = found.f_bavail * found.f_frsize
+        self._most_bytes = int(
+            min(free_bytes * _OF_DISK, system.memory_available_bytes() * _OF_MEMORY)
+        )
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - close
+
+    def _put(self, data: memoryview) -> Callable[[], memoryview] | None:
+        if self._file is None or self.size_bytes + len(data) > self._most_bytes:
+            return None
+        file, at, length = self._file, self.size_bytes, len(data)
+        done = 0
+        while done < length:
+            done += os.pwrite(file.fileno(), data[done:], at + done)
+        self.size_bytes += length
+
+        def load() -> memoryview:
+            into = memoryview(bytearray(length))
+            got = 0
+            while got < length:
+                count = os.preadv(file.fileno(), [into[got:]], at + got)
+                if not count:
+                    raise errors.DumpFailed(
+                        "what was held on the local disk is not there any more",
+                        hint="look at the disk of the work directory; the job goes on",
+                    )
+                got += count
+            return into
+
+        return load

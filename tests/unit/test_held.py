@@ -1,0 +1,116 @@
+"""What is held back while a job stands still, and where."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pytest
+
+from agent.engines.criu.held import HeldSink
+from agent.host import system
+from agent.model.streams import PAGE_BYTES, AddressSpace, FileEntry, MemberSink, PageRun
+
+SPACE = AddressSpace("process", 1)
+MIB = 1 << 20
+
+
+class Seen:
+    """Notes what arrives, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any, bytes]] = []
+
+    def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
+        self.calls.append(("pages", run.address, bytes(data)))
+
+    def draft(self, space: AddressSpace, runs: list[PageRun], data: memoryview) -> None:
+        self.calls.append(("draft", runs[0].address, bytes(data)))
+
+    def metadata(self, name: str, content: BinaryIO) -> None:
+        self.calls.append(("metadata", name, content.read()))
+
+    def file(self, entry: FileEntry, content: BinaryIO | None) -> None:
+        self.calls.append(("file", entry.path, content.read() if content else b""))
+
+    def facts(self, facts: dict[str, Any]) -> None:
+        self.calls.append(("facts", facts["n"], b""))
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+def filled(held: HeldSink) -> list[tuple[str, Any, bytes]]:
+    """Give it one of everything, 1 MiB each."""
+    contents = [os.urandom(MIB) for _ in range(4)]
+    runs = [PageRun(at * MIB, MIB // PAGE_BYTES, 0) for at in range(2)]
+    held.pages(SPACE, runs[0], memoryview(contents[0]))
+    held.draft(SPACE, [runs[1]], memoryview(contents[1]))
+    held.metadata("mm.img", io.BytesIO(contents[2]))
+    entry = FileEntry("/f", "file", 0o600, 0, 0, 0, MIB, "open")
+    held.file(entry, io.BytesIO(contents[3]))
+    held.facts({"n": 1})
+    heads = [("pages", 0), ("draft", MIB), ("metadata", "mm.img"), ("file", "/f")]
+    calls = [(*head, content) for head, content in zip(heads, contents, strict=True)]
+    return [*calls, ("facts", 1, b"")]
+
+
+def held_sink(seen: Seen, budget_bytes: int, folder: Path | None) -> Iterator[HeldSink]:
+    made = HeldSink(cast("MemberSink", seen), budget_bytes, str(folder) if folder else None)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("budget_bytes", [8 * MIB, 5 * MIB // 2, 1])
+def test_nothing_arrives_before_the_job_runs_and_then_all_in_order(
+    seen: Seen, tmp_path: Path, budget_bytes: int
+) -> None:
+    for held in held_sink(seen, budget_bytes, tmp_path):
+        held.hold()
+        given = filled(held)
+        assert seen.calls == []
+        assert (held.spooled_bytes > 0) == (budget_bytes < 4 * MIB)
+        assert list(tmp_path.iterdir()) == [], "it has a name"
+        held.drain()
+        assert seen.calls == given
+        assert not held.overflowed
+
+
+def test_without_room_on_the_disk_the_store_gets_it_at_once(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "memory_available_bytes", lambda: 25 * MIB)
+    for held in held_sink(seen, 1, tmp_path):
+        held.hold()
+        given = filled(held)
+        assert held.overflowed
+        assert held.spooled_bytes == 2 * MIB
+        assert seen.calls == given
+        held.drain()
+        assert seen.calls == given
+
+
+def test_a_disk_that_fails_is_as_one_that_is_full(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    for held in held_sink(seen, MIB, tmp_path):
+        held.hold()
+        assert filled(held) == seen.calls
+
+
+@pytest.mark.parametrize("budget_bytes", [0, 8 * MIB])
+def test_without_a_budget_nothing_is_held(seen: Seen, tmp_path: Path, budget_bytes: int) -> None:
+    for held in held_sink(seen, budget_bytes, tmp_path):
+        if not budget_bytes:
+            held.hold()
+        assert filled(held) == seen.calls
+        assert held.spooled_bytes == 0
