@@ -225,6 +225,8 @@ def restore_report(outcome: RestoreOutcome, *, isolated: bool) -> Document:
         isolated=isolated,
         verifiedSeconds=round(outcome.verified_s, 6),
         runningSeconds=round(outcome.running_s, 6),
+        completeSeconds=round(outcome.running_s + outcome.late_s, 6),
+        lateBytes=outcome.late_bytes,
         members=[
             {"name": name, "pid": tree.pid, "exitStatus": None} for name, tree in outcome.trees
         ],

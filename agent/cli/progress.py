@@ -26,6 +26,7 @@ _PHASES = {
     "persist": "persisting, the job runs",
     "verify": "reading and verifying",
     "restore": "restoring",
+    "fill": "running, its memory still comes",
 }
 
 
@@ -81,13 +82,22 @@ def _expected_bytes(pids: Sequence[int]) -> int | None:
 
 @contextlib.contextmanager
 def for_restore(quiet: bool) -> Iterator[Callable[[restore.Progress], None]]:
-    """A callback for a restore, which tells its phase only."""
+    """A callback for a restore: its phase, and how much memory has come since all runs."""
     with _bars(quiet) as bars:
         if bars is None:
             yield lambda _: None
             return
         task = bars.add_task(_PHASES["verify"], total=None)
-        yield lambda now: bars.update(task, description=_PHASES.get(now.phase, now.phase))
+
+        def show(now: restore.Progress) -> None:
+            bars.update(
+                task,
+                description=_PHASES.get(now.phase, now.phase),
+                completed=now.filled_bytes,
+                total=now.total_bytes or None,
+            )
+
+        yield show
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ import click
 from agent import errors, wiring
 from agent.cli import arguments, documents, exits, interrupts, output, progress
 from agent.cli.invocation import Invocation, Verb, pass_invocation
-from agent.engines.base import FilePolicy, RestoreOptions
-from agent.node.restore import RestoreOutcome
+from agent.engines.base import FilePolicy, Fills, RestoreOptions
+from agent.node.restore import Progress, RestoreOutcome
+from agent.settings import Settings
 
 # What a new file for a tree's output may be read by: its owner, as a log with unknown content.
 _OUTPUT_MODE = 0o600
@@ -65,6 +66,11 @@ _OUTPUT_MODE = 0o600
     help="Where a file of the image differs from what is there now: refuse, roll it back (the"
     " other is kept aside), or keep what is there.",
 )
+@click.option(
+    "--lazy/--eager",
+    default=False,
+    help="Let the processes run at once, while their memory still comes; or all of it first.",
+)
 @click.option("--stdin", type=click.Path(), help="Replaces the processes' standard input.")
 @click.option("--stdout", type=click.Path(), help="Appended to; replaces standard output.")
 @click.option("--stderr", type=click.Path(), help="Appended to; replaces standard error.")
@@ -91,6 +97,7 @@ def verb(
     isolate: bool,
     wait: bool,
     files: str,
+    lazy: bool,
     stdin: str | None,
     stdout: str | None,
     stderr: str | None,
@@ -103,6 +110,10 @@ def verb(
 
     The image is read and verified whole before any process starts. Everything in the way is
     named at once, and nothing is changed then. In a cluster say where: --node or --pod.
+
+    With --lazy, memory is only looked for before the processes start; each page is verified when it
+    comes, those first that are waited for. The command stays until all is in. If that cannot be,
+    the processes are ended.
 
     jobset/NAME[@EPOCH] brings back all pods of a JobSet at one instant, on the nodes that --node
     names or where the scheduler likes. group/NAME[@EPOCH] brings the pods of a selector back, into
@@ -119,6 +130,7 @@ def verb(
         "--isolate": isolate,
         "--wait": wait,
         "--files": files if files != FilePolicy.REFUSE.value else "",
+        "--lazy": lazy,
         "--stdin": stdin,
         "--stdout": stdout,
         "--stderr": stderr,
@@ -197,19 +209,47 @@ def verb(
             deadline_s=settings.restore_deadline_s,
             accept_changed=accept_changed,
             log_level=settings.criu_log_level,
+            fills=Fills() if lazy else None,
         )
-        stopped: list[int] = []
-        with interrupts.caught(stopped.append), progress.for_restore(invocation.quiet) as show:
-            outcome = wiring.restore(settings, image, options, progress=show)
-            if stopped:
-                _take_back(outcome)
+        outcome = _restored(invocation, settings, image, options)
     document = documents.restore_report(outcome, isolated=isolate)
-    invocation.say(f"{document['name']} runs after {output.human_s(document['runningSeconds'])}")
+    if not lazy:
+        invocation.say(f"{document['name']} runs after {output.human_s(outcome.running_s)}")
     statuses = _wait(outcome) if wait else []
     for member, status in zip(document["members"], statuses, strict=False):
         member["exitStatus"] = status
     invocation.emit(document)
     return next((status for status in statuses if status), exits.DONE)
+
+
+def _restored(
+    invocation: Invocation, settings: Settings, image: str, options: RestoreOptions
+) -> RestoreOutcome:
+    """All of it, or nothing if a signal comes before its memory is complete."""
+    stopped: list[int] = []
+    told: list[str] = []
+    with interrupts.caught(stopped.append), progress.for_restore(invocation.quiet) as show:
+
+        def look(now: Progress) -> None:
+            show(now)
+            if now.phase != "fill":
+                return
+            if stopped:
+                raise _interrupted()
+            if options.fills is not None and not told:
+                told.append(now.phase)
+                late = output.human_bytes(now.total_bytes)
+                invocation.say(f"{image} runs, {late} of its memory are on the way")
+
+        outcome = wiring.restore(settings, image, options, progress=look)
+        if stopped:
+            _take_back(outcome)
+    if options.fills is not None:
+        invocation.say(
+            f"it ran after {output.human_s(outcome.running_s)}, with all of its memory after"
+            f" {output.human_s(outcome.running_s + outcome.late_s)}"
+        )
+    return outcome
 
 
 def _together(image: str) -> tuple[arguments.Target, str] | None:
@@ -239,7 +279,11 @@ def _opened(stack: contextlib.ExitStack, path: str | None, flags: int) -> int | 
 def _take_back(outcome: RestoreOutcome) -> None:
     for _, tree in outcome.trees:
         tree.kill()
-    raise errors.Interrupted(
+    raise _interrupted()
+
+
+def _interrupted() -> errors.Interrupted:
+    return errors.Interrupted(
         "interrupted: what had been restored was ended again", hint="restore it again"
     )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from agent.model.streams import MemberSink, MemberSource
@@ -167,6 +167,68 @@ class FilePolicy(enum.Enum):
     KEEP = "keep"
 
 
+# How long one tree is waited for before the next is looked at.
+_LOOK_S = 0.1
+
+
+class Filling(Protocol):
+    """A tree that runs while its memory still comes."""
+
+    total_bytes: int
+    filled_bytes: int
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until all of it is in, or the tree has ended; False if that takes longer.
+
+        Raises:
+            errors.Corrupt | errors.Missing | errors.VolumeError: the rest cannot be had.
+            errors.DeadlineExceeded | errors.RestoreFailed: it could not be filled.
+            After any of them the tree has been ended: nothing ran on with what is missing.
+        """
+
+    def give_up(self) -> None:
+        """End the tree unless it is complete; safe to repeat."""
+
+
+class Fills:
+    """The trees of a restore that run while their memory still comes. Leaving the context ends
+    those that are not complete.
+    """
+
+    def __init__(self) -> None:
+        self._fills: list[Filling] = []
+
+    def __enter__(self) -> Fills:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with contextlib.ExitStack() as stack:
+            for each in self._fills:
+                stack.callback(each.give_up)
+
+    def add(self, filling: Filling) -> None:
+        """One tree more."""
+        self._fills.append(filling)
+
+    @property
+    def filled_bytes(self) -> int:
+        """How much has come of what was to come."""
+        return sum(each.filled_bytes for each in self._fills)
+
+    @property
+    def total_bytes(self) -> int:
+        """How much was to come when the trees began to run."""
+        return sum(each.total_bytes for each in self._fills)
+
+    def wait(self, look: Callable[[], None]) -> None:
+        """Return when all are complete; raises as ``Filling.wait``. ``look`` is called again and
+        again and may raise.
+        """
+        left = self._fills
+        while left := [each for each in left if not each.wait(_LOOK_S)]:
+            look()
+
+
 @dataclasses.dataclass(frozen=True)
 class RestoreOptions:
     """How to restore.
@@ -178,7 +240,8 @@ class RestoreOptions:
     ``accept_changed``: paths whose changed size or time is accepted (binaries, libraries).
     ``moved``: addresses of all hosts of a group, old to new, where its members move together;
     connections between them go on, but for the ``halves`` ("local -> remote" as they were): whose
-    other end is in no member, since nobody had accepted it yet.
+    other end is in no member, since nobody had accepted it yet. ``fills``: let the tree run before
+    its memory is complete, where that can be done, and tell there.
     """
 
     isolate: bool = False
@@ -191,6 +254,7 @@ class RestoreOptions:
     log_level: int = 2
     moved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     halves: frozenset[str] = frozenset()
+    fills: Fills | None = None
 
 
 class Gate(Protocol):

@@ -89,6 +89,12 @@ class Pagemap:
         found = self._scan(start, end, mask=_WPALLOWED, most_pages=1)
         return len(found) > 0
 
+    def occupied(self, start: int, end: int) -> Ranges:
+        """Pages that no fault would ask for: mapped, the kernel's zero page included, or swapped
+        out.
+        """
+        return self._scan(start, end, any_of=_PRESENT | _SWAPPED)[:, :2]
+
     def existing(self, start: int, end: int) -> Ranges:
         """Pages that hold something: mapped or swapped out, but neither the kernel's zero page nor
         a guard.

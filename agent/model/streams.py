@@ -146,3 +146,11 @@ class MemberSource(Protocol):
 
     def check(self) -> None:
         """Read and verify every byte that a restore would need, without keeping it."""
+
+    def present(self) -> None:
+        """Verify all that says what the image holds and where, and that every file with its memory
+        is there in its full length; memory itself is verified when it is read.
+        """
+
+    def beside(self) -> MemberSource:
+        """Another source of the same member, for another thread."""

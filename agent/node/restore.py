@@ -1,8 +1,10 @@
 """This host's half of a restore: read, verify, bring every member back at one instant.
 
 Promises: what stands in the way is found at once, for all members, before the image is read; an
-image is verified whole before any process starts; either all members of the epoch run again or none
-does. A damaged image is refused with the newest older good one named.
+image is verified whole before any process starts, but for memory that the caller lets come later,
+of which all must be there, and every page is verified before a process sees it; either all members
+of the epoch run again or none does. A damaged image is refused with the newest older good one
+named.
 Does not: choose the host, or print.
 """
 
@@ -14,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from agent import errors
-from agent.engines.base import Engine, RestoredTree, RestoreOptions
+from agent.engines.base import Engine, Fills, RestoredTree, RestoreOptions
 from agent.host import clock
 from agent.model import ids
 from agent.model.streams import MemberSource
@@ -23,19 +25,27 @@ from agent.store.repository import EpochSummary, Store
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a restore has come. ``phase`` is verify, restore or done."""
+    """How far a restore has come. ``phase`` is verify, restore, fill (all runs, while memory still
+    comes) or done; ``filled_bytes`` of ``total_bytes`` came since all runs.
+    """
 
     phase: str
+    filled_bytes: int = 0
+    total_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class RestoreOutcome:
-    """A running tree for every member. ``running_s`` is from the request."""
+    """A running tree for every member. ``running_s`` is from the request; ``late_bytes`` of memory
+    came in the ``late_s`` after that.
+    """
 
     epoch: EpochSummary
     trees: tuple[tuple[ids.MemberName, RestoredTree], ...]
     verified_s: float
     running_s: float
+    late_s: float = 0.0
+    late_bytes: int = 0
 
 
 def restore(
@@ -46,7 +56,8 @@ def restore(
     *,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> RestoreOutcome:
-    """Bring ``image`` back.
+    """Bring ``image`` back; with ``options.fills`` its memory is looked for, and verified when it
+    comes. ``progress`` may raise then: what runs is ended.
 
     Raises:
         errors.NotFound: no such image.
@@ -64,19 +75,37 @@ def restore(
         sources = [(name, reader.member(name)) for name in reader.members]
         check_all(engine, sources, options, began_s)
         for _, source in sources:
-            source.check()
+            if options.fills is None:
+                source.check()
+            else:
+                source.present()
     except errors.DataError as exc:
         _offer_older(store, group, epoch, exc)
         raise
     verified_s = clock.monotonic_s() - began_s
     progress(Progress("restore"))
-    trees = _restore_all(engine, sources, options)
+    with options.fills or Fills() as fills:
+        trees = _restore_all(engine, sources, options)
+        running_s = clock.monotonic_s() - began_s
+
+        def filling() -> None:
+            progress(Progress("fill", fills.filled_bytes, fills.total_bytes))
+
+        try:
+            filling()
+            fills.wait(filling)
+        except BaseException:
+            for _, tree in trees:
+                tree.kill()
+            raise
     progress(Progress("done"))
     return RestoreOutcome(
         epoch=reader.summary,
         trees=tuple(trees),
         verified_s=verified_s,
-        running_s=clock.monotonic_s() - began_s,
+        running_s=running_s,
+        late_s=clock.monotonic_s() - began_s - running_s if fills.total_bytes else 0.0,
+        late_bytes=fills.total_bytes,
     )
 
 

@@ -148,6 +148,13 @@ class BlockSource:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def find(self, table: pagetable.Table) -> None:
+        """See to it that every pack that the table needs is there in its full length, and its index
+        verified; raises as ``pieces``.
+        """
+        for number in np.unique(table.pack[table.pack >= 0]):
+            self._table(int(number))
+
     def verify(self, tables: Iterable[pagetable.Table]) -> int:
         """Read every block that one of the tables needs, keep nothing, and return how many bytes
         that were; raises as ``pieces``.

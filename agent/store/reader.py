@@ -62,6 +62,7 @@ class MemberReader:
     """The source of one member; see ``model.streams.MemberSource``."""
 
     def __init__(self, volume: Volume, found: manifest.MemberManifest) -> None:
+        self._volume = volume
         self._manifest = found
         self._part = layout.member_name(found.group, found.epoch, found.member)
         self._pack_pages = [ref.pages for ref in found.packs]
@@ -140,10 +141,24 @@ class MemberReader:
         if self._checked:
             return
         tables = [self._table(table) for table in self._spaces.values()]
-        streams = (*self._metadata.values(), *self._files.values())
-        tables += [self._stream_table(stream) for stream in streams if stream is not None]
+        tables += [self._stream_table(stream) for stream in self._streams()]
         self._blocks.verify(tables)
         self._checked = True
+
+    def present(self) -> None:
+        """Verify manifests and indexes, and that every pack is there in its full length."""
+        for table in self._spaces.values():
+            self._blocks.find(self._table(table))
+        for stream in self._streams():
+            self._blocks.find(self._stream_table(stream))
+
+    def beside(self) -> MemberReader:
+        """Another reader of the same member, for another thread."""
+        return MemberReader(self._volume, self._manifest)
+
+    def _streams(self) -> list[manifest.Stream]:
+        streams = (*self._metadata.values(), *self._files.values())
+        return [stream for stream in streams if stream is not None]
 
     def _space(self, space: AddressSpace) -> pagetable.Table:
         """Return a space's table; the last one is kept, for callers that ask part by part."""

@@ -184,3 +184,9 @@ class MemorySource:
 
     def check(self) -> None:
         self.checked += 1
+
+    def present(self) -> None:
+        """All of it is in memory."""
+
+    def beside(self) -> MemorySource:
+        return self

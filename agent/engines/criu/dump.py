@@ -31,6 +31,7 @@ from agent.engines.criu import (
     held,
     hosttree,
     journal,
+    lazy,
     log,
     pageserver,
     preflight,
@@ -141,6 +142,7 @@ def run(
             _Capture(places, operation, subject, sink, cut, options, deadline)
         ) as running,
     ):
+        lazy.refuse_unfilled(places, tree)
         try:
             running.run()
         except BaseException as exc:

@@ -1,34 +1,46 @@
 """How an image becomes a tree's memory and files: what CRIU reads from a folder, and what is
 poured into the tree once it stands.
 
-Promises: when ``lay_out`` returns, every byte of the image has been read and verified once. Memory
+Promises: when ``lay_out`` returns, every byte of the image has been read and verified once; with
+``deferring``, everything but memory, which is only known to be there. Memory
 of this program stays bounded; zero pages take no disk; what is poured takes none either.
 Does not: start anything.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from agent import errors
-from agent.engines.criu import images, pour
-from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource
+from agent.engines.criu import images, lazy, pour
+from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource, PageRun
 
 
 class Feed:
     """Lays one image out in ``folder``; with ``pouring``, memory that can be written into the
-    standing tree is left out there.
+    standing tree is left out there; with ``deferring`` as well, ``fill`` leaves out what can come
+    when the tree runs (``lazy``).
     """
 
     def __init__(
-        self, source: MemberSource, known: dict[str, Any], folder: str, *, pouring: bool
+        self,
+        source: MemberSource,
+        known: dict[str, Any],
+        folder: str,
+        *,
+        pouring: bool,
+        deferring: bool = False,
     ) -> None:
         self._source = source
         self._known = known
         self._folder = folder
         self._pouring = pouring
+        self._deferring = pouring and deferring
+        self._family: dict[int, pour.ProcessMemory] = {}
+        self._deferred: dict[AddressSpace, lazy.Deferred] = {}
         self._shares: dict[AddressSpace, pour.Split] = {}
 
     def lay_out(self) -> None:
@@ -38,7 +50,9 @@ class Feed:
             errors.Corrupt | errors.Missing: the image is damaged.
             errors.RestoreFailed: no room in the folder.
         """
-        if self._pouring:
+        if self._deferring:
+            self._source.present()
+        elif self._pouring:
             # Poured pages are read when processes stand already: too late to find damage.
             self._source.check()
         for name, content in self._source.metadata():
@@ -50,7 +64,11 @@ class Feed:
             runs = list(self._source.runs(space)) if space in stored else []
             share = self._shares.get(space)
             if share is not None:
-                runs = list(share.criu)
+                # What CRIU may find marked so, in its lazy mode it would leave to us.
+                runs = [
+                    dataclasses.replace(run, flags=run.flags & ~lazy.PAGEMAP_LAZY)
+                    for run in share.criu
+                ]
             images.write_pagemap(self._folder, space, pages_id, runs)
             images.write_pages(self._folder, space, pages_id, self._source, runs)
 
@@ -67,13 +85,38 @@ class Feed:
             for space, share in self._shares.items()
         )
 
+    @property
+    def deferred(self) -> dict[AddressSpace, lazy.Deferred]:
+        """What is to come when the tree runs."""
+        return self._deferred
+
+    @property
+    def numbers(self) -> list[int]:
+        """The processes that have memory, by their numbers in the image."""
+        return sorted(self._family)
+
+    def process(self, number: int) -> pour.ProcessMemory:
+        """What is known of one of them."""
+        return self._family[number]
+
+    def pour_early(self, space: AddressSpace, runs: Sequence[PageRun], memory_path: str) -> None:
+        """Pour these deferred runs of a process after all; raises as ``fill``."""
+        if runs:
+            pour.pour(self._source, space, pour.Split((), tuple(runs), ()), memory_path, _nothing)
+
     def _split(self) -> dict[AddressSpace, pour.Split]:
-        family = images.family(self._folder)
-        return {
+        self._family = family = images.family(self._folder)
+        found = {
             space: pour.split(family[space.id], family, self._source.runs(space))
             for space in self._source.spaces()
             if space.kind == "process" and space.id in family
         }
+        if self._deferring:
+            for space, share in found.items():
+                found[space], deferred = lazy.defer(family[space.id], share)
+                if deferred.runs:
+                    self._deferred[space] = deferred
+        return found
 
     def _spaces(self) -> list[AddressSpace]:
         """All address spaces, also those without a page: CRIU wants a page map of each."""
@@ -88,6 +131,10 @@ class Feed:
 def memory_bytes(source: MemberSource) -> int:
     """How much memory the tree had, zero pages included."""
     return sum(run.pages for space in source.spaces() for run in source.runs(space)) * PAGE_BYTES
+
+
+def _nothing() -> None:
+    """Nobody looks after so few pages."""
 
 
 def _write_metadata(folder: str, name: str, content: bytes) -> None:

@@ -206,17 +206,24 @@ def family(folder: str) -> dict[int, pour.ProcessMemory]:
         if not os.path.exists(os.path.join(folder, name)):
             continue  # a zombie
         areas = tuple(
-            pour.Area(vma.start, vma.end, vma.status, vma.flags, vma.pgoff, vma.shmid)
+            pour.Area(vma.start, vma.end, vma.status, vma.flags, vma.pgoff, vma.shmid, vma.madv)
             for mm in read(folder, "mm", name, messages.mm_entry)
             for vma in mm.vmas
         )
-        rseq = tuple(
-            core.thread_core.rseq_entry.rseq_abi_pointer
+        cores = [
+            core
             for tid in entry.threads
             for core in read(folder, "core", f"core-{tid}.img", messages.core_entry)
+        ]
+        rseq = tuple(
+            core.thread_core.rseq_entry.rseq_abi_pointer
+            for core in cores
             if core.thread_core.HasField("rseq_entry")
         )
-        found[entry.pid] = pour.ProcessMemory(entry.pid, entry.ppid, areas, rseq)
+        # The list of robust futexes, and what is set to zero for whoever waits for the thread.
+        early = [core.thread_core.futex_rla for core in cores]
+        early += [core.thread_info.clear_tid_addr for core in cores]
+        found[entry.pid] = pour.ProcessMemory(entry.pid, entry.ppid, areas, rseq, tuple(early))
     return found
 
 

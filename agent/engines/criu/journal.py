@@ -119,7 +119,7 @@ class Places:
 
     def write(self, entry: Entry) -> None:
         """Put ``entry`` into the journal, or replace it."""
-        path = self._op(entry.name)
+        path = self.entry_path(entry.name)
         with open(path + ".new", "w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(entry), file)
         os.rename(path + ".new", path)
@@ -127,9 +127,10 @@ class Places:
     def remove(self, name: str) -> None:
         """Strike an operation off; a no-op if it is not there."""
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._op(name))
+            os.unlink(self.entry_path(name))
 
-    def _op(self, name: str) -> str:
+    def entry_path(self, name: str) -> str:
+        """The file of an operation's entry."""
         return os.path.join(self.runtime_dir, "ops", name + ".json")
 
     def keep_table(self, name: str) -> None:

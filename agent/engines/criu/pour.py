@@ -34,7 +34,9 @@ _MAP_HUGETLB = 0x40000
 
 @dataclasses.dataclass(frozen=True)
 class Area:
-    """One mapping of a process as its image describes it (mm.img)."""
+    """One mapping of a process as its image describes it (mm.img); ``advice`` has the bit of each
+    ``madvise`` that holds for it.
+    """
 
     start: int
     end: int
@@ -42,18 +44,21 @@ class Area:
     flags: int
     offset: int
     shmid: int
+    advice: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessMemory:
     """What ``split`` needs to know of one process. ``parent`` is a pid of the tree or 0;
-    ``rseq_addresses`` are those of its threads' registered rseq areas.
+    ``rseq_addresses`` are those of its threads' registered rseq areas, ``early_addresses`` what the
+    kernel reads and writes when a thread ends, when it can wait for no page any more.
     """
 
     pid: int
     parent: int
     areas: tuple[Area, ...]
     rseq_addresses: tuple[int, ...]
+    early_addresses: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +195,11 @@ def _can_pour(area: Area) -> bool:
     return bool(
         area.status & _PRIVATE and not area.status & _KERNELS_OWN and not area.flags & _MAP_HUGETLB
     )
+
+
+def anonymous(area: Area) -> bool:
+    """Whether it is private memory of no file that may be poured."""
+    return _can_pour(area) and bool(area.status & _ANON_PRIVATE)
 
 
 def _inherited(process: ProcessMemory, family: dict[int, ProcessMemory]) -> set[Area]:

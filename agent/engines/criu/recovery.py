@@ -23,7 +23,7 @@ import stat
 from collections.abc import Iterable
 
 from agent import errors
-from agent.engines.criu import journal
+from agent.engines.criu import journal, trees
 from agent.host import clock, descriptors, hold, namespaces, netfilter, proc, sockets, subprocesses
 from agent.model.container import HOLD_FOLLOWS
 
@@ -68,6 +68,8 @@ def recover(places: journal.Places) -> Findings:
         _end_criu(entry, findings)
         if entry.action == "dump":
             undo_dump(places, entry, findings)
+        elif entry.action == "fill":
+            end_unfilled(entry, findings)
         else:
             undo_restore(places, entry, findings)
         places.remove(entry.name)
@@ -113,6 +115,16 @@ def undo_restore(
     _let_go(entry, findings)
     settle_tables(places, entry, keep=False, findings=findings)
     return findings
+
+
+def end_unfilled(entry: journal.Entry, findings: Findings) -> None:
+    """End a tree that waits for memory which nobody brings any more, or has taken missing pages for
+    zero since all who kept them were killed at once.
+    """
+    for root in entry.pids:
+        for who in trees.stopped_tree(root.pid) if proc.alive(root) else ():
+            if subprocesses.signal_quietly(who.pid):
+                findings.killed.append(who.pid)
 
 
 def hold_name(entry: journal.Entry) -> str:

@@ -28,6 +28,7 @@ from agent.engines.criu import (
     conflicts,
     feed,
     journal,
+    lazy,
     log,
     mend,
     pour,
@@ -145,16 +146,18 @@ def run(
     for pouring in (True, False):
         with places.operation("restore", taken, about=site.entry()) as operation:
             running = _Restore(
-                operation, site, source, known, options, gate, deadline, pouring=pouring
+                operation, places, site, source, known, options, gate, deadline, pouring=pouring
             )
             try:
                 return running.run()
             except pour.PourRefused as exc:
+                running.abandon()
                 site.undo(places, operation)
                 if not pouring:
                     raise
                 logger.info("pouring refused, using page files", extra={"reason": exc.message})
             except BaseException as exc:
+                running.abandon()
                 site.undo(places, operation)
                 explained = running.explained(exc)
                 if explained is exc:
@@ -185,6 +188,7 @@ class _Restore:
     def __init__(
         self,
         operation: journal.Operation,
+        places: journal.Places,
         site: Site,
         source: MemberSource,
         known: dict[str, Any],
@@ -195,12 +199,18 @@ class _Restore:
         pouring: bool,
     ) -> None:
         self._operation = operation
+        self._places = places
         self._site = site
+        self._source = source
         self._options = options
         self._gate = gate
         self._deadline = deadline
         self._images = operation.folder("images")
-        self._feed = feed.Feed(source, known, self._images, pouring=pouring)
+        self._feed = feed.Feed(
+            source, known, self._images, pouring=pouring, deferring=options.fills is not None
+        )
+        self._daemon: lazy.Daemon | None = None
+        self._fill: lazy.Fill | None = None
         self._hold = contextlib.ExitStack()
         self._criu_status: int | None = None
 
@@ -211,12 +221,29 @@ class _Restore:
         # An end of a connection may be there before its peer, also of another member's tree.
         with self._site.wired(self._images) as inherit, self._hold:
             self._hold.enter_context(self._site.held(self._operation))
-            with self._site.started(self._images, list(inherit.values()), self._operation) as (
-                worker,
-                folder,
+            if self._feed.deferred:
+                self._daemon = lazy.Daemon(self._images)
+            with (
+                contextlib.ExitStack() as daemon,
+                self._site.started(self._images, list(inherit.values()), self._operation) as (
+                    worker,
+                    folder,
+                ),
             ):
+                if self._daemon is not None:
+                    daemon.callback(self._daemon.close)
                 response = self._ask(worker, self._request(folder, inherit))
-                return self._site.settled(response, worker, self._deadline)
+                tree = self._site.settled(response, worker, self._deadline)
+                if self._fill is not None and self._options.fills is not None:
+                    self._options.fills.add(self._fill)
+                return tree
+
+    def abandon(self) -> None:
+        """It failed: nothing goes on by itself."""
+        if self._daemon is not None:
+            self._daemon.close()
+        if self._fill is not None:
+            self._fill.give_up()
 
     def explained(self, exc: BaseException) -> BaseException:
         """The error to show for ``exc``."""
@@ -258,6 +285,7 @@ class _Restore:
         opts.manage_cgroups_mode = rpc_pb2.IGNORE
         for key, descriptor in inherit.items():
             opts.inherit_fd.add(key=key, fd=descriptor)
+        opts.lazy_pages = self._daemon is not None
         self._site.configure(opts)
         return request
 
@@ -268,9 +296,42 @@ class _Restore:
         if stage == "setup-namespaces":
             self._site.namespaces_made()
         elif stage == "post-restore":
-            self._feed.fill(self._site.host_pid, lambda: self._deadline.check("the restore"))
+            descriptors = self._daemon.take() if self._daemon is not None else {}
+            try:
+                self._write_memory(descriptors)
+            finally:
+                for each in descriptors.values():
+                    os.close(each)
             self._site.complete(self._images)
             self._gate.restored()
             # All ends of the group are complete now.
             self._hold.close()
             self._gate.released()
+
+    def _write_memory(self, descriptors: Mapping[int, int]) -> None:
+        """All that must be there before the tree runs, and then whatever brings the rest."""
+        deferred = self._feed.deferred
+        for space in deferred:
+            if space.id not in descriptors:
+                raise errors.RestoreFailed(
+                    f"CRIU does not let process {space.id} wait for its memory",
+                    hint="restore it without --lazy",
+                )
+        for process in map(self._feed.process, descriptors):
+            lazy.release(descriptors[process.pid], process)
+        self._feed.fill(self._site.host_pid, lambda: self._deadline.check("the restore"))
+        if not deferred:
+            return
+        for space, each in deferred.items():
+            pid = self._site.host_pid(space.id)
+            there = lazy.ask_for(descriptors[space.id], each, pid)
+            self._feed.pour_early(space, there, f"/proc/{pid}/mem")
+        self._fill = lazy.Fill(
+            self._places,
+            self._source,
+            deferred,
+            {space: descriptors[space.id] for space in deferred},
+            [proc.identity(self._site.host_pid(number)) for number in self._feed.numbers],
+            self._options.deadline_s,
+        )
+        self._fill.begin()

@@ -139,6 +139,14 @@ class Inner:
         """Read the whole image."""
         self._source.check()
 
+    def present(self) -> None:
+        """Look for all of the image."""
+        self._source.present()
+
+    def beside(self) -> MemberSource:
+        """As this one; of memory nothing is changed."""
+        return self._source.beside()
+
     def _holds(self, name: str) -> bool:
         return name not in self._dropped and not _OF_NAMESPACES.fullmatch(name)
 

@@ -1,0 +1,501 @@
+"""Serves a tree's missing pages, and sees to it that none is ever taken for zero: a program of its
+own, run with the standard library alone.
+
+``keeper.py SOCKET_FD MEMORY_FD MEMORY_BYTES JOURNAL_PATH PID_NAMESPACE``. The agent gives it the
+userfaultfds of restored processes, with the mappings that are to be filled, and then, piece by
+piece, what belongs there; what a process waits for is asked of the agent first. It follows what the
+processes do to their mappings meanwhile: what they move is filled where it went, what they let go
+of is never filled, what they fork is filled as well.
+
+When the last descriptor of a userfaultfd is closed, the kernel lets the processes go on, and what
+has not been filled reads as zero. So two processes hold one table of descriptors (``CLONE_FILES``;
+one that the kernel makes for a forked child is in both at once): whichever is killed, the tree at
+most waits. The *second* does nothing but wait for the first one's end; then it ends the tree, and
+closes nothing before the last of its address spaces is gone. So does the first when the agent ends
+or says that there will be no more pages. Should the second be killed, the first makes another. Only
+if both are killed in one instant can a page that is missing be taken for zero, until the next
+command on this host ends the tree by the journal's entry, which the first removes when all is in.
+
+Promises: a page is filled once, with what the agent said, or found to be there; the agent hears
+when all of it is complete, and only then are the userfaultfds closed. Ignores the signals by which
+terminals and service managers end programs: it ends by the agent's word or end alone.
+Does not: import the rest of the program, read images, or know what the pages mean. A process that
+makes guard pages (``MADV_GUARD_INSTALL``) or a mapping that children shall find empty
+(``MADV_WIPEONFORK``) out of memory that is still missing finds it filled.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+
+PAGE_BYTES = 4096
+# The first byte of each message, and what follows. From the agent: the mappings of an address space
+# (with a userfaultfd) as pairs of addresses; a process (with a pidfd); that this was all;
+# pages: address space, address, length and where in the shared memory; that a question has been
+# answered by pages; that all of the image was sent; that no more comes.
+VIEW, PROCESS, BEGIN, DATA, ANSWERED, WHOLE, GIVE_UP = b"V", b"P", b"B", b"D", b"A", b"W", b"G"
+SPACE, RANGE, PIECE = struct.Struct("=I"), struct.Struct("=QQ"), struct.Struct("=IQQQ")
+# To the agent: ready; a question: address space and address; a piece was taken in, by its place;
+# everything is complete; the tree was ended, and why.
+READY, QUESTION, TAKEN, COMPLETE, ENDED = b"R", b"Q", b"T", b"C", b"E"
+ADDRESS, PLACE = struct.Struct("=IQ"), struct.Struct("=Q")
+MESSAGE_BYTES = 1 << 17
+
+# linux/userfaultfd.h
+UFFDIO_REGISTER, UFFDIO_UNREGISTER = 0xC020AA00, 0x8010AA01
+_WAKE, _COPY, _ZEROPAGE = 0x8010AA02, 0xC028AA03, 0xC020AA04
+MODE_MISSING = 1
+# struct uffd_msg: the event, then an address behind flags, a descriptor, or up to three numbers.
+_EVENT = struct.Struct("=B7xQQQ")
+PAGEFAULT, _FORK, _REMAP, _REMOVE, _UNMAP = 0x12, 0x13, 0x14, 0x15, 0x16
+_EVENTS = 64
+# Below it nothing can be mapped unless root changed vm.mmap_min_addr.
+_NOWHERE = 1 << 16
+# linux/sched.h, asm/unistd.h
+_CLONE_FILES = 0x400
+_NR_CLONE = {"x86_64": 56, "aarch64": 220}
+# Where memory is short, the kernel gets this many chances, a moment apart, before the tree ends.
+_MEMORY_TRIES, _MOMENT_MS = 500, 20
+_CHANGING_MS = 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Gone(Exception):
+    """The address space has ended."""
+
+
+class Failed(Exception):
+    """The kernel does not take pages in any more."""
+
+
+class View:
+    """One address space: which of its addresses are to hold what of which image's. ``segments`` are
+    (start, end, address in the image), ascending.
+    """
+
+    def __init__(self, fd: int, space: int, segments: list[tuple[int, int, int]]) -> None:
+        self.fd = fd
+        self.space = space
+        self.segments = segments
+
+    def origin(self, address: int) -> int | None:
+        """What the page here is in the image; None if nothing of it."""
+        at = bisect.bisect_right(self.segments, (address, sys.maxsize, 0)) - 1
+        if at < 0 or address >= self.segments[at][1]:
+            return None
+        start, _, origin = self.segments[at]
+        return origin + address - start
+
+    def first(self, origin: int, end: int) -> tuple[int, int, int] | None:
+        """Where the first of these bytes of the image belong that still do anywhere: (address,
+        address in the image, how many).
+        """
+        found = None
+        for start, stop, begins in self.segments:
+            low, high = max(origin, begins), min(end, begins + stop - start)
+            if low < high and (found is None or low < found[1]):
+                found = (start + low - begins, low, high - low)
+        return found
+
+    def cut(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """Nothing belongs here any more; what did."""
+        first = max(0, bisect.bisect_right(self.segments, (start, sys.maxsize, 0)) - 1)
+        last = bisect.bisect_left(self.segments, (end, 0, 0))
+        kept: list[tuple[int, int, int]] = []
+        removed: list[tuple[int, int, int]] = []
+        for low, high, origin in self.segments[first:last]:
+            for into, a, b in ((kept, low, start), (removed, start, end), (kept, end, high)):
+                a, b = max(a, low), min(b, high)
+                if a < b:
+                    into.append((a, b, origin + a - low))
+        self.segments[first:last] = kept
+        return removed
+
+    def move(self, start: int, to: int, length: int) -> None:
+        """What belonged here belongs there."""
+        moved = self.cut(start, start + length)
+        self.cut(to, to + length)
+        for low, high, origin in moved:
+            bisect.insort(self.segments, (low - start + to, high - start + to, origin))
+
+
+def call(fd: int, request: int, *words: int) -> tuple[int, int]:
+    """One ioctl of a userfaultfd with a structure of 64-bit words: 0 or the error's number, and
+    what the last word became.
+    """
+    argument = (ctypes.c_uint64 * len(words))(*words)
+    result = _libc.ioctl(fd, ctypes.c_ulong(request), argument)
+    return (ctypes.get_errno() if result < 0 else 0), ctypes.c_int64(argument[-1]).value
+
+
+def zero(fd: int, address: int) -> int:
+    """Make a missing page zero and wake who waits for it; 0 or the error's number."""
+    return call(fd, _ZEROPAGE, address, PAGE_BYTES, 0, 0)[0]
+
+
+def wake(fd: int, address: int, length: int = PAGE_BYTES) -> None:
+    """Whoever waits for these pages looks again."""
+    call(fd, _WAKE, address, length)
+
+
+def messages(fd: int) -> list[tuple[int, int, int, int]]:
+    """What a userfaultfd tells now: the event and its numbers."""
+    try:
+        said = os.read(fd, _EVENTS * _EVENT.size)
+    except BlockingIOError:
+        return []
+    return list(_EVENT.iter_unpack(said))
+
+
+class Keeper:
+    """The first of the two processes."""
+
+    def __init__(
+        self, channel: socket.socket, memory: mmap.mmap, entry: str, namespace: str
+    ) -> None:
+        self._channel = channel
+        self._namespace = namespace
+        self._begun = False
+        self._memory = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._entry = entry
+        self._views: dict[int, View] = {}
+        self._questions: dict[tuple[int, int], list[tuple[View, int]]] = {}
+        self._again: list[tuple[View, int]] = []
+        self._poll = select.epoll()
+        self._poll.register(channel, select.EPOLLIN)
+        self._own = os.pidfd_open(os.getpid())
+        self._second = -1
+        self._second_pid = 0
+
+    def run(self) -> int:
+        """Serve until all is complete (0), or the tree has been ended (1)."""
+        try:
+            self._make_second()
+            while not self._served():
+                pass
+        except EOFError:
+            return self._end("")
+        except Exception as exc:  # noqa: BLE001 - told, and the tree is ended
+            return self._end(f"its memory cannot be filled: {exc}")
+        # All that was missing is in: from here on, whatever is killed, nothing is missing.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._entry)
+        for view in list(self._views.values()):
+            self._drop(view)
+        self._end_second()
+        self._channel.send(COMPLETE)
+        return 0
+
+    def _served(self) -> bool:
+        """Wait for what comes next and do it; whether that was all."""
+        ready = {fd for fd, _ in self._poll.poll(_CHANGING_MS / 1e3 if self._again else -1)}
+        if self._second in ready:
+            self._poll.unregister(self._second)
+            os.close(self._second)
+            os.waitpid(self._second_pid, 0)
+            self._make_second()
+        for view in [self._views[fd] for fd in ready & self._views.keys()]:
+            self._listen(view)
+        waiting, self._again = self._again, []
+        for view, address in waiting:
+            self._fault(view, address)
+        if self._channel.fileno() in ready and self._hear():
+            return True
+        return self._begun and not self._views  # all have ended
+
+    def _hear(self) -> bool:
+        """Take one message in; whether it was the last one."""
+        try:
+            said, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE_BYTES, 1)
+        except ConnectionError as exc:
+            raise EOFError from exc
+        if not said or said[:1] == GIVE_UP:
+            raise EOFError
+        kind, content = said[:1], memoryview(said)[1:]
+        if kind == DATA:
+            self._take(*PIECE.unpack(content))
+        elif kind == ANSWERED:
+            self._answered(*ADDRESS.unpack(content))
+        elif kind == VIEW:
+            (space,) = SPACE.unpack(content[: SPACE.size])
+            ranges = RANGE.iter_unpack(content[SPACE.size :])
+            self._add(descriptors[0], space, [(low, high, low) for low, high in ranges])
+        elif kind == BEGIN:
+            self._begun = True
+            self._channel.send(READY)
+        return kind == WHOLE
+
+    def _take(self, space: int, origin: int, length: int, place: int) -> None:
+        done: set[View] = set()
+        # A child that is forked in the middle of this gets all of it, too.
+        while todo := [v for v in self._views.values() if v.space == space and v not in done]:
+            done.add(todo[0])
+            self._fill(todo[0], origin, length, self._memory + place)
+        self._channel.send(TAKEN + PLACE.pack(place))
+
+    def _answered(self, space: int, origin: int) -> None:
+        for view, address in self._questions.pop((space, origin), ()):
+            if view.origin(address) == origin:
+                self._zero(view, address)  # or it is there by now
+            elif self._lives(view):
+                wake(view.fd, address)
+
+    def _add(self, fd: int, space: int, segments: list[tuple[int, int, int]]) -> None:
+        os.set_blocking(fd, False)
+        self._views[fd] = View(fd, space, segments)
+        self._poll.register(fd, select.EPOLLIN)
+
+    def _lives(self, view: View) -> bool:
+        return self._views.get(view.fd) is view  # and not another one of the same number
+
+    def _drop(self, view: View) -> None:
+        del self._views[view.fd]
+        os.close(view.fd)
+
+    def _listen(self, view: View) -> bool:
+        """Learn what a view has to tell; whether there was anything."""
+        heard = False
+        while self._lives(view) and (said := messages(view.fd)):
+            heard = True
+            for event, first, second, third in said:
+                if event == PAGEFAULT:
+                    self._again.append((view, second & -PAGE_BYTES))
+                elif event == _FORK:
+                    self._add(first & 0xFFFFFFFF, view.space, list(view.segments))
+                elif event == _REMAP:
+                    view.move(first, second, third)
+                    wake(view.fd, first, third)
+                elif event in (_REMOVE, _UNMAP):
+                    view.cut(first, second)
+                    wake(view.fd, first, second - first)
+        return heard
+
+    def _fault(self, view: View, address: int) -> None:
+        origin = view.origin(address)
+        if origin is None:
+            self._zero(view, address)
+            return
+        waiting = self._questions.setdefault((view.space, origin), [])
+        waiting.append((view, address))
+        if len(waiting) == 1:
+            self._channel.send(QUESTION + ADDRESS.pack(view.space, origin))
+
+    def _zero(self, view: View, address: int) -> None:
+        if not self._lives(view):
+            return
+        problem = zero(view.fd, address)
+        if problem in (errno.EAGAIN, errno.ENOMEM):
+            self._again.append((view, address))
+        elif problem == errno.ESRCH:
+            self._drop(view)
+        elif problem:
+            wake(view.fd, address)  # it is there, or the mapping is not
+
+    def _fill(self, view: View, origin: int, length: int, source: int) -> None:
+        """Copy a piece of the image to wherever it belongs."""
+        at, end = origin, origin + length
+        size, tries = length, 0
+        while self._lives(view) and (found := view.first(at, end)) is not None:
+            address, at, whole = found
+            size = min(size, whole)
+            problem, copied = call(view.fd, _COPY, address, source + at - origin, size, 0, 0)
+            if problem in (0, errno.EAGAIN) and copied > 0:
+                at += copied
+                size, tries = length, 0
+            elif problem == errno.EEXIST:
+                wake(view.fd, address)
+                at += PAGE_BYTES
+            elif problem == errno.ENOENT and size > PAGE_BYTES:
+                # A piece must lie in one mapping: they may have been split since.
+                size = size // PAGE_BYTES // 2 * PAGE_BYTES
+            elif problem == errno.ENOENT:
+                if not self._listen(view):
+                    at += PAGE_BYTES
+                    size = length
+            else:
+                tries += 1
+                self._put_off(view, problem, tries)
+
+    def _put_off(self, view: View, problem: int, tries: int) -> None:
+        """Do what lets the next try succeed."""
+        if problem == errno.EAGAIN:
+            # Mappings change. Until that has been read nothing is let in; so what is let in
+            # belongs where what has been read says.
+            if not self._listen(view):
+                _wait(_CHANGING_MS)
+        elif problem == errno.ESRCH:
+            self._drop(view)
+        elif problem == errno.ENOMEM and tries < _MEMORY_TRIES:
+            _wait(_MOMENT_MS)
+        else:
+            raise Failed(os.strerror(problem))
+
+    def _make_second(self) -> None:
+        # With the interpreter's lock held all the time: this is the only thread, and both go on.
+        # os.fork cannot share descriptors.
+        number = _NR_CLONE[os.uname().machine]
+        self._second_pid = ctypes.PyDLL(None).syscall(
+            number, _CLONE_FILES | signal.SIGCHLD, 0, 0, 0, 0
+        )
+        if self._second_pid == 0:
+            _ready(self._own)
+            end_tree(self._namespace, {os.getpid(), os.getppid()})
+            os._exit(1)
+        if self._second_pid < 0:
+            raise Failed("no second process could be made to keep it")
+        self._second = os.pidfd_open(self._second_pid)
+        self._poll.register(self._second, select.EPOLLIN)
+
+    def _end_second(self) -> None:
+        if self._second_pid > 0:
+            os.kill(self._second_pid, signal.SIGKILL)
+            os.waitpid(self._second_pid, 0)
+
+    def _end(self, reason: str) -> int:
+        end_tree(self._namespace, {os.getpid(), self._second_pid})
+        self._end_second()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._entry)
+        with contextlib.suppress(OSError):
+            self._channel.send(ENDED + reason.encode())
+        return 1
+
+
+def end_tree(namespace: str, spared: set[int]) -> None:
+    """Kill the processes whose pidfds are held, and all that descend from them in their pid
+    namespace; return when no address space is left whose userfaultfd is held.
+    """
+    first = True
+    while True:
+        held = [(int(name), _link(f"self/fd/{name}")) for name in _listed("self/fd")]
+        doomed = {pid for fd, link in held if "[pidfd]" in link and (pid := _pid_of(fd)) > 0}
+        left = [fd for fd, link in held if "[userfaultfd]" in link and not _gone(fd)]
+        if not first:
+            doomed |= _orphans(namespace, left)
+        _kill(doomed - spared)
+        if not left:
+            return
+        first = False
+        _wait(_MOMENT_MS)
+
+
+def _kill(pids: set[int]) -> None:
+    """Stop each before its children are looked for, so that it cannot make more meanwhile."""
+    queue = list(pids)
+    found: list[int] = []
+    while queue:
+        pid = queue.pop()
+        if not _send(pid, signal.SIGSTOP):
+            continue
+        found.append(pid)
+        for task in _listed(f"{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as file:
+                queue.extend(set(map(int, file.read().split())) - set(found))
+    for pid in found:
+        _send(pid, signal.SIGKILL)
+
+
+def _orphans(namespace: str, held: list[int]) -> set[int]:
+    """Processes that were forked since and whose parents have ended: they wait to be filled where
+    one of the userfaultfds has mappings.
+    """
+    found = set()
+    for name in _listed(""):
+        if not name.isdigit() or _began(int(name)) < _began(os.getpid()):
+            continue
+        ranges = missing(name) if _link(f"{name}/ns/pid") == namespace else []
+        if ranges and any(
+            all(not call(fd, UFFDIO_REGISTER, *each, MODE_MISSING, 0)[0] for each in ranges)
+            for fd in held
+        ):
+            found.add(int(name))
+    return found
+
+
+def missing(name: str) -> list[tuple[int, int]]:
+    """The mappings of a process whose missing pages somebody is asked for: start and length."""
+    found = []
+    start = end = 0
+    with contextlib.suppress(OSError), open(f"/proc/{name}/smaps", "rb") as file:
+        for line in file:
+            if line.startswith(b"VmFlags:"):
+                if b" um" in line:
+                    found.append((start, end - start))
+            elif line[:1].islower() or line[:1].isdigit():
+                start, end = (int(each, 16) for each in line.split()[0].split(b"-"))
+    return found
+
+
+def _began(pid: int) -> int:
+    """When a process was started, in ticks; -1 if there is none."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[19])
+    return -1
+
+
+def _gone(fd: int) -> bool:
+    return zero(fd, _NOWHERE) == errno.ESRCH
+
+
+def _pid_of(fd: int) -> int:
+    with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{fd}") as file:
+        for line in file:
+            if line.startswith("Pid:"):
+                return int(line.split()[1])
+    return -1
+
+
+def _link(name: str) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{name}")
+    return ""
+
+
+def _listed(folder: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return os.listdir(f"/proc/{folder}")
+    return []
+
+
+def _send(pid: int, number: int) -> bool:
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _ready(fd: int) -> None:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    poll.poll()
+
+
+def _wait(span_ms: int) -> None:
+    select.poll().poll(span_ms)
+
+
+def main(argv: list[str]) -> int:
+    """Run; 0 if all became complete."""
+    channel = socket.socket(fileno=int(argv[1]))
+    memory = mmap.mmap(int(argv[2]), int(argv[3]))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("-1000")
+    return Keeper(channel, memory, argv[4], argv[5]).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,275 @@
+"""A restored tree runs while its memory still comes: every page is right, whatever the tree does
+meanwhile, or the tree is ended, whoever dies.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from agent import errors
+from agent.engines.base import Fills, RestoredTree, RestoreOptions
+from agent.engines.criu import keeper
+from agent.host import proc
+from agent.model.streams import AddressSpace, PageRun
+from tests.host.conftest import TARGETS, Gate, Host, Target
+from tests.host.image import MemoryImage, MemorySource
+
+_PATIENCE_S = 20.0
+
+
+class Held(MemorySource):
+    """Gives what is waited for at once, and all else when it is let go."""
+
+    def __init__(self, image: MemoryImage, let_go: threading.Event | None = None) -> None:
+        super().__init__(image)
+        self.let_go = let_go or threading.Event()
+        self.failure: errors.CkptError | None = None
+
+    def read(
+        self, space: AddressSpace, runs: Sequence[PageRun] | None = None
+    ) -> Iterator[tuple[int, memoryview | None, int]]:
+        pages = sum(run.pages for run in runs or ())
+        for piece in super().read(space, runs):
+            # The rest of all is asked for in one call; what is waited for, and small memory, not.
+            if pages > 4096:
+                self.let_go.wait(60)
+                if self.failure is not None:
+                    raise self.failure
+            yield piece
+
+    def beside(self) -> MemorySource:
+        return MemorySource(self._image)
+
+
+class Filled(Target):
+    """A running ``targets/filled.py``."""
+
+    def ask(self, *words: str) -> None:
+        """Let it do this; all must be right."""
+        (self.folder / "do").write_text(" ".join(words))
+        self.answer.unlink(missing_ok=True)
+        os.kill(self.pid, signal.SIGUSR1)
+        assert self.said() == "right"
+
+    def orphan(self) -> int:
+        """Let it leave a process behind that looks at all of its memory; its number."""
+        path = self.folder / "orphan"
+        path.unlink(missing_ok=True)
+        self.ask("orphaned")
+        until(path.exists)
+        return int(path.read_text())
+
+    def said(self) -> str:
+        until(self.answer.exists)
+        return self.answer.read_text()
+
+    @property
+    def answer(self) -> Path:
+        return self.folder / "answer"
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come to be"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def dumped(tmp_path_factory: pytest.TempPathFactory) -> tuple[MemoryImage, Filled]:
+    """An image of the target, taken once; its processes have ended."""
+    host = Host(tmp_path_factory.mktemp("dumped"))
+    try:
+        folder = host.folder / "target"
+        folder.mkdir()
+        popen = host.popen([sys.executable, str(TARGETS / "filled.py"), str(folder)])
+        target = Filled(folder, popen.pid)
+        assert target.said() == "right"
+        return host.dump(target), target
+    finally:
+        host.close()
+
+
+class Run:
+    """A restore that runs, with what is held back."""
+
+    def __init__(self, host: Host, image: MemoryImage, *, isolate: bool = False) -> None:
+        self.fills = Fills()
+        self.source = Held(image)
+        options = RestoreOptions(fills=self.fills, isolate=isolate)
+        self.tree: RestoredTree = host.engine.restore(self.source, options, Gate())
+        host.trees.append(self.tree)
+        self.keepers = keepers()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.source.let_go.set()
+        self.fills.__exit__()
+
+    def complete(self) -> None:
+        self.source.let_go.set()
+        self.fills.wait(lambda: None)
+
+    def assert_ended(self, orphan: int = 0) -> None:
+        """No process of the tree is left, nor of who filled it."""
+        assert self.tree.wait(_PATIENCE_S) == 128 + signal.SIGKILL
+        if orphan:
+            until(lambda: not proc.exists(orphan))
+        until(lambda: not any(map(proc.exists, self.keepers)))
+
+
+def end(pid: int) -> None:
+    """Kill it, and wait until nothing is called by its number, nor by that of its session."""
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not proc.exists(pid))
+
+
+def keepers() -> list[int]:
+    """The programs that fill a tree, the first one before the second."""
+    return sorted(pid for pid in proc.pids() if keeper.__file__.encode() in command(pid))
+
+
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def test_every_page_is_right_whatever_the_tree_does_while_they_come(
+    host: Host, dumped: tuple[MemoryImage, Filled]
+) -> None:
+    image, target = dumped
+    with Run(host, image) as run:
+        target.ask("some", "moved", "forgotten", "forked", "some")
+        with pytest.raises(errors.TargetBusy):
+            host.dump(target)
+        assert run.fills.filled_bytes < run.fills.total_bytes
+        # What a child forks meanwhile is complete too.
+        orphan = target.orphan()
+        assert keeper.missing(str(orphan))
+        run.complete()
+        assert run.fills.filled_bytes == run.fills.total_bytes
+        assert not keeper.missing(str(orphan))
+        target.ask("all")
+        end(orphan)
+        assert not (target.folder / "hole").exists()
+        run.tree.kill()
+        assert keepers() == []
+    host.assert_clean()
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_store_that_fails_ends_the_tree(
+    host: Host, dumped: tuple[MemoryImage, Filled], isolate: bool
+) -> None:
+    image, target = dumped
+    with Run(host, image, isolate=isolate) as run:
+        orphan = 0
+        if not isolate:
+            orphan = target.orphan()
+        run.source.failure = errors.VolumeGone("the volume is gone")
+        with pytest.raises(errors.VolumeGone):
+            run.complete()
+        run.assert_ended(orphan)
+    assert not (target.folder / "hole").exists()
+    host.assert_clean()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_keeper_killed_leaves_no_hole(
+    host: Host, dumped: tuple[MemoryImage, Filled], first: bool
+) -> None:
+    image, target = dumped
+    with Run(host, image) as run:
+        orphan = target.orphan()
+        os.kill(run.keepers[0 if first else 1], signal.SIGKILL)
+        if first:
+            run.source.let_go.set()
+            with pytest.raises(errors.RestoreFailed, match="killed; the tree was ended"):
+                run.fills.wait(lambda: None)
+            run.assert_ended(orphan)
+        else:
+            until(lambda: keepers() not in ([], run.keepers, run.keepers[:1]))
+            run.complete()
+            target.ask("some", "moved", "forgotten", "all")
+            end(orphan)
+            run.tree.kill()
+    assert not (target.folder / "hole").exists()
+    host.assert_clean()
+
+
+AGENT = """
+import pickle, sys
+sys.path.insert(0, {root!r})
+from tests.host.conftest import Gate
+from tests.host.image import MemoryImage
+from tests.host.test_lazy_restore import Held
+from agent.engines.base import Fills, RestoreOptions
+from agent.engines.criu.engine import CriuEngine
+image = MemoryImage()
+with open({image!r}, "rb") as file:
+    vars(image).update(pickle.load(file))
+engine = CriuEngine(work_dir={work!r}, runtime_dir={runtime!r})
+fills = Fills()
+tree = engine.restore(Held(image), RestoreOptions(fills=fills), Gate())
+print(tree.pid, flush=True)
+fills.wait(lambda: None)
+"""
+
+
+@pytest.mark.parametrize("everybody", [False, True])
+def test_an_agent_killed_leaves_no_tree_with_holes(
+    host: Host, dumped: tuple[MemoryImage, Filled], everybody: bool
+) -> None:
+    image, target = dumped
+    path = host.folder / "image"
+    path.write_bytes(pickle.dumps({k: v for k, v in vars(image).items() if k != "_lock"}))
+    script = AGENT.format(
+        root=str(Path(__file__).parents[2]),
+        image=str(path),
+        work=str(host.work),
+        runtime=str(host.runtime),
+    )
+    agent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert agent.stdout is not None
+        pid = int(agent.stdout.readline())
+        who = proc.identity(pid)
+        orphan = proc.identity(target.orphan())
+        running = keepers()
+        if everybody:
+            # All at once, as when a control group is killed. Nobody is left to end the tree then,
+            # so the next command must.
+            for each in (*running[::-1], agent.pid):
+                os.kill(each, signal.SIGSTOP)
+            for each in (*running[::-1], agent.pid):
+                os.kill(each, signal.SIGKILL)
+            until(lambda: not any(map(proc.exists, running)))
+            assert pid in host.engine.recover().killed
+        else:
+            agent.kill()
+        until(lambda: not proc.exists(who.pid))
+        if not everybody:
+            until(lambda: not proc.exists(orphan.pid))
+            until(lambda: not any(map(proc.exists, running)))
+            assert not (target.folder / "hole").exists()
+            host.engine.recover()
+        elif proc.alive(orphan):
+            end(orphan.pid)
+    finally:
+        agent.kill()
+        agent.communicate()
+    host.assert_clean()
