@@ -214,9 +214,11 @@ def coordinator(settings: Settings, stop: threading.Event) -> None:
         authorities = certificates.Authorities(guard.client_authorities)
         replica = leading.Replica()
 
+        leads = api.guarded(replica.check)
+
         def take_lead() -> tuple[Lead, list[Operation]]:
-            book = Book(records.Records(api, settings.agent_namespace, holder))
-            work = Work(api, settings, book, reviews.Reviews(guard.authorize))
+            book = Book(records.Records(leads, settings.agent_namespace, holder))
+            work = Work(leads, settings, book, reviews.Reviews(guard.authorize))
             runner = Runner(book, work.run, Resuming(book, work).run, settings.coordinator_parallel)
             return Lead(book, runner, work), book.load()
 

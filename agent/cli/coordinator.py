@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 
 import click
 
-from agent import services
+from agent import errors, services
 from agent.cli import arguments, exits, interrupts
 from agent.cli.invocation import Invocation, Verb, pass_invocation
 from agent.host import logs
+
+# Between the end of what it was and that of its process: the error is told.
+_LAST_S = 2.0
 
 
 @click.command(
@@ -64,5 +68,13 @@ def verb(
     )
     logs.to_stderr(logging.WARNING if invocation.quiet else logging.INFO)
     stop = threading.Event()
-    with interrupts.caught(lambda number: stop.set()):
-        services.coordinator(settings, stop)
+    try:
+        with interrupts.caught(lambda number: stop.set()):
+            services.coordinator(settings, stop)
+    except errors.CkptError as exc:
+        # Python waits for the threads of calls that wait for somebody else, for minutes perhaps:
+        # another replica leads, and this one is to be started anew.
+        last = threading.Timer(_LAST_S, os._exit, (exc.exit_status,))
+        last.daemon = True
+        last.start()
+        raise

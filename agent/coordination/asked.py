@@ -7,6 +7,7 @@ Does not: ask who has a right.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,10 @@ from agent.model.operations import Kind, Operation, identity
 from agent.rpc.v1 import coordinator_pb2 as api
 
 Request = api.CreateEpochRequest | api.RestoreGroupRequest | api.MigrateRequest
+
+# Hundreds of operations lie in the API server's database and in memory; a thousand nodes by name
+# fit.
+_REQUEST_BYTES = 64 << 10
 
 _KINDS: dict[Kind, type[Request]] = {
     Kind.EPOCH: api.CreateEpochRequest,
@@ -90,14 +95,19 @@ def operation(
             )
     if not (math.isfinite(asking.deadline_s) and asking.deadline_s >= 0):
         raise errors.InvalidInput("deadline_s is no number of seconds")
-    key = asking.idempotency_key
+    key, document = asking.idempotency_key, messages.document(said)
+    if len(json.dumps(document)) > _REQUEST_BYTES:
+        raise errors.InvalidInput(
+            f"the request takes more than {_REQUEST_BYTES >> 10} KiB as it is recorded",
+            hint="name fewer nodes, or a shorter selector",
+        )
     return Operation(
         id=identity(caller, namespace, key) if key else fresh,
         namespace=namespace,
         kind=next(kind for kind, each in _KINDS.items() if isinstance(said, each)),
         group=meant.group,
         jobset=meant.jobset,
-        request=messages.document(said),
+        request=document,
         caller=caller,
         created_s=now_s,
         deadline_s=now_s + (asking.deadline_s or longest_s),

@@ -3,7 +3,8 @@
 Promises: a change is seen by others when it is recorded, or, where it is only a step, soon
 recorded; two calls with one idempotency key begin one operation; of a group's operations none is
 begun while another is under way, unless it is to wait; what ended is kept for ``KEPT_S``, of all at
-most ``ENDED`` records; more than ``WAITING`` that have not ended are refused.
+most ``ENDED`` records; more than ``WAITING`` that have not ended are refused, and of one namespace
+more than ``EACH_WAITING``.
 Does not: run operations, or outlive the leader.
 """
 
@@ -13,7 +14,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from agent import errors
 from agent.coordination.records import Deposed, Records
@@ -26,8 +27,10 @@ KEPT_S = 86400.0
 # else.
 ENDED = 500
 WAITING = 500
+EACH_WAITING = 125
 # A step takes milliseconds; whoever takes over reads only what is recorded at once.
 _STEPS_S = 2.0
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -75,7 +78,7 @@ class Book:
         """
         with self._beginning:
             if known := self._find(wanted.id):
-                operations.same_request(known, wanted.request)
+                operations.same_request(known, wanted)
                 return known
             every = self.all()
             other = operations.in_the_way(every, wanted.namespace, wanted.group)
@@ -87,14 +90,15 @@ class Book:
                     " (WHEN_BUSY_WAIT)",
                     operation=other.id,
                 )
-            if sum(not each.over for each in every) >= WAITING:
-                raise errors.Overloaded(
-                    f"{WAITING} operations have not ended yet", hint="try again when some have"
-                )
-            self._record(lambda: self._records.create(wanted))
+            _check_room(every, wanted.namespace)
+            recorded = self._record(lambda: self._records.create(wanted))
             with self._changed:
-                self._entries[wanted.id] = _Entry(wanted, wanted, clock.monotonic_s())
+                self._entries[wanted.id] = _Entry(recorded, recorded, clock.monotonic_s())
                 self._changed.notify_all()
+            if recorded is not wanted:
+                # Its caller, or another replica's, never heard that it was recorded.
+                operations.same_request(recorded, wanted)
+                return self.change(wanted.id)
             return wanted
 
     def get(self, namespace: str, which: str) -> Operation:
@@ -219,11 +223,24 @@ class Book:
         with self._changed:
             return self._entries[which]
 
-    def _record(self, write: Callable[[], None]) -> None:
+    def _record(self, write: Callable[[], T]) -> T:
         if self.deposed.is_set():
             raise Deposed("this replica leads no more", hint="ask again")
         try:
-            write()
+            return write()
         except Deposed:
             self.deposed.set()
             raise
+
+
+def _check_room(every: list[Operation], namespace: str) -> None:
+    """Raise ``errors.Overloaded`` if one more would be too many."""
+    waiting = [each.namespace for each in every if not each.over]
+    for count, most, where in (
+        (len(waiting), WAITING, ""),
+        (waiting.count(namespace), EACH_WAITING, f" in namespace {namespace}"),
+    ):
+        if count >= most:
+            raise errors.Overloaded(
+                f"{count} operations{where} have not ended yet", hint="try again when some have"
+            )

@@ -1,9 +1,9 @@
 """A replica of the coordinator from its start to its end: it waits for the lease, then leads.
 
-Promises: it answers only while it holds the lease; a replica whose lease could not be renewed in
-time, or whose operations another one took, ends at once, and whoever starts it anew finds it
-waiting; told to end, it gives up what can be given up, lets the rest end within its grace, and lets
-the lease go last.
+Promises: it answers, and changes anything, only while it holds the lease; a replica whose lease
+could not be renewed in time, or whose operations another one took, ends at once, and whoever starts
+it anew finds it waiting; told to end, it gives up what can be given up, lets the rest end within
+its grace, and lets the lease go last.
 Does not: end on an error of the API server while its lease lasts.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from agent import errors
+from agent.coordination.records import Deposed
 from agent.coordination.service import Lead
 from agent.host import clock
 from agent.kube.leases import Lease
@@ -81,6 +82,17 @@ class Replica:
     def __init__(self) -> None:
         self.lead: Lead | None = None
         self.healthy = False
+        self._keeping: _Keeping | None = None
+
+    def check(self) -> None:
+        """Return if nobody else can lead yet: what goes on after it was stopped for long asks this
+        before it changes anything, and its threads go on before it has seen that it is to end.
+
+        Raises:
+            Deposed: another replica may lead by now, or soon.
+        """
+        if self._keeping is None or not self._keeping.sure:
+            raise Deposed("this replica leads no more", hint="ask again")
 
     def run(self, parts: Parts, stop: threading.Event) -> None:
         """Serve until ``stop`` is set.
@@ -90,7 +102,7 @@ class Replica:
         """
         parts.server.start()
         parts.probes.start()
-        keeping = _Keeping(parts, stop)
+        self._keeping = keeping = _Keeping(parts, stop)
         keeping.start()
         try:
             while not keeping.held.wait(_TICK_S):
@@ -110,10 +122,18 @@ class Replica:
         self.lead, self.healthy = lead, True
         parts.server.set_serving(serving=True)
         lead.runner.take_over(left)
-        over = threading.Event()
+        over, broken = threading.Event(), threading.Event()
+
+        def run(act: Callable[[Lead, Parts, threading.Event], None]) -> None:
+            try:
+                act(lead, parts, over)
+            except Exception:  # noqa: BLE001  a defect is told, and another replica leads
+                _log.exception("defect while leading")
+                broken.set()
+
         # Each in a thread of its own: they wait for the API server, the lease does not.
         for name, act in (("turns", _take_turns), ("records", _keep_book)):
-            threading.Thread(target=act, args=(lead, parts, over), name=name, daemon=True).start()
+            threading.Thread(target=run, args=(act,), name=name, daemon=True).start()
         try:
             while not stop.wait(_LOOK_S):
                 if keeping.lapsed or lead.book.deposed.is_set():
@@ -121,6 +141,12 @@ class Replica:
                     raise errors.Unreachable(
                         "the lease could not be renewed in time, or another replica took it",
                         hint="is the API server slow? This replica is started anew by its kubelet",
+                    )
+                if broken.is_set():
+                    raise errors.AgentDefect(
+                        "the coordinator met something that nobody meant to happen, and lets"
+                        " another replica lead",
+                        hint="this is a defect: its log says where; report it",
                     )
         finally:
             parts.server.set_serving(serving=False)
@@ -149,6 +175,11 @@ class _Keeping:
     def lapsed(self) -> bool:
         """Whether the lease was held, and may be another's by now or soon."""
         return self.held.is_set() and (self._lost.is_set() or self._until.expired)
+
+    @property
+    def sure(self) -> bool:
+        """Whether the lease is held and cannot be another's yet."""
+        return self.held.is_set() and not self._ending.is_set() and not self.lapsed
 
     def end(self) -> None:
         """Let the lease go, unless it has lapsed."""

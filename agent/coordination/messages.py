@@ -24,6 +24,7 @@ from agent.rpc.v1 import node_pb2
 # Of what there is one of for each pod: hundreds of operations are held in memory, and lie in the
 # API server's database.
 _MEMBERS = 256
+_PEERS = 16
 
 _KINDS = {
     Kind.EPOCH: api.OPERATION_KIND_EPOCH,
@@ -139,11 +140,16 @@ def pods(done: Returned) -> Sequence[dict[str, Any]]:
                 identity=each.identity,
                 was=_placement(each.was),
                 now=_placement(each.now),
-                lost=each.lost,
+                lost=_first(each.lost),
             )
         )
         for each in done.pods[:_MEMBERS]
     ]
+
+
+def _first(peers: Sequence[str]) -> list[str]:
+    more = len(peers) - _PEERS
+    return [*peers[:_PEERS], *([f"... and {more} more"] if more > 0 else [])]
 
 
 def _placement(found: Placement) -> node_pb2.Placement:

@@ -19,7 +19,7 @@ from agent import errors
 from agent.kube.configmaps import ConfigMaps, Stored
 from agent.kube.connection import Connection
 from agent.model import operations
-from agent.model.operations import Operation
+from agent.model.operations import Operation, State
 
 _log = logging.getLogger(__name__)
 
@@ -50,30 +50,33 @@ class Records:
         """
         found = []
         for each in self._maps.all():
-            try:
-                operation = operations.read(json.loads(each.data.get(_DOCUMENT, "")))
-            except (ValueError, errors.Corrupt) as exc:
-                _log.error("ConfigMap %s is no operation: %s", each.name, exc)
-                continue
-            self._note(operation.id, each)
-            found.append(operation)
+            operation = _operation(each)
+            if operation is not None:
+                self._note(operation.id, each)
+                found.append(operation)
         return found
 
-    def create(self, operation: Operation) -> None:
-        """Record a new one.
+    def create(self, operation: Operation) -> Operation:
+        """Record a new one; what is recorded, which is another where there is one of its id, whose
+        answer was lost or came from a replica that has ended since.
 
         Raises:
-            errors.Conflict: there is one of its id, by another replica.
+            errors.Conflict: that one cannot be read, or has been begun.
         """
         name = _PREFIX + operation.id
         try:
             stored = self._maps.create(name, self._data(operation), _labels(operation))
         except errors.Conflict:
             there = self._maps.get(name)
-            if there is None or there.data != self._data(operation):
+            found = _operation(there) if there is not None else None
+            if there is None or found is None or found.state is State.RUNNING:
                 raise
-            stored = there
+            if there.data[_REPLICA] == self._replica and found == operation:
+                found = operation
+            self._note(operation.id, there)
+            return found
         self._note(operation.id, stored)
+        return operation
 
     def write(self, operation: Operation) -> None:
         """Record what has become of one.
@@ -115,6 +118,14 @@ class Records:
     def _version(self, which: str) -> str:
         with self._lock:
             return self._versions.get(which, "")
+
+
+def _operation(stored: Stored) -> Operation | None:
+    try:
+        return operations.read(json.loads(stored.data.get(_DOCUMENT, "")))
+    except (ValueError, errors.Corrupt) as exc:
+        _log.error("ConfigMap %s is no operation: %s", stored.name, exc)
+        return None
 
 
 def _labels(operation: Operation) -> dict[str, str]:

@@ -38,7 +38,9 @@ class Resuming:
     def run(self, operation: Operation, handle: Handle) -> None:
         """Bring it to its end. Raises what ``Work.run`` does."""
         ordered_s = operations.ordered(operation, clock.wall_s())
-        operation = self._book.change(operation.id, ordered_s=ordered_s)
+        operation = self._work.patiently(
+            lambda: self._book.change(operation.id, ordered_s=ordered_s)
+        )
         with self._work.session(operation.namespace, operation.caller) as session:
             decision = self._work.patiently(lambda: _decision(session, operation))
             job = None
@@ -113,12 +115,18 @@ class Resuming:
                 raise errors.AgentDefect("a committed restore was found abandoned")
         else:
             if operation.stage is Stage.NAMED:
-                self._book.change(operation.id, stage=Stage.COMMITTED, image=messages.image(image))
+                self._work.patiently(
+                    lambda: self._book.change(
+                        operation.id, stage=Stage.COMMITTED, image=messages.image(image)
+                    )
+                )
             said = asked.request(operation)
             nodes = () if isinstance(said, api.CreateEpochRequest) else tuple(said.nodes)
             returned = jobsetrestore.go_on(
                 session,
-                operation.jobset,
+                self._work.patiently(
+                    lambda: kube.read(session.api, session.namespace, operation.jobset)
+                ),
                 image,
                 nodes,
                 attempt=attempt,

@@ -29,6 +29,8 @@ Do = Callable[[Operation, Handle], None]
 
 # Between two tries to record how an operation ended.
 _AGAIN_S = 1.0
+# An API server that is started anew answers after some seconds; nobody leads without it for longer.
+_AWAY_S = 5.0
 
 
 @dataclasses.dataclass
@@ -75,6 +77,12 @@ class Runner:
                 )
             except errors.Interrupted:
                 continue  # cancelled in this moment
+            except errors.Unreachable:
+                raise
+            except errors.CkptError as exc:
+                # The others have their turn.
+                _log.warning("operation %s is not begun: %s", each.id, exc.message)
+                continue
             self._start(begun, self._begin)
 
     def cancel(self, namespace: str, which: str) -> Operation:
@@ -143,7 +151,7 @@ class Runner:
         facts |= {"caller": operation.caller.user}
         _log.info("operation begins", extra={"facts": facts})
         try:
-            do(operation, handle)
+            self._do(operation, handle, do)
         except Deposed as exc:
             _log.warning("operation is another replica's now: %s", exc, extra={"facts": facts})
         except errors.CkptError as exc:
@@ -159,6 +167,20 @@ class Runner:
             with self._lock:
                 self._running.pop(operation.id, None)
             self._note_end(operation, facts)
+
+    def _do(self, operation: Operation, handle: Handle, do: Do) -> None:
+        """Do it; gone on with once, as after a takeover, where the job stands still only because
+        somebody could not be reached for a moment.
+        """
+        try:
+            do(operation, handle)
+        except errors.MoveIncomplete as exc:
+            if not isinstance(exc.__cause__, errors.Unreachable) or self._book.deposed.is_set():
+                raise
+            _log.warning("operation %s is gone on with: %s", operation.id, exc.message)
+            if self._closing.wait(_AWAY_S):
+                raise
+            self._go_on(self._book.get(operation.namespace, operation.id), handle)
 
     def _note_end(self, operation: Operation, facts: dict[str, str]) -> None:
         found = self._book.get(operation.namespace, operation.id)

@@ -238,8 +238,9 @@ class Course:
         intent = jobsetchecks.intent_for(detail, self._plan.nodes)
         with self.timed(Step.SUSPEND):
             self._watch.intends(detail.image)
-            self._touched, self._intended = True, intent.image
+            self._touched = True
             self._change(suspend=True, annotations={optin.RESTORE: intent.text()})
+            self._intended = intent.image
             self._await_rest()
         with self.timed(Step.START):
             self._change(suspend=False)

@@ -137,7 +137,7 @@ def migrate(
 
 def go_on(
     session: Session,
-    name: str,
+    found: Json,
     image: results.Image,
     nodes: Sequence[str],
     *,
@@ -145,16 +145,14 @@ def go_on(
     now_s: float,
     watch: Watch | None = None,
 ) -> Returned:
-    """Bring back the JobSet ``name``, which stands still since another coordinator ended or
+    """Bring back the JobSet ``found``, which stands still since another coordinator ended or
     suspended it to come back as ``image``. ``attempt`` is a restore that it had begun; if that is
     committed, it is brought to its end.
 
     Raises:
         errors.MoveIncomplete: it does not run yet; the message says which command goes on.
-        errors.CkptError: it cannot be told how it stands; as before.
     """
-    found = kube.read(session.api, session.namespace, name)
-    plan = Plan(session.namespace, name, tuple(nodes))
+    plan = Plan(session.namespace, str(found["metadata"]["name"]), tuple(nodes))
     course = Course(session, plan, now_s, watch)
     course.adopt(found)
     if attempt:

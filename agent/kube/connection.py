@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import urllib3
@@ -89,10 +89,24 @@ class Connection:
     context says, else ``default``.
     """
 
-    def __init__(self, account: Account, *, name: str, namespace: str) -> None:
+    def __init__(
+        self,
+        account: Account,
+        *,
+        name: str,
+        namespace: str,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self._account = account
         self.name = name
         self.namespace = namespace
+        self._check = check
+
+    def guarded(self, check: Callable[[], None]) -> Connection:
+        """The same, whose requests that may change something are sent only if ``check``, which is
+        called right before, does not raise. Closed with this one.
+        """
+        return Connection(self._account, name=self.name, namespace=self.namespace, check=check)
 
     @property
     def url(self) -> str:
@@ -152,6 +166,8 @@ class Connection:
         bearer = self.authorization()
         if bearer:
             headers["authorization"] = bearer
+        if method != "GET":
+            self._check()
         with self.reached():
             timeout = (min(_CONNECT_S, read_s), read_s)
             answer = self._account.send(method, url, headers, body, timeout)

@@ -9,6 +9,7 @@ Does not: run, store or show operations.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 import hashlib
@@ -183,13 +184,13 @@ def identity(caller: Caller, namespace: str, key: str) -> str:
     return hashlib.sha256(said).hexdigest()[:_ID_CHARACTERS]
 
 
-def same_request(known: Operation, request: Json) -> None:
-    """Return if ``request`` asks what ``known`` was asked.
+def same_request(known: Operation, wanted: Operation) -> None:
+    """Return if ``wanted`` asks what ``known`` was asked.
 
     Raises:
         errors.InvalidInput: it asks something else.
     """
-    if known.request != request:
+    if (known.kind, known.request) != (wanted.kind, wanted.request):
         raise errors.InvalidInput(
             f"the idempotency key was used for operation {known.id}, which was asked something"
             " else",
@@ -209,25 +210,41 @@ def in_the_way(known: Iterable[Operation], namespace: str, group: str) -> Operat
 
 
 def runnable(known: Iterable[Operation], limit: int) -> list[Operation]:
-    """Those that begin now: the oldest first, one of a group at a time, ``limit`` of all."""
+    """Those that begin now: the oldest first, one of a group at a time, ``limit`` of all, of which
+    one namespace has three quarters at most.
+    """
     known = list(known)
     running = [each for each in known if each.state is State.RUNNING]
     taken = {(each.namespace, each.group) for each in running}
+    shares = collections.Counter(each.namespace for each in running)
     found: list[Operation] = []
     for each in sorted(known, key=_age):
         place = each.namespace, each.group
         if each.state is not State.QUEUED or place in taken or len(running) + len(found) >= limit:
             continue
+        if shares[each.namespace] >= max(1, limit * 3 // 4):
+            continue
         taken.add(place)
+        shares[each.namespace] += 1
         found.append(each)
     return found
 
 
 def removable(known: Iterable[Operation], now_s: float, kept_s: float, most: int) -> list[str]:
-    """The ids of those to forget: that ended ``kept_s`` ago, and the oldest beyond ``most``."""
-    ended = sorted((each for each in known if each.over), key=lambda each: each.ended_s)
-    beyond = max(0, len(ended) - most)
-    return [each.id for i, each in enumerate(ended) if i < beyond or each.ended_s + kept_s <= now_s]
+    """The ids of those to forget: that ended ``kept_s`` ago, and what is beyond ``most``, which are
+    the oldest of the namespaces that have the most.
+    """
+    ranked: list[tuple[int, float, Operation]] = []
+    seen = collections.Counter[str]()
+    for each in sorted((each for each in known if each.over), key=lambda each: -each.ended_s):
+        seen[each.namespace] += 1
+        ranked.append((seen[each.namespace], -each.ended_s, each))
+    ranked.sort(key=lambda each: each[:2])
+    return [
+        each.id
+        for i, (_, _, each) in enumerate(ranked)
+        if i >= most or each.ended_s + kept_s <= now_s
+    ]
 
 
 def _age(operation: Operation) -> tuple[float, str]:

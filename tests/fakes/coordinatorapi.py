@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from tests.fakes import apiserver
 
 Json = dict[str, Any]
+
+# As the real one: what a ConfigMap may hold in all.
+_DATA_BYTES = 1 << 20
 
 
 class Handler(apiserver._Handler):
@@ -29,9 +33,14 @@ class Handler(apiserver._Handler):
         return found or super()._object(method, parts, query, body)
 
 
+_AWAY = 503, {"message": "the server is currently unable to handle the request"}
+
+
 class Extra:
     """``callers`` are users by their tokens, ``lacking`` what users may not: (user, verb,
-    resource). ``down``: nothing is written.
+    resource). ``down``: nothing is written; ``lost``: it is, and nobody hears of it. ``written`` is
+    called with each object, when it is written and before that is told; ``away`` as many requests
+    for JobSets are not answered.
     """
 
     def __init__(self) -> None:
@@ -39,7 +48,9 @@ class Extra:
         self.lacking: set[tuple[str, str, str]] = set()
         self.reviews: list[tuple[str, str, str]] = []
         self.stored: dict[tuple[str, str, str], Json] = {}
-        self.down = False
+        self.down = self.lost = False
+        self.written: Callable[[Json], None] = lambda found: None
+        self.away = 0
         self._version = 100
         self._lock = threading.Lock()
 
@@ -64,40 +75,56 @@ class Extra:
                     return self._stored(method, "configmaps", space, name, query, body)
             case ("apis", "coordination.k8s.io", "v1", "namespaces", space, "leases", *name):
                 return self._stored(method, "leases", space, name, query, body)
+            case ("apis", "jobset.x-k8s.io", *_) if self.away:
+                self.away -= 1
+                return _AWAY
         return None
 
     def _stored(
         self, method: str, kind: str, space: str, name: list[str], query: dict[str, str], body: Any
     ) -> tuple[int, Any]:
         if self.down and method != "GET":
-            return 503, {"message": "the server is currently unable to handle the request"}
+            return _AWAY
         with self._lock:
-            if method == "GET" and not name:
-                key, _, value = query["labelSelector"].partition("=")
-                return 200, {
-                    "items": [
-                        copy.deepcopy(each)
-                        for (plural, where, _), each in self.stored.items()
-                        if (plural, where) == (kind, space)
-                        and each["metadata"].get("labels", {}).get(key) == value
-                    ]
-                }
-            place = (kind, space, name[0] if name else body["metadata"]["name"])
-            found = self.stored.get(place)
-            if method == "POST":
-                if found is not None:
-                    return 409, {"message": "already exists"}
-                return 201, self._put(place, body)
-            if found is None:
-                return 404, {"message": "not found"}
-            if method == "GET":
-                return 200, copy.deepcopy(found)
-            wanted = body.get("preconditions") or body.get("metadata") or {}
-            if wanted.get("resourceVersion") not in (None, found["metadata"]["resourceVersion"]):
-                return 409, {"message": "the object has been modified"}
-            if method == "DELETE":
-                return 200, self.stored.pop(place)
-            return 200, self._put(place, body)
+            code, found = self._kept(method, kind, space, name, query, body)
+        if method != "GET" and code < 300:
+            self.written(found)
+            if self.lost:
+                return _AWAY
+        return code, found
+
+    def _kept(
+        self, method: str, kind: str, space: str, name: list[str], query: dict[str, str], body: Any
+    ) -> tuple[int, Any]:
+        held = sum(len(each.encode()) for each in (body.get("data") or {}).values())
+        if held > _DATA_BYTES:
+            return 422, {"message": f"data: Too long: must have at most {_DATA_BYTES} bytes"}
+        if method == "GET" and not name:
+            key, _, value = query["labelSelector"].partition("=")
+            return 200, {
+                "items": [
+                    copy.deepcopy(each)
+                    for (plural, where, _), each in self.stored.items()
+                    if (plural, where) == (kind, space)
+                    and each["metadata"].get("labels", {}).get(key) == value
+                ]
+            }
+        place = (kind, space, name[0] if name else body["metadata"]["name"])
+        found = self.stored.get(place)
+        if method == "POST":
+            if found is not None:
+                return 409, {"message": "already exists"}
+            return 201, self._put(place, body)
+        if found is None:
+            return 404, {"message": "not found"}
+        if method == "GET":
+            return 200, copy.deepcopy(found)
+        wanted = body.get("preconditions") or body.get("metadata") or {}
+        if wanted.get("resourceVersion") not in (None, found["metadata"]["resourceVersion"]):
+            return 409, {"message": "the object has been modified"}
+        if method == "DELETE":
+            return 200, self.stored.pop(place)
+        return 200, self._put(place, body)
 
     def _put(self, place: tuple[str, str, str], body: Json) -> Json:
         self._version += 1

@@ -80,8 +80,10 @@ def test_a_write_whose_answer_was_lost_is_known_again(
     records = Records(api, SPACE, "only")
     records.create(operation(id="b"))
     records.create(operation(id="b"))
-    with pytest.raises(errors.Conflict):
-        records.create(operation(id="b", kind=Kind.MIGRATE))
+    assert records.create(operation(id="b", kind=Kind.MIGRATE)) == operation(id="b")
+    made.begin(operation(id="b", group="other"), wait=False)
+    with pytest.raises(errors.InvalidInput, match="something else"):
+        made.begin(operation(id="b", group="other", kind=Kind.MIGRATE), wait=False)
 
 
 def test_what_cannot_be_written_has_not_changed(

@@ -95,9 +95,10 @@ def test_a_key_means_one_operation_of_its_caller_in_its_namespace() -> None:
     assert len(set(ids)) == len(ids)
     assert operations.identity(dataclasses.replace(ADA, groups=()), "team", "k") == ids[0]
     known = operation()
-    operations.same_request(known, {"target": {"jobset": "train"}})
-    with pytest.raises(errors.InvalidInput):
-        operations.same_request(known, {"target": {"jobset": "other"}})
+    operations.same_request(known, operation(id="b", created_s=2.0))
+    for other in ({"request": {"target": {"jobset": "other"}}}, {"kind": Kind.RESTORE}):
+        with pytest.raises(errors.InvalidInput):
+            operations.same_request(known, operation(**other))
 
 
 def test_each_coordinator_is_later_than_the_one_before_whatever_its_clock_says() -> None:
@@ -167,6 +168,21 @@ def test_what_ended_is_removed_when_it_is_old_or_there_is_too_much_of_it() -> No
     assert sorted(operations.removable(known, 100.0, 3.0, 10)) == ["3", "4"]
     assert sorted(operations.removable(known, 100.0, 50.0, 2)) == ["2", "3", "4"]
     assert operations.removable(known, 100.0, 50.0, 10) == []
+
+
+def test_one_namespace_takes_neither_all_turns_nor_all_that_is_kept() -> None:
+    loud = [
+        operation(id=f"l{number}", namespace="loud", group=f"g{number}", created_s=float(number))
+        for number in range(9)
+    ]
+    quiet = operation(id="quiet", namespace="quiet", created_s=100.0)
+    assert [each.id for each in operations.runnable([*loud, quiet], 4)] == [
+        *("l0", "l1", "l2"),
+        "quiet",
+    ]
+    over = [each.changed(state=State.SUCCEEDED, ended_s=100.0) for each in loud]
+    old = quiet.changed(state=State.SUCCEEDED, ended_s=50.0)
+    assert "quiet" not in operations.removable([*over, old], 200.0, 1e6, 5)
 
 
 # Takeovers: every case there is.
