@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import platformdirs
-import yaml
 
 from agent import errors
 from agent.model import values
@@ -334,6 +333,8 @@ def parse_file(path: str, text: str) -> ConfigFile:
     Raises:
         errors.InvalidInput: not YAML, not a mapping, a key twice, or an unknown key.
     """
+    import yaml  # a service without a file does without
+
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)

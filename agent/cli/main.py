@@ -14,7 +14,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import metadata
 from types import FrameType
 from typing import NoReturn
 
@@ -95,6 +94,8 @@ for _verb in (
 
 
 def _version(ctx: click.Context) -> None:
+    from importlib import metadata  # services do without
+
     click.echo(f"{_PROGRAM} {metadata.version(_PROGRAM)}")
     ctx.exit()
 

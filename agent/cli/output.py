@@ -16,8 +16,6 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import yaml
-
 from agent.cli import stopping
 
 Document = dict[str, Any]
@@ -489,6 +487,8 @@ def _rendered(document: Document, form: str, now_s: float) -> str:
     if form == "json":
         return json.dumps(document, indent=2, ensure_ascii=False)
     if form == "yaml":
+        import yaml  # services do without
+
         text: str = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
         return text.rstrip("\n")
     if form == "name":

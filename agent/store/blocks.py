@@ -161,7 +161,7 @@ class BlockSource:
         """
         needed = [np.zeros(len(self._table(n).block_pages), bool) for n in range(len(self._refs))]
         for table in tables:
-            for number in np.unique(table.pack[table.pack >= 0]):
+            for number in _distinct(table.pack[table.pack >= 0]):
                 mine = table.pack == number
                 first = table.ordinal[mine]
                 last = first + table.pages[mine] - 1
@@ -211,7 +211,7 @@ class BlockSource:
         pack, ordinal, pages = table.pack[runs], table.ordinal[runs], table.pages[runs]
         from_block = np.zeros(len(pack), dtype=np.int64)
         to_block = np.zeros(len(pack), dtype=np.int64)
-        numbers = [int(number) for number in np.unique(pack) if number != _ZERO]
+        numbers = [int(number) for number in _distinct(pack) if number != _ZERO]
         for number in numbers:
             mine = pack == number
             starts = self._table(number).first_pages
@@ -280,8 +280,13 @@ def _gather(cuts: _Cuts, window: _Window, out: npt.NDArray[np.uint8]) -> None:
     within = np.arange(int(ends[-1])) - np.repeat(ends - cuts.count, cuts.count)
     source = np.repeat(cuts.first, cuts.count) + within
     keys = np.repeat(cuts.pack << 32 | cuts.block, cuts.count)
-    for key in np.unique(keys).tolist():
+    for key in _distinct(keys).tolist():
         mine = np.flatnonzero(keys == key)
         content = window.blocks[key >> 32, key & 0xFFFFFFFF].result()
         block = np.frombuffer(content, dtype=np.uint8).reshape(-1, PAGE_BYTES)
         out[mine] = block[source[mine]]
+
+
+def _distinct(values: _Column) -> _Column:
+    # Asked for nothing but the values, it would load numpy.ma: a megabyte that stays.
+    return np.unique(values, return_index=True)[0]
