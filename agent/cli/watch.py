@@ -1,8 +1,10 @@
-"""``ckpt-agent watch``: epoch after epoch of running process trees."""
+"""``ckpt-agent watch``: epoch after epoch of running process trees, or of a pod."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Sequence
 
 import click
 
@@ -14,6 +16,7 @@ from agent.host import clock
 from agent.model import follow as model_follow
 from agent.node.dump import DumpOutcome
 from agent.node.watch import Stop
+from agent.settings import Settings
 from agent.store.retention import Retention
 
 _AUTO = "auto"
@@ -26,7 +29,7 @@ def _every(value: str) -> float | None:
 @click.command(
     "watch",
     cls=Verb,
-    short_help="Dump running process trees again and again.",
+    short_help="Dump running process trees, or a pod, again and again.",
     status=(
         exits.REFUSED,
         exits.FAILED,
@@ -36,13 +39,19 @@ def _every(value: str) -> float | None:
     ),
     example="ckpt-agent watch --pid 4711 --name training --every 30s --keep-last 10",
 )
+@click.argument(
+    "pod",
+    metavar="[pod/NAME]",
+    type=arguments.pod,
+    required=False,
+    shell_complete=arguments.complete_pod,
+)
 @click.option(
     "--pid",
     "pids",
     type=arguments.pid,
     metavar="PID",
     multiple=True,
-    required=True,
     help="Root of a process tree; repeat it to cut several trees at one moment.",
 )
 @arguments.follow
@@ -63,10 +72,12 @@ def _every(value: str) -> float | None:
 )
 @click.option("--count", type=click.IntRange(min=1), help="End after so many dumps.")
 @click.option("--keep-last", type=click.IntRange(min=1), help="Remove older images of the group.")
+@arguments.containers
 @arguments.pace
 @pass_invocation
 def verb(
     invocation: Invocation,
+    pod: str | None,
     pids: tuple[int, ...],
     follow: bool,
     name: str | None,
@@ -74,15 +85,26 @@ def verb(
     every: float | None,
     count: int | None,
     keep_last: int | None,
+    containers: tuple[str, ...],
     precopy_cpu: str | None,
     precopy_rate: str | None,
 ) -> int:
-    """Capture the process trees below each PID again and again, each time for what was written
-    since, and print a line for each image, until they end or Ctrl-C.
+    """Capture the process trees below each PID, or in a cluster the containers of a pod, again and
+    again, each time for what was written since, and print a line for each image, until they end or
+    Ctrl-C.
 
     Between two dumps the kernel notes what the processes write. A dump that fails is told on
     stderr, and the next one is made in its turn; the exit status tells of the last one.
     """
+    of_a_host = {"--follow": follow, "--name": name, "--include": include}
+    of_a_host |= {"--precopy-cpu": precopy_cpu, "--precopy-rate": precopy_rate}
+    arguments.check_target(invocation, pod, pids, {"--container": containers}, of_a_host)
+    if pod is not None:
+        from agent.cli import podwatch
+
+        settings = invocation.settings()
+        times = Times(every, count, keep_last)
+        return podwatch.watch(invocation, settings, pod, containers, times)
     settings = invocation.settings(precopy_cpu=precopy_cpu, precopy_rate=precopy_rate)
     options = CaptureOptions(
         deadline_s=settings.dump_deadline_s,
@@ -93,6 +115,29 @@ def verb(
         precopy_bytes_per_s=settings.precopy_rate_bytes,
         log_level=settings.criu_log_level,
     )
+    times = Times(every, count, keep_last)
+    return _watch(invocation, settings, pids, name, options, times, follow=follow)
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """How often, how many, and how many stay; None where nobody said."""
+
+    every_s: float | None
+    count: int | None
+    keep_last: int | None
+
+
+def _watch(
+    invocation: Invocation,
+    settings: Settings,
+    pids: Sequence[int],
+    name: str | None,
+    options: CaptureOptions,
+    times: Times,
+    *,
+    follow: bool,
+) -> int:
     stop = Stop()
 
     def stop_asked(number: int) -> None:
@@ -101,15 +146,11 @@ def verb(
 
     def done(outcome: DumpOutcome) -> None:
         document = documents.dump_report(outcome)
-        invocation.say(
-            f"stopped for {output.human_s(document['stopSeconds'])}, durable after"
-            f" {output.human_s(document['durableSeconds'])}, stored"
-            f" {output.human_bytes(document['storedBytes'])}"
-        )
+        said_epoch(invocation, document)
         invocation.emit(document)
         # What the configuration says of images to keep is prune's, which is asked for by name.
-        if keep_last is not None:
-            prune(outcome, keep_last)
+        if times.keep_last is not None:
+            prune(outcome, times.keep_last)
 
     def prune(outcome: DumpOutcome, keep_last: int) -> None:
         try:
@@ -126,10 +167,7 @@ def verb(
         invocation.say(f"a dump failed, the job goes on: {exc.message}")
 
     def late(took_s: float, pause_s: float) -> None:
-        invocation.say(
-            f"the dump took {output.human_s(took_s)}, longer than was to be between two: the next"
-            f" begins in {output.human_s(pause_s)}"
-        )
+        said_late(invocation, took_s, pause_s)
 
     def followed() -> model_follow.Closure:
         found = wiring.followed(pids)
@@ -144,8 +182,8 @@ def verb(
             options,
             stop,
             follow_up=followed if follow else None,
-            every_s=every,
-            most=count,
+            every_s=times.every_s,
+            most=times.count,
             done=done,
             failed=failed,
             late=late,
@@ -157,3 +195,20 @@ def verb(
     if found.last_failed is not None:
         raise found.last_failed
     return exits.DONE
+
+
+def said_epoch(invocation: Invocation, document: output.Document) -> None:
+    """Tell of one of many dumps."""
+    invocation.say(
+        f"stopped for {output.human_s(document['stopSeconds'])}, durable after"
+        f" {output.human_s(document['durableSeconds'])}, stored"
+        f" {output.human_bytes(document['storedBytes'])}"
+    )
+
+
+def said_late(invocation: Invocation, took_s: float, pause_s: float) -> None:
+    """Tell of a dump that took too long."""
+    invocation.say(
+        f"the dump took {output.human_s(took_s)}, longer than was to be between two: the next"
+        f" begins in {output.human_s(pause_s)}"
+    )

@@ -78,6 +78,36 @@ def dump_running(
         raise _cut_off(exc, session, metadata["name"], stop=stop) from exc
 
 
+def watch(
+    session: Session,
+    name: str,
+    *,
+    containers: Sequence[str] = (),
+    every_s: float | None = None,
+    count: int | None = None,
+    cancel: threading.Event | None = None,
+    done: Callable[[results.DumpOutcome], None] = lambda outcome: None,
+    failed: Callable[[errors.CkptError], None] = lambda exc: None,
+    late: Callable[[float, float], None] = lambda took_s, pause_s: None,
+) -> results.Watched:
+    """Dump the pod ``name`` again and again; as ``client.Agent.watch``, and raises as ``dump``."""
+    found = running(session, name, containers)
+    agent = session.agent_of(found["spec"]["nodeName"])
+    return agent.watch(
+        session.namespace,
+        name,
+        pod_uid=found["metadata"]["uid"],
+        containers=tuple(containers),
+        every_s=every_s,
+        count=count,
+        deadline_s=session.settings.dump_deadline_s,
+        cancel=cancel,
+        done=done,
+        failed=failed,
+        late=late,
+    )
+
+
 def _cut_off(exc: errors.CkptError, session: Session, name: str, *, stop: bool) -> errors.CkptError:
     """An agent that lost its caller gives the dump up, unless it was just committed."""
     see = f"ckpt-agent list {name} -n {session.namespace}"

@@ -83,6 +83,8 @@ class DumpOrder:
     engine: str
     stop: bool
     options: CaptureOptions
+    one_of_many: bool = False
+    """People are told of its failure only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,12 +192,13 @@ class PodWork:
             image = ids.image_name(outcome.epoch.group, outcome.epoch.epoch)
             if not order.stop:
                 around.after(Outcome.COMMITTED, image)
-            self._teller.tell(
-                pod,
-                "CheckpointCompleted",
-                f"Image {image} of {', '.join(each.name for each in containers)}, stopped for"
-                f" {outcome.stop_s:.3f} s, durable after {outcome.durable_s:.1f} s",
-            )
+            if not order.one_of_many:
+                self._teller.tell(
+                    pod,
+                    "CheckpointCompleted",
+                    f"Image {image} of {', '.join(each.name for each in containers)}, stopped for"
+                    f" {outcome.stop_s:.3f} s, durable after {outcome.durable_s:.1f} s",
+                )
             template = template_json(known)
             return PodDump(outcome, pod, template, engine.name, storage, around.problems)
 

@@ -20,14 +20,15 @@ from agent.model.container import Container
 from agent.model.plan import Finding, Plan
 from agent.model.pods import Placement, Pod
 from agent.model.streams import FileEntry
-from agent.node import attempts, claims, podwork
+from agent.node import attempts, claims, podwatch, podwork
 from agent.node import dump as node_dump
+from agent.node import watch as node_watch
 from agent.node.operations import Operations
 from agent.node.pods import Pods
 from agent.node.relay import Relay, Sparingly
 from agent.node.storages import Found, Storages
 from agent.node.transfers import Transfers
-from agent.rpc import convert
+from agent.rpc import convert, status
 from agent.rpc.calls import Call
 from agent.rpc.v1 import node_pb2 as api
 from agent.settings import Settings
@@ -95,6 +96,7 @@ class NodeService:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._settings = parts.settings
+        self._watches = podwatch.PodWatches(parts.pods, parts.work)
 
     def dump(self, request: api.DumpRequest, call: Call) -> Iterator[api.DumpEvent]:
         """Checkpoint containers of a pod."""
@@ -109,14 +111,7 @@ class NodeService:
             containers=tuple(request.containers),
             engine=_ENGINES[request.engine],
             stop=request.stop,
-            options=CaptureOptions(
-                deadline_s=call.allowed_s(request.deadline_s, self._settings.dump_deadline_s),
-                ghost_limit_bytes=self._settings.ghost_limit_bytes,
-                precopy=self._settings.precopy,
-                precopy_cpu_percent=self._settings.precopy_cpu_percent,
-                precopy_bytes_per_s=self._settings.precopy_rate_bytes,
-                log_level=self._settings.criu_log_level,
-            ),
+            options=self._capture_options(request.deadline_s, call),
         )
         cancel = node_dump.Cancel()
         call.on_gone(cancel.set)
@@ -134,6 +129,62 @@ class NodeService:
             tell(api.DumpEvent(outcome=_dumped(self._parts.work.dump(order, cancel, progress))))
 
         return Relay("dump", work).events()
+
+    def watch(self, request: api.WatchRequest, call: Call) -> Iterator[api.WatchEvent]:
+        """Checkpoint containers of a pod again and again."""
+        every_s = request.every_s or None
+        if every_s is not None and not (
+            podwatch.SHORTEST_S <= every_s <= podwatch.LONGEST_S and request.count >= 0
+        ):
+            raise errors.InvalidInput(
+                "the call asks for dumps too often, too seldom, or for less than none",
+                hint=f"every_s is {podwatch.SHORTEST_S:g} to {podwatch.LONGEST_S:g}, or 0",
+            )
+        order = podwork.DumpOrder(
+            namespace=ids.namespace_name(request.namespace),
+            pod=request.pod,
+            pod_uid=request.pod_uid,
+            containers=tuple(request.containers),
+            engine="container",
+            stop=False,
+            options=self._capture_options(request.deadline_s, call),
+            one_of_many=True,
+        )
+        stop = node_watch.Stop("the watch was ended, the pod goes on")
+        call.on_gone(stop.set)
+
+        def work(tell: Callable[[api.WatchEvent], None]) -> None:
+            found = self._watches.watch(
+                order,
+                stop,
+                every_s=every_s,
+                most=request.count or None,
+                done=lambda done: tell(api.WatchEvent(epoch=_dumped(done))),
+                failed=lambda exc: tell(api.WatchEvent(failed=status.message(exc))),
+                late=lambda took_s, pause_s: tell(
+                    api.WatchEvent(late=api.WatchLate(took_s=took_s, pause_s=pause_s))
+                ),
+            )
+            last = None if found.last_failed is None else status.message(found.last_failed)
+            outcome = api.WatchOutcome(
+                epochs=found.epochs,
+                failures=found.failures,
+                last_failed=last,
+                ended=found.ended,
+            )
+            tell(api.WatchEvent(outcome=outcome))
+
+        return Relay("watch", work).events()
+
+    def _capture_options(self, asked_s: float, call: Call) -> CaptureOptions:
+        return CaptureOptions(
+            deadline_s=call.allowed_s(asked_s, self._settings.dump_deadline_s),
+            ghost_limit_bytes=self._settings.ghost_limit_bytes,
+            precopy=self._settings.precopy,
+            precopy_cpu_percent=self._settings.precopy_cpu_percent,
+            precopy_bytes_per_s=self._settings.precopy_rate_bytes,
+            log_level=self._settings.criu_log_level,
+        )
 
     def restore(self, request: api.RestoreRequest, call: Call) -> Iterator[api.RestoreEvent]:
         """Bring an image back into its placeholder."""

@@ -17,7 +17,7 @@ import grpc
 
 from agent import errors
 from agent.model.archives import Exported, Exporting
-from agent.rpc import channels, convert, epochclient, results
+from agent.rpc import channels, convert, epochclient, results, status
 from agent.rpc.channels import Calls, Credentials
 from agent.rpc.v1 import node_pb2, node_pb2_grpc
 
@@ -97,7 +97,9 @@ class Agent(Calls):
                 progress(event.progress.phase, event.progress.raw_bytes)
             else:
                 outcome = event.outcome
-        found = self._ended(outcome, "dump")
+        return self._dumped(self._ended(outcome, "dump"))
+
+    def _dumped(self, found: node_pb2.DumpOutcome) -> results.DumpOutcome:
         return results.DumpOutcome(
             image=results.image(found.image),
             stop_s=found.stop_s,
@@ -111,6 +113,51 @@ class Agent(Calls):
             pod_template=self._template(found.pod_template_json),
             hook_problems=tuple(found.hook_problems),
         )
+
+    def watch(
+        self,
+        namespace: str,
+        pod: str,
+        *,
+        pod_uid: str,
+        containers: tuple[str, ...] = (),
+        every_s: float | None = None,
+        count: int | None = None,
+        deadline_s: float,
+        cancel: threading.Event | None = None,
+        done: Callable[[results.DumpOutcome], None] = lambda outcome: None,
+        failed: Callable[[errors.CkptError], None] = lambda exc: None,
+        late: Callable[[float, float], None] = lambda took_s, pause_s: None,
+    ) -> results.Watched:
+        """Checkpoint a pod again and again, until ``cancel`` is set (``errors.Interrupted``), its
+        containers are no more or ``count`` dumps were made; ``every_s`` None is as often as does it
+        no harm. ``done``, ``failed`` and ``late`` are told of each, as ``node.watch`` has it.
+        """
+        request = node_pb2.WatchRequest(
+            namespace=namespace,
+            pod=pod,
+            pod_uid=pod_uid,
+            containers=containers,
+            every_s=every_s or 0.0,
+            count=count or 0,
+            deadline_s=deadline_s,
+        )
+        outcome = None
+        # Without an end of its own; pings tell of an agent that is gone.
+        call = self._stub.Watch(request, metadata=self._metadata())
+        for event in self._events(call, cancel):
+            match event.WhichOneof("event"):
+                case "epoch":
+                    done(self._dumped(event.epoch))
+                case "failed":
+                    failed(status.rebuilt(event.failed))
+                case "late":
+                    late(event.late.took_s, event.late.pause_s)
+                case "outcome":
+                    outcome = event.outcome
+        found = self._ended(outcome, "watch")
+        last = status.rebuilt(found.last_failed) if found.HasField("last_failed") else None
+        return results.Watched(found.epochs, found.failures, last, found.ended)
 
     def restore(
         self,

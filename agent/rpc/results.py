@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from agent import errors
 from agent.model.pods import Placement
 from agent.rpc import convert
 from agent.rpc.v1 import node_pb2
@@ -80,6 +81,18 @@ class DumpOutcome:
     members: tuple[Captured, ...]
     pod_template: dict[str, Any] | None
     hook_problems: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """How a watch of a pod ended: ``epochs`` were committed, ``failures`` were not, the last of
+    them ``last_failed``; ``ended``: the containers are no more.
+    """
+
+    epochs: int
+    failures: int
+    last_failed: errors.CkptError | None
+    ended: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,6 +54,7 @@ def _asked(verb: str) -> Callable[[Any, str], Right]:
 
 _RIGHTS: dict[tuple[str, str], Callable[[Any, str], Right]] = {
     ("Node", "Dump"): _images("create"),
+    ("Node", "Watch"): _images("create"),
     ("Node", "PlanDump"): _images("create"),
     ("Node", "Restore"): _images("restore"),
     ("Node", "ListImages"): _images("list"),

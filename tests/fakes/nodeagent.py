@@ -137,6 +137,32 @@ class _Servicer(node_pb2_grpc.NodeServicer):
             )
         )
 
+    def Watch(self, request: Any, context: Any) -> Iterator[node_pb2.WatchEvent]:
+        """The second of the dumps fails, and the third takes long."""
+        if not context.add_callback(self._cluster.given_up.set):
+            self._cluster.given_up.set()
+        self._begin("Watch", request, context)
+        count = request.count or 2
+        failure = status.message(errors.DumpFailed("no luck"))
+        for number in range(1, count + 1):
+            if number == 2:
+                yield node_pb2.WatchEvent(failed=failure)
+                continue
+            if number == 3:
+                yield node_pb2.WatchEvent(late=node_pb2.WatchLate(took_s=2.0, pause_s=3.0))
+            self._cluster.add_image(request.pod, len(self._cluster.images))
+            image = self._cluster.images[-1]
+            yield node_pb2.WatchEvent(
+                epoch=node_pb2.DumpOutcome(
+                    image=image, stop_s=0.05, durable_s=0.5, engine=node_pb2.ENGINE_CONTAINER
+                )
+            )
+        if self._cluster.hold is not None:
+            self._cluster.hold.wait(30)
+        last = failure if count == 2 else None
+        outcome = node_pb2.WatchOutcome(epochs=count - 1, failures=1, last_failed=last)
+        yield node_pb2.WatchEvent(outcome=outcome)
+
     def Restore(self, request: Any, context: Any) -> Iterator[node_pb2.RestoreEvent]:
         self._begin("Restore", request, context)
         yield node_pb2.RestoreEvent(progress=node_pb2.RestoreProgress(phase="waiting"))

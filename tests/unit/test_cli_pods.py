@@ -602,6 +602,38 @@ def test_a_signal_gives_the_dump_up_and_the_agent_hears_of_it(
     assert "the pod goes on" in ran.err
 
 
+def test_a_watch_tells_of_each_dump_and_its_status_is_the_last_ones(run: Any, world: World) -> None:
+    ran = run("watch", "pod/job", "--every", "30s", "--count", "3", "-c", "c")
+    assert (ran.status, len(ran.out.splitlines())) == (0, 2)
+    for told in ("no luck", "the next begins in 3", "images: 2, failed dumps: 1"):
+        assert told in ran.err
+    ((node, request),) = world.called("Watch")
+    assert (node, request.every_s, request.count, list(request.containers)) == ("n1", 30, 3, ["c"])
+    assert request.pod_uid == world.uid
+    failed = run("watch", "pod/job", "--count", "2", "--keep-last", "1")
+    assert (failed.status, len(failed.out.splitlines())) == (exits.FAILED, 1)
+    ((_, pruned),) = world.called("PruneImages")
+    assert (pruned.group, pruned.keep_last, pruned.dry_run) == ("job", 1, False)
+    for wrong in (("--name", "x"), ("--follow",), ("--pid", "1"), ("--precopy-cpu", "50")):
+        assert run("watch", "pod/job", *wrong).status == exits.USAGE
+    assert run("watch").status == exits.USAGE
+
+
+def test_a_watch_that_is_told_to_stop_has_done_what_it_was_asked_for(
+    run: Any, world: World
+) -> None:
+    begun = threading.Event()
+    world.agents.fails["Watch"] = begun.set
+    world.agents.hold = threading.Event()
+    thread = interrupted_when(begun, signal.SIGINT)
+    ran = run("watch", "pod/job")
+    thread.join()
+    assert world.agents.given_up.wait(30)
+    world.agents.hold.set()
+    assert ran.status == exits.DONE
+    assert "the pod goes on" in ran.err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_any_verb_and_nothing_is_left(
     run: Any, world: World, number: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch

@@ -88,6 +88,56 @@ class MemberOutcome(_message.Message):
     processes: int
     def __init__(self, name: _Optional[str] = ..., stop_s: _Optional[float] = ..., freeze_s: _Optional[float] = ..., raw_bytes: _Optional[int] = ..., processes: _Optional[int] = ...) -> None: ...
 
+class WatchRequest(_message.Message):
+    __slots__ = ("namespace", "pod", "pod_uid", "containers", "every_s", "count", "deadline_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    POD_FIELD_NUMBER: _ClassVar[int]
+    POD_UID_FIELD_NUMBER: _ClassVar[int]
+    CONTAINERS_FIELD_NUMBER: _ClassVar[int]
+    EVERY_S_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    pod: str
+    pod_uid: str
+    containers: _containers.RepeatedScalarFieldContainer[str]
+    every_s: float
+    count: int
+    deadline_s: float
+    def __init__(self, namespace: _Optional[str] = ..., pod: _Optional[str] = ..., pod_uid: _Optional[str] = ..., containers: _Optional[_Iterable[str]] = ..., every_s: _Optional[float] = ..., count: _Optional[int] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+
+class WatchEvent(_message.Message):
+    __slots__ = ("epoch", "failed", "late", "outcome")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    LATE_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    epoch: DumpOutcome
+    failed: Error
+    late: WatchLate
+    outcome: WatchOutcome
+    def __init__(self, epoch: _Optional[_Union[DumpOutcome, _Mapping]] = ..., failed: _Optional[_Union[Error, _Mapping]] = ..., late: _Optional[_Union[WatchLate, _Mapping]] = ..., outcome: _Optional[_Union[WatchOutcome, _Mapping]] = ...) -> None: ...
+
+class WatchLate(_message.Message):
+    __slots__ = ("took_s", "pause_s")
+    TOOK_S_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_S_FIELD_NUMBER: _ClassVar[int]
+    took_s: float
+    pause_s: float
+    def __init__(self, took_s: _Optional[float] = ..., pause_s: _Optional[float] = ...) -> None: ...
+
+class WatchOutcome(_message.Message):
+    __slots__ = ("epochs", "failures", "last_failed", "ended")
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    LAST_FAILED_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    epochs: int
+    failures: int
+    last_failed: Error
+    ended: bool
+    def __init__(self, epochs: _Optional[int] = ..., failures: _Optional[int] = ..., last_failed: _Optional[_Union[Error, _Mapping]] = ..., ended: _Optional[bool] = ...) -> None: ...
+
 class RestoreRequest(_message.Message):
     __slots__ = ("namespace", "image", "pod", "pod_uid", "again", "deadline_s", "storage")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]

@@ -39,6 +39,11 @@ class NodeStub:
                 request_serializer=agent_dot_rpc_dot_v1_dot_node__pb2.DumpRequest.SerializeToString,
                 response_deserializer=agent_dot_rpc_dot_v1_dot_node__pb2.DumpEvent.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/agent.rpc.v1.Node/Watch',
+                request_serializer=agent_dot_rpc_dot_v1_dot_node__pb2.WatchRequest.SerializeToString,
+                response_deserializer=agent_dot_rpc_dot_v1_dot_node__pb2.WatchEvent.FromString,
+                _registered_method=True)
         self.Restore = channel.unary_stream(
                 '/agent.rpc.v1.Node/Restore',
                 request_serializer=agent_dot_rpc_dot_v1_dot_node__pb2.RestoreRequest.SerializeToString,
@@ -99,6 +104,17 @@ class NodeServicer:
         ckpt-agent.dev/storage names, else its namespace's, else the agent's default. The stream ends
         with an outcome.
         Cancelling the call gives the dump up; the pod goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request, context):
+        """Checkpoints containers of one pod again and again, each time for what was written since, as
+        Dump does once. A dump that fails is told, and the next one made in its turn; the first one's
+        failure is the call's. The stream ends with an outcome when the containers are no more, or
+        after so many dumps as were asked for. Cancelling the call, or losing it, ends it; the pod goes
+        on. Between two dumps the pod may be dumped by others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -185,6 +201,11 @@ def add_NodeServicer_to_server(servicer, server):
                     request_deserializer=agent_dot_rpc_dot_v1_dot_node__pb2.DumpRequest.FromString,
                     response_serializer=agent_dot_rpc_dot_v1_dot_node__pb2.DumpEvent.SerializeToString,
             ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=agent_dot_rpc_dot_v1_dot_node__pb2.WatchRequest.FromString,
+                    response_serializer=agent_dot_rpc_dot_v1_dot_node__pb2.WatchEvent.SerializeToString,
+            ),
             'Restore': grpc.unary_stream_rpc_method_handler(
                     servicer.Restore,
                     request_deserializer=agent_dot_rpc_dot_v1_dot_node__pb2.RestoreRequest.FromString,
@@ -263,6 +284,33 @@ class Node:
             '/agent.rpc.v1.Node/Dump',
             agent_dot_rpc_dot_v1_dot_node__pb2.DumpRequest.SerializeToString,
             agent_dot_rpc_dot_v1_dot_node__pb2.DumpEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/agent.rpc.v1.Node/Watch',
+            agent_dot_rpc_dot_v1_dot_node__pb2.WatchRequest.SerializeToString,
+            agent_dot_rpc_dot_v1_dot_node__pb2.WatchEvent.FromString,
             options,
             channel_credentials,
             insecure,
