@@ -69,9 +69,10 @@ RUN apt-get update -qq \
  && mkdir -p /etc/ckpt-agent/tls /etc/criu /run/ckpt-agent /var/lib/ckpt-agent/store /var/lib/ckpt-agent/work
 COPY --from=packages /usr/local/lib/ckpt-agent /usr/local/lib/ckpt-agent
 COPY --from=programs /made /
-# The last: numpy would start a thread for each core of the node, for algebra that nobody does here.
+# The last two: numpy would start a thread for each core of the node, for algebra that nobody does
+# here, and have every page that is touched where a large array once was cost two megabytes.
 ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 LC_ALL=C.UTF-8 \
-    OPENBLAS_NUM_THREADS=1
+    OPENBLAS_NUM_THREADS=1 NUMPY_MADVISE_HUGEPAGE=0
 ENTRYPOINT ["ckpt-agent"]
 COPY --from=code /made /
