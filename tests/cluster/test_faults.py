@@ -134,6 +134,12 @@ def frozen(uid: str) -> bool:
     return False
 
 
+def tracer(pid: int) -> int:
+    """Who traces the process, as the runtime's CRIU does while it dumps it; 0 if nobody."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("\nTracerPid:")[2].split()[0])
+
+
 class TestComponents:
     """The node's own programs."""
 
@@ -163,6 +169,26 @@ class TestComponents:
         assert told(dump)["code"] == "unreachable"
         ready(agents, node, "containerd")
         # Nothing comes after it: the kubelet takes some seconds to end what it does not understand.
+        agents.wait_for("the kubelet", lambda: _synced(agents, team), 30)
+
+    def test_a_runtime_that_is_back_while_its_criu_still_works(
+        self, agents: Cluster, team: str
+    ) -> None:
+        node = agents.node("n1")
+        member = processes(agents, team, POD, "python3")[0]
+        dump = begun(agents, "dump", f"pod/{POD}", "-n", team, "--engine", "kubelet")
+        meet(dump, lambda: tracer(member))
+        criu = tracer(member)
+        # However fast the machine is, and however little the pod has in memory.
+        os.kill(criu, signal.SIGSTOP)
+        try:
+            node.kill("containerd")
+            ready(agents, node, "containerd")
+            assert tracer(member) == criu
+        finally:
+            os.kill(criu, signal.SIGCONT)
+        assert told(dump)["code"] == "unreachable"
+        agents.wait_for("CRIU's end", lambda: not leftovers.crius(node), 60)
         agents.wait_for("the kubelet", lambda: _synced(agents, team), 30)
 
     @pytest.mark.parametrize("service", ["kubelet", "containerd"])
