@@ -28,12 +28,10 @@ class Fingerprinter:
     def __init__(self) -> None:
         self._tag = AESGCM(secrets.token_bytes(16)).encrypt
 
-    def of(self, data: memoryview) -> Fingerprints:
-        """Those of each ``PIECE_BYTES`` of ``data``, the last of which may be shorter: shape
-        (pieces, 2).
-        """
+    def of(self, data: memoryview, each_bytes: int = PIECE_BYTES) -> Fingerprints:
+        """Those of each ``each_bytes`` of ``data``: shape (pieces, 2)."""
         tags = [
-            self._tag(_NONCE, b"", data[at : at + PIECE_BYTES])
-            for at in range(0, len(data), PIECE_BYTES)
+            self._tag(_NONCE, b"", data[at : at + each_bytes])
+            for at in range(0, len(data), each_bytes)
         ]
         return np.frombuffer(b"".join(tags), dtype="<u8").reshape(-1, 2)

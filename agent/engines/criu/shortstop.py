@@ -94,6 +94,7 @@ class ShortStop:
 
     def about_to_freeze(self) -> None:
         """Copy once more what was written meanwhile, if that leaves less."""
+        self._precopy.look_at_shared(self._root)
         for _ in range(_LAST_ROUNDS if self._precopy.shrinks else 0):
             self._precopy.round(self._root)
 

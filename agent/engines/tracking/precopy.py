@@ -196,7 +196,7 @@ class Precopy:
             errors.NotFound: the root has ended.
             errors.VolumeError: from the sink.
         """
-        self._look_at_shared(root)
+        self._copy_shared(root)
         left_bytes = None
         for _ in range(_MOST_ROUNDS):
             looked = clock.Deadline.after(LOOK_S)
@@ -210,7 +210,7 @@ class Precopy:
             rest = self._deadline.sooner(looked.remaining_s)
             clock.wait_until(lambda: False, rest, every_s=LOOK_S)
 
-    def _look_at_shared(self, root: int) -> None:
+    def _copy_shared(self, root: int) -> None:
         before = None
         for _ in range(_MOST_LOOKS):
             pids = proc.tree(root)
@@ -251,6 +251,10 @@ class Precopy:
                     )
                 )
         return found
+
+    def look_at_shared(self, root: int) -> None:
+        """Copy once what was written to shared memory; little is left then for the cut."""
+        self._shared.round(proc.tree(root), self._sink, self._deadline, None)
 
     def cut_shared(self, pids: Sequence[int]) -> list[Found]:
         """Which shared memory of theirs is copied."""

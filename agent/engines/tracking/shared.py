@@ -2,11 +2,12 @@
 
 Anybody who has such an object may write to it, by system calls and through mappings that come and
 go between two looks, so no note of the kernel's tells what is unchanged. Its content does: each
-piece is read again at the cut, and only what differs from the drafts is given to the sink.
+piece is read again at the cut, and of those that differ the pages that differ from the drafts are
+given to the sink.
 
 Promises: at the cut, every page that an object has then is drafted with the content that it has
 then; objects are known by their file, however many processes have them, and are held open only
-while they are read. What is kept is 16 bytes for each 64 KiB.
+while they are read. What is kept is 17 bytes a page.
 Does not: take on objects smaller than ``SMALLEST_BYTES``, in huge pages, or of a number that CRIU
 would cut off; whoever copied these before goes on doing so.
 """
@@ -17,10 +18,12 @@ import contextlib
 import dataclasses
 import functools
 import os
+import queue
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from numpy import typing as npt
 
 from agent import errors
 from agent.engines.tracking.pace import Pace
@@ -33,6 +36,7 @@ SMALLEST_BYTES = 1 << 20
 # As in the page server: few system calls a byte, and it stays in a core's cache.
 _STEP_BYTES = 2 << 20
 _STEP_PIECES = _STEP_BYTES // PIECE_BYTES
+_PIECE_PAGES = PIECE_BYTES // PAGE_BYTES
 # CRIU keeps the inode's number, by which it calls a memfd, in 32 bits (criu/memfd.c of 4.2).
 _NUMBERS_END = 1 << 32
 # Two read quicker than one; more only take from each other.
@@ -112,9 +116,13 @@ class SharedCopy:
     def __init__(self, space: AddressSpace, fingerprinter: Fingerprinter) -> None:
         self.space = space
         self._fingerprinter = fingerprinter
-        self._drafted: Fingerprints = np.zeros((0, 2), dtype=np.uint64)
-        # Pages of pieces that the fingerprints are of.
+        # Of each piece, and of each page: pages cost several times as much a byte.
+        self._pieces: Fingerprints = np.zeros((0, 2), dtype=np.uint64)
+        self._pages: Fingerprints = np.zeros((0, 2), dtype=np.uint64)
+        # Pages that were there when their fingerprints were taken, and drafted.
         self._have = pagemap.none()
+        # Fresh memory would cost as much time as reading into it.
+        self._buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
 
     def recall(self, sink: MemberSink, epoch: str) -> None:
         """Begin another copy, in ``sink``, with what it takes over of ``epoch``."""
@@ -126,7 +134,7 @@ class SharedCopy:
     ) -> int:
         """Draft what is not as it was drafted; say how many bytes that were."""
         drafted = [0]
-        with _opened(found) as (descriptor, existing):
+        with _opened(found) as (descriptor, existing), _buffers(self._buffers):
             steps = _steps(existing)
             self._make_room(steps)
             had = self._have
@@ -150,7 +158,7 @@ class SharedCopy:
             steps = _steps(existing)
             self._make_room(steps)
             had = self._have
-            with ThreadPoolExecutor(_READERS, "shared") as pool:
+            with _buffers(self._buffers), ThreadPoolExecutor(_READERS, "shared") as pool:
                 missing = pool.map(
                     lambda step: self._compare(descriptor, step, existing, had, sink), steps
                 )
@@ -160,44 +168,76 @@ class SharedCopy:
 
     def _make_room(self, steps: list[int]) -> None:
         pieces = (steps[-1] + 1) * _STEP_PIECES if steps else 0
-        if pieces > len(self._drafted):
-            more = np.zeros((pieces - len(self._drafted), 2), dtype=np.uint64)
-            self._drafted = np.concatenate([self._drafted, more])
+        self._pieces = _longer(self._pieces, pieces)
+        self._pages = _longer(self._pages, pieces * _PIECE_PAGES)
 
     def _compare(
         self, descriptor: int, step: int, existing: Ranges, had: Ranges, sink: MemberSink
     ) -> Ranges:
         """Read one step, draft what differs, and say which pages."""
         start = step * _STEP_BYTES
-        data = memoryview(bytearray(_STEP_BYTES))
+        data = self._buffers.get()
+        try:
+            return self._compared(descriptor, start, data, existing, had, sink)
+        finally:
+            self._buffers.put(data)
+
+    def _compared(
+        self,
+        descriptor: int,
+        start: int,
+        data: memoryview,
+        existing: Ranges,
+        had: Ranges,
+        sink: MemberSink,
+    ) -> Ranges:
         _read(descriptor, data, start)
-        tags = self._fingerprinter.of(data)
-        first = step * _STEP_PIECES
-        before = self._drafted[first : first + _STEP_PIECES]
-        equal = (tags == before).all(axis=1)
-        starts = start + np.flatnonzero(equal) * PIECE_BYTES
-        unchanged = np.stack([starts, starts + PIECE_BYTES], axis=1).astype(np.int64)
-        self._drafted[first : first + _STEP_PIECES] = tags
+        same = self._same_pages(data, start // PIECE_BYTES)
+        starts = start + np.flatnonzero(same) * PAGE_BYTES
+        unchanged = pagemap.union(np.stack([starts, starts + PAGE_BYTES], axis=1).astype(np.int64))
         whole = np.array([[start, start + _STEP_BYTES]], dtype=np.int64)
         missing = pagemap.without(pagemap.clip(existing, whole), pagemap.clip(had, unchanged))
         if len(missing):
-            runs = _runs(missing)
-            parts = [data[low - start : high - start] for low, high in missing.tolist()]
-            sink.draft(self.space, runs, parts[0] if len(parts) == 1 else _joined(parts))
+            rows = missing.tolist()
+            runs = [PageRun(low, (high - low) // PAGE_BYTES, 0) for low, high in rows]
+            parts = [data[low - start : high - start] for low, high in rows]
+            sink.draft(self.space, runs, _joined(parts))
         return missing
+
+    def _same_pages(self, data: memoryview, first: int) -> npt.NDArray[np.bool_]:
+        """Which pages of ``data``, from piece number ``first`` on, are what they were when this was
+        asked last.
+        """
+        tags = self._fingerprinter.of(data)
+        at = slice(first, first + len(tags))
+        changed = np.flatnonzero((tags != self._pieces[at]).any(axis=1)).tolist()
+        self._pieces[at] = tags
+        same = np.ones(len(tags) * _PIECE_PAGES, dtype=np.bool_)
+        for number in changed:
+            piece = data[number * PIECE_BYTES : (number + 1) * PIECE_BYTES]
+            page_tags = self._fingerprinter.of(piece, PAGE_BYTES)
+            begin = (first + number) * _PIECE_PAGES
+            before = self._pages[begin : begin + _PIECE_PAGES]
+            within = slice(number * _PIECE_PAGES, (number + 1) * _PIECE_PAGES)
+            same[within] = (page_tags == before).all(axis=1)
+            before[:] = page_tags
+        return same
 
 
 def _joined(parts: list[memoryview]) -> memoryview:
-    return memoryview(b"".join(parts))
+    return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+
+def _longer(tags: Fingerprints, length: int) -> Fingerprints:
+    """``tags`` with room for so many."""
+    if len(tags) >= length:
+        return tags
+    return np.concatenate([tags, np.zeros((length - len(tags), 2), dtype=np.uint64)])
 
 
 def _ranges(runs: Iterable[PageRun]) -> Ranges:
     rows = [(run.address, run.address + run.pages * PAGE_BYTES) for run in runs]
     return np.array(rows, dtype=np.int64).reshape(-1, 2)
-
-
-def _runs(ranges: Ranges) -> list[PageRun]:
-    return [PageRun(low, (high - low) // PAGE_BYTES, 0) for low, high in ranges.tolist()]
 
 
 def _steps(existing: Ranges) -> list[int]:
@@ -206,6 +246,18 @@ def _steps(existing: Ranges) -> list[int]:
     for low, high in existing.tolist():
         found.update(range(low // _STEP_BYTES, -(-high // _STEP_BYTES)))
     return sorted(found)
+
+
+@contextlib.contextmanager
+def _buffers(into: queue.SimpleQueue[memoryview]) -> Iterator[None]:
+    """One for each reader, no longer than they are needed."""
+    for _ in range(_READERS):
+        into.put(memoryview(bytearray(_STEP_BYTES)))
+    try:
+        yield
+    finally:
+        for _ in range(_READERS):
+            into.get()
 
 
 @contextlib.contextmanager
@@ -242,6 +294,7 @@ def _read(descriptor: int, into: memoryview, offset: int) -> None:
     while done < len(into):
         got = os.preadv(descriptor, [into[done:]], offset + done)
         if not got:
+            into[done:] = bytes(len(into) - done)
             return
         done += got
 
