@@ -46,7 +46,13 @@ class Cut(Protocol):
     """
 
     def ready(self) -> None:
-        """All of the member that can be copied while it runs has been; it is frozen next."""
+        """All of the member that can be copied while it runs has been, once."""
+
+    def poised(self, wait_s: float) -> bool:
+        """What was written since ``ready`` has been copied as well: nothing but the word is missing
+        to freeze the member, which is waited for. False if it may take longer than ``wait_s``: then
+        this is asked again, and meanwhile more can be copied.
+        """
 
     def frozen(self) -> None:
         """All processes of the member stand still; what others have sent it still arrives."""

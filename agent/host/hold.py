@@ -81,7 +81,8 @@ def held(
     if not wanted:
         yield made
         return
-    release(name, network=network)
+    if _there(network, lambda: bool(netfilter.tables(name))):  # taking one away takes long
+        release(name, network=network)
     try:
         try:
             made.begin(wanted)
@@ -130,6 +131,13 @@ class Held:
         self._lease = lease
         self._keeper = threading.Thread(target=self._keep, name="hold", daemon=True)
         self._keeper.start()
+
+    def let_through(self) -> None:
+        """Hold nothing any more: at once, while taking the table away waits for the whole machine
+        (some milliseconds).
+        """
+        if self._keeper is not None:
+            _there(self._network, lambda: netfilter.accept_all(self._name, _CHAIN))
 
     def end(self) -> None:
         """Ask for no more time."""

@@ -66,6 +66,23 @@ def renew_key(table: str, name: str, key: bytes, span_s: float) -> bool:
     return True
 
 
+def accept_all(table: str, chain: str) -> None:
+    """Let everything pass in a chain, before its rules; nothing to do if it is gone.
+
+    Raises:
+        errors.PrivilegeMissing: CAP_NET_ADMIN is missing.
+        errors.EnvironmentUnfit: the kernel refuses.
+    """
+    try:
+        nftables.commit(nftables.insert_rule(table, chain, [nftables.verdict(nftables.ACCEPT)]))
+    except OSError as exc:
+        if exc.errno == errno.ENOENT:
+            return
+        if exc.errno == errno.EPERM:
+            raise _not_allowed() from exc
+        raise errors.EnvironmentUnfit(f"cannot change the nft table {table}: {exc}") from exc
+
+
 def milliseconds(span_s: float) -> int:
     """A time span as the kernel takes it, which takes 0 for none at all."""
     return max(1, int(span_s * 1000))

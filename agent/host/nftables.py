@@ -124,9 +124,18 @@ def add_rule(table: str, chain: str, expressions: Iterable[bytes]) -> Change:
     """A rule behind the others: what passes all ``expressions`` meets the last of them, a
     verdict.
     """
+    return _rule(_APPEND, table, chain, expressions)
+
+
+def insert_rule(table: str, chain: str, expressions: Iterable[bytes]) -> Change:
+    """As ``add_rule``, before the others."""
+    return _rule(0, table, chain, expressions)
+
+
+def _rule(flags: int, table: str, chain: str, expressions: Iterable[bytes]) -> Change:
     return Change(
         _NEW_RULE,
-        _CREATE | _APPEND,
+        _CREATE | flags,
         _text(_RULE_TABLE, table)
         + _text(_RULE_CHAIN, chain)
         + _nest(_RULE_EXPRESSIONS, b"".join(expressions)),

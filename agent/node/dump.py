@@ -286,6 +286,7 @@ class _GroupCut:
         self._cancel = cancel
         self._around = around
         self._ready = threading.Barrier(parties, action=lambda: around.before(cancel.check))
+        self._poised = threading.Barrier(parties)
         self._frozen = threading.Barrier(parties)
         self._held = threading.Barrier(parties)
         self._captured = threading.Barrier(parties, action=self._all_captured)
@@ -302,6 +303,13 @@ class _GroupCut:
         # Who has copied more ahead must not stand still for the others.
         self._cancel.check()
         self._wait(self._ready)
+
+    def poised(self, wait_s: float) -> bool:
+        # The others come as soon as they have copied what they wrote: nobody runs hooks any more.
+        del wait_s
+        self._cancel.check()
+        self._wait(self._poised)
+        return True
 
     def frozen(self) -> None:
         with self._lock:
@@ -322,7 +330,10 @@ class _GroupCut:
         self._wait(self._released)
 
     def abort(self) -> None:
-        stages = (self._ready, self._frozen, self._held, self._captured, self._released)
+        stages = (
+            *(self._ready, self._poised, self._frozen),
+            *(self._held, self._captured, self._released),
+        )
         for barrier in stages:
             barrier.abort()
 

@@ -88,8 +88,12 @@ class JointDump:
         if step is Step.PREPARE:
             self._begin()
             self._cut.reach(Stage.READY, self._deadline)
-        elif step is Step.QUIESCE and self._hooks is not None:
-            self._hooks.before(self._cut.check)
+        elif step is Step.QUIESCE:
+            if self._hooks is not None:
+                self._hooks.before(self._cut.check)
+            # What is written meanwhile is copied before the word to freeze: the stop is short, and
+            # all members stand still at nearly the same time.
+            self._cut.reach(Stage.POISED, self._deadline)
         elif step in _STAGES:
             self._go(step)
         elif step is Step.PERSIST:

@@ -33,6 +33,7 @@ class Stepped(Generic[StageT]):
         self._first = first
         self._over = over
         self._reached: Counter[StageT] = Counter()
+        self._waited: set[tuple[StageT, int]] = set()
         self._allowed: int = first - 1
         self._failure: BaseException | None = None
         self._given_up = False
@@ -94,3 +95,18 @@ class Stepped(Generic[StageT]):
             self._changed.wait_for(lambda: self._given_up or self._allowed >= stage)
             if self._given_up:
                 raise self._over()
+
+    def _passed(self, stage: StageT, wait_s: float) -> bool:
+        """As ``_pass``; False if it may not be left within ``wait_s``. Whoever comes again is not
+        counted again.
+        """
+        with self._changed:
+            me = stage, threading.get_ident()
+            if me not in self._waited:
+                self._waited.add(me)
+                self._reached[stage] += 1
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._given_up or self._allowed >= stage, wait_s)
+            if self._given_up:
+                raise self._over()
+            return self._allowed >= stage

@@ -18,11 +18,12 @@ class Stage(enum.IntEnum):
     """Where a capture stands, in order."""
 
     READY = 0
-    FROZEN = 1
-    HELD = 2
-    CAPTURED = 3
-    RELEASED = 4
-    RUNNING = 5
+    POISED = 1
+    FROZEN = 2
+    HELD = 3
+    CAPTURED = 4
+    RELEASED = 5
+    RUNNING = 6
 
 
 class SteppedCut(Stepped[Stage]):
@@ -40,8 +41,12 @@ class SteppedCut(Stepped[Stage]):
     # Called by the engine.
 
     def ready(self) -> None:
-        """Wait to be frozen."""
+        """Wait for the pre hooks."""
         self._pass(Stage.READY)
+
+    def poised(self, wait_s: float) -> bool:
+        """Wait to be frozen."""
+        return self._passed(Stage.POISED, wait_s)
 
     def frozen(self) -> None:
         """Wait for the others to stand still."""

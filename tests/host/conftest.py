@@ -137,6 +137,10 @@ class Cut:
     def ready(self) -> None:
         """Nothing to wait for."""
 
+    def poised(self, wait_s: float) -> bool:
+        """Nor here."""
+        return True
+
     def running(self) -> None:
         """Nobody asks."""
 

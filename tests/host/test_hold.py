@@ -80,6 +80,18 @@ def test_an_end_that_sees_its_peer_as_a_mapped_address_is_held_too() -> None:
         assert accepted.recv(1) == b"x"
 
 
+def test_what_is_let_through_flows_before_the_hold_has_ended() -> None:
+    with pair("127.0.0.1") as (a, b):
+        with hold.held(NAME, [ends(a), ends(b)]) as held:
+            a.send(b"x")
+            assert silent(b)
+            held.let_through()
+            b.settimeout(5)
+            assert b.recv(1) == b"x"
+            assert NAME in netfilter.tables(NAME)
+        assert not netfilter.tables(NAME)
+
+
 def test_what_a_dead_owner_left_is_released_by_name() -> None:
     with contextlib.ExitStack() as left:
         left.enter_context(hold.held(NAME, [hold.Connection("127.0.0.1", 1, "127.0.0.1", 2)]))

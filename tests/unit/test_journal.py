@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -77,6 +78,18 @@ def test_a_process_is_held_by_one_operation_at_a_time(places: journal.Places) ->
     assert refusal.value.retryable
     with places.locked([me()]):
         pass
+
+
+def test_a_lock_that_is_only_looked_at_is_no_other_operations(
+    places: journal.Places, tmp_path: Path
+) -> None:
+    me = proc.identity(os.getpid())
+    path = tmp_path / "run" / "locks" / f"{me.pid}-{me.start_ticks}"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(fd, fcntl.LOCK_EX)  # as whoever removes the locks of dead agents
+    threading.Timer(0.1, os.close, [fd]).start()
+    with places.locked([me]):
+        assert path.read_text() == str(os.getpid())
 
 
 def test_the_lock_of_a_dead_agent_is_void(places: journal.Places, tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 def engine(cut: SteppedCut) -> Disposition:
     cut.ready()
+    while not cut.poised(0.01):
+        pass  # it copies what was written meanwhile
     cut.frozen()
     cut.held()
     disposition = cut.captured()
@@ -52,13 +54,13 @@ def test_members_pass_a_stage_together_and_only_when_they_may(pool: ThreadPoolEx
 def test_they_are_ended_where_they_were_read_if_that_is_wanted(pool: ThreadPoolExecutor) -> None:
     cut = SteppedCut(2)
     members = begun(pool, cut)
-    for stage in (Stage.READY, Stage.FROZEN, Stage.HELD, Stage.CAPTURED):
+    for stage in (Stage.READY, Stage.POISED, Stage.FROZEN, Stage.HELD, Stage.CAPTURED):
         cut.reach(stage, long())
     cut.end(long())
     assert [each.result(10) for each in members] == [Disposition.KILL] * 2
 
 
-@pytest.mark.parametrize("at", [Stage.READY, Stage.HELD, Stage.CAPTURED])
+@pytest.mark.parametrize("at", [Stage.READY, Stage.POISED, Stage.HELD, Stage.CAPTURED])
 def test_giving_up_lets_all_go_wherever_they_stand(pool: ThreadPoolExecutor, at: Stage) -> None:
     cut = SteppedCut(2)
     members = begun(pool, cut)
@@ -71,6 +73,29 @@ def test_giving_up_lets_all_go_wherever_they_stand(pool: ThreadPoolExecutor, at:
         assert isinstance(each.exception(10), errors.DumpFailed)
     with pytest.raises(errors.DumpFailed, match="given up"):
         cut.check()
+
+
+def test_a_member_that_waits_to_be_frozen_copies_on_and_counts_once(
+    pool: ThreadPoolExecutor,
+) -> None:
+    cut = SteppedCut(2)
+    asked = []
+
+    def waits() -> bool:
+        cut.ready()
+        asked.append(cut.poised(0.01))
+        asked.append(cut.poised(0.01))
+        return cut.poised(LONG_S)
+
+    waiting = pool.submit(waits)
+    with pytest.raises(errors.DeadlineExceeded):
+        cut.reach(Stage.POISED, clock.Deadline.after(0.2))  # the other one is missing
+    assert asked == [False, False]
+    other = pool.submit(engine, cut)
+    cut.reach(Stage.POISED, long())
+    cut.give_up()
+    assert isinstance(waiting.exception(10), errors.DumpFailed)
+    assert isinstance(other.exception(10), errors.DumpFailed)
 
 
 def test_a_member_that_fails_is_told_to_whoever_waits(pool: ThreadPoolExecutor) -> None:

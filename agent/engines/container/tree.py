@@ -27,7 +27,7 @@ from agent.engines.base import CaptureOptions
 from agent.engines.container import facts, files, holding, inside, target
 from agent.engines.container.bundle import Bundle
 from agent.engines.criu import conflicts, journal, preflight, recovery, rpc
-from agent.host import cgroups, clock, hold, namespaces, proc, sockets, subprocesses
+from agent.host import cgroups, clock, endpoints, hold, namespaces, proc, sockets, subprocesses
 from agent.model import cut
 from agent.model.hooks import RELEASE_GPU, TEARDOWN_RDMA
 from agent.model.streams import MemberSink
@@ -98,13 +98,14 @@ class ContainerTree:
             errors.ConnectionUnaccepted: one comes from somebody who stands still as well.
         """
         self._refuse_strays(pids)
+        known = list(endpoints.of_tree(pids))
         if self._within:
-            _refuse_unaccepted(pids, self._within)
+            _refuse_unaccepted(pids, known, self._within)
         if self._target.container.hooks & {RELEASE_GPU, TEARDOWN_RDMA}:
             self._refuse_devices(pids)
         connections = [
             hold.Connection(*conflicts.endpoint(local), *conflicts.endpoint(remote))
-            for local, remote in _live(pids)
+            for local, remote in _live(known)
         ]
         name = recovery.hold_name(operation.entry)
         limit_s = self._deadline.remaining_s
@@ -114,8 +115,9 @@ class ContainerTree:
         )
 
     def let_through(self) -> None:
-        """Let go of the tree's connections."""
-        self._held.close()
+        """Let go of the tree's connections; what is left of the hold goes when CRIU has."""
+        if self._hold is not None:
+            self._hold.let_through()
 
     def memory_flows(self, operation: journal.Operation) -> None:
         """Nothing to do."""
@@ -188,8 +190,12 @@ class ContainerTree:
             )
 
 
-def _refuse_unaccepted(pids: Sequence[int], within: frozenset[str]) -> None:
-    listening = [inode for pid in pids for inode in _sockets(pid)]
+def _refuse_unaccepted(
+    pids: Sequence[int], known: Sequence[sockets.Socket], within: frozenset[str]
+) -> None:
+    listening = [each.inode for each in known if each.state == "listen"]
+    if not listening:
+        return
     lost = cut.unaccepted(sockets.unaccepted(pids[0], listening), within)
     if lost:
         raise errors.ConnectionUnaccepted(
@@ -200,21 +206,6 @@ def _refuse_unaccepted(pids: Sequence[int], within: frozenset[str]) -> None:
         )
 
 
-def _live(pids: Sequence[int]) -> list[tuple[str, str]]:
-    """Both ends of the tree's live TCP connections, each as the tree's own end sees it."""
-    known = sockets.table(pids[0])
-    found = set()
-    for pid in pids:
-        for inode in _sockets(pid):
-            each = known.get(inode)
-            if each is not None and each.connection is not None:
-                found.add(each.connection)
-    return sorted(found)
-
-
-def _sockets(pid: int) -> Iterator[int]:
-    """The inode numbers of a process's sockets; none if it has ended."""
-    with contextlib.suppress(errors.NotFound):
-        for file in proc.open_files(pid):
-            if file.link.startswith("socket:"):
-                yield file.inode
+def _live(known: Sequence[sockets.Socket]) -> list[tuple[str, str]]:
+    """Both ends of live TCP connections, each as the tree's own end sees it."""
+    return sorted({each.connection for each in known if each.connection is not None})

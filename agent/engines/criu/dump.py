@@ -51,6 +51,8 @@ _NOT_IMAGES = (LOG, "stats-dump", "criu.kdat", "criu.kdat.tmp")
 # Processes that CRIU killed are gone when the kernel has taken their memory apart.
 _DEATH_S = 30.0
 _REAPED_S = 2.0
+# For so long a job writes little in comparison to what it wrote in the rounds before.
+_POISED_S = 1.0
 
 
 class Subject(Protocol):
@@ -351,10 +353,9 @@ class _Capture:
         if stage == "pre-dump":
             self._subject.about_to_freeze(self._operation)
             self._cut.ready()
-            self._states = {each: _state(each) for each in proc.tree(self._root.pid)}
-            if self._short is not None:
-                self._short.about_to_freeze()
+            self._poise()
             self._held.hold()
+            self._states = {each: _state(each) for each in proc.tree(self._root.pid)}
             self._times.freeze_from_s = clock.monotonic_s()
         elif stage == "query-ext-files":
             self._times.frozen_s = clock.monotonic_s()
@@ -369,6 +370,18 @@ class _Capture:
             self._gatherer = Beside("facts", lambda: self._subject.gather(pids, states))
         elif stage == "post-dump":
             self._on_captured()
+
+    def _poise(self) -> None:
+        """Copy what was written meanwhile, until the tree is to be frozen."""
+        wait_s = _POISED_S
+        while True:
+            if self._short is not None:
+                self._short.about_to_freeze()
+            if self._cut.poised(wait_s):
+                return
+            self._deadline.check("the wait for the other members")
+            # Who waits long copies more and more seldom: what is copied twice is stored twice.
+            wait_s *= 2
 
     def _on_pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
         if self._noting is None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from agent import errors
 from agent.engines.criu.probe import Criu
-from agent.host import proc, sockets, system
+from agent.host import endpoints, proc, sockets, system
 
 LAYOUT = "criu-4"
 
@@ -55,7 +55,8 @@ class _Tree:
         self._pipes: dict[str, set[int]] = {}
         self._stdio: list[dict[str, Any]] | None = None
         self._sockets: list[dict[str, Any]] = []
-        self._known_sockets: dict[int, sockets.Socket] | None = None
+        self._other_sockets: dict[int, sockets.Socket] | None = None
+        self._known_sockets: dict[int, sockets.Socket] = {}
 
     def add(self, pid: int) -> None:
         """Look at one process; raises ``errors.NotFound`` if it is gone."""
@@ -63,8 +64,10 @@ class _Tree:
         opened = proc.open_files(pid)
         if self._stdio is None:
             self._stdio = [_stdio(file) for file in opened if file.number <= 2]
-        if self._known_sockets is None:
-            self._known_sockets = sockets.table(pid)
+        connected = endpoints.tcp(pid, opened)
+        if self._other_sockets is None and any(_unknown(file, connected) for file in opened):
+            self._other_sockets = sockets.without_tcp(pid)
+        self._known_sockets = {**(self._other_sockets or {}), **connected}
         for file in opened:
             self._add_open(pid, file)
         for mapping in proc.maps(pid):
@@ -74,7 +77,7 @@ class _Tree:
         if _PIPE.fullmatch(file.link):
             self._pipes.setdefault(file.link, set()).add(file.flags & os.O_ACCMODE)
         elif stat.S_ISSOCK(file.mode):
-            found = (self._known_sockets or {}).get(file.inode)
+            found = self._known_sockets.get(file.inode)
             if found:
                 self._sockets.append(_socket(pid, file.number, found))
         elif stat.S_ISREG(file.mode) and file.link.startswith("/"):
@@ -185,6 +188,10 @@ def _stdio(file: proc.OpenFile) -> dict[str, Any]:
         "link": file.link,
         "key": tty_key(file) if kind == "tty" else file.link,
     }
+
+
+def _unknown(file: proc.OpenFile, connected: Mapping[int, sockets.Socket]) -> bool:
+    return stat.S_ISSOCK(file.mode) and file.inode not in connected
 
 
 def _socket(pid: int, number: int, found: sockets.Socket) -> dict[str, Any]:

@@ -26,12 +26,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from agent import errors
-from agent.host import proc
+from agent.host import clock, proc
 
 RUNTIME_DIR = "/run/ckpt-agent"
 WORK_DIR = "/var/tmp/ckpt-agent"  # noqa: S108 - a folder of our own, mode 0700, checked to be ours
 
 _SUBS = ("locks", "ops", "tables", "strays", "filled")
+
+# A lock that is looked at, or just taken, names no holder for a few system calls.
+_LOOKED_AT_S = 1.0
+_AGAIN_S = 0.002
 
 _counter = itertools.count()
 
@@ -254,13 +258,19 @@ class Places:
 
     def _lock(self, who: proc.Identity, held: contextlib.ExitStack) -> None:
         path = os.path.join(self.runtime_dir, "locks", f"{who.pid}-{who.start_ticks}")
+        looked_at = clock.Deadline.after(_LOOKED_AT_S)
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = os.read(fd, 32).decode(errors="replace").strip() or "?"
+                holder = os.read(fd, 32).decode(errors="replace").strip()
                 os.close(fd)
+                if not holder and not looked_at.expired:
+                    # Nobody's, but just looked at (forget_void_locks).
+                    clock.wait_until(lambda: False, looked_at.sooner(_AGAIN_S))
+                    continue
+                holder = holder or "?"
                 raise errors.TargetBusy(
                     f"process {who.pid} is being dumped or restored by the agent with pid {holder}",
                     hint="wait until that has ended",
