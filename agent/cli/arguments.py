@@ -154,7 +154,7 @@ def follow(verb: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--follow",
         is_flag=True,
-        help="Cut everybody on this host who is connected with them, too.",
+        help="Cut everybody on this host, or in the namespace, who is connected with them, too.",
     )(verb)
 
 

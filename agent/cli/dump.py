@@ -94,7 +94,7 @@ def verb(
     The processes stand still while they are captured and go on while the image is compressed and
     written. If anything fails, or on Ctrl-C, they go on and nothing is stored.
     """
-    of_a_host = {"--follow": follow, "--name": name, "--include": include}
+    of_a_host = {"--name": name, "--include": include}
     of_a_host |= {"--precopy-cpu": precopy_cpu, "--precopy-rate": precopy_rate}
     arguments.check_target(
         invocation,
@@ -115,19 +115,20 @@ def verb(
         of_a_pod = {"--container": containers, "--engine": engine}
         if (kind == "group") != bool(selector):
             raise click.UsageError("group/NAME and --selector LABELS go together")
-        if kind == "pod":
+        if kind == "pod" and not follow:
             from agent.cli import incluster
 
             incluster.dump(invocation, settings, target.name, containers, engine=engine, stop=stop)
             return
-        arguments.refuse(of_a_pod, "is for a pod, not for a JobSet or a group of pods")
+        arguments.refuse(of_a_pod, "is for one pod, not for several that are cut together")
         if asked:
             from agent.cli import bycoordinator
 
+            arguments.refuse({"--follow": follow}, "is not what the coordinator does")
             meant = bycoordinator.target(target, selector)
             bycoordinator.dump(invocation, settings, meant, stop=stop, wait=queue)
         else:
-            _dump_together(invocation, settings, target, selector, stop=stop)
+            _dump_together(invocation, settings, target, selector, follow=follow, stop=stop)
         return
     options = CaptureOptions(
         deadline_s=settings.dump_deadline_s,
@@ -187,10 +188,17 @@ def _dump_together(
     target: arguments.Target,
     selector: str,
     *,
+    follow: bool,
     stop: bool,
 ) -> None:
     """This program is the coordinator."""
-    if target.kind == "group":
+    if follow:
+        from agent.cli import ingroup
+
+        if target.kind != "pod":
+            raise click.UsageError("--follow begins with a pod, or with processes on this host")
+        ingroup.dump_followed(invocation, settings, target.name, stop=stop)
+    elif target.kind == "group":
         from agent.cli import ingroup
 
         ingroup.dump(invocation, settings, target.name, selector, stop=stop)

@@ -13,9 +13,10 @@ from agent.cli import interrupts, jobsetdocuments, progress
 from agent.cli.incluster import connected
 from agent.cli.injobset import said_back, said_cut
 from agent.cli.invocation import Invocation
-from agent.coordinator import checkpoint, selected
+from agent.coordinator import checkpoint, followed, selected
 from agent.coordinator.machine import State
 from agent.host import clock
+from agent.model.podfollow import Closure
 from agent.settings import Settings
 
 
@@ -37,6 +38,35 @@ def dump(
             watch=show,
         )
         of = {"group": group, "selector": selector}
+        document = jobsetdocuments.dump_report(session.namespace, of, done, stopped=stop)
+    said_cut(invocation, document, done, "the group")
+    invocation.emit(document)
+
+
+def dump_followed(invocation: Invocation, settings: Settings, pod: str, *, stop: bool) -> None:
+    """``dump`` of a pod and of whoever is connected with it."""
+
+    def found(closure: Closure) -> None:
+        for name, because in closure.members.items():
+            if because:
+                invocation.say(f"also cuts pod {name}: {because}")
+        for each in closure.leaving:
+            invocation.say(f"leaves the cut: {each}")
+
+    with (
+        connected(settings) as session,
+        _controlled(invocation, "stopping; the job goes on") as (control, show),
+    ):
+        done = followed.dump(
+            session,
+            pod,
+            now_s=clock.wall_s(),
+            stop=stop,
+            control=control,
+            watch=show,
+            found=found,
+        )
+        of = {"group": followed.group(pod), "followed": pod}
         document = jobsetdocuments.dump_report(session.namespace, of, done, stopped=stop)
     said_cut(invocation, document, done, "the group")
     invocation.emit(document)

@@ -21,7 +21,7 @@ def dump_report(
     namespace: str, of: Mapping[str, str], done: Checkpoint, *, stopped: bool
 ) -> Document:
     """A committed checkpoint of several pods; ``of`` says what makes them a group: jobset, or
-    group and selector.
+    group with selector or followed.
     """
     image = done.image
     return documents.document(

@@ -113,7 +113,7 @@ def unaccepted(connections: Iterable[tuple[str, str]], within: Collection[str]) 
         f"{remote} -> {local}"
         for local, remote in connections
         if (host := remote.rpartition(":")[0].strip("[]")) in within
-        or (LOCALHOST in within and _is_loopback(host))
+        or (LOCALHOST in within and is_loopback(host))
     )
 
 
@@ -124,10 +124,11 @@ def _key(end: End) -> tuple[str, str, int, str, int]:
 
 
 def _loops(end: End) -> bool:
-    return _is_loopback(end.remote)
+    return is_loopback(end.remote)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address means another place in each network namespace."""
     return host.startswith("127.") or host == "::1"
 
 

@@ -62,6 +62,15 @@ def membership(
             f"no pod runs whose labels match {selector}",
             hint="check the selector and the namespace: kubectl get pods -l shows what it means",
         )
+    return together(f"that match {selector}", meant, of_jobsets)
+
+
+def together(
+    what: str, meant: Sequence[Json], of_jobsets: Mapping[str, Sequence[Json]]
+) -> tuple[Member, ...]:
+    """All of ``meant`` as the members of a group; ``what`` says for people which pods these are.
+    Raises as ``membership``.
+    """
     reasons = [
         f"pod {each['metadata']['name']} {problem}" for each in meant if (problem := _problem(each))
     ]
@@ -71,14 +80,13 @@ def membership(
         if outside:
             reasons.append(
                 f"JobSet {name} would be cut in two: its pod {outside[0]}"
-                + (f" and {len(outside) - 1} more do" if outside[1:] else " does")
-                + " not match"
+                + (f" and {len(outside) - 1} more are" if outside[1:] else " is")
+                + " not among them"
             )
     if reasons:
         raise errors.TargetUnsuitable(
-            f"the pods that match {selector} cannot be checkpointed together now:"
-            f" {'; '.join(reasons[:3])}",
-            hint="nothing was touched; correct the selector, or wait until all of them run",
+            f"the pods {what} cannot be checkpointed together now: {'; '.join(reasons[:3])}",
+            hint="nothing was touched; mean others, or wait until all of them run",
             reasons=reasons,
         )
     found = [

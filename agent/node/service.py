@@ -20,7 +20,7 @@ from agent.model.container import Container
 from agent.model.plan import Finding, Plan
 from agent.model.pods import Placement, Pod
 from agent.model.streams import FileEntry
-from agent.node import attempts, claims, podwatch, podwork
+from agent.node import attempts, claims, podlinks, podwatch, podwork
 from agent.node import dump as node_dump
 from agent.node import watch as node_watch
 from agent.node.operations import Operations
@@ -225,10 +225,17 @@ class NodeService:
     def plan_dump(self, request: api.PlanDumpRequest, call: Call) -> api.PlanDumpResponse:
         """Predict a dump."""
         pod = self._parts.pods.find(request.namespace, request.pod)
-        found = self._parts.plan(self._parts.pods.running(pod, tuple(request.containers)))
+        containers = self._parts.pods.running(pod, tuple(request.containers))
+        found = self._parts.plan(containers)
         blockers = (*found.blockers, *self._unplaced(pod))
         plan = self._parts.documents.plan_report(dataclasses.replace(found, blockers=blockers))
-        return api.PlanDumpResponse(plan=convert.to_struct(plan))
+        return api.PlanDumpResponse(
+            plan=convert.to_struct(plan),
+            connections=[
+                api.Connection(local=local, remote=remote)
+                for local, remote in podlinks.of(containers)
+            ],
+        )
 
     def _unplaced(self, pod: Pod) -> Iterator[Finding]:
         """What keeps a dump of ``pod`` from its storage."""

@@ -209,6 +209,12 @@ class Agent(Calls):
         request = node_pb2.PlanDumpRequest(namespace=namespace, pod=pod, containers=containers)
         return convert.from_struct(self._once(self._stub.PlanDump, request).plan)
 
+    def connections(self, namespace: str, pod: str) -> list[tuple[str, str]]:
+        """Both ends of the pod's live TCP connections, its own first."""
+        request = node_pb2.PlanDumpRequest(namespace=namespace, pod=pod)
+        answer = self._once(self._stub.PlanDump, request)
+        return [(each.local, each.remote) for each in answer.connections]
+
     def images(self, namespace: str, group: str = "") -> list[results.Image]:
         """The images of a namespace in the storages that can be read, by group, oldest first."""
         return self.listing(namespace, group).images

@@ -37,6 +37,42 @@ def steps(cluster: Cluster, namespace: str) -> list[dict[int, str]]:
     return [steps_in(cluster.logs(each, namespace, "-c", "main")) for each in RANKS]
 
 
+# Two lines of numbers: one that the pod says to whoever calls it, one that it hears where it calls.
+TALKS = """
+import socket, sys, threading, time
+def serve():
+    server = socket.create_server(('', 7000))
+    while True:
+        peer = server.accept()[0]
+        threading.Thread(target=say, args=(peer,), daemon=True).start()
+def say(peer):
+    number = 0
+    while True:
+        number += 1
+        peer.sendall(b'%d\\n' % number)
+        time.sleep(0.05)
+threading.Thread(target=serve).start()
+for address in sys.argv[1:]:
+    while True:
+        try:
+            heard = socket.create_connection((address, 7000), timeout=5)
+            break
+        except OSError:
+            time.sleep(0.1)
+    heard.settimeout(None)
+    for line in heard.makefile():
+        print(line, end='', flush=True)
+"""
+
+
+def talking(name: str, namespace: str, node: str, *calls: str) -> Json:
+    found = counter(name, namespace, node)
+    found["metadata"]["labels"]["app"] = name
+    found["spec"]["terminationGracePeriodSeconds"] = 0
+    found["spec"]["containers"][0]["command"] = ["python3", "-c", TALKS, *calls]
+    return found
+
+
 def goes_on(cluster: Cluster, namespace: str) -> int:
     """Both ranks take further steps with the same weights; the last that both have taken."""
     before = [max(each, default=0) for each in steps(cluster, namespace)]
@@ -90,4 +126,53 @@ def test_the_pods_of_a_selector_are_stopped_and_moved_at_one_instant(
     # From the step of the cut on, none twice and none left out.
     assert all(min(each) <= cut for each in steps(agents, namespace))
     agents.kubectl("delete", "pods", "-n", namespace, "--grace-period=0", "--force", *RANKS)
+    leftovers.assert_none(agents, before)
+
+
+def test_a_pod_is_cut_with_all_that_are_connected_with_it_also_through_a_service(
+    agents: Cluster, namespace: str
+) -> None:
+    """front calls middle by its Service, middle calls back by its address; a pod that never opted
+    in calls back, too.
+    """
+
+    def heard(name: str) -> int:
+        return len(agents.logs(name, namespace, "-c", "main").splitlines())
+
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "middle", "namespace": namespace},
+        "spec": {"selector": {"app": "middle"}, "ports": [{"port": 7000}]},
+    }
+    agents.apply(service)
+    agents.apply(talking("back", namespace, "n1"))
+    agents.apply(talking("aside", namespace, "n2"))
+    agents.wait_for_pod("back", namespace)
+    back = agents.get("pod", "back", "-n", namespace)["status"]["podIP"]
+    agents.apply(talking("middle", namespace, "n2", back))
+    agents.wait_for_pod("middle", namespace)
+    through = agents.get("service", "middle", "-n", namespace)["spec"]["clusterIP"]
+    agents.apply(talking("front", namespace, "n1", through))
+    stranger = talking("stranger", namespace, "n2", back)
+    del stranger["metadata"]["labels"][optin.LABEL]
+    agents.apply(stranger)
+    for name in ("front", "middle", "stranger"):
+        agents.wait_for_pod(name, namespace)
+        agents.wait_for("numbers", lambda name=name: heard(name) > 3, 60)  # type: ignore[misc]
+
+    before = leftovers.of_all(agents)
+    ran = ckpt(agents, "dump", "pod/front", "--follow", "-n", namespace)
+    taken = ran.document()
+    assert taken["name"].startswith("followed.front@")
+    assert [each["name"] for each in taken["members"]] == ["back.main", "front.main", "middle.main"]
+    assert "also cuts pod middle: connected with front through a Service" in ran.err
+    assert "also cuts pod back: connected with middle (" in ran.err
+    assert "pod stranger is not opted in" in ran.err
+    # Both ends of it are in the image; those of the other see different addresses.
+    assert taken["connections"] == 1
+    assert ckpt(agents, "verify", taken["name"], "-n", namespace).document()["good"]
+    for name in ("front", "middle", "stranger"):
+        was = heard(name)
+        agents.wait_for("more", lambda name=name, was=was: heard(name) > was + 3, 30)  # type: ignore[misc]
     leftovers.assert_none(agents, before)

@@ -36,9 +36,9 @@ from tests.cluster.test_node_agent import agent_pids, agent_pod, operations, wai
 
 Json = dict[str, Any]
 
-# A member that hears nothing lets go after five seconds, its coordinator waits three for one that is
-# silent and half as long for one that is gone; an agent that stands still is ended after ten. The
-# rest is what a busy machine takes.
+# A member that hears nothing lets go after five seconds, its coordinator waits three for one that
+# is silent and half as long for one that is gone; an agent that stands still is ended after ten.
+# The rest is what a busy machine takes.
 SOON_S = 25.0
 # While this file is there, an epoch waits before it stops anybody.
 PAUSE = "/tmp/pause"

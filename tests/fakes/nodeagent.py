@@ -43,6 +43,8 @@ class Cluster:
     hold: threading.Event | None = None
     given_up: threading.Event = dataclasses.field(default_factory=threading.Event)
     blockers: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    # By pod: both ends of each, its own first.
+    connections: dict[str, list[tuple[str, str]]] = dataclasses.field(default_factory=dict)
     # Pods whose containers wait for an image, or for the next one.
     waiting: set[str] = dataclasses.field(default_factory=set)
     page: int = 500
@@ -203,7 +205,11 @@ class _Servicer(node_pb2_grpc.NodeServicer):
             "files": [],
             "sockets": [],
         }
-        return node_pb2.PlanDumpResponse(plan=convert.to_struct(document))
+        ends = [
+            node_pb2.Connection(local=local, remote=remote)
+            for local, remote in self._cluster.connections.get(request.pod, ())
+        ]
+        return node_pb2.PlanDumpResponse(plan=convert.to_struct(document), connections=ends)
 
     def ListImages(self, request: Any, context: Any) -> node_pb2.ListImagesResponse:
         self._begin("ListImages", request, context)

@@ -128,6 +128,53 @@ def test_all_pods_that_match_are_one_group(run: Any, group: Group) -> None:
     assert "pod solver-1 is connected to 192.0.2.1:5432, outside of the group" in ran.err
 
 
+def test_a_pod_is_cut_with_all_that_are_connected_with_it(run: Any, group: Group) -> None:
+    group.add("other", "n1", labels={})
+    group.world.api.pods["default", "other"]["status"]["podIPs"] = [{"ip": "10.0.3.9"}]
+    group.world.agents.connections = {
+        "solver-0": [("10.0.1.9:4000", "10.0.2.9:80"), ("10.0.1.9:4001", "192.0.2.1:443")],
+        "solver-1": [("10.0.2.9:80", "10.0.1.9:4000"), ("10.0.2.9:80", "10.0.3.9:5")],
+    }
+    ran = run("dump", "pod/solver-0", "--follow", "-o", "json")
+    document = ran.document()
+    assert (document["group"], document["followed"]) == ("followed.solver-0", "solver-0")
+    ((name, members, course, _, facts),) = group.cut
+    assert (name, course) == ("followed.solver-0", LEAVE_RUNNING)
+    assert [each.name for each in members] == ["solver-0", "solver-1"]
+    assert [each.addresses for each in members] == [("10.0.1.9",), ("10.0.2.9",)]
+    assert facts["followed"] == "solver-0"
+    assert "also cuts pod solver-1: connected with solver-0" in ran.err
+    assert "leaves the cut: solver-0: 10.0.1.9:4001 -> 192.0.2.1:443: no pod here" in ran.err
+    assert "leaves the cut: solver-1: 10.0.2.9:80 -> 10.0.3.9:5: pod other is not opted" in ran.err
+
+
+def test_one_that_is_connected_and_cannot_be_cut_is_told_before_anything_stops(
+    run: Any, group: Group
+) -> None:
+    group.world.agents.connections = {"solver-0": [("10.0.1.9:4000", "10.0.2.9:80")]}
+    group.world.api.pods["default", "solver-1"]["metadata"]["deletionTimestamp"] = "now"
+    refused = run("dump", "pod/solver-0", "--follow", "-o", "json")
+    assert error(refused)["code"] == "target-unsuitable"
+    assert "pod solver-1 is being deleted" in error(refused)["message"]
+    assert error(run("dump", "pod/none", "--follow", "-o", "json"))["code"] == "not-found"
+    assert group.cut == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("group/solver", "-l", "app=solver", "--follow"),
+        ("jobset/solver", "--follow"),
+        ("pod/solver-0", "--follow", "-c", "main"),
+    ],
+)
+def test_what_begins_elsewhere_is_not_followed(
+    run: Any, group: Group, words: Sequence[str]
+) -> None:
+    assert run("dump", *words).status == exits.USAGE
+    assert group.cut == []
+
+
 def test_stopped_pods_wait_in_the_storage_that_all_of_them_ask_for(run: Any, group: Group) -> None:
     for each in ("solver-0", "solver-1"):
         metadata = group.world.api.pods["default", each]["metadata"]
@@ -171,7 +218,7 @@ def test_a_jobset_is_not_cut_in_two(run: Any, group: Group) -> None:
         group.add(name, "n1", **{key: found[key] for key in ("labels", "ownerReferences")})
     ran = run("dump", "group/solver", "-l", "app=solver", "-o", "json")
     assert error(ran)["facts"]["reasons"] == [
-        "JobSet train would be cut in two: its pod train-1 does not match"
+        "JobSet train would be cut in two: its pod train-1 is not among them"
     ]
 
 

@@ -87,7 +87,7 @@ def test_a_jobset_is_taken_whole_or_not_at_all() -> None:
     failed = of_a_jobset("train-old") | {"status": {"phase": "Failed"}}
     assert selection.owned([inside, pod("a")]) == ("train",)
     assert reasons(inside, pod("a"), of_jobsets={"train": [inside, outside]}) == [
-        "JobSet train would be cut in two: its pod train-1 does not match"
+        "JobSet train would be cut in two: its pod train-1 is not among them"
     ]
     both = [inside, outside, pod("a")]
     found = selection.membership("x", both, {"train": [inside, outside, failed]})

@@ -211,10 +211,20 @@ class PlanDumpRequest(_message.Message):
     def __init__(self, namespace: _Optional[str] = ..., pod: _Optional[str] = ..., containers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PlanDumpResponse(_message.Message):
-    __slots__ = ("plan",)
+    __slots__ = ("plan", "connections")
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     plan: _struct_pb2.Struct
-    def __init__(self, plan: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
+    connections: _containers.RepeatedCompositeFieldContainer[Connection]
+    def __init__(self, plan: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., connections: _Optional[_Iterable[_Union[Connection, _Mapping]]] = ...) -> None: ...
+
+class Connection(_message.Message):
+    __slots__ = ("local", "remote")
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_FIELD_NUMBER: _ClassVar[int]
+    local: str
+    remote: str
+    def __init__(self, local: _Optional[str] = ..., remote: _Optional[str] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("name", "group", "epoch", "created_at", "members", "raw_bytes", "new_bytes", "stored_bytes", "pages", "zero_pages", "damage", "storage")
