@@ -67,7 +67,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
     Raises:
         errors.Refused | errors.EnvironmentUnfit: the settings or the node do not let it begin.
     """
-    wiring.prepare_grpc()
+    wiring.prepare_grpc(silent=False)
     from agent.cri.runtime import Runtime
     from agent.host.probes import Probes
     from agent.kube import access, connection, events, namespaces
@@ -187,7 +187,7 @@ def coordinator(settings: Settings, stop: threading.Event) -> None:
         errors.Refused | errors.EnvironmentUnfit: the settings or the cluster do not let it begin,
             or another replica leads in its place.
     """
-    wiring.prepare_grpc()
+    wiring.prepare_grpc(silent=False)
     import secrets
 
     from agent.coordination import leading, records, reviews

@@ -37,11 +37,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def prepare_grpc() -> None:
-    """What gRPC must know before it is imported."""
-    # It writes what it thinks of a connection to stderr, which holds our own log; errors are told
-    # by us.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+def prepare_grpc(*, silent: bool = True) -> None:
+    """What gRPC must know before it is imported. It writes what it thinks of connections to
+    standard error unless it is ``silent``.
+    """
+    if silent:
+        # Errors are told by us.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Nobody uses it after a fork. With this on it stops and starts its threads around each, also
     # around one that fails in a thread that is in a pid namespace whose first process is dead:
     # threads cannot be started there, and it would abort the program.

@@ -11,7 +11,7 @@ import click
 from agent import errors, services
 from agent.cli import arguments, exits, interrupts
 from agent.cli.invocation import Invocation, Verb, pass_invocation
-from agent.host import logs
+from agent.host import nativelog
 
 # Between the end of what it was and that of its process: the error is told.
 _LAST_S = 2.0
@@ -66,10 +66,10 @@ def verb(
         operation_deadline=operation_deadline,
         shutdown_grace=shutdown_grace,
     )
-    logs.to_stderr(logging.WARNING if invocation.quiet else logging.INFO)
+    level = logging.WARNING if invocation.quiet else logging.INFO
     stop = threading.Event()
     try:
-        with interrupts.caught(lambda number: stop.set()):
+        with nativelog.serving(level), interrupts.caught(lambda number: stop.set()):
             services.coordinator(settings, stop)
     except errors.CkptError as exc:
         # Python waits for the threads of calls that wait for somebody else, for minutes perhaps:

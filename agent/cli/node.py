@@ -10,7 +10,7 @@ import click
 from agent import services
 from agent.cli import arguments, documents, exits, interrupts
 from agent.cli.invocation import Invocation, Verb, pass_invocation
-from agent.host import logs
+from agent.host import nativelog
 
 
 @click.command(
@@ -62,7 +62,7 @@ def verb(
     if health:
         services.node_health(settings)
         return
-    logs.to_stderr(logging.WARNING if invocation.quiet else logging.INFO)
+    level = logging.WARNING if invocation.quiet else logging.INFO
     stop = threading.Event()
-    with interrupts.caught(lambda number: stop.set()):
+    with nativelog.serving(level), interrupts.caught(lambda number: stop.set()):
         services.node(settings, documents, stop)

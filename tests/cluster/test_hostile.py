@@ -124,6 +124,9 @@ def test_without_a_valid_client_certificate_there_is_no_connection(
     assert asked(agents, namespace, None) == "Unreachable"
     expired = authority.issue("user-late", "late", groups=masters, valid=past)
     assert asked(agents, namespace, expired) == "Unreachable"
+    for why in ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "CERTIFICATE_VERIFY_FAILED"):
+        told = [line for line in log(agents) if why in line["msg"]]
+        assert told, why
     assert asked(agents, namespace, authority.issue("user-eve", "eve")) == "Forbidden"
     good = authority.issue("user-root", "root", groups=masters)
     assert asked(agents, namespace, good) == "0 images"
