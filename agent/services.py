@@ -236,8 +236,10 @@ def coordinator(settings: Settings, stop: threading.Event) -> None:
                 certificate=settings.coordinator_certificate_port,
             ),
             threads=_COORDINATOR_THREADS,
-            each_caller=limits.Limits(
-                Rate(settings.caller_rate_per_s, settings.caller_burst), settings.caller_streams
+            each_caller=limits.for_coordinators(
+                Rate(settings.caller_rate_per_s, settings.caller_burst),
+                settings.caller_streams,
+                _COORDINATOR_THREADS,
             ),
         )
         parts = leading.Parts(

@@ -60,6 +60,13 @@ def for_agents(rate: Rate, lasting: int) -> Limits:
     return Limits(rate, lasting, _WORDS, _AT_ONCE)
 
 
+def for_coordinators(rate: Rate, lasting: int, threads: int) -> Limits:
+    """What callers of a coordinator are held to, which has so many ``threads``; a plan waits for
+    the agents of all pods of a group.
+    """
+    return Limits(rate, lasting, at_once=threads // 4)
+
+
 class Limiter:
     """Keeps count for one server."""
 

@@ -222,3 +222,37 @@ def test_a_leader_that_can_begin_nothing_any_more_ends(
         finally:
             stop.set()
             thread.join(10)
+
+
+def test_one_callers_calls_that_wait_for_agents_leave_threads_to_others(cluster: Cluster) -> None:
+    release, together = threading.Event(), 140
+    refused: list[errors.CkptError] = []
+
+    def hang() -> None:
+        release.wait(40)
+
+    cluster.agents.fails["PlanDump"] = hang
+
+    def plan() -> None:
+        try:
+            ada.plan("default", TRAIN)
+        except errors.CkptError as exc:
+            refused.append(exc)
+
+    with (
+        coordinated.replica(cluster) as port,
+        coordinated.client(cluster, port) as ada,
+        coordinated.client(cluster, port, coordinated.BOB) as bob,
+    ):
+        wait_for(lambda: serves(bob))
+        callers = [threading.Thread(target=plan) for _ in range(together)]
+        for each in callers:
+            each.start()
+        try:
+            wait_for(lambda: len(refused) > together // 2)
+            assert bob.operations("default") == []
+        finally:
+            release.set()
+            for each in callers:
+                each.join(60)
+    assert all(isinstance(each, errors.Overloaded) for each in refused)
