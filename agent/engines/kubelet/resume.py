@@ -126,6 +126,8 @@ class _LetGo:
     def _wait_for_criu(self) -> None:
         """Until one that was abandoned is through, or it is time to ask the shim again."""
         until = self._longest if self._told else self._longest.sooner(_QUIET_S)
+        # Never at once: what cannot be opened must not be tried without a pause.
+        clock.wait_until(lambda: False, until.sooner(_LOOK_S))
         clock.wait_until(
             lambda: self._freezer.frozen() or not self._abandoned(), until, every_s=_LOOK_S
         )
