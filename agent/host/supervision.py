@@ -20,13 +20,15 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from agent import errors
 from agent.host import filtered
 
 # linux/seccomp.h
 _RECV, _SEND, _CONTINUE = 0xC0502100, 0xC0182101, 1
+# Whoever asks and whoever answers take turns.
+_SET_FLAGS, _SYNC_WAKE_UP = 0x40082104, 1
 _RET_ALLOW, _RET_USER_NOTIF = 0x7FFF0000, 0x7FC00000
 # linux/bpf_common.h: load a word of struct seccomp_data, jump if equal, return.
 _LOAD, _IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
@@ -38,6 +40,37 @@ _STARTED_S = 10.0
 log = logging.getLogger(__name__)
 
 
+class _Memory:
+    """Of the program that asks, which is one: its memory is opened once."""
+
+    def __init__(self) -> None:
+        self._pid = 0
+        self._fd = -1
+
+    def read(self, pid: int, address: int, size_bytes: int) -> bytes:
+        data = os.pread(self._of(pid), size_bytes, address)
+        if len(data) != size_bytes:
+            # It has executed another program.
+            self.close()
+            data = os.pread(self._of(pid), size_bytes, address)
+        return data
+
+    def write(self, pid: int, address: int, data: bytes) -> None:
+        os.pwrite(self._of(pid), data, address)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _of(self, pid: int) -> int:
+        if self._fd < 0 or pid != self._pid:
+            self.close()
+            self._fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+            self._pid = pid
+        return self._fd
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """A system call that waits: whose, by its number on this host, which and its arguments."""
@@ -45,16 +78,15 @@ class Call:
     pid: int
     call: int
     arguments: tuple[int, ...]
+    memory: _Memory
 
     def read(self, address: int, size_bytes: int) -> bytes:
         """The caller's memory."""
-        with _memory(self.pid, os.O_RDONLY) as fd:
-            return os.pread(fd, size_bytes, address)
+        return self.memory.read(self.pid, address, size_bytes)
 
     def write(self, address: int, data: bytes) -> None:
         """Change the caller's memory."""
-        with _memory(self.pid, os.O_WRONLY) as fd:
-            os.pwrite(fd, data, address)
+        self.memory.write(self.pid, address, data)
 
     def link(self, number: int) -> str:
         """What a descriptor of the caller is."""
@@ -137,12 +169,16 @@ class Supervisor:
         except OSError:
             return  # it did not start: whoever talks to it notices
         for listener in descriptors:
+            with contextlib.suppress(OSError):  # before Linux 6.6: it only is quicker
+                fcntl.ioctl(listener, _SET_FLAGS, struct.pack("=Q", _SYNC_WAKE_UP))
+            memory = _Memory()
             try:
-                self._listen(listener)
+                self._listen(listener, memory)
             finally:
+                memory.close()
                 os.close(listener)
 
-    def _listen(self, listener: int) -> None:
+    def _listen(self, listener: int, memory: _Memory) -> None:
         poll = select.poll()
         poll.register(listener, select.POLLIN)
         poll.register(self._wake, 0)  # hang-up: close was called
@@ -158,7 +194,7 @@ class Supervisor:
             except OSError:
                 continue  # the caller was interrupted or has died
             number, pid, _, call, _, _, *arguments = struct.unpack("=QIIiIQ6Q", notification)
-            value = self._decide(Call(pid, call, tuple(arguments)))
+            value = self._decide(Call(pid, call, tuple(arguments), memory))
             flags = _CONTINUE if value is None else 0
             # struct seccomp_notif_resp: id, val, error, flags.
             with contextlib.suppress(OSError):
@@ -177,12 +213,3 @@ class Supervisor:
         else:
             self.answered += 1
         return value
-
-
-@contextlib.contextmanager
-def _memory(pid: int, flags: int) -> Iterator[int]:
-    fd = os.open(f"/proc/{pid}/mem", flags | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)

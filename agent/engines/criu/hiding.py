@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from agent import errors
 from agent.engines.criu.probe import Criu
 from agent.engines.tracking import shared
+from agent.engines.tracking.areas import SMALLEST_BYTES
 from agent.engines.tracking.precopy import Standing
 from agent.host import proc
 from agent.host.supervision import IOCTL, LSEEK, Call, Pick, Supervisor, picking
@@ -110,12 +111,13 @@ class Hiding:
 
     def _of_a_mapping(self, call: Call) -> int | None:
         descriptor, _, address, *_ = call.arguments
+        _, _, start, end, *_, mask, _, _ = _ARGUMENT.unpack(call.read(address, _ARGUMENT.size))
+        # Most questions are about small mappings: the job stands still, so these go on at once.
+        if mask & _GUARD or end - start < SMALLEST_BYTES:
+            return None
         # ".../PID/pagemap": the rest depends on where CRIU's /proc is.
         *_, number, name = ("", "", *call.link(descriptor).split("/"))
         if name != "pagemap" or not number.isdigit():
-            return None
-        _, _, start, end, *_, mask, _, _ = _ARGUMENT.unpack(call.read(address, _ARGUMENT.size))
-        if mask & _GUARD:
             return None
         areas = self._hidden.get(int(number), ())
         if not any(low <= start and end <= high for low, high in areas):

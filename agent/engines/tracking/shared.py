@@ -87,13 +87,25 @@ def find(pids: Iterable[int]) -> list[Found]:
 
 def _paths(pid: int) -> Iterator[str]:
     """Where shared memory may be had from."""
-    for mapping in proc.maps(pid):
-        if mapping.dev == _device_numbers():
-            yield f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
+    if _maps_any(pid):
+        for mapping in proc.maps(pid):
+            if mapping.dev == _device_numbers():
+                yield f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
     for number in proc.descriptors(pid):
         with contextlib.suppress(OSError, errors.NotFound):
             if proc.descriptor_link(pid, number).startswith("/memfd:"):
                 yield f"/proc/{pid}/fd/{number}"
+
+
+def _maps_any(pid: int) -> bool:
+    """Whether there may be a mapping of any: nearly no process has one, and some have thousands of
+    others, which take long to take apart while everything stands still.
+    """
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as file:
+            return b" %02x:%02x " % _device_numbers() in file.read()
+    except OSError as exc:
+        raise errors.NotFound(f"there is no process {pid}", pid=pid) from exc
 
 
 @functools.cache
