@@ -178,7 +178,7 @@ class Checkpoints:
         if len(ours) > 1:
             log.warning(
                 "it cannot be told which archive is the agent's own; all stay",
-                extra={"archives": ours, "directory": self._path},
+                extra={"facts": {"archives": ours, "directory": self._path}},
             )
             return []
         for name in ours:

@@ -94,12 +94,14 @@ class _LetGo:
             elif self._runs():
                 if stood:
                     log.warning(
-                        "the runtime had left a container paused; it goes on", extra=self._facts
+                        "the runtime had left a container paused; it goes on",
+                        extra={"facts": self._facts},
                     )
                 return
             if deadline.expired:
                 log.error(
-                    "a container stays paused after a checkpoint that failed", extra=self._facts
+                    "a container stays paused after a checkpoint that failed",
+                    extra={"facts": self._facts},
                 )
                 return
 

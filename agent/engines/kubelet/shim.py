@@ -87,7 +87,9 @@ class Shim:
                 link.sendall(_HEAD.pack(len(message), 1, _REQUEST, 0) + message)
                 answer = link.recv(_ANSWER_BYTES)
         except OSError as exc:
-            log.warning("a container's shim cannot be asked: %s", exc, extra={"path": self._path})
+            log.warning(
+                "a container's shim cannot be asked: %s", exc, extra={"facts": {"path": self._path}}
+            )
             return None
         if len(answer) < _HEAD.size:
             return None
