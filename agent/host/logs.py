@@ -1,7 +1,8 @@
 """The log of a service: one JSON object a line on standard error.
 
 Promises: each line has ``ts`` (RFC 3339, UTC), ``level``, ``logger`` and ``msg``, and the facts
-that were given with it (``extra={"facts": {...}}``); a trace is in ``trace``; a line never breaks.
+that were given with it (``extra={"facts": {...}}``, or one by one in ``extra``); a trace is in
+``trace``; a line never breaks.
 Does not: rotate, send or filter; whoever runs the service does.
 """
 
@@ -12,6 +13,9 @@ import json
 import logging
 import sys
 from typing import TextIO
+
+# What every record has; all else was given with it.
+_OWN = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "facts", "taskName"}
 
 
 class JsonLines(logging.Formatter):
@@ -26,9 +30,11 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "msg": record.getMessage(),
         }
-        facts = getattr(record, "facts", None)
-        if isinstance(facts, dict):
-            line |= {key: value for key, value in facts.items() if key not in line}
+        facts = {key: value for key, value in vars(record).items() if key not in _OWN}
+        together = getattr(record, "facts", None)
+        if isinstance(together, dict):
+            facts |= together
+        line |= {key: value for key, value in facts.items() if key not in line}
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
