@@ -173,11 +173,10 @@ class Book:
             self.change(each)
 
     def forget_old(self, now_s: float) -> None:
-        """Remove what ended long ago; ``now_s`` is wall time."""
-        old = operations.removable(self.all(), now_s, KEPT_S, ENDED)
-        self._records.remove(old)
+        """Remove what ended long ago, as far as that can be done now; ``now_s`` is wall time."""
+        removed = self._records.remove(operations.removable(self.all(), now_s, KEPT_S, ENDED))
         with self._changed:
-            for each in old:
+            for each in removed:
                 del self._entries[each]
 
     def watch(self, namespace: str, which: str, span_s: float = 1.0) -> Iterator[Operation | None]:

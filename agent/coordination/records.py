@@ -99,13 +99,19 @@ class Records:
             stored = self._maps.replace(name, data, labels, there.version)
         self._note(operation.id, stored)
 
-    def remove(self, ids: Iterable[str]) -> None:
-        """Forget some; one that somebody changed stays until it is looked at again."""
+    def remove(self, ids: Iterable[str]) -> list[str]:
+        """Forget some, and say which; one that cannot be removed now is told in the log."""
+        removed = []
         for each in ids:
             try:
                 self._maps.remove(_PREFIX + each, self._version(each))
             except errors.CkptError as exc:
                 _log.warning("operation %s is not removed: %s", each, exc.message)
+                continue
+            removed.append(each)
+            with self._lock:
+                self._versions.pop(each, None)
+        return removed
 
     def _data(self, operation: Operation) -> dict[str, str]:
         document = json.dumps(operation.document(), sort_keys=True, separators=(",", ":"))

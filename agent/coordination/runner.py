@@ -8,6 +8,7 @@ Does not: do operations; ``work`` does.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -183,7 +184,9 @@ class Runner:
             self._go_on(self._book.get(operation.namespace, operation.id), handle)
 
     def _note_end(self, operation: Operation, facts: dict[str, str]) -> None:
-        found = self._book.get(operation.namespace, operation.id)
+        found = operation
+        with contextlib.suppress(errors.NotFound):  # it ended, and was forgotten since
+            found = self._book.get(operation.namespace, operation.id)
         facts |= {"state": found.state.value, "stage": found.stage.value}
         if found.error is not None:
             facts |= {"error": str(found.error.get("message", ""))}

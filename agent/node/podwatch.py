@@ -52,6 +52,7 @@ class PodWatches:
 
         Raises also:
             errors.TargetBusy: one of the containers is watched already.
+            errors.Interrupted: it was asked to stop, by its caller's leaving or the agent's end.
         """
         pod = self._pods.find(order.namespace, order.pod, order.pod_uid)
         containers = self._pods.running(pod, order.containers)
@@ -77,7 +78,7 @@ class PodWatches:
             return [Member(ids.member_name(each.name), each.pid) for each in now]
 
         with self._alone(pod, containers):
-            return watch.watch(
+            found = watch.watch(
                 once,
                 [each.pid for each in containers],
                 members,
@@ -89,6 +90,8 @@ class PodWatches:
                 failed=failed,
                 late=late,
             )
+        stop.check()
+        return found
 
     @contextlib.contextmanager
     def _alone(self, pod: Pod, containers: Sequence[Container]) -> Iterator[None]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ class Engine:
         self.read_bytes: list[int] = []
         self.failing: set[int] = set()
         self.tried = 0
+        self.before: Callable[[], None] = lambda: None
 
     def capture(self, pid: int, sink: Any, cut: Any, options: Any) -> Any:
+        self.before()
         self.tried += 1
         if self.tried in self.failing:
             raise errors.CriuFailed("CRIU said no")
@@ -174,3 +176,26 @@ def test_a_watch_ends_with_its_containers_and_needs_the_right_to_create_images(
         with pytest.raises(errors.CriuFailed):
             agent.watch("default", "other", pod_uid="", deadline_s=60.0)
     host.assert_running(other)
+
+
+@pytest.mark.parametrize("when", ["between two epochs", "in one"])
+def test_an_agent_that_is_told_to_end_lets_go_of_the_pods_that_it_watches(
+    node: Node, host: Host, engine: Engine, when: str
+) -> None:
+    target = host.start("memory", MEMORY_MIB=MEMORY_MIB, GLIBC_TUNABLES=NO_RSEQ)
+    node.add_pod("counter", target.pid)
+    with node.caller(*VERBS) as agent:
+        watching = Watching(agent, every_s=3600.0 if when == "between two epochs" else 1.0)
+        wait_for(lambda: watching.done and not node.operations.running(), 30)
+        assert descriptors()
+        if when == "in one":
+            engine.before = node.operations.close
+            wait_for(lambda: engine.tried == 2)
+        node.operations.close()
+        node.server.stop(0.5)
+        found = watching.join()
+        assert isinstance(found, errors.Unreachable)
+        assert found.facts["begun"]
+    wait_for(lambda: not descriptors())
+    host.assert_running(target)
+    host.assert_clean()

@@ -124,6 +124,11 @@ def test_what_ended_long_ago_is_forgotten(api: connection.Connection, cluster: C
     made.change("a", state=State.SUCCEEDED, ended_s=100.0)
     made.forget_old(100.0 + 86399.0)
     assert made.get("team", "a").over
+    # What cannot be removed now is tried again.
+    cluster.extra.down = True
+    made.forget_old(100.0 + 86401.0)
+    cluster.extra.down = False
+    assert made.get("team", "a").over
     made.forget_old(100.0 + 86401.0)
     with pytest.raises(errors.NotFound):
         made.get("team", "a")
