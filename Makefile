@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo story parts test check cluster bench bench-cluster lock
+.PHONY: help setup demo story parts test check cluster bench bench-pauses bench-cluster lock
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ cluster: setup ## start a real two-node Kubernetes here; scripts/cluster uses an
 bench: setup ## measure against criu, tar, zstd, restic and borg; writes bench/report.md
 	@scripts/bench-setup
 	@$(PY) -m bench
+
+bench-pauses: setup ## measure how long jobs stand still and what copying costs them; writes bench/pauses.md
+	@$(PY) -m bench.pauses
 
 bench-cluster: cluster ## measure on that cluster; writes bench/incluster/report.md
 	@$(PY) -m bench.incluster

@@ -88,7 +88,7 @@ class Settings:
     precopy_cpu_percent: int = 7
     """How much of the cores that this program may use it takes for that, in percent, while the job
     computes. What a core does slows its neighbours down, too, and a job is to keep nine tenths of
-    its speed on two of them (bench/short_stop.md). 100: no limit."""
+    its speed on two of them (bench/pauses.md). 100: no limit."""
 
     precopy_rate_bytes: int | None = None
     """How many bytes of memory it reads a second for that, and so writes at most. None: as many as

@@ -1,10 +1,13 @@
-"""A process with a clock of its own: ``python -m bench.clockwork DIRECTORY --bytes N``.
+"""A job with a clock of its own: ``python -m bench.clockwork DIRECTORY --bytes N``.
 
 It holds N bytes that do not compress (with ``--memfd`` in one shared memory object), writes one
 word to 1 % of its pages every second, evenly, and notes its longest pause: the longest time between
-two looks at the clock. ``DIRECTORY/pause`` is a
-shared page: at 0 the longest pause in seconds (a double), set back by whoever asks; at 8 how often
-it looked (u64).
+two looks at the clock. With ``--processes`` and ``--threads`` it is a tree: the bytes and the
+writing are shared out among the processes, the threads wait, and only the root looks at the clock.
+``--direct`` keeps a file open for direct I/O, so that its writes cannot be followed.
+
+``DIRECTORY/pause`` is a shared page: at 0 the longest pause in seconds (a double), set back by
+whoever asks; at 8 how often it looked (u64).
 
 Promises: it looks at the clock at least every millisecond unless it is kept from it.
 """
@@ -16,6 +19,7 @@ import mmap
 import os
 import struct
 import sys
+import threading
 import time
 
 import numpy as np
@@ -33,8 +37,21 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("directory")
     parser.add_argument("--bytes", type=int, required=True)
     parser.add_argument("--memfd", action="store_true")
+    parser.add_argument("--direct", action="store_true")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
-    pages = options.bytes // _PAGE_BYTES
+    if options.direct:
+        path = os.path.join(options.directory, "direct")
+        os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC)
+    pages = options.bytes // options.processes // _PAGE_BYTES
+    is_root = True
+    for _ in range(options.processes - 1):
+        if not os.fork():
+            is_root = False
+            break
+    for _ in range(options.threads // options.processes - 1):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
     draw = np.random.default_rng(1)
     words = _memory(pages, shared=options.memfd)
     for at in range(0, pages, 1 << 15):
@@ -47,10 +64,11 @@ def main(arguments: list[str]) -> None:
     while True:
         now = time.monotonic()
         gap, last = now - last, now
-        if gap > PAUSE.unpack_from(shown)[0]:
+        if is_root and gap > PAUSE.unpack_from(shown)[0]:
             PAUSE.pack_into(shown, 0, gap)
         looks += 1
-        LOOKS.pack_into(shown, 8, looks)
+        if is_root:
+            LOOKS.pack_into(shown, 8, looks)
         # What was missed in a long pause is not made up for.
         due = min(due + gap * SHARE_PER_S * pages, SHARE_PER_S * pages)
         while due >= 1:

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import struct
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,24 +52,30 @@ def tree_bytes(directory: str) -> int:
 
 
 class Agent:
-    """``ckpt-agent`` on one store."""
+    """``ckpt-agent`` on one store, with ``environment`` besides this program's own."""
 
-    def __init__(self, store: str) -> None:
+    def __init__(self, store: str, environment: Mapping[str, str] | None = None) -> None:
         self.store = store
+        self.environment = dict(environment or {})
 
     def _run(self, *arguments: str) -> programs.Ran:
         return programs.run(
-            [program("ckpt-agent"), *arguments, "--store", self.store, "-o", "json"]
+            [program("ckpt-agent"), *arguments, "--store", self.store, "-o", "json"],
+            env=self.environment,
         )
 
-    def dump(self, pid: int, name: str) -> tuple[programs.Ran, dict[str, Any]]:
+    def dump(self, pid: int, name: str, *options: str) -> tuple[programs.Ran, dict[str, Any]]:
         """Dump the tree below ``pid``; return the run and the DumpReport."""
-        ran = self._run("dump", "--pid", str(pid), "--name", name)
+        ran = self._run("dump", "--pid", str(pid), "--name", name, *options)
         return ran, json.loads(ran.stdout)
 
     def restore(self, image: str) -> programs.Ran:
         """Restore in place; the tree runs on when this returns."""
         return self._run("restore", image)
+
+    def show(self, image: str) -> programs.Ran:
+        """Tell of an image."""
+        return self._run("show", image)
 
     def look(self) -> programs.Ran:
         """List the store: the program started and hardly anything done."""

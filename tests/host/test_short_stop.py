@@ -31,6 +31,7 @@ from agent.store.repository import Store
 from agent.volumes.directory import DirectoryVolume
 from tests.host.conftest import TARGETS, Cut, Host
 from tests.host.image import MemoryImage
+from tests.host.test_short_stop_shared import objects, stored
 
 OPTIONS = CaptureOptions(precopy=True)
 _ZEROS = bytes(PAGE_BYTES)
@@ -189,14 +190,23 @@ def test_no_wrong_byte_in_many_cycles(host: Host, torture: str, tmp_path: Path) 
             break
         time.sleep(draw.random() * 0.2)
         frozen: list[Frozen] = []
+        shared: list[dict[AddressSpace, bytes]] = []
+
+        def look(
+            frozen: list[Frozen] = frozen, shared: list[dict[AddressSpace, bytes]] = shared
+        ) -> None:
+            frozen.append(Frozen(job.pid))
+            shared.append(objects(job.pid))
+
         image = MemoryImage(before)
-        cut = Cut(captured=looked_at(job.pid, frozen))
+        cut = Cut(captured=look)
         try:
             report = host.capture(job.pid, image, cut, dataclasses.replace(OPTIONS, kept=kept))
         except errors.ShortStopFailed as exc:
             # As a dump does: once more the plain way. What counts is that no byte is wrong.
             fell_back.append(str(exc))
             frozen.clear()
+            shared.clear()
             kept.forget()
             image = MemoryImage()
             report = host.capture(job.pid, image, cut, dataclasses.replace(OPTIONS, precopy=False))
@@ -209,6 +219,12 @@ def test_no_wrong_byte_in_many_cycles(host: Host, torture: str, tmp_path: Path) 
             before = None if draw.random() < 0.2 else (str(cycle), image)
         frozen[0].assert_equal(image)
         assert sum(len(pages) for pages in frozen[0].pages.values()) * PAGE_BYTES > 10 << 20
+        wrong = [
+            space
+            for space, content in shared[0].items()
+            if stored(image, space, len(content)) != content
+        ]
+        assert wrong == [], f"{len(wrong)} of {len(shared[0])} shared objects"
         assert job.said() == ""
         if draw.random() < 0.4:
             kept.forget()
