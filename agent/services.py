@@ -30,6 +30,8 @@ _SERVER_NAME = "ckpt-agent-node.ckpt-agent.svc"
 _HEALTH_S = 5.0
 # Most of them stand for callers who watch an operation.
 _COORDINATOR_THREADS = 128
+# Its ServiceAccount in deploy/, as the API server names it.
+COORDINATOR = "system:serviceaccount:{}:ckpt-agent-coordinator"
 
 
 def admit(settings: Settings, *, port: int, stop: threading.Event) -> None:
@@ -151,7 +153,9 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
             certificates.Certificates(settings.tls_dir, authorities.pem),
             server.Ports(token=settings.token_port, certificate=settings.certificate_port),
             each_caller=limits.for_agents(
-                Rate(settings.caller_rate_per_s, settings.caller_burst), settings.caller_streams
+                Rate(settings.caller_rate_per_s, settings.caller_burst),
+                settings.caller_streams,
+                COORDINATOR.format(settings.agent_namespace),
             ),
         )
         checks: dict[str, Callable[[], object]] = {

@@ -39,6 +39,8 @@ _REFUSED = Rate(per_s=2.0, burst=50)
 # not answered again every second; a word that overtakes another waits beside it for as long.
 _WORDS = Rate(per_s=500.0, burst=5000)
 _AT_ONCE = 288
+# With as many for each as a caller may have, a fifth of an agent's threads.
+_OTHERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +48,23 @@ class Limits:
     """For each caller: how often it may call, and how many calls that last it may have at once.
     ``words`` is how often it may say a word to a member of an epoch instead, of which there is one
     a second and step for each pod; ``at_once`` how many calls that are answered once it may have
-    here at the same moment. None: these are as others; as many as there are threads.
+    here at the same moment. None: these are as others; as many as there are threads. ``acting`` is
+    a user who acts for many others, each of whom it holds to limits of its own: it may call as
+    often as it likes, and have calls that last for several.
     """
 
     rate: Rate
     lasting: int
     words: Rate | None = None
     at_once: int | None = None
+    acting: str = ""
 
 
-def for_agents(rate: Rate, lasting: int) -> Limits:
-    """What callers of a node's agent are held to, of which one may coordinate all of its pods."""
-    return Limits(rate, lasting, _WORDS, _AT_ONCE)
+def for_agents(rate: Rate, lasting: int, coordinator: str) -> Limits:
+    """What callers of a node's agent are held to, of which one may coordinate all of its pods;
+    ``coordinator`` is the cluster's own: one of its callers must not keep the others out here.
+    """
+    return Limits(rate, lasting, _WORDS, _AT_ONCE, coordinator)
 
 
 def for_coordinators(rate: Rate, lasting: int, threads: int) -> Limits:
@@ -111,7 +118,7 @@ class Limiter:
             errors.Overloaded: one too many.
         """
         callers = self._words if word else self._callers
-        if callers is None:
+        if callers is None or self._acts(user):
             return
         with self._lock:
             wait_s = callers.take(user, clock.monotonic_s())
@@ -153,12 +160,16 @@ class Limiter:
         if self._limits is None:
             yield
             return
-        with self._counted(self._lasting, user, self._limits.lasting, "that last open"):
+        most = self._limits.lasting * (_OTHERS if self._acts(user) else 1)
+        with self._counted(self._lasting, user, most, "that last open"):
             yield
 
     def silent(self, user: str) -> contextlib.AbstractContextManager[None]:
         """Around the wait for the first message of a call of ``user``; raises as ``lasting``."""
         return self._counted(self._silent, user, _SILENT, "open without a word")
+
+    def _acts(self, user: str) -> bool:
+        return self._limits is not None and user == self._limits.acting != ""
 
     @contextlib.contextmanager
     def _counted(self, of: dict[str, int], user: str, most: int, what: str) -> Iterator[None]:

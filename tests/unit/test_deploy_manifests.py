@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from agent import settings
+from agent import services, settings
 from agent.admission import keeper
 from agent.model import access, jobset, optin, storage
 from tests.cluster.cluster import cache_directory
@@ -357,6 +357,9 @@ def test_the_coordinators_manifest_means_what_the_program_means() -> None:
     (volume,) = pod(found)["volumes"]
     assert volume["secret"]["secretName"] == keeper.LEAF_NAME
     assert pod(found)["terminationGracePeriodSeconds"] > default.shutdown_grace_s
+    account = one(objects, "ServiceAccount", pod(found)["serviceAccountName"])["metadata"]
+    user = f"system:serviceaccount:{account['namespace']}:{account['name']}"
+    assert user == services.COORDINATOR.format(default.agent_namespace)
     service = one(objects, "Service", "ckpt-agent-coordinator")
     assert service["spec"]["clusterIP"] == "None", "callers look which replica serves"
     assert f"{service['metadata']['name']}.{default.agent_namespace}.svc" in keeper.names(

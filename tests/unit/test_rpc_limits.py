@@ -212,7 +212,7 @@ def test_calls_that_say_nothing_leave_threads_for_others(tmp_path: Path) -> None
 def test_whoever_coordinates_all_pods_of_a_node_is_never_kept_waiting(tmp_path: Path) -> None:
     settings = Settings()
     allowed = limits.for_agents(
-        Rate(settings.caller_rate_per_s, settings.caller_burst), settings.caller_streams
+        Rate(settings.caller_rate_per_s, settings.caller_burst), settings.caller_streams, ""
     )
     members = [
         checkpoint.Member(f"worker-0-{each}", f"pod-{each}", f"uid-{each}", "n1")
@@ -251,6 +251,17 @@ def test_whoever_coordinates_all_pods_of_a_node_is_never_kept_waiting(tmp_path: 
             len(LEAVE_RUNNING.before) + len(LEAVE_RUNNING.after)
         )
         assert refused == []
+
+
+def test_the_clusters_coordinator_asks_for_all_of_its_callers(tmp_path: Path) -> None:
+    allowed = limits.for_agents(Rate(per_s=0.001, burst=3), 2, "coordinator")
+    with serving(tmp_path, allowed) as served, served.stub() as stub:
+        for _ in range(20):
+            listed(stub, "coordinator")
+        for _ in range(3):
+            listed(stub, "ada")
+        with pytest.raises(errors.Overloaded):
+            listed(stub, "ada")
 
 
 def test_calls_that_wait_for_an_answer_leave_threads_for_others(tmp_path: Path) -> None:
