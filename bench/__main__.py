@@ -19,6 +19,7 @@ from collections.abc import Callable
 from bench import (
     first_epoch,
     holder,
+    lazy_restore,
     machine,
     peak_memory,
     programs,
@@ -38,6 +39,7 @@ _EXPERIMENTS: dict[str, Callable[[machine.Context], report.Section]] = {
     "memory": peak_memory.measure,
     "trainings": trainings.measure,
     "short-stop": short_stop.measure,
+    "lazy-restore": lazy_restore.measure,
 }
 _PAIRS, _QUICK_PAIRS = 5, 3
 _FAILURES = (programs.ProgramFailed, holder.HolderFailed, job.JobFailed)

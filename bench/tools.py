@@ -69,9 +69,9 @@ class Agent:
         ran = self._run("dump", "--pid", str(pid), "--name", name, *options)
         return ran, json.loads(ran.stdout)
 
-    def restore(self, image: str) -> programs.Ran:
+    def restore(self, image: str, *options: str) -> programs.Ran:
         """Restore in place; the tree runs on when this returns."""
-        return self._run("restore", image)
+        return self._run("restore", image, *options)
 
     def show(self, image: str) -> programs.Ran:
         """Tell of an image."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 from numpy import typing as npt
@@ -34,6 +35,8 @@ _RUNS_AT_ONCE = 1 << 14
 _WORTH_VIEWING = 128
 _ZERO = -1
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _Key = tuple[int, int]
 _Column = npt.NDArray[np.int64]
 
@@ -116,12 +119,15 @@ class BlockTable:
 
 
 class BlockSource:
-    """The blocks of the packs that one member names. Not for several threads at once."""
+    """The blocks of the packs that one member names. Not for several threads at once. Without
+    ``ahead``, each is read when it is wanted, by nobody else.
+    """
 
-    def __init__(self, volume: Volume, refs: tuple[PackRef, ...]) -> None:
+    def __init__(self, volume: Volume, refs: tuple[PackRef, ...], *, ahead: bool = True) -> None:
         threads.switch_often()
         self._volume = volume
         self._refs = refs
+        self._ahead = ahead
         self._tables: dict[int, BlockTable] = {}
         self._cache: collections.OrderedDict[_Key, futures.Future[bytes]] = (
             collections.OrderedDict()
@@ -134,7 +140,9 @@ class BlockSource:
         Raises:
             errors.Corrupt | errors.Missing: a block cannot be had whole.
         """
-        pool = futures.ThreadPoolExecutor(threads.workers(), "ckpt-read")
+        pool = (
+            futures.ThreadPoolExecutor(threads.workers(), "ckpt-read") if self._ahead else _AtOnce()
+        )
         scratch = np.empty((0, PAGE_BYTES), dtype=np.uint8)
         try:
             windows = (self._request(pool, cuts) for cuts in self._windows(table))
@@ -250,6 +258,20 @@ class BlockSource:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return block
+
+
+class _AtOnce(futures.Executor):
+    """Does what is submitted before it returns."""
+
+    def submit(
+        self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> futures.Future[_T]:
+        future: futures.Future[_T] = futures.Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as exc:  # noqa: BLE001 - carried to whoever asks for the result
+            future.set_exception(exc)
+        return future
 
 
 def _emit(window: _Window, scratch: npt.NDArray[np.uint8]) -> Iterator[Piece]:

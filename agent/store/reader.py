@@ -61,12 +61,14 @@ class EpochReader:
 class MemberReader:
     """The source of one member; see ``model.streams.MemberSource``."""
 
-    def __init__(self, volume: Volume, found: manifest.MemberManifest) -> None:
+    def __init__(
+        self, volume: Volume, found: manifest.MemberManifest, *, ahead: bool = True
+    ) -> None:
         self._volume = volume
         self._manifest = found
         self._part = layout.member_name(found.group, found.epoch, found.member)
         self._pack_pages = [ref.pages for ref in found.packs]
-        self._blocks = blocks.BlockSource(volume, found.packs)
+        self._blocks = blocks.BlockSource(volume, found.packs, ahead=ahead)
         self._spaces = dict(found.spaces)
         self._metadata = dict(found.metadata)
         self._checked = False
@@ -153,8 +155,10 @@ class MemberReader:
             self._blocks.find(self._stream_table(stream))
 
     def beside(self) -> MemberReader:
-        """Another reader of the same member, for another thread."""
-        return MemberReader(self._volume, self._manifest)
+        """Another reader of the same member, for another thread; for little at a time, without
+        reading ahead.
+        """
+        return MemberReader(self._volume, self._manifest, ahead=False)
 
     def _streams(self) -> list[manifest.Stream]:
         streams = (*self._metadata.values(), *self._files.values())

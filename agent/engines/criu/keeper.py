@@ -1,11 +1,11 @@
 """Serves a tree's missing pages, and sees to it that none is ever taken for zero: a program of its
 own, run with the standard library alone.
 
-``keeper.py SOCKET_FD MEMORY_FD MEMORY_BYTES JOURNAL_PATH PID_NAMESPACE``. The agent gives it the
-userfaultfds of restored processes, with the mappings that are to be filled, and then, piece by
-piece, what belongs there; what a process waits for is asked of the agent first. It follows what the
-processes do to their mappings meanwhile: what they move is filled where it went, what they let go
-of is never filled, what they fork is filled as well.
+``keeper.py SOCKET_FD URGENT_FD MEMORY_FD MEMORY_BYTES JOURNAL_PATH PID_NAMESPACE``. The agent gives
+it the userfaultfds of restored processes, with the mappings that are to be filled, and then, piece
+by piece, what belongs there; what a process waits for is asked of the agent first. It follows what
+the processes do to their mappings meanwhile: what they move is filled where it went, what they let
+go of is never filled, what they fork is filled as well.
 
 When the last descriptor of a userfaultfd is closed, the kernel lets the processes go on, and what
 has not been filled reads as zero. So two processes hold one table of descriptors (``CLONE_FILES``;
@@ -39,7 +39,8 @@ import struct
 import sys
 
 PAGE_BYTES = 4096
-# The first byte of each message, and what follows. From the agent: the mappings of an address space
+# The first byte of each message, and what follows. From the agent, what somebody waits for by a
+# socket of its own: the mappings of an address space
 # (with a userfaultfd) as pairs of addresses; a process (with a pidfd); that this was all;
 # pages: address space, address, length and where in the shared memory; that a question has been
 # answered by pages; that all of the image was sent; that no more comes.
@@ -162,9 +163,15 @@ class Keeper:
     """The first of the two processes."""
 
     def __init__(
-        self, channel: socket.socket, memory: mmap.mmap, entry: str, namespace: str
+        self,
+        channel: socket.socket,
+        urgent: socket.socket,
+        memory: mmap.mmap,
+        entry: str,
+        namespace: str,
     ) -> None:
         self._channel = channel
+        self._urgent = urgent
         self._namespace = namespace
         self._begun = False
         self._memory = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -174,6 +181,7 @@ class Keeper:
         self._again: list[tuple[View, int]] = []
         self._poll = select.epoll()
         self._poll.register(channel, select.EPOLLIN)
+        self._poll.register(urgent, select.EPOLLIN)
         self._own = os.pidfd_open(os.getpid())
         self._second = -1
         self._second_pid = 0
@@ -210,14 +218,16 @@ class Keeper:
         waiting, self._again = self._again, []
         for view, address in waiting:
             self._fault(view, address)
-        if self._channel.fileno() in ready and self._hear():
+        if self._urgent.fileno() in ready:
+            self._hear(self._urgent)  # and look for more of it before anything else
+        elif self._channel.fileno() in ready and self._hear(self._channel):
             return True
         return self._begun and not self._views  # all have ended
 
-    def _hear(self) -> bool:
+    def _hear(self, channel: socket.socket) -> bool:
         """Take one message in; whether it was the last one."""
         try:
-            said, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE_BYTES, 1)
+            said, descriptors, _, _ = socket.recv_fds(channel, MESSAGE_BYTES, 1)
         except ConnectionError as exc:
             raise EOFError from exc
         if not said or said[:1] == GIVE_UP:
@@ -488,13 +498,13 @@ def _wait(span_ms: int) -> None:
 
 def main(argv: list[str]) -> int:
     """Run; 0 if all became complete."""
-    channel = socket.socket(fileno=int(argv[1]))
-    memory = mmap.mmap(int(argv[2]), int(argv[3]))
+    channel, urgent = (socket.socket(fileno=int(each)) for each in argv[1:3])
+    memory = mmap.mmap(int(argv[3]), int(argv[4]))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("-1000")
-    return Keeper(channel, memory, argv[4], argv[5]).run()
+    return Keeper(channel, urgent, memory, argv[5], argv[6]).run()
 
 
 if __name__ == "__main__":

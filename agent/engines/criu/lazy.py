@@ -49,8 +49,11 @@ _MAP_GROWSDOWN, _MAP_LOCKED = 0x100, 0x2000
 _MADV_DONTFORK, _MADV_WIPEONFORK = 1 << 10, 1 << 18
 # What is copied in one step while nobody else is served, and what comes along with a page that
 # somebody waits for.
-_PIECE_BYTES, _WINDOW_BYTES = 1 << 20, 256 << 10
+_PIECE_BYTES, _WINDOW_BYTES = 1 << 20, 1 << 20
 _PIECES, _ANSWERS = 12, 4
+# How long a piece of the rest makes room for what somebody waits for: so at least 50 MiB of it come
+# in a second.
+_ROOM_S = 0.02
 _POLL_S = 0.2
 _READY_S = 10.0
 _ENDED_S = 60.0
@@ -288,6 +291,7 @@ class Fill:
         self._failure: errors.CkptError | None = None
         self._complete = self._left = False
         self._over = threading.Event()
+        self._asked, self._quiet = 0, threading.Condition()
         self._questions: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         self._pieces: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -349,6 +353,7 @@ class Fill:
             while not self._complete and self._said():
                 pass
             self._channel.close()
+            self._urgent.close()
             self._view.release()
             self._memory.close()
         self._owned.close()
@@ -363,6 +368,7 @@ class Fill:
         size = (_PIECES + _ANSWERS) * _PIECE_BYTES
         memory = os.memfd_create("fill", os.MFD_CLOEXEC)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._urgent, urgent = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             os.ftruncate(memory, size)
             self._memory = mmap.mmap(memory, size)
@@ -371,13 +377,15 @@ class Fill:
             path = places.entry_path(operation.entry.name)
             argv = [
                 *(sys.executable, "-I", "-S", keeper.__file__),
-                *(str(theirs.fileno()), str(memory), str(size), path, namespace),
+                *map(str, (theirs.fileno(), urgent.fileno(), memory, size, path, namespace)),
             ]
-            self._child = subprocesses.start(argv, pass_fds=[theirs.fileno(), memory])
+            shared = [theirs.fileno(), urgent.fileno(), memory]
+            self._child = subprocesses.start(argv, pass_fds=shared)
             self._channel = ours
         finally:
             os.close(memory)
             theirs.close()
+            urgent.close()
         for each in range(_PIECES):
             self._pieces.put(each * _PIECE_BYTES)
         for each in range(_PIECES, _PIECES + _ANSWERS):
@@ -439,6 +447,7 @@ class Fill:
                     (self._pieces if mine else self._answers).put(place)
                     self._last_s = clock.monotonic_s()
                 elif kind == keeper.QUESTION:
+                    self._question(1)
                     self._questions.put(keeper.ADDRESS.unpack(content))
                 elif kind == keeper.COMPLETE:
                     self._complete = True
@@ -455,7 +464,9 @@ class Fill:
         for number, space in enumerate(self._spaces):
             for address, data, pages in self._source.read(space, self._deferred[space].runs):
                 if data is not None:
-                    self._send(number, address, data, self._pieces)
+                    with self._quiet:
+                        self._quiet.wait_for(lambda: self._asked == 0, _ROOM_S)
+                    self._send(self._channel, number, address, data, self._pieces)
                 if self._over.is_set():
                     return
                 self.filled_bytes += pages * PAGE_BYTES
@@ -469,11 +480,22 @@ class Fill:
             runs = _within(self._deferred[space].runs, [(low, low + _WINDOW_BYTES)])
             for at, data, _ in self._beside.read(space, runs) if runs else ():
                 if data is not None:
-                    self._send(number, at, data, self._answers)
-            self._channel.send(keeper.ANSWERED + keeper.ADDRESS.pack(number, address))
+                    self._send(self._urgent, number, at, data, self._answers)
+            self._urgent.send(keeper.ANSWERED + keeper.ADDRESS.pack(number, address))
+            self._question(-1)
+
+    def _question(self, more: int) -> None:
+        with self._quiet:
+            self._asked += more
+            self._quiet.notify_all()
 
     def _send(
-        self, number: int, address: int, data: memoryview, places: queue.SimpleQueue[int]
+        self,
+        channel: socket.socket,
+        number: int,
+        address: int,
+        data: memoryview,
+        places: queue.SimpleQueue[int],
     ) -> None:
         for at in range(0, len(data), _PIECE_BYTES):
             part = data[at : at + _PIECE_BYTES]
@@ -482,7 +504,7 @@ class Fill:
                 return
             self._view[place : place + len(part)] = part
             said = keeper.PIECE.pack(number, address + at, len(part), place)
-            self._channel.send(keeper.DATA + said)
+            channel.send(keeper.DATA + said)
 
     def _free(self, places: queue.SimpleQueue[int]) -> int | None:
         while not self._over.is_set():
