@@ -30,6 +30,9 @@ WAITING = 500
 EACH_WAITING = 125
 # A step takes milliseconds; whoever takes over reads only what is recorded at once.
 _STEPS_S = 2.0
+# A lease that cannot be renewed either is lost after ten seconds.
+_PATIENCE_S = 10.0
+_PAUSE_S = 0.5
 T = TypeVar("T")
 
 
@@ -56,17 +59,19 @@ class Book:
 
     def load(self) -> list[Operation]:
         """Take over what is recorded; those that had not ended, each of which is recorded as this
-        replica's. Raises what ``Records`` does.
+        replica's. Waits a while for an API server that does not answer: somebody has to lead.
+        Raises what ``Records`` does.
         """
-        found = self._records.load()
+        patience = clock.Deadline.after(_PATIENCE_S)
+        found = _patiently(self._records.load, patience)
         now_s = clock.monotonic_s()
         with self._changed:
             self._entries = {each.id: _Entry(each, each, now_s) for each in found}
-        return [
-            self.change(each.id, takeovers=each.takeovers + (each.state is State.RUNNING))
-            for each in found
-            if not each.over
-        ]
+        return [self._taken_over(each, patience) for each in found if not each.over]
+
+    def _taken_over(self, found: Operation, patience: clock.Deadline) -> Operation:
+        more = found.state is State.RUNNING
+        return _patiently(lambda: self.change(found.id, takeovers=found.takeovers + more), patience)
 
     def begin(self, wanted: Operation, *, wait: bool) -> Operation:
         """Record a new operation, or return the one that its idempotency key began before.
@@ -230,6 +235,16 @@ class Book:
         except Deposed:
             self.deposed.set()
             raise
+
+
+def _patiently(act: Callable[[], T], patience: clock.Deadline) -> T:
+    while True:
+        try:
+            return act()
+        except errors.Unreachable as exc:
+            if isinstance(exc, Deposed) or patience.expired:
+                raise
+        clock.wait_until(lambda: False, patience.sooner(_PAUSE_S), every_s=_PAUSE_S)
 
 
 def _check_room(every: list[Operation], namespace: str) -> None:

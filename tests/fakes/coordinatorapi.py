@@ -40,7 +40,7 @@ class Extra:
     """``callers`` are users by their tokens, ``lacking`` what users may not: (user, verb,
     resource). ``down``: nothing is written; ``lost``: it is, and nobody hears of it. ``written`` is
     called with each object, when it is written and before that is told; ``away`` as many requests
-    for JobSets are not answered.
+    for JobSets are not answered, and ``busy`` for ConfigMaps.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Extra:
         self.stored: dict[tuple[str, str, str], Json] = {}
         self.down = self.lost = False
         self.written: Callable[[Json], None] = lambda found: None
-        self.away = 0
+        self.away = self.busy = 0
         self._version = 100
         self._lock = threading.Lock()
 
@@ -71,6 +71,9 @@ class Extra:
                 self.reviews.append(asked)
                 return 201, {"status": {"allowed": asked not in self.lacking}}
             case ("api", "v1", "namespaces", space, "configmaps", *name):
+                if (method, name) != ("GET", ["ckpt-agent-ca"]) and self.busy:
+                    self.busy -= 1
+                    return _AWAY
                 if (method, name) != ("GET", ["ckpt-agent-ca"]):
                     return self._stored(method, "configmaps", space, name, query, body)
             case ("apis", "coordination.k8s.io", "v1", "namespaces", space, "leases", *name):

@@ -69,6 +69,18 @@ def test_what_one_replica_recorded_another_goes_on_with_and_the_first_is_deposed
     second.change("runs", stage=Stage.COMMITTED)
 
 
+def test_whoever_takes_over_waits_for_an_api_server_that_comes_back(
+    api: connection.Connection, cluster: Cluster
+) -> None:
+    first = book(api, "first")
+    for number in range(3):
+        first.begin(operation(id=f"o{number}", group=f"g{number}"), wait=False)
+    cluster.extra.busy = 2
+    second = Book(Records(api, SPACE, "second"))
+    assert {each.id for each in second.load()} == {"o0", "o1", "o2"}
+    assert cluster.extra.busy == 0
+
+
 def test_a_write_whose_answer_was_lost_is_known_again(
     api: connection.Connection, cluster: Cluster
 ) -> None:
