@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from datetime import datetime
@@ -23,13 +22,12 @@ from typing import Any
 
 from bench import machine
 from bench.figures import Samples
-from tests.cluster import deployed
+from bench.oncluster import ckpt, delete_all
 from tests.cluster.cluster import Cluster
 from tests.cluster.test_jobset import jobset
 
 _NAMESPACE = "bench-jobset"
 _SELECTOR = ("-l", "jobset.sigs.k8s.io/jobset-name=train")
-_PROGRAM = (sys.executable, "-c", "from agent.cli.main import main; main()")
 _WATCHED_S = 3.0
 
 
@@ -49,9 +47,7 @@ def main() -> None:
         for name, values in _measure(cluster, options.ranks, options.rounds).items():
             print(f"{name}: {Samples.of(values).told('ms', 1, 1e-3)}, {len(values)} values")
     finally:
-        for image in _ckpt(cluster, "list")["items"]:
-            _ckpt(cluster, "delete", image["name"])
-        cluster.kubectl("delete", "namespace", _NAMESPACE, "--timeout=120s", timeout_s=130)
+        delete_all(cluster, _NAMESPACE)
 
 
 def _measure(cluster: Cluster, ranks: int, rounds: int) -> dict[str, list[float]]:
@@ -127,14 +123,7 @@ def _longest_s(cluster: Cluster, pod: str, since_s: float) -> float:
 
 
 def _ckpt(cluster: Cluster, *arguments: str) -> dict[str, Any]:
-    environment = {"CKPT_AGENT_OUTPUT": "json", "PYTHONPATH": str(deployed.CHECKOUT)}
-    done = cluster.run_in_control_plane(
-        *(*_PROGRAM, *arguments, "-n", _NAMESPACE, "--quiet"),
-        environment=environment,
-        timeout_s=600,
-    )
-    found: dict[str, Any] = json.loads(done.stdout or "{}")
-    return found
+    return ckpt(cluster, _NAMESPACE, *arguments)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class Yardsticks:
         self.zstd3_bytes += len(whole.flush())
 
 
-class _Tree:
+class Tree:
     """A training that runs."""
 
     def __init__(self, kind: Kind) -> None:
@@ -201,7 +201,7 @@ def measure(context: Context) -> Section:
         ),
         heads=_HEADS,
     )
-    _save_digits(os.path.join(context.work, "digits.npz"))
+    save_digits(os.path.join(context.work, "digits.npz"))
     raw = kept = 0
     for kind in kinds(context.work):
         if kind.missing:
@@ -227,7 +227,7 @@ def measure(context: Context) -> Section:
 def _epochs(context: Context, kind: Kind) -> tuple[Yardsticks, int]:
     yard = Yardsticks()
     agent = tools.Agent(kind.directory + "-store")
-    tree = _Tree(kind)
+    tree = Tree(kind)
     try:
         for epoch in range(kind.epochs):
             tree.wait_for(_STEPS_APART if epoch == 0 else tree.step() + _STEPS_APART)
@@ -251,7 +251,7 @@ def _epochs(context: Context, kind: Kind) -> tuple[Yardsticks, int]:
     return yard, total
 
 
-def _stop(tree: _Tree) -> None:
+def _stop(tree: Tree) -> None:
     until_s = time.monotonic() + _DEADLINE_S
     pids = tree.signal(signal.SIGSTOP)
     while any(job.state(pid) != "T" for pid in pids):
@@ -296,7 +296,8 @@ def _add(section: Section, kind: Kind, yard: Yardsticks, stored: int) -> None:
     }
 
 
-def _save_digits(path: str) -> None:
+def save_digits(path: str) -> None:
+    """Write what all but the demo train on."""
     from sklearn.datasets import load_digits  # here: slow, and only this experiment needs it
 
     bunch = load_digits()

@@ -46,11 +46,11 @@ _OTHERS = 4
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """For each caller: how often it may call, and how many calls that last it may have at once.
-    ``words`` is how often it may say a word to a member of an epoch instead, of which there is one
-    a second and step for each pod; ``at_once`` how many calls that are answered once it may have
-    here at the same moment. None: these are as others; as many as there are threads. ``acting`` is
-    a user who acts for many others, each of whom it holds to limits of its own: it may call as
-    often as it likes, and have calls that last for several.
+    ``words`` is how often it may say something about an epoch instead, which is once a second and
+    step for each pod; ``at_once`` how many calls that are answered once it may have here at the
+    same moment. None: these are as others; as many as there are threads. ``acting`` is a user who
+    acts for many others, each of whom it holds to limits of its own: it may call as often as it
+    likes, and have calls that last for several.
     """
 
     rate: Rate
@@ -112,7 +112,7 @@ class Limiter:
             raise
 
     def count(self, user: str, *, word: bool) -> None:
-        """A call of ``user``; ``word``: to a member of an epoch.
+        """A call of ``user``; ``word``: it says something about an epoch.
 
         Raises:
             errors.Overloaded: one too many.

@@ -39,8 +39,8 @@ _SERVICES = {
 # Each call holds one as long as it lasts; they are made as they are needed. A coordinator waits for
 # each pod of a node in a call of its own (limits), and others are still to be heard.
 _THREADS = 320
-# Words to members of epochs, which are many and cost little.
-_WORDS = {"TakePart"}
+# What a coordinator says, which is much and costs little: it has as many calls at once as epochs.
+_WORDS = {"TakePart", "DecideEpoch"}
 # Calls that wait for one; more are refused at once.
 _WAITING = 40
 # Requests are names and a few numbers, or pieces of an archive.
@@ -189,7 +189,8 @@ def _handler(
         with _Answer(method, context) as answer:
             # Nobody unknown may let us wait for what comes.
             caller = door.identify(answer, context)
-            with door.lasting(caller):
+            word = method.name in _WORDS
+            with door.answering(caller) if word else door.lasting(caller):
                 messages = _received(requests)
                 with door.silent(caller):
                     first = _first(messages, context)
