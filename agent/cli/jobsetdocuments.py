@@ -43,6 +43,7 @@ def dump_report(
             {"podUid": uid, "local": local, "remote": remote} for uid, local, remote in done.leaving
         ],
         stepSeconds={state.value: seconds(span_s) for state, span_s in done.spans_s.items()},
+        **_told(skewSeconds=done.skew_s, slowestSeconds=done.slowest_s),
         members=[
             {
                 "name": each.name,
@@ -55,6 +56,10 @@ def dump_report(
         ],
         hookProblems=list(done.hook_problems),
     )
+
+
+def _told(**spans_s: float | None) -> Document:
+    return {name: seconds(span_s) for name, span_s in spans_s.items() if span_s is not None}
 
 
 def restore_report(namespace: str, of: Mapping[str, str], done: Returned) -> Document:

@@ -21,7 +21,8 @@ from agent import errors
 from agent.cluster.session import Session
 from agent.coordinator.driver import Cancelled, Driver, Limits, Report
 from agent.coordinator.links import PATIENCE_S, Call, Links, Mailbox
-from agent.coordinator.machine import Coordination, State
+from agent.coordinator.machine import ASKS, Coordination, State
+from agent.coordinator.timing import Timing
 from agent.host import clock
 from agent.model import jobset
 from agent.model.protocol import Course, Decision, Said, Step, Told
@@ -68,7 +69,9 @@ def member(found: jobset.Member) -> Member:
 class Checkpoint:
     """A committed epoch. ``stop_s`` is from the word to freeze until the last pod ran again, or
     was ended; ``durable_s`` from the request to the commit. ``hook_problems`` are those of hooks
-    that had failed by then, a text for people each.
+    that had failed by then, a text for people each. ``skew_s`` is how far apart at most the first
+    and the last pod came to stand still, and ``slowest_s`` how long the slowest pod's own work took
+    within the stop, as far as all agents tell.
     """
 
     image: results.Image
@@ -80,6 +83,8 @@ class Checkpoint:
     leaving: tuple[tuple[str, str, str], ...]
     spans_s: dict[State, float]
     hook_problems: tuple[str, ...] = ()
+    skew_s: float | None = None
+    slowest_s: float | None = None
 
 
 class Control:
@@ -197,6 +202,7 @@ def _once(
     epoch = session.any_agent(lambda agent: agent.epochs.new(namespace, group, storage))
     named(epoch)
     decided: list[epochclient.Decided] = []
+    timing = Timing()
     # Of two epochs that are asked for at once, one finds the first pod taken and touches no other:
     # each could take one of the pods else, and neither would get all.
     let_in = threading.Event()
@@ -216,8 +222,11 @@ def _once(
             if course.stands(told.step):
                 wait_s = min(wait_s, patience_s * _NOTHING_YET)
                 silent_s = patience_s - wait_s
+            sent_s = clock.monotonic_s()
             said = epochs.take_part(epoch, course, pod, told, wait_s, deadline_s, silent_s=silent_s)
             let_in.set()
+            if said is not None:
+                timing.heard(member.node, member.name, said, sent_s, clock.monotonic_s())
             return said
 
         return call
@@ -244,6 +253,7 @@ def _once(
             "every pod of the group goes on",
         )
     ends = _STANDING_TO_THE_END if State.ENDING in report.spans_s else _STANDING
+    names = [each.name for each in members]
     return Checkpoint(
         image=decided[-1].image
         or session.any_agent(
@@ -257,6 +267,8 @@ def _once(
         leaving=decided[-1].leaving,
         spans_s=report.spans_s,
         hook_problems=decided[-1].hook_problems,
+        skew_s=timing.skew_s(Step.FREEZE, names),
+        slowest_s=timing.longest_s([ASKS[state] for state in ends if state in ASKS], names),
     )
 
 

@@ -158,12 +158,25 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds on a member's own clock: when it heard the word, when the answer left, and between
+    which the step was carried out (0: it was not).
+    """
+
+    heard_s: float
+    answered_s: float
+    began_s: float = 0.0
+    done_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Said:
     """An answer with what belongs to it: the error behind a problem, and the ``part`` that a step
     gave: for PERSIST what the commit needs of this member, which only the store reads; for STAND
-    what a restore has to tell of it.
+    what a restore has to tell of it. ``times`` are only there from members that tell.
     """
 
     answer: Answer
     error: errors.CkptError | None = None
     part: bytes = b""
+    times: Times | None = None

@@ -98,6 +98,12 @@ class EpochService:
 
     def take_part(self, request: api.TakePartRequest, call: Call) -> api.TakePartResponse:
         """Hear a coordinator."""
+        heard_s = clock.monotonic_s()
+        response = self._heard(request, call)
+        response.times.heard_s, response.times.answered_s = heard_s, clock.monotonic_s()
+        return response
+
+    def _heard(self, request: api.TakePartRequest, call: Call) -> api.TakePartResponse:
         del call
         step = _STEPS.get(request.step)
         course = _COURSES.get(request.course)
@@ -412,4 +418,6 @@ def _response(said: Said, course: protocol.Course) -> api.TakePartResponse:
         made.contribution = said.part
     if said.error is not None:
         made.error.CopyFrom(status.message(said.error))
+    if said.times is not None:
+        made.times.began_s, made.times.done_s = said.times.began_s, said.times.done_s
     return made

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from agent import errors
 from agent.host import clock
-from agent.model.protocol import Answer, Course, Decision, Said, Step, Told
+from agent.model.protocol import Answer, Course, Decision, Said, Step, Times, Told
 from agent.node import participant
 from agent.node.participant import Participant, Phase, Timer
 
@@ -85,6 +85,7 @@ class Session:
         self._said: dict[Step, Said] = {}
         self._failures: dict[Step, errors.CkptError] = {}
         self._parts: dict[Step, bytes] = {}
+        self._spans_s: dict[Step, tuple[float, float]] = {}
         self._spoke = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"epoch {name}", daemon=True)
@@ -161,8 +162,10 @@ class Session:
         threading.Thread(target=work, name=name, daemon=True).start()
 
     def _do(self, step: Step) -> None:
+        began_s = clock.monotonic_s()
         try:
             part = self._actions.do(step)
+            done_s = clock.monotonic_s()
         except errors.CkptError as exc:
             self._fail(step, exc)
         except Exception as exc:  # noqa: BLE001  a defect must not leave a job standing still
@@ -175,11 +178,11 @@ class Session:
                 ),
             )
         else:
-            self._succeed(step, part)
+            self._succeed(step, part, (began_s, done_s))
 
-    def _succeed(self, step: Step, part: bytes) -> None:
+    def _succeed(self, step: Step, part: bytes, span_s: tuple[float, float]) -> None:
         def succeeded() -> list[participant.Effect]:
-            self._parts[step] = part
+            self._parts[step], self._spans_s[step] = part, span_s
             return self._participant.did(step)
 
         self._events.put(succeeded)
@@ -218,7 +221,9 @@ class Session:
     def _say(self, answer: Answer) -> None:
         cause = next(iter(self._failures.values()), None) if answer.problem else None
         with self._spoke:
-            self._said[answer.step] = Said(answer, cause, self._parts.get(answer.step, b""))
+            part, span_s = self._parts.get(answer.step, b""), self._spans_s.get(answer.step)
+            times = Times(0.0, 0.0, *span_s) if span_s else None
+            self._said[answer.step] = Said(answer, cause, part, times)
             self._spoke.notify_all()
 
 

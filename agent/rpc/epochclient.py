@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from agent import errors
-from agent.model.protocol import Answer, Course, Decision, Said, Step, Told
+from agent.model.protocol import Answer, Course, Decision, Said, Step, Times, Told
 from agent.rpc import convert, results, status
 from agent.rpc.v1 import epochs_pb2, epochs_pb2_grpc
 
@@ -141,7 +141,7 @@ class Epochs:
             return None
         error = status.rebuilt(answer.error) if answer.HasField("error") else None
         part = "\n".join(answer.lost).encode() or answer.contribution
-        return Said(Answer(told.step, answer.problem), error, part)
+        return Said(Answer(told.step, answer.problem), error, part, _times(answer))
 
     def decide(
         self,
@@ -185,6 +185,13 @@ class Epochs:
             pod_uids=pod_uids,
         )
         return _decision(self._once(self._stub.DecideRestore, request))
+
+
+def _times(answer: epochs_pb2.TakePartResponse) -> Times | None:
+    if not answer.HasField("times"):
+        return None
+    told = answer.times
+    return Times(told.heard_s, told.answered_s, told.began_s, told.done_s)
 
 
 def _messages(contributions: Iterable[bytes]) -> Iterator[epochs_pb2.DecideEpochRequest]:

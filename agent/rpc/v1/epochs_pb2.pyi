@@ -134,18 +134,32 @@ class Attempt(_message.Message):
     def __init__(self, id: _Optional[str] = ..., addresses: _Optional[_Mapping[str, str]] = ..., again: _Optional[bool] = ...) -> None: ...
 
 class TakePartResponse(_message.Message):
-    __slots__ = ("answered", "problem", "error", "contribution", "lost")
+    __slots__ = ("answered", "problem", "error", "contribution", "lost", "times")
     ANSWERED_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     answered: bool
     problem: str
     error: _node_pb2.Error
     contribution: bytes
     lost: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, answered: _Optional[bool] = ..., problem: _Optional[str] = ..., error: _Optional[_Union[_node_pb2.Error, _Mapping]] = ..., contribution: _Optional[bytes] = ..., lost: _Optional[_Iterable[str]] = ...) -> None: ...
+    times: Times
+    def __init__(self, answered: _Optional[bool] = ..., problem: _Optional[str] = ..., error: _Optional[_Union[_node_pb2.Error, _Mapping]] = ..., contribution: _Optional[bytes] = ..., lost: _Optional[_Iterable[str]] = ..., times: _Optional[_Union[Times, _Mapping]] = ...) -> None: ...
+
+class Times(_message.Message):
+    __slots__ = ("heard_s", "answered_s", "began_s", "done_s")
+    HEARD_S_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_S_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_S_FIELD_NUMBER: _ClassVar[int]
+    DONE_S_FIELD_NUMBER: _ClassVar[int]
+    heard_s: float
+    answered_s: float
+    began_s: float
+    done_s: float
+    def __init__(self, heard_s: _Optional[float] = ..., answered_s: _Optional[float] = ..., began_s: _Optional[float] = ..., done_s: _Optional[float] = ...) -> None: ...
 
 class DecideEpochRequest(_message.Message):
     __slots__ = ("namespace", "group", "epoch", "storage", "wish", "contributions", "facts", "unfinished")
