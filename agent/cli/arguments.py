@@ -163,7 +163,7 @@ def pace(verb: Callable[..., Any]) -> Callable[..., Any]:
     cpu = click.option(
         "--precopy-cpu",
         metavar="PERCENT",
-        help="Of the cores, for copying memory while a job computes; 100: no limit [default: 7].",
+        help="Of the cores, for copying memory while a job computes; 100: no limit [default: 5].",
     )
     rate = click.option(
         "--precopy-rate",
