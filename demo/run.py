@@ -1,5 +1,7 @@
 """Dump a training three times, kill it, restore it: ``python -m demo.run --out DIRECTORY``.
 
+Between the last dump and the kill a plain ``criu dump`` shows what that would cost the job.
+
 Promises: the exit status is 0 only if the restored training ended with weights, losses and logs
 bit-identical to an uninterrupted one; else the first difference is printed. Below ``--out`` it
 leaves ``reference/`` and ``job/`` (logs, weights), ``store/`` (the images), ``loss.png`` and
@@ -18,7 +20,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from demo import cli, compare, job, picture, timeline
+from demo import cli, compare, job, picture, plain, timeline
 
 # Where in the training the dumps are asked for and the kill comes, as shares of all steps.
 _DUMPS_AT = (0.2, 0.4, 0.6)
@@ -41,6 +43,7 @@ class Options:
     steps: int
     hidden: int
     agent: str
+    criu: str
 
     def training(self) -> list[str]:
         """The training program's arguments."""
@@ -54,6 +57,7 @@ def _options(arguments: list[str] | None) -> Options:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--hidden", type=int, default=1024, help="width of the hidden layers")
     parser.add_argument("--agent", default=cli.installed(), help="the ckpt-agent program")
+    parser.add_argument("--criu", default=plain.installed(), help="CRIU, to compare with")
     return Options(**vars(parser.parse_args(arguments)))
 
 
@@ -87,6 +91,7 @@ def interrupted(options: Options) -> tuple[timeline.Story, job.Watch]:
             watch.wait_for(round(share * options.steps), _DEADLINE_S, training)
             dumps.append(_dump(agent, training, watch, zero_s))
             _say(f"dumped at step {dumps[-1].step}: {dumps[-1].dump.name}")
+        beside = _plain(options.criu, training, watch, zero_s)
         kill_step = max(round(_KILL_AT * options.steps), watch.step() + _LOST_STEPS)
         watch.wait_for(kill_step, _DEADLINE_S, training)
         killed_s, killed_step = time.monotonic() - zero_s, watch.step()
@@ -102,6 +107,7 @@ def interrupted(options: Options) -> tuple[timeline.Story, job.Watch]:
     return (
         timeline.Story(
             dumps=tuple(dumps),
+            plain=beside,
             killed_s=killed_s,
             killed_step=killed_step,
             restore_s=restore_s,
@@ -117,11 +123,20 @@ def interrupted(options: Options) -> tuple[timeline.Story, job.Watch]:
 def _dump(agent: cli.Agent, training: job.Job, watch: job.Watch, zero_s: float) -> timeline.Dumped:
     step, at_s, before = watch.step(), time.monotonic() - zero_s, len(watch.points) - 1
     dump = agent.dump([training.pid], "demo")
-    # The step under way when the dump returned belongs to it, too.
+    return timeline.Dumped(at_s, step, dump, _longest_gap_s(training, watch, before))
+
+
+def _plain(criu: str, training: job.Job, watch: job.Watch, zero_s: float) -> timeline.Plain:
+    step, at_s, before = watch.step(), time.monotonic() - zero_s, len(watch.points) - 1
+    size_bytes = plain.dump(criu, training.pid)
+    return timeline.Plain(at_s, step, size_bytes, _longest_gap_s(training, watch, before))
+
+
+def _longest_gap_s(training: job.Job, watch: job.Watch, before: int) -> float:
+    """The longest time between two steps since the one that is ``before`` in the log."""
+    # The step under way when a dump returned belongs to it, too.
     watch.wait_for(watch.step() + 1, _DEADLINE_S, training)
-    during = watch.points[before:]
-    gaps = [b.at_s - a.at_s for a, b in itertools.pairwise(during)]
-    return timeline.Dumped(at_s, step, dump, max(gaps))
+    return max(b.at_s - a.at_s for a, b in itertools.pairwise(watch.points[before:]))
 
 
 def _restore(agent: cli.Agent, image: str) -> None:
@@ -146,7 +161,8 @@ def demonstrate(options: Options) -> None:
     """Run all of it.
 
     Raises:
-        DemoFailed | job.JobFailed | cli.AgentFailed: it did not show what it promises.
+        DemoFailed | job.JobFailed | cli.AgentFailed | plain.PlainFailed: it did not show what it
+            promises.
     """
     _clear(options.out)
     uninterrupted = reference(options)
@@ -172,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo; return the exit status."""
     try:
         demonstrate(_options(arguments))
-    except (DemoFailed, job.JobFailed, cli.AgentFailed) as exc:
+    except (DemoFailed, job.JobFailed, cli.AgentFailed, plain.PlainFailed) as exc:
         print(f"demo: {exc}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -26,10 +26,21 @@ class Dumped:
 
 
 @dataclass(frozen=True)
+class Plain:
+    """A plain ``criu dump`` to memory, as ``Dumped``; its images had ``size_bytes``."""
+
+    at_s: float
+    step: int
+    size_bytes: int
+    longest_gap_s: float
+
+
+@dataclass(frozen=True)
 class Story:
     """All of the job's second run."""
 
     dumps: tuple[Dumped, ...]
+    plain: Plain
     killed_s: float
     killed_step: int
     restore_s: float
@@ -76,6 +87,21 @@ def table(story: Story) -> str:
             )
         )
     rows.append(("", "", "all dumps", "", "", _mb(raw), "", _mb(stored), _ratio(raw, stored), ""))
+    plain = story.plain
+    rows.append(
+        (
+            _s(plain.at_s),
+            str(plain.step),
+            "criu dump, to memory",
+            "",
+            f"{plain.longest_gap_s * 1000:.0f} ms",
+            _mb(plain.size_bytes),
+            "",
+            "",
+            "",
+            "",
+        )
+    )
     read = f"which verify has read in {_s(story.verify_took_s)}"
     lost = story.killed_step - story.resumed_step + 1
     rows += [
