@@ -16,6 +16,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from bench import mortal
+
 COUNT = struct.Struct("=Q")
 _WIDTH, _BATCH = 512, 256
 _WRITES, _DRAWS = 1 << 12, 256
@@ -28,6 +30,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("directory")
     parser.add_argument("--bytes", type=int, required=True)
     options = parser.parse_args(arguments)
+    mortal.end_with_parent()
     with open(os.path.join(options.directory, "count"), "r+b") as file:
         shown = mmap.mmap(file.fileno(), mmap.PAGESIZE)
     work = _training if options.kind == "training" else _writer

@@ -25,6 +25,8 @@ import time
 import numpy as np
 from numpy import typing as npt
 
+from bench import mortal
+
 PAUSE, LOOKS = struct.Struct("=d"), struct.Struct("=Q")
 SHARE_PER_S = 0.01
 _PAGE_BYTES = 4096
@@ -41,6 +43,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
+    mortal.end_with_parent()
     if options.direct:
         path = os.path.join(options.directory, "direct")
         os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC)
@@ -49,6 +52,7 @@ def main(arguments: list[str]) -> None:
     for _ in range(options.processes - 1):
         if not os.fork():
             is_root = False
+            mortal.end_with_parent()
             break
     for _ in range(options.threads // options.processes - 1):
         threading.Thread(target=threading.Event().wait, daemon=True).start()
