@@ -4,6 +4,7 @@ who was missing.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,42 @@ def test_a_pod_that_was_replaced_is_not_taken_for_the_one_that_was_meant(
     with pytest.raises(errors.Conflict, match=r"is another one now.* at w-0-1"):
         dump(group, members, lambda now: None)
     assert_goes_on(group, going)
+
+
+def test_when_an_agent_is_silent_the_others_run_again_and_then_its_own(group: Group) -> None:
+    run = ("python3", "-c", COUNTING)
+    agent = group.agent_process("e")
+    members = [
+        group.add("w-0-0", "a", "10.77.0.2", *run),
+        group.add("w-0-1", "e", "10.77.0.3", *run),
+    ]
+    agent.start()
+    wait_for(lambda: agent.status("/readyz") == 200, 60)
+    for each in members:
+        each.flows()
+    struck_s: list[float] = []
+
+    def watch(now: State) -> None:
+        if now is State.CAPTURING:
+            assert agent.popen is not None
+            agent.popen.send_signal(signal.SIGSTOP)
+            struck_s.append(time.time())
+
+    with pytest.raises(errors.CkptError, match="w-0-1") as caught:
+        dump(group, members, watch)
+    assert isinstance(caught.value, errors.Unreachable)
+    for each in members:
+        each.flows()
+        # Not asserted: how long it takes is the machine's affair, too.
+        after_s = next(line["at"] for line in each.lines if line["at"] > struck_s[0]) - struck_s[0]
+        print(f"{each.name} ran {after_s:.2f} s after the agent of w-0-1 was stopped")
+    # Which the kernel has ended.
+    agent.kill()
+    agent.start()
+    wait_for(lambda: agent.status("/readyz") == 200, 60)
+    dump(group, members, lambda now: None)
+    assert len(group.epochs()) == 1
+    del group.clients["e"]
 
 
 def dump(group: Group, members: list[Member], watch: Any) -> None:
