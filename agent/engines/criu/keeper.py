@@ -32,19 +32,22 @@ import ctypes
 import errno
 import mmap
 import os
+import resource
 import select
 import signal
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 
 PAGE_BYTES = 4096
 # The first byte of each message, and what follows. From the agent, what somebody waits for by a
-# socket of its own: the mappings of an address space
-# (with a userfaultfd) as pairs of addresses; a process (with a pidfd); that this was all;
-# pages: address space, address, length and where in the shared memory; that a question has been
-# answered by pages; that all of the image was sent; that no more comes.
-VIEW, PROCESS, BEGIN, DATA, ANSWERED, WHOLE, GIVE_UP = b"V", b"P", b"B", b"D", b"A", b"W", b"G"
+# socket of its own: the mappings of an address space (with a userfaultfd) as pairs of addresses; a
+# process (with a pidfd); that this was all; pages: address space, address, length and where in the
+# shared memory, and zero pages likewise; that a question has been answered by pages; that all of
+# the image was sent; that no more comes.
+VIEW, PROCESS, BEGIN, DATA, ZERO = b"V", b"P", b"B", b"D", b"Z"
+ANSWERED, WHOLE, GIVE_UP = b"A", b"W", b"G"
 SPACE, RANGE, PIECE = struct.Struct("=I"), struct.Struct("=QQ"), struct.Struct("=IQQQ")
 # To the agent: ready; a question: address space and address; a piece was taken in, by its place;
 # everything is complete; the tree was ended, and why.
@@ -54,7 +57,7 @@ MESSAGE_BYTES = 1 << 17
 
 # linux/userfaultfd.h
 UFFDIO_REGISTER, UFFDIO_UNREGISTER = 0xC020AA00, 0x8010AA01
-_WAKE, _COPY, _ZEROPAGE = 0x8010AA02, 0xC028AA03, 0xC020AA04
+_WAKE, _COPY, _ZEROPAGE, _CONTINUE = 0x8010AA02, 0xC028AA03, 0xC020AA04, 0xC020AA07
 MODE_MISSING = 1
 # struct uffd_msg: the event, then an address behind flags, a descriptor, or up to three numbers.
 _EVENT = struct.Struct("=B7xQQQ")
@@ -62,6 +65,8 @@ PAGEFAULT, _FORK, _REMAP, _REMOVE, _UNMAP = 0x12, 0x13, 0x14, 0x15, 0x16
 _EVENTS = 64
 # Below it nothing can be mapped unless root changed vm.mmap_min_addr.
 _NOWHERE = 1 << 16
+# So many address spaces are held before those that have ended are looked for.
+_VIEWS = 64
 # linux/sched.h, asm/unistd.h
 _CLONE_FILES = 0x400
 _NR_CLONE = {"x86_64": 56, "aarch64": 220}
@@ -70,14 +75,6 @@ _MEMORY_TRIES, _MOMENT_MS = 500, 20
 _CHANGING_MS = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-class Gone(Exception):
-    """The address space has ended."""
-
-
-class Failed(Exception):
-    """The kernel does not take pages in any more."""
 
 
 class View:
@@ -152,26 +149,18 @@ def wake(fd: int, address: int, length: int = PAGE_BYTES) -> None:
 
 def messages(fd: int) -> list[tuple[int, int, int, int]]:
     """What a userfaultfd tells now: the event and its numbers."""
-    try:
-        said = os.read(fd, _EVENTS * _EVENT.size)
-    except BlockingIOError:
-        return []
-    return list(_EVENT.iter_unpack(said))
+    with contextlib.suppress(BlockingIOError):
+        return list(_EVENT.iter_unpack(os.read(fd, _EVENTS * _EVENT.size)))
+    return []
 
 
 class Keeper:
     """The first of the two processes."""
 
     def __init__(
-        self,
-        channel: socket.socket,
-        urgent: socket.socket,
-        memory: mmap.mmap,
-        entry: str,
-        namespace: str,
+        self, channels: Sequence[socket.socket], memory: mmap.mmap, entry: str, namespace: str
     ) -> None:
-        self._channel = channel
-        self._urgent = urgent
+        self._channel, self._urgent = channels
         self._namespace = namespace
         self._begun = False
         self._memory = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -180,11 +169,12 @@ class Keeper:
         self._questions: dict[tuple[int, int], list[tuple[View, int]]] = {}
         self._again: list[tuple[View, int]] = []
         self._poll = select.epoll()
-        self._poll.register(channel, select.EPOLLIN)
-        self._poll.register(urgent, select.EPOLLIN)
+        for each in channels:
+            self._poll.register(each, select.EPOLLIN)
         self._own = os.pidfd_open(os.getpid())
         self._second = -1
         self._second_pid = 0
+        self._most = _VIEWS
 
     def run(self) -> int:
         """Serve until all is complete (0), or the tree has been ended (1)."""
@@ -199,9 +189,9 @@ class Keeper:
         # All that was missing is in: from here on, whatever is killed, nothing is missing.
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._entry)
+        self._end_second()
         for view in list(self._views.values()):
             self._drop(view)
-        self._end_second()
         self._channel.send(COMPLETE)
         return 0
 
@@ -235,6 +225,8 @@ class Keeper:
         kind, content = said[:1], memoryview(said)[1:]
         if kind == DATA:
             self._take(*PIECE.unpack(content))
+        elif kind == ZERO:
+            self._forget(*PIECE.unpack(content))
         elif kind == ANSWERED:
             self._answered(*ADDRESS.unpack(content))
         elif kind == VIEW:
@@ -254,14 +246,25 @@ class Keeper:
             self._fill(todo[0], origin, length, self._memory + place)
         self._channel.send(TAKEN + PLACE.pack(place))
 
+    def _forget(self, space: int, origin: int, length: int, _: int) -> None:
+        """Nothing belongs there that would have to be asked for."""
+        for view in [each for each in self._views.values() if each.space == space]:
+            while (found := view.first(origin, origin + length)) is not None:
+                view.cut(found[0], found[0] + found[2])
+
     def _answered(self, space: int, origin: int) -> None:
         for view, address in self._questions.pop((space, origin), ()):
-            if view.origin(address) == origin:
+            if view.origin(address) in (origin, None):
                 self._zero(view, address)  # or it is there by now
             elif self._lives(view):
                 wake(view.fd, address)
 
     def _add(self, fd: int, space: int, segments: list[tuple[int, int, int]]) -> None:
+        if len(self._views) >= self._most:
+            # A tree may fork again and again, while nothing is filled that would tell who ended.
+            for view in [each for each in self._views.values() if gone(each.fd)]:
+                self._drop(view)
+            self._most = max(_VIEWS, 2 * len(self._views))
         os.set_blocking(fd, False)
         self._views[fd] = View(fd, space, segments)
         self._poll.register(fd, select.EPOLLIN)
@@ -349,7 +352,7 @@ class Keeper:
         elif problem == errno.ENOMEM and tries < _MEMORY_TRIES:
             _wait(_MOMENT_MS)
         else:
-            raise Failed(os.strerror(problem))
+            raise OSError(problem, os.strerror(problem))
 
     def _make_second(self) -> None:
         # With the interpreter's lock held all the time: this is the only thread, and both go on.
@@ -359,11 +362,11 @@ class Keeper:
             number, _CLONE_FILES | signal.SIGCHLD, 0, 0, 0, 0
         )
         if self._second_pid == 0:
-            _ready(self._own)
+            select.select([self._own], [], [])
             end_tree(self._namespace, {os.getpid(), os.getppid()})
             os._exit(1)
         if self._second_pid < 0:
-            raise Failed("no second process could be made to keep it")
+            raise OSError("no second process could be made to keep it")
         self._second = os.pidfd_open(self._second_pid)
         self._poll.register(self._second, select.EPOLLIN)
 
@@ -390,7 +393,7 @@ def end_tree(namespace: str, spared: set[int]) -> None:
     while True:
         held = [(int(name), _link(f"self/fd/{name}")) for name in _listed("self/fd")]
         doomed = {pid for fd, link in held if "[pidfd]" in link and (pid := _pid_of(fd)) > 0}
-        left = [fd for fd, link in held if "[userfaultfd]" in link and not _gone(fd)]
+        left = [fd for fd, link in held if "[userfaultfd]" in link and not gone(fd)]
         if not first:
             doomed |= _orphans(namespace, left)
         _kill(doomed - spared)
@@ -454,8 +457,10 @@ def _began(pid: int) -> int:
     return -1
 
 
-def _gone(fd: int) -> bool:
-    return zero(fd, _NOWHERE) == errno.ESRCH
+def gone(fd: int) -> bool:
+    """Whether the address space of a userfaultfd has ended."""
+    # Asks for something that is done nowhere, wherever this may be: only for shared memory.
+    return call(fd, _CONTINUE, _NOWHERE, PAGE_BYTES, 0, 0)[0] == errno.ESRCH
 
 
 def _pid_of(fd: int) -> int:
@@ -479,17 +484,10 @@ def _listed(folder: str) -> list[str]:
 
 
 def _send(pid: int, number: int) -> bool:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
-
-
-def _ready(fd: int) -> None:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    poll.poll()
+        return True
+    return False
 
 
 def _wait(span_ms: int) -> None:
@@ -498,13 +496,15 @@ def _wait(span_ms: int) -> None:
 
 def main(argv: list[str]) -> int:
     """Run; 0 if all became complete."""
-    channel, urgent = (socket.socket(fileno=int(each)) for each in argv[1:3])
+    channels = [socket.socket(fileno=int(each)) for each in argv[1:3]]
     memory = mmap.mmap(int(argv[3]), int(argv[4]))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("-1000")
-    return Keeper(channel, urgent, memory, argv[5], argv[6]).run()
+    return Keeper(channels, memory, argv[5], argv[6]).run()
 
 
 if __name__ == "__main__":

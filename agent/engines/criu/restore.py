@@ -27,6 +27,7 @@ from agent.engines.base import FilePolicy, Gate, RestoredTree, RestoreOptions
 from agent.engines.criu import (
     conflicts,
     feed,
+    filling,
     journal,
     lazy,
     log,
@@ -210,7 +211,7 @@ class _Restore:
             source, known, self._images, pouring=pouring, deferring=options.fills is not None
         )
         self._daemon: lazy.Daemon | None = None
-        self._fill: lazy.Fill | None = None
+        self._fill: filling.Fill | None = None
         self._hold = contextlib.ExitStack()
         self._criu_status: int | None = None
 
@@ -326,7 +327,7 @@ class _Restore:
             pid = self._site.host_pid(space.id)
             there = lazy.ask_for(descriptors[space.id], each, pid)
             self._feed.pour_early(space, there, f"/proc/{pid}/mem")
-        self._fill = lazy.Fill(
+        self._fill = filling.Fill(
             self._places,
             self._source,
             deferred,

@@ -1,0 +1,313 @@
+"""Brings the memory of a tree that runs already.
+
+``Fill`` hands the tree's userfaultfds to the ``keeper``, a program of its own, and sends it the
+pages: those that a process waits for first, beside them all others in their order, with the
+store's read-ahead.
+
+Promises: what a process finds in its memory has been verified and belongs there. A tree whose
+memory cannot be completed is ended, whoever fails or dies (see ``keeper``), never left running with
+holes. Memory is bounded: 16 MiB besides the store's.
+Does not: choose what comes late; ``lazy`` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import queue
+import socket
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+from agent import errors
+from agent.engines.criu import journal, keeper, lazy
+from agent.host import clock, proc, subprocesses
+from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource
+
+# What is copied in one step while nobody else is served, and what comes along with a page that
+# somebody waits for.
+_PIECE_BYTES, _WINDOW_BYTES = 1 << 20, 1 << 20
+_PIECES, _ANSWERS = 12, 4
+# How long a piece of the rest makes room for what somebody waits for: it must not starve, also
+# where a process reads all of its memory from the start.
+_ROOM_S = 0.002
+# Zero pages in so long a row are told of, so that nobody asks for each; more often costs more.
+_ZERO_PAGES = 16
+_POLL_S = 0.2
+_READY_S = 10.0
+_ENDED_S = 60.0
+# A thread that hangs in a read of the volume is not waited for.
+_LEFT_S = 5.0
+
+
+class Fill:
+    """The filling of one tree; see ``agent.engines.base.Filling``.
+
+    ``tree`` are its processes on this host, held against dumps until it is complete. ``patience_s``
+    may pass without a page before it is given up.
+
+    Raises:
+        errors.RestoreFailed: the keeper cannot be had; nothing of it is left.
+    """
+
+    def __init__(
+        self,
+        places: journal.Places,
+        source: MemberSource,
+        deferred: Mapping[AddressSpace, lazy.Deferred],
+        descriptors: Mapping[AddressSpace, int],
+        tree: Sequence[proc.Identity],
+        patience_s: float,
+    ) -> None:
+        self._source, self._beside = source, source.beside()
+        self._spaces = [space for space in deferred if deferred[space].runs]
+        self._deferred = deferred
+        self._patience_s = patience_s
+        self.total_bytes = sum(
+            run.pages * PAGE_BYTES for each in deferred.values() for run in each.runs
+        )
+        self.filled_bytes = 0
+        self._last_s = clock.monotonic_s()
+        self._failure: errors.CkptError | None = None
+        self._complete = self._left = False
+        self._over = threading.Event()
+        self._asked, self._quiet = 0, threading.Condition()
+        self._questions: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._owned = contextlib.ExitStack()
+        try:
+            operation = self._owned.enter_context(places.operation("fill", tree))
+            self._owned.enter_context(places.locked(tree))
+            self._start(places, operation, descriptors, tree)
+        except BaseException:
+            self.give_up()
+            raise
+
+    def begin(self) -> None:
+        """The tree runs next: send its pages."""
+        for name, work in (
+            ("fill-hear", self._hear),
+            ("fill-stream", self._stream),
+            ("fill-answer", self._answer),
+        ):
+            thread = threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """See ``agent.engines.base.Filling``."""
+        if not self._over.wait(timeout_s):
+            if clock.monotonic_s() - self._last_s > self._patience_s:
+                self._fail(
+                    errors.DeadlineExceeded(
+                        f"no memory of the image came for {self._patience_s:g} s",
+                        hint="look at the store's volume, then restore again",
+                    )
+                )
+            if self._failure is None:
+                return False
+        self.give_up()
+        if not self._complete:
+            raise self._failure or _keeper_lost()
+        return True
+
+    def give_up(self) -> None:
+        """End the tree unless it is complete, and leave nothing; safe to repeat."""
+        if self._left:
+            return
+        self._left = True
+        self._over.set()
+        self._questions.put(None)
+        if not self._complete and hasattr(self, "_channel"):
+            with contextlib.suppress(OSError):
+                self._channel.send(keeper.GIVE_UP)
+        if hasattr(self, "_child"):
+            self._child.wait(clock.Deadline.after(_ENDED_S))
+        for thread in self._threads:
+            thread.join(_LEFT_S)
+        if hasattr(self, "_child"):
+            # Whoever of the two keepers is left ends the tree, and then holds this no more.
+            self._channel.settimeout(_ENDED_S)
+            while not self._complete and self._said():
+                pass
+            self._channel.close()
+            self._urgent.close()
+            self._view.release()
+            self._memory.close()
+        self._owned.close()
+
+    def _start(
+        self,
+        places: journal.Places,
+        operation: journal.Operation,
+        descriptors: Mapping[AddressSpace, int],
+        tree: Sequence[proc.Identity],
+    ) -> None:
+        size = (_PIECES + _ANSWERS) * _PIECE_BYTES
+        memory = os.memfd_create("fill", os.MFD_CLOEXEC)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._urgent, urgent = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            os.ftruncate(memory, size)
+            self._memory = mmap.mmap(memory, size)
+            self._view = memoryview(self._memory)
+            namespace = f"pid:[{proc.namespaces(tree[0].pid)['pid']}]"
+            path = places.entry_path(operation.entry.name)
+            argv = [
+                *(sys.executable, "-I", "-S", keeper.__file__),
+                *map(str, (theirs.fileno(), urgent.fileno(), memory, size, path, namespace)),
+            ]
+            shared = [theirs.fileno(), urgent.fileno(), memory]
+            self._child = subprocesses.start(argv, pass_fds=shared)
+            self._channel = ours
+        finally:
+            os.close(memory)
+            theirs.close()
+            urgent.close()
+        for each in range(_PIECES):
+            self._pieces.put(each * _PIECE_BYTES)
+        for each in range(_PIECES, _PIECES + _ANSWERS):
+            self._answers.put(each * _PIECE_BYTES)
+        self._channel.settimeout(_READY_S)
+        for who in tree:
+            pidfd = os.pidfd_open(who.pid)
+            try:
+                socket.send_fds(self._channel, [keeper.PROCESS], [pidfd])
+            finally:
+                os.close(pidfd)
+        for number, space in enumerate(self._spaces):
+            areas = b"".join(keeper.RANGE.pack(*area) for area in self._deferred[space].areas)
+            socket.send_fds(
+                self._channel,
+                [keeper.VIEW + keeper.SPACE.pack(number) + areas],
+                [descriptors[space]],
+            )
+        self._channel.send(keeper.BEGIN)
+        if self._channel.recv(1) != keeper.READY:
+            raise _keeper_lost()
+        self._channel.settimeout(None)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except errors.CkptError as exc:
+            self._fail(exc)
+        except (_Over, BrokenPipeError):
+            pass  # if the keeper has ended, it says why, or ``_hear`` notices
+        except BaseException as exc:  # noqa: BLE001 - carried to whoever waits
+            failure = errors.RestoreFailed(f"filling failed: {exc}", hint="restore it again")
+            failure.__cause__ = exc
+            self._fail(failure)
+
+    def _fail(self, failure: errors.CkptError) -> None:
+        if self._failure is None and not self._complete and not self._left:
+            self._failure = failure
+            with contextlib.suppress(OSError):
+                self._channel.send(keeper.GIVE_UP)
+
+    def _said(self) -> bytes:
+        while True:
+            try:
+                return self._channel.recv(keeper.MESSAGE_BYTES)
+            except ConnectionResetError:
+                # It ended without reading all; what it said before comes after this error.
+                continue
+            except TimeoutError:
+                return b""
+
+    def _hear(self) -> None:
+        try:
+            while said := self._said():
+                kind, content = said[:1], said[1:]
+                if kind == keeper.TAKEN:
+                    (place,) = keeper.PLACE.unpack(content)
+                    mine = place < _PIECES * _PIECE_BYTES
+                    (self._pieces if mine else self._answers).put(place)
+                    self._last_s = clock.monotonic_s()
+                elif kind == keeper.QUESTION:
+                    self._question(1)
+                    self._questions.put(keeper.ADDRESS.unpack(content))
+                elif kind == keeper.COMPLETE:
+                    self._complete = True
+                    return
+                elif kind == keeper.ENDED:
+                    if content and self._failure is None:
+                        self._failure = errors.RestoreFailed(content.decode(), hint="restore again")
+                    return
+        finally:
+            self._over.set()
+            self._questions.put(None)
+
+    def _stream(self) -> None:
+        for number, space in enumerate(self._spaces):
+            for address, data, pages in self._source.read(space, self._deferred[space].runs):
+                if data is not None:
+                    with self._quiet:
+                        self._quiet.wait_for(lambda: self._asked == 0, _ROOM_S)
+                    self._send(self._channel, number, address, data, self._pieces)
+                elif pages >= _ZERO_PAGES:
+                    self._channel.send(_zero(number, address, pages))
+                if self._over.is_set():
+                    return
+                self.filled_bytes += pages * PAGE_BYTES
+        self._channel.send(keeper.WHOLE)
+
+    def _answer(self) -> None:
+        while (question := self._questions.get()) is not None:
+            number, address = question
+            space = self._spaces[number]
+            low = address // _WINDOW_BYTES * _WINDOW_BYTES
+            runs = self._deferred[space].within(low, low + _WINDOW_BYTES)
+            for at, data, pages in self._beside.read(space, runs) if runs else ():
+                if data is not None:
+                    self._send(self._urgent, number, at, data, self._answers)
+                elif pages >= _ZERO_PAGES:
+                    self._urgent.send(_zero(number, at, pages))
+            self._urgent.send(keeper.ANSWERED + keeper.ADDRESS.pack(number, address))
+            self._question(-1)
+
+    def _question(self, more: int) -> None:
+        with self._quiet:
+            self._asked += more
+            self._quiet.notify_all()
+
+    def _send(
+        self,
+        channel: socket.socket,
+        number: int,
+        address: int,
+        data: memoryview,
+        places: queue.SimpleQueue[int],
+    ) -> None:
+        """Raises ``_Over`` unless all of it was sent: who waits for it must go on waiting then."""
+        for at in range(0, len(data), _PIECE_BYTES):
+            part = data[at : at + _PIECE_BYTES]
+            place = self._free(places)
+            self._view[place : place + len(part)] = part
+            said = keeper.PIECE.pack(number, address + at, len(part), place)
+            channel.send(keeper.DATA + said)
+
+    def _free(self, places: queue.SimpleQueue[int]) -> int:
+        while not self._over.is_set():
+            with contextlib.suppress(queue.Empty):
+                return places.get(timeout=_POLL_S)
+        raise _Over
+
+
+class _Over(Exception):
+    """Nothing is to be sent any more."""
+
+
+def _zero(number: int, address: int, pages: int) -> bytes:
+    return keeper.ZERO + keeper.PIECE.pack(number, address, pages * PAGE_BYTES, 0)
+
+
+def _keeper_lost() -> errors.RestoreFailed:
+    return errors.RestoreFailed(
+        "the program that fills the tree's memory was killed; the tree was ended",
+        hint="restore it again",
+    )

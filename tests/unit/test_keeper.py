@@ -1,0 +1,72 @@
+"""What the keeper of a tree's missing pages knows of mappings that move, shrink and go."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.engines.criu import lazy, pour
+from agent.engines.criu.keeper import PAGE_BYTES, View
+from agent.model.streams import PageRun
+
+_PAGES = 40
+_places = st.integers(0, _PAGES - 1)
+_spans = st.integers(1, _PAGES)
+_changes = st.lists(
+    st.one_of(
+        st.tuples(st.just("cut"), _places, _spans, st.just(0)),
+        st.tuples(st.just("move"), _places, _spans, st.integers(_PAGES, 2 * _PAGES)),
+        st.tuples(st.just("back"), _places, _spans, _places),
+    ),
+    max_size=12,
+)
+
+
+@given(_changes, _places, _spans)
+def test_pages_are_looked_for_where_they_went(
+    changes: list[tuple[str, int, int, int]], at: int, span: int
+) -> None:
+    view = View(
+        -1, 0, [(0, 10 * PAGE_BYTES, 0), (15 * PAGE_BYTES, 40 * PAGE_BYTES, 15 * PAGE_BYTES)]
+    )
+    model = {page: page for page in (*range(10), *range(15, 40))}
+    for kind, start, pages, to in changes:
+        begin = start + (_PAGES if kind == "back" else 0)
+        if kind == "cut":
+            view.cut(begin * PAGE_BYTES, (begin + pages) * PAGE_BYTES)
+            model = {p: o for p, o in model.items() if not begin <= p < begin + pages}
+        elif abs(begin - to) >= pages:  # the kernel moves to where it does not overlap
+            view.move(begin * PAGE_BYTES, to * PAGE_BYTES, pages * PAGE_BYTES)
+            moved = {p - begin + to: o for p, o in model.items() if begin <= p < begin + pages}
+            gone = (*range(begin, begin + pages), *range(to, to + pages))
+            model = {p: o for p, o in model.items() if p not in gone} | moved
+    assert view.segments == sorted(view.segments)
+    for page in range(4 * _PAGES):
+        origin = model.get(page)
+        found = view.origin(page * PAGE_BYTES + 5 & -PAGE_BYTES)
+        assert found == (None if origin is None else origin * PAGE_BYTES)
+    low, high = at * PAGE_BYTES, (at + span) * PAGE_BYTES
+    seen = []
+    while (first := view.first(low, high)) is not None:
+        address, low, size = first
+        seen += [(address + n, low + n) for n in range(0, size, PAGE_BYTES)]
+        low += size
+    wanted = sorted((o, p) for p, o in model.items() if at <= o < at + span)
+    assert sorted((o, p) for p, o in seen) == [(o * PAGE_BYTES, p * PAGE_BYTES) for o, p in wanted]
+
+
+def test_only_large_private_memory_waits_and_nothing_that_a_thread_ends_with() -> None:
+    anonymous, page = 1 << 9, PAGE_BYTES
+    large = pour.Area(0x100000, 0x100000 + (2 << 20), anonymous, 0, 0, 0)
+    locked = pour.Area(0x800000, 0x800000 + (2 << 20), anonymous, 0x2000, 0, 0)
+    wiped = pour.Area(0x1000000, 0x1000000 + (2 << 20), anonymous, 0, 0, 0, 1 << 18)
+    small = pour.Area(0x2000000, 0x2000000 + (2 << 20), anonymous, 0, 0, 0)
+    process = pour.ProcessMemory(
+        1, 0, (large, locked, wiped, small), (), (0x100000 + 3 * page + 8,)
+    )
+    runs = [PageRun(area.start, 512, 4) for area in (large, locked, wiped)]
+    runs.append(PageRun(small.start, 255, 4))
+    now, later = lazy.defer(process, pour.Split((), (), tuple(runs)))
+    assert later.areas == ((large.start, large.end),)
+    assert later.runs == (PageRun(large.start, 3, 4), PageRun(large.start + 4 * page, 508, 4))
+    assert now.poured_fresh == (PageRun(large.start + 3 * page, 1, 4), *runs[1:])
