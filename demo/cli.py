@@ -68,8 +68,11 @@ class Agent:
         return [self._program, *arguments, "--store", self._store, "-o", "json"]
 
     def dump(self, pids: Sequence[int], name: str) -> Dump:
-        """Dump the trees below ``pids`` as the next epoch of ``name``."""
+        """Dump the trees below ``pids`` as the next epoch of ``name``, as quickly as it goes: at
+        the default pace, which spares a job, this short one would be over before its third dump.
+        """
         named = [word for pid in pids for word in ("--pid", str(pid))]
+        named += ["--precopy-cpu", "100"]
         began_s = time.monotonic()
         document = self._run(self.command("dump", *named, "--name", name))
         return Dump.read(document, time.monotonic() - began_s)

@@ -21,9 +21,11 @@ from agent.host import clock, proc
 
 # Of the whole deadline; the rest is for what comes after.
 PATIENCE = 0.25
-# What may be taken at once before anything is held back: small trees are copied within it. The
-# same is the most that is owed, since other work of this program counts as well.
-_BURST_S = 0.1
+# What may be taken at once before anything is held back: trees of a few hundred MiB are copied
+# within it, which a job notices less than that it takes long.
+_BURST_S = 0.5
+# The most that is owed, since other work of this program counts as well.
+_DEBT_S = 0.1
 # A tree that takes less than this part of one core has nothing to lose.
 _IDLE = 0.1
 # The kernel counts in hundredths of a second.
@@ -91,7 +93,7 @@ class Pace:
         if self._cores is not None:
             self._look(now_s)
             owed_s = self._owed_s + took_s - self._took_s - passed_s * self._cores
-            self._owed_s = -_BURST_S if self._idle else max(-_BURST_S, min(_BURST_S, owed_s))
+            self._owed_s = -_BURST_S if self._idle else max(-_BURST_S, min(_DEBT_S, owed_s))
         self._took_s = took_s
         if self._limits.bytes_per_s is not None:
             self._owed_bytes = max(0.0, self._owed_bytes - passed_s * self._limits.bytes_per_s)
