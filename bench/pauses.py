@@ -1,7 +1,7 @@
 """How long jobs stand still and how much they are slowed down: ``python -m bench.pauses``.
 
 Each case is a section of ``bench/pauses.md`` and ``.json``. With ``--only CASE`` a run renews these
-sections and leaves the others: all of them together take twenty minutes, and nothing else may run.
+sections and leaves the others: all of them together take half an hour, and nothing else may run.
 
 Promises: what it measures is paired: the agent and ``criu dump`` to tmpfs stop the same job in
 turns, and a job's speed beside a dump is told against its speed just before and after.
