@@ -131,7 +131,7 @@ def test_between_two_epochs_others_have_the_pod_but_for_another_watch(
     target = host.start("memory", MEMORY_MIB=MEMORY_MIB, GLIBC_TUNABLES=NO_RSEQ)
     node.add_pod("counter", target.pid)
     with node.caller(*VERBS) as agent:
-        watching = Watching(agent, every_s=3.0)
+        watching = Watching(agent, every_s=5.0)
         wait_for(lambda: watching.done and not node.operations.running(), 30)
         with pytest.raises(errors.TargetBusy, match="watched already"):
             agent.watch("default", "counter", pod_uid="", deadline_s=60.0)
