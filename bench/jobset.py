@@ -115,8 +115,8 @@ def _shared(ranks: int, alone: Samples) -> str:
     cores = os.cpu_count() or 1
     share_s = alone.median * max(1.0, ranks / cores)
     return (
-        f"{ranks} captures share {cores} cores here: if each took what it takes alone, and one core,"
-        f" that would be {share_s * 1e3:.0f} ms"
+        f"{ranks} captures share {cores} cores here: if each took what it takes alone, and one"
+        f" core, that would be {share_s * 1e3:.0f} ms"
     )
 
 
