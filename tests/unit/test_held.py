@@ -107,6 +107,14 @@ def test_a_disk_that_fails_is_as_one_that_is_full(
         assert filled(held) == seen.calls
 
 
+def test_what_the_store_has_seen_goes_to_no_disk(seen: Seen, tmp_path: Path) -> None:
+    for held in held_sink(seen, MIB, tmp_path):
+        held.keep_off_disk()
+        held.hold()
+        assert filled(held) == seen.calls
+        assert held.spooled_bytes == 0
+
+
 @pytest.mark.parametrize("budget_bytes", [0, 8 * MIB])
 def test_without_a_budget_nothing_is_held(seen: Seen, tmp_path: Path, budget_bytes: int) -> None:
     for held in held_sink(seen, budget_bytes, tmp_path):

@@ -186,12 +186,9 @@ class _Capture:
         self._root = subject.tree[0]
         self._tree = subject.tree
         self._sink = sink
-        self._held = held.HeldSink(
-            sink,
-            options.held_bytes,
-            # Who is to end waits for the store in any case.
-            None if options.kill else operation.scratch,
-        )
+        # Who is to end waits for the store in any case.
+        folder = None if options.kill else operation.scratch
+        self._held = held.HeldSink(sink, options.held_bytes, folder)
         self._code = codepages.CodePages()
         self._short: shortstop.ShortStop | None = None
         self._plain_because = ""
@@ -354,6 +351,8 @@ class _Capture:
             self._subject.about_to_freeze(self._operation)
             self._cut.ready()
             self._poise()
+            if self._short is not None and self._short.reads_known:
+                self._held.keep_off_disk()
             self._held.hold()
             self._states = {each: _state(each) for each in proc.tree(self._root.pid)}
             self._times.freeze_from_s = clock.monotonic_s()

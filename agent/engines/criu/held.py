@@ -45,6 +45,10 @@ class HeldSink:
         """How much went to the local disk."""
         return self._spool.size_bytes
 
+    def keep_off_disk(self) -> None:
+        """Spool nothing: the sink has seen nearly all of what comes, and is quicker."""
+        self._spool.refuse()
+
     def close(self) -> None:
         """Let go of what is held; safe to repeat."""
         self._waiting = []

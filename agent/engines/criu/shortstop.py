@@ -79,6 +79,11 @@ class ShortStop:
         return self._hiding.descriptor
 
     @property
+    def reads_known(self) -> bool:
+        """Whether processes are read whole at the cut though all of them was drafted."""
+        return "none" in self._precopy.kinds
+
+    @property
     def under(self) -> list[str]:
         """What CRIU must be started by."""
         return self._hiding.under

@@ -46,6 +46,10 @@ class Spool:
             self._folder = None
             return None
 
+    def refuse(self) -> None:
+        """Take nothing more."""
+        self._folder = None
+
     def close(self) -> None:
         """Remove it; safe to repeat."""
         if self._file is not None:
