@@ -127,9 +127,7 @@ def test_what_is_stored_of_shared_memory_is_what_it_held_when_the_tree_stood_sti
             # A hole is no page of zeros.
             assert len([space for space in held if _bytes(image, space) == 2 << 20]) == 1
     host.assert_clean()
-    for pid in reversed(proc.tree(job)):
-        os.kill(pid, signal.SIGKILL)
-    _reap(host, job)
+    _end(host, job)
     seen: list[dict[AddressSpace, bytes]] = []
     host.restore(image, RestoreOptions(), Gate(restored=lambda: seen.append(objects(job))))
     # CRIU still has shared memory of its own there.
@@ -165,10 +163,15 @@ def _bytes(image: MemoryImage, space: AddressSpace) -> int:
     return sum(len(data) for _, data in image.runs_of.get(space, []))
 
 
-def _reap(host: Host, root: int) -> None:
+def _end(host: Host, root: int) -> None:
+    """End the tree, until its numbers are free."""
+    pids = proc.tree(root)
+    for pid in reversed(pids):
+        os.kill(pid, signal.SIGKILL)
     for popen in host.popens:
         if popen.pid == root:
             popen.wait()
     deadline = time.monotonic() + 10
-    while proc.exists(root) and time.monotonic() < deadline:
+    while any(proc.exists(pid) for pid in pids):
+        assert time.monotonic() < deadline, "the tree does not end"
         time.sleep(0.01)
