@@ -85,10 +85,9 @@ class Settings:
     """Whether a job's memory is copied while it runs, so that it stops only for what it wrote last.
     Where that cannot be done, a dump takes the plain way by itself."""
 
-    precopy_cpu_percent: int = 5
+    precopy_cpu_percent: int = 10
     """How much of the cores that this program may use it takes for that, in percent, while the job
-    computes. What a core does slows its neighbours down, too, and a job is to keep nine tenths of
-    its speed on two of them (bench/pauses.md). 100: no limit."""
+    computes, which is to keep nine tenths of its speed. 100: no limit."""
 
     precopy_rate_bytes: int | None = None
     """How many bytes of memory it reads a second for that, and so writes at most. None: as many as
