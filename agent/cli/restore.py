@@ -236,7 +236,7 @@ def _restored(
                 return
             if stopped:
                 raise _interrupted()
-            if options.fills is not None and not told:
+            if not told:
                 told.append(now.phase)
                 late = output.human_bytes(now.total_bytes)
                 invocation.say(f"{image} runs, {late} of its memory are on the way")

@@ -88,16 +88,8 @@ def restore(
         trees = _restore_all(engine, sources, options)
         running_s = clock.monotonic_s() - began_s
 
-        def filling() -> None:
-            progress(Progress("fill", fills.filled_bytes, fills.total_bytes))
-
-        try:
-            filling()
-            fills.wait(filling)
-        except BaseException:
-            for _, tree in trees:
-                tree.kill()
-            raise
+        if options.fills is not None:
+            _await_filled(fills, trees, progress)
     progress(Progress("done"))
     return RestoreOutcome(
         epoch=reader.summary,
@@ -107,6 +99,25 @@ def restore(
         late_s=clock.monotonic_s() - began_s - running_s if fills.total_bytes else 0.0,
         late_bytes=fills.total_bytes,
     )
+
+
+def _await_filled(
+    fills: Fills,
+    trees: Sequence[tuple[ids.MemberName, RestoredTree]],
+    progress: Callable[[Progress], None],
+) -> None:
+    """Return when all memory is in; whatever comes instead ends the trees."""
+
+    def filling() -> None:
+        progress(Progress("fill", fills.filled_bytes, fills.total_bytes))
+
+    try:
+        filling()
+        fills.wait(filling)
+    except BaseException:
+        for _, tree in trees:
+            tree.kill()
+        raise
 
 
 def check_all(
