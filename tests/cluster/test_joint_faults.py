@@ -258,6 +258,7 @@ def test_of_two_epochs_at_once_one_is_refused_and_names_the_other(
     agents: Cluster, ranks: Ranks
 ) -> None:
     before = leftovers.of_all(agents)
+    had = ranks.images()
     names = [each["metadata"]["name"] for each in ranks.training.pods().values()]
     for name in names:
         agents.kubectl("exec", name, "-n", ranks.namespace, "--", "touch", PAUSE)
@@ -278,7 +279,7 @@ def test_of_two_epochs_at_once_one_is_refused_and_names_the_other(
     lost = [said["code"] for said, status in ends if status != exits.DONE]
     assert images, ends
     assert set(lost) <= {"target-busy"}, ends
-    assert sorted(ranks.images()) == sorted([taken["name"], *images])
+    assert sorted(ranks.images()) == sorted([*had, taken["name"], *images])
     assert ckpt(agents, "verify", "--all", "-n", ranks.namespace).document()["good"]
     ranks.training.goes_on()
     leftovers.assert_none(agents, before)
