@@ -56,6 +56,22 @@ open(sys.argv[1], "w").close()
 open(sys.argv[1] + ".child", "w").close()
 while True: signal.pause()
 """
+# Each time it is asked the first page becomes what it was before.
+_TURNING = """
+import mmap, os, random, signal, sys
+mapped = os.memfd_create("mapped")
+os.pwrite(mapped, random.randbytes(32 << 20), 0)
+area = mmap.mmap(mapped, 32 << 20)
+sum(area[::4096])
+pages = [area[:4096], random.randbytes(4096)]
+def turn(*_):
+    pages.reverse()
+    area[:4096] = pages[0]
+signal.signal(signal.SIGUSR1, turn)
+open(sys.argv[1], "w").close()
+open(sys.argv[1] + ".child", "w").close()
+while True: signal.pause()
+"""
 
 
 def objects(root: int) -> dict[AddressSpace, bytes]:
@@ -149,6 +165,23 @@ def test_only_what_was_written_is_read_again_whoever_wrote_it(host: Host, tmp_pa
     host.assert_clean()
 
 
+def test_what_was_there_before_an_epoch_of_the_plain_way_is_not_taken_for_what_that_has(
+    host: Host, tmp_path: Path
+) -> None:
+    """As a lock that is free, taken when the epoch is made, and free again."""
+    job = started(host, _TURNING, tmp_path)
+    with Kept() as kept:
+        captured(host, job, MemoryImage(), kept)
+        kept.committed("one")
+        _turn(job)
+        plain = MemoryImage()
+        host.capture(job, plain, Cut(), CaptureOptions(kept=kept))
+        kept.committed("two")
+        _turn(job)
+        captured(host, job, MemoryImage(("two", plain)), kept)
+    host.assert_clean()
+
+
 def test_objects_that_criu_sends_after_all_are_stored_once(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +190,14 @@ def test_objects_that_criu_sends_after_all_are_stored_once(
     job = started(host, _QUIET, tmp_path)
     with Kept() as kept:
         captured(host, job, MemoryImage(), kept)
+
+
+def _turn(job: int) -> None:
+    before = objects(job)
+    os.kill(job, signal.SIGUSR1)
+    deadline = time.monotonic() + 20
+    while objects(job) == before:
+        assert time.monotonic() < deadline, "nothing was written"
 
 
 def _bytes(image: MemoryImage, space: AddressSpace) -> int:

@@ -299,11 +299,13 @@ class _Capture:
         return exc
 
     def _choose(self) -> None:
-        if not self._options.precopy:
+        if self._options.precopy:
+            self._plain_because = shortstop.unsuited(self._subject.criu, self._pids)
+        else:
             self._plain_because = "it was not asked for, or failed before"
-            return
-        self._plain_because = shortstop.unsuited(self._subject.criu, self._pids)
-        if not self._plain_because:
+        if self._plain_because:
+            shortstop.passed_over(self._options.kept, self._root.pid)
+        else:
             self._short = shortstop.ShortStop(
                 self._root.pid, self._sink, self._held, self._deadline, self._options
             )

@@ -41,6 +41,18 @@ def unsuited(criu: Criu, pids: Sequence[int]) -> str:
     return hiding.usable(criu, pids)
 
 
+def passed_over(kept: Kept | None, root: int) -> None:
+    """The tree below ``root`` is captured the plain way: what is kept of it becomes good for the
+    epoch that this makes.
+    """
+    part = kept.take(root) if kept else None
+    if kept is None or part is None:
+        return
+    if isinstance(part, Precopy):
+        part.forget_shared()
+    kept.keep(root, part)
+
+
 class ShortStop:
     """One capture's. ``ahead`` takes what is copied while the job runs, ``held`` the rest."""
 

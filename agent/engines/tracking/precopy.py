@@ -256,6 +256,12 @@ class Precopy:
         """Copy once what was written to shared memory; little is left then for the cut."""
         self._shared.round(proc.tree(root), self._sink, self._deadline, None)
 
+    def forget_shared(self) -> None:
+        """What is begun next builds on an epoch that somebody else read. Of shared memory only its
+        content at the last cut is known, which says nothing of what that epoch has.
+        """
+        self._shared = SharedCopies()
+
     def cut_shared(self, pids: Sequence[int]) -> list[Found]:
         """Which shared memory of theirs is copied."""
         return self._shared.cut(pids)
