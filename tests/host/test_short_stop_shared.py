@@ -12,6 +12,7 @@ import pytest
 
 from agent.engines.base import CaptureOptions, Kept, RestoreOptions
 from agent.engines.criu import hiding
+from agent.engines.tracking import shared
 from agent.host import proc
 from agent.model.streams import PAGE_BYTES, AddressSpace
 from tests.host.conftest import Cut, Gate, Host
@@ -68,6 +69,20 @@ def turn(*_):
     pages.reverse()
     area[:4096] = pages[0]
 signal.signal(signal.SIGUSR1, turn)
+open(sys.argv[1], "w").close()
+open(sys.argv[1] + ".child", "w").close()
+while True: signal.pause()
+"""
+# Below everything else, so that CRIU finds it first.
+_WORKPLACE = """
+import ctypes, os, random, signal, sys
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, *[ctypes.c_long] * 5]
+mapped = os.memfd_create("code")
+os.pwrite(mapped, random.randbytes(32 << 20), 0)
+# Read, written, executed; MAP_SHARED | MAP_FIXED | MAP_POPULATE.
+assert libc.mmap(1 << 24, 32 << 20, 7, 0x8011, mapped, 0) == 1 << 24
 open(sys.argv[1], "w").close()
 open(sys.argv[1] + ".child", "w").close()
 while True: signal.pause()
@@ -179,6 +194,37 @@ def test_what_was_there_before_an_epoch_of_the_plain_way_is_not_taken_for_what_t
         kept.committed("two")
         _turn(job)
         captured(host, job, MemoryImage(("two", plain)), kept)
+    host.assert_clean()
+
+
+def test_memory_in_which_criu_works_is_stored_as_it_was_before(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It puts system calls into what a process executes: for an instant each, which is waited for
+    here.
+    """
+    job = started(host, _WORKPLACE, tmp_path)
+    read = shared._read
+
+    def read_late(descriptor: int, into: memoryview, offset: int) -> None:
+        read(descriptor, into, offset)
+        before, until_s = bytes(into[:64]), time.monotonic() + 0.5
+        while not offset and into[:64] == before and time.monotonic() < until_s:
+            os.preadv(descriptor, [into[:64]], 0)
+
+    seen: list[dict[AddressSpace, bytes]] = []
+
+    def at_captured() -> None:
+        seen.append(objects(job))
+
+    def at_frozen() -> None:
+        monkeypatch.setattr(shared, "_read", read_late)
+
+    image, options = MemoryImage(), CaptureOptions(precopy=True)
+    how = host.capture(job, image, Cut(at_frozen, at_captured), options).engine_facts["stop"]
+    assert how["path"] == "precopy", how
+    ((space, content),) = seen[0].items()
+    assert stored(image, space, len(content)) == content
     host.assert_clean()
 
 

@@ -8,8 +8,9 @@ given to the sink.
 Promises: at the cut, every page that an object has then is drafted with the content that it has
 then; objects are known by their file, however many processes have them, and are held open only
 while they are read. What is kept is 17 bytes a page.
-Does not: take on objects smaller than ``SMALLEST_BYTES``, in huge pages, or of a number that CRIU
-would cut off; whoever copied these before goes on doing so.
+Does not: take on objects smaller than ``SMALLEST_BYTES``, in huge pages, of a number that CRIU
+would cut off, or that processes have mapped to write and to execute, where CRIU may work itself
+(``criu/codepages``) while they stand still; whoever copied these before goes on doing so.
 """
 
 from __future__ import annotations
@@ -73,28 +74,36 @@ def key_of(path: str) -> Key:
 def find(pids: Iterable[int]) -> list[Found]:
     """The shared memory objects that these processes have mapped or open."""
     objects: dict[Key, Found] = {}
+    workplaces: set[Key] = set()
     for pid in pids:
         with contextlib.suppress(errors.NotFound):
-            for path in _paths(pid):
+            for path, perms in _paths(pid):
                 # It may be gone again.
                 with contextlib.suppress(OSError):
                     known = os.stat(path)
                     key = Key(known.st_dev, known.st_ino)
+                    if perms.endswith("wxs"):
+                        workplaces.add(key)
                     if known.st_dev == _device() and known.st_size >= SMALLEST_BYTES:
                         objects.setdefault(key, Found(key, path))
-    return [each for each in objects.values() if each.key.inode < _NUMBERS_END]
+    return [
+        each
+        for each in objects.values()
+        if each.key.inode < _NUMBERS_END and each.key not in workplaces
+    ]
 
 
-def _paths(pid: int) -> Iterator[str]:
-    """Where shared memory may be had from."""
+def _paths(pid: int) -> Iterator[tuple[str, str]]:
+    """Where shared memory may be had from, and how it is mapped there ("" if it is open)."""
     if _maps_any(pid):
         for mapping in proc.maps(pid):
             if mapping.dev == _device_numbers():
-                yield f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
+                path = f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
+                yield path, mapping.perms
     for number in proc.descriptors(pid):
         with contextlib.suppress(OSError, errors.NotFound):
             if proc.descriptor_link(pid, number).startswith("/memfd:"):
-                yield f"/proc/{pid}/fd/{number}"
+                yield f"/proc/{pid}/fd/{number}", ""
 
 
 def _maps_any(pid: int) -> bool:
