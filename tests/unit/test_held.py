@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO, cast
 
 import pytest
@@ -92,6 +93,18 @@ def test_without_room_on_the_disk_the_store_gets_it_at_once(
         assert held.spooled_bytes == 2 * MIB
         assert seen.calls == given
         held.drain()
+        assert seen.calls == given
+
+
+def test_a_disk_is_not_filled_until_a_kubelet_evicts_pods(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SimpleNamespace(f_frsize=MIB, f_blocks=100, f_bavail=17)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    for held in held_sink(seen, 1, tmp_path):
+        held.hold()
+        given = filled(held)
+        assert held.spooled_bytes == 2 * MIB
         assert seen.calls == given
 
 

@@ -4,7 +4,8 @@ While a job stands still, a disk that takes what it is given into the page cache
 quicker than a store that compresses.
 
 Promises: at most a tenth of the memory that is free when the first piece comes, beyond which Linux
-makes writers wait for the disk (vm.dirty_background_ratio), and half of the room on the disk;
+makes writers wait for the disk (vm.dirty_background_ratio), and half of the room on the disk, of
+which more is left than a kubelet wants (else it removes images, and then evicts pods);
 what does not fit, or cannot be written, is refused. ``close`` leaves nothing, and so does death.
 """
 
@@ -20,6 +21,8 @@ from agent.host import system
 
 _OF_MEMORY = 0.1
 _OF_DISK = 0.5
+# Of the whole disk: imageGCHighThresholdPercent is 85, evictionHard nodefs.available<10%.
+_LEFT_OF_DISK = 0.15
 
 
 class Spool:
@@ -58,9 +61,9 @@ class Spool:
     def _open(self, folder: str) -> None:
         found = os.statvfs(folder)
         free_bytes = found.f_bavail * found.f_frsize
-        self._most_bytes = int(
-            min(free_bytes * _OF_DISK, system.memory_available_bytes() * _OF_MEMORY)
-        )
+        room_bytes = free_bytes - found.f_blocks * found.f_frsize * _LEFT_OF_DISK
+        memory_bytes = system.memory_available_bytes()
+        self._most_bytes = int(min(free_bytes * _OF_DISK, room_bytes, memory_bytes * _OF_MEMORY))
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - close
 
     def _put(self, data: memoryview) -> Callable[[], memoryview] | None:
