@@ -177,7 +177,7 @@ class Supervisor:
             return  # it did not start: whoever talks to it notices
         for listener in descriptors:
             with contextlib.suppress(OSError):  # before Linux 6.6: it only is quicker
-                fcntl.ioctl(listener, _SET_FLAGS, struct.pack("=Q", _SYNC_WAKE_UP))
+                fcntl.ioctl(listener, _SET_FLAGS, _SYNC_WAKE_UP)
             memory = _Memory()
             try:
                 self._listen(listener, memory)
