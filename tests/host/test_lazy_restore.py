@@ -171,6 +171,32 @@ def test_every_page_is_right_whatever_the_tree_does_while_they_come(
     host.assert_clean()
 
 
+def test_what_moves_to_where_another_thread_has_just_moved_away_from_is_right(
+    host: Host, dumped: tuple[MemoryImage, Filled]
+) -> None:
+    image, target = dumped
+    with Run(host, image) as run:
+        target.ask("crossed", "warmed")
+        os.kill(run.keepers[0], signal.SIGSTOP)
+        asking = threading.Thread(target=target.ask, args=("crossed",))
+        asking.start()
+        try:
+            until(lambda: moving(run.tree.pid) == 2)
+        finally:
+            os.kill(run.keepers[0], signal.SIGCONT)
+        asking.join()
+        target.ask("some", "moved", "forgotten")
+        run.complete()
+        target.ask("all")
+        run.tree.kill()
+
+
+def moving(pid: int) -> int:
+    """How many of its threads wait for somebody to hear what they have moved."""
+    waits = [each.read_text() for each in Path(f"/proc/{pid}/task").glob("*/wchan")]
+    return sum(each == "userfaultfd_event_wait_completion" for each in waits)
+
+
 @pytest.mark.parametrize("isolate", [False, True])
 def test_a_store_that_fails_ends_the_tree(
     host: Host, dumped: tuple[MemoryImage, Filled], isolate: bool

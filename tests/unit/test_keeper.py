@@ -55,6 +55,20 @@ def test_pages_are_looked_for_where_they_went(
     assert sorted((o, p) for p, o in seen) == [(o * PAGE_BYTES, p * PAGE_BYTES) for o, p in wanted]
 
 
+def test_what_moved_to_where_something_else_has_just_left_is_still_missing() -> None:
+    here, there, away = 16 * PAGE_BYTES, 64 * PAGE_BYTES, 128 * PAGE_BYTES
+    length = 4 * PAGE_BYTES
+    view = View(-1, 0, [(at, at + length, at) for at in (here, there)])
+    # As the kernel tells of two threads that move at once (seen on 6.18).
+    view.move(here, away, length)
+    view.move(there, here, length)
+    view.unmap(here, here + length)
+    view.unmap(there, there + length)
+    assert view.segments == [(here, here + length, there), (away, away + length, here)]
+    view.unmap(here, here + length)
+    assert view.segments == [(away, away + length, here)]
+
+
 def test_only_large_private_memory_waits_and_nothing_that_a_thread_ends_with() -> None:
     anonymous, page = 1 << 9, PAGE_BYTES
     large = pour.Area(0x100000, 0x100000 + (2 << 20), anonymous, 0, 0, 0)

@@ -86,6 +86,7 @@ class View:
         self.fd = fd
         self.space = space
         self.segments = segments
+        self._left: list[tuple[int, int]] = []
 
     def origin(self, address: int) -> int | None:
         """What the page here is in the image; None if nothing of it."""
@@ -122,10 +123,21 @@ class View:
 
     def move(self, start: int, to: int, length: int) -> None:
         """What belonged here belongs there."""
+        self._left.append((start, start + length))
         moved = self.cut(start, start + length)
         self.cut(to, to + length)
         for low, high, origin in moved:
             bisect.insort(self.segments, (low - start + to, high - start + to, origin))
+
+    def unmap(self, start: int, end: int) -> None:
+        """Nothing is mapped here any more. Where something moved away that is told as well, but
+        only when the move has been heard of, and by then another thread may have moved what is
+        missing to the same place.
+        """
+        if (start, end) in self._left:
+            self._left.remove((start, end))
+        else:
+            self.cut(start, end)
 
 
 def call(fd: int, request: int, *words: int) -> tuple[int, int]:
@@ -290,7 +302,7 @@ class Keeper:
                     view.move(first, second, third)
                     wake(view.fd, first, third)
                 elif event in (_REMOVE, _UNMAP):
-                    view.cut(first, second)
+                    (view.unmap if event == _UNMAP else view.cut)(first, second)
                     wake(view.fd, first, second - first)
         return heard
 

@@ -7,6 +7,7 @@ import mmap
 import os
 import signal
 import sys
+import threading
 
 PAGE = 4096
 AREA = 24 << 20
@@ -15,6 +16,7 @@ _libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -42,6 +44,12 @@ def wrong(at, seed, pages, content=None):
     ][:3]
 
 
+def mappings():
+    with open("/proc/self/maps") as file:
+        lines = [line.split()[:2] for line in file]
+    return [(*(int(each, 16) for each in place.split("-")), flags) for place, flags in lines]
+
+
 class Memory:
     def __init__(self):
         self.at = {seed: area() for seed in range(1, 5)}
@@ -59,6 +67,38 @@ class Memory:
         assert self.at[2] == new != old
         assert _libc.mprotect(new + 64 * PAGE, 64 * PAGE, 1) == 0
         return wrong(new, 2, range(0, AREA // PAGE, 1009))
+
+    def warmed(self):
+        """All but the areas is there: from now on only they can have to be waited for."""
+        for low, high, flags in mappings():
+            for page in range(low, high, PAGE) if flags.startswith("rw") else ():
+                if not any(at <= page < at + AREA for at in self.at.values()):
+                    ctypes.string_at(page, 1)
+        return []
+
+    def crossed(self):
+        """One thread moves memory away, another moves other memory to where it was."""
+        new = _libc.mmap(None, AREA, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        old, other, self.at[1], self.at[4] = self.at[1], self.at[4], new, self.at[1]
+
+        def follow():
+            while _libc.msync(old, PAGE, 1) == 0:  # until nothing is mapped there
+                pass
+            move(other, old)
+
+        def move(at, to):
+            _libc.mremap(at, AREA, AREA, 3, ctypes.c_void_p(to))
+
+        # Both are there before: a stack must not come to be where something moves.
+        threads = [
+            threading.Thread(target=follow),
+            threading.Thread(target=move, args=(old, new)),
+        ]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        return []
 
     def forgotten(self):
         """Let go of: zero from now on."""
