@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
+import socket
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.engines.criu import lazy, pour
+from agent.engines.criu import keeper, lazy, pour
 from agent.engines.criu.keeper import PAGE_BYTES, View
 from agent.model.streams import PageRun
 
@@ -67,6 +73,34 @@ def test_what_moved_to_where_something_else_has_just_left_is_still_missing() -> 
     assert view.segments == [(here, here + length, there), (away, away + length, here)]
     view.unmap(here, here + length)
     assert view.segments == [(away, away + length, here)]
+
+
+def test_a_page_that_moves_when_it_comes_is_filled_where_it_went(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, there = 16 * PAGE_BYTES, 64 * PAGE_BYTES
+    # The kernel looks for the mapping first, and then whether mappings change; it tells of the
+    # move when the one who moves it comes to that.
+    answers = [(errno.ENOENT, 0), (errno.EAGAIN, -errno.EAGAIN), (0, PAGE_BYTES)]
+    told = [[], [(0x14, here, there, PAGE_BYTES)], []]
+    tried = []
+
+    def call(fd: int, request: int, *words: int) -> tuple[int, int]:
+        if request != keeper._COPY:
+            return 0, 0
+        tried.append(words[0])
+        return answers.pop(0)
+
+    monkeypatch.setattr(keeper, "call", call)
+    monkeypatch.setattr(keeper, "messages", lambda fd: told.pop(0) if told else [])
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        first = keeper.Keeper([ours, theirs], mmap.mmap(-1, PAGE_BYTES), "", "")
+        first._add(os.eventfd(0), 0, [(here, here + PAGE_BYTES, here)])
+        (view,) = first._views.values()
+        first._fill(view, here, PAGE_BYTES, 0)
+        first._drop(view)
+    assert tried == [here, here, there]
 
 
 def test_only_large_private_memory_waits_and_nothing_that_a_thread_ends_with() -> None:

@@ -345,9 +345,11 @@ class Keeper:
                 # A piece must lie in one mapping: they may have been split since.
                 size = size // PAGE_BYTES // 2 * PAGE_BYTES
             elif problem == errno.ENOENT:
-                if not self._listen(view):
+                # What moves this moment was looked up where it is no more: the next try says so.
+                tries = 0 if self._listen(view) else tries + 1
+                if tries > 1:
                     at += PAGE_BYTES
-                    size = length
+                    size, tries = length, 0
             else:
                 tries += 1
                 self._put_off(view, problem, tries)
