@@ -40,9 +40,17 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class _Lines(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        # It would be told on standard error, which takes nothing, or ends up here again (nativelog)
+        # until all wait for it.
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def to_stderr(level: int, stream: TextIO | None = None) -> None:
     """Send every log of this process from ``level`` on to standard error, or to ``stream``."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = _Lines(stream or sys.stderr)
     handler.setFormatter(JsonLines())
     root = logging.getLogger()
     root.handlers[:] = [handler]

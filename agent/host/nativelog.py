@@ -52,7 +52,9 @@ def taken_in(afterwards: Callable[[], None] = lambda: None) -> Iterator[TextIO]:
         os.close(writing)
         reader = threading.Thread(target=_read, args=(reading,), name="stderr", daemon=True)
         reader.start()
-        with open(os.dup(before), "w", buffering=1, encoding="utf-8", errors="replace") as out:
+        # Not a context of its own: what it has not taken at the end is lost.
+        out = open(os.dup(before), "w", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115
+        try:
             ours = not faulthandler.is_enabled()
             if ours:
                 faulthandler.enable(out)
@@ -64,6 +66,9 @@ def taken_in(afterwards: Callable[[], None] = lambda: None) -> Iterator[TextIO]:
                 os.dup2(before, _STDERR)
                 reader.join(_LAST_S)
                 afterwards()
+        finally:
+            with contextlib.suppress(OSError):
+                out.close()
     finally:
         os.close(before)
 

@@ -53,3 +53,18 @@ def test_the_log_goes_to_where_standard_error_was_and_so_does_the_place_of_a_cra
     assert '"logger": "agent.host.nativelog", "msg": "a library"' in first
     assert '"msg": "afterwards"' in second
     assert any("Fatal Python error: Aborted" in line for line in crash)
+
+
+FULL = """
+import logging, os
+from agent.host import nativelog
+with nativelog.serving(20):
+    for number in range(300):
+        logging.warning("line %d", number)
+        os.write(2, b"of a library %d\\n" % number)
+"""
+
+
+def test_a_log_that_nothing_can_be_written_to_keeps_nobody_waiting() -> None:
+    with open("/dev/full", "w") as full:
+        subprocess.run([sys.executable, "-c", FULL], stderr=full, check=True, timeout=30)
