@@ -73,14 +73,16 @@ class _Walk:
         self, parties: Mapping[str, Party], known: Mapping[str, Collection[Connection]]
     ) -> None:
         self._parties = parties
-        self._known = known
         self._by_address = {
             address: each for each in parties.values() for address in each.addresses
         }
-        # Whose socket sees a caller: nobody else in the cluster has its address and port.
-        self._callers = {
-            remote: name for name, ends in known.items() for _, remote in ends if name in parties
-        }
+        self._known = {name: frozenset(ends) for name, ends in known.items()}
+        # Whose sockets see a caller, and their own ends: nobody else in the cluster has its address
+        # and port.
+        self._callers: dict[str, list[tuple[str, str]]] = {}
+        for name in parties:
+            for local, remote in sorted(self._known.get(name, ())):
+                self._callers.setdefault(remote, []).append((name, local))
         self._members: dict[str, str] = {}
         self._leaving: dict[str, None] = {}
         self._unmatched = False
@@ -122,9 +124,12 @@ class _Walk:
         host = remote.rpartition(":")[0].strip("[]")
         if cut.is_loopback(host) or host in here.addresses:
             return
-        direct = self._by_address.get(host)
-        by_socket = self._callers.get(local)
-        found = direct or (self._parties[by_socket] if by_socket else None)
+        direct, known = self._by_address.get(host), self._known[here.name]
+        # Of who called ``here`` itself, the socket is the other end of another connection.
+        by_socket = [
+            name for name, end in self._callers.get(local, ()) if (local, end) not in known
+        ]
+        found = direct or (self._parties[by_socket[0]] if by_socket else None)
         if found is None:
             self._unmatched = True
             self._leaving[f"{here.name}: {local} -> {remote}: no pod here is known to hear it"] = (

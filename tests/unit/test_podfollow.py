@@ -62,6 +62,16 @@ def test_through_a_service_the_other_ends_socket_tells_whose_it_is() -> None:
     assert sorted(asked) == ["a", "b", "c"]
 
 
+def test_who_calls_a_pod_from_outside_is_not_taken_for_one_that_calls_it_from_here() -> None:
+    there = {
+        "a": [("10.1.0.1:4000", "10.1.0.2:80")],
+        "b": [("10.1.0.2:80", "10.1.0.1:4000"), ("10.1.0.2:80", "192.0.2.1:5000")],
+    }
+    found, _ = followed("b", [CALLER, SERVER], there)
+    assert found.members["a"] == "connected with b (10.1.0.2:80 -> 10.1.0.1:4000)"
+    assert found.leaving == ("b: 10.1.0.2:80 -> 192.0.2.1:5000: no pod here is known to hear it",)
+
+
 def test_whom_nothing_here_hears_is_named() -> None:
     found, _ = followed("a", [CALLER, SERVER], {"a": [("10.1.0.1:4000", "192.0.2.1:443")]})
     assert set(found.members) == {"a"}
