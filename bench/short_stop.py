@@ -175,6 +175,10 @@ def _tell(case: Case, section: Section, samples: list[Samples], ways: list[dict[
         "criu_s": other.document(),
         "ways": ways,
     }
+    if ratio.median < 1:
+        section.slower.append(
+            f"{case.title}: the pause is {own.over(other).told('times', 1)} that of criu dump"
+        )
     required, met = f"<= 1/{case.ratio:g} of criu dump", ratio.median >= case.ratio
     if case.most_s is not None:
         required += f", and <= {case.most_s * 1e3:g} ms"
