@@ -53,6 +53,9 @@ _DEATH_S = 30.0
 _REAPED_S = 2.0
 # For so long a job writes little in comparison to what it wrote in the rounds before.
 _POISED_S = 1.0
+# The word to freeze waits for the end of a copy that was begun meanwhile, and so do members that
+# stand still by then: so many times longer than the last one took is the wait before the next.
+_POISED_TIMES = 10
 
 
 class Subject(Protocol):
@@ -376,8 +379,10 @@ class _Capture:
         """Copy what was written meanwhile, until the tree is to be frozen."""
         wait_s = _POISED_S
         while True:
+            began_s = clock.monotonic_s()
             if self._short is not None:
                 self._short.about_to_freeze()
+            wait_s = max(wait_s, _POISED_TIMES * (clock.monotonic_s() - began_s))
             if self._cut.poised(wait_s):
                 return
             self._deadline.check("the wait for the other members")
