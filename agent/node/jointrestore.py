@@ -174,6 +174,7 @@ class JointRestore:
             stack.enter_context(
                 self._work.taking_part("restore", pod, containers, self._cancel, found.image)
             )
+            stack.enter_context(found.store.hold(reader))
             engine = self._work.engine_for_restore(pod, containers)
             sources = [(name, reader.member(name)) for name in members]
             node_restore.check_all(engine, sources, order.options, self._began_s)

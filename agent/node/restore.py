@@ -2,14 +2,15 @@
 
 Promises: what stands in the way is found at once, for all members, before the image is read; an
 image is verified whole before any process starts, but for memory that the caller lets come later,
-of which all must be there, and every page is verified before a process sees it; either all members
-of the epoch run again or none does. A damaged image is refused with the newest older good one
-named.
+of which all must be there, and every page is verified before a process sees it; what is read is not
+deleted meanwhile; either all members of the epoch run again or none does. A damaged image is
+refused with the newest older good one named.
 Does not: choose the host, or print.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
@@ -70,24 +71,27 @@ def restore(
     began_s = clock.monotonic_s()
     group, epoch = store.resolve(image)
     progress(Progress("verify"))
-    try:
-        reader = store.read(group, epoch)
-        sources = [(name, reader.member(name)) for name in reader.members]
-        check_all(engine, sources, options, began_s)
-        for _, source in sources:
-            if options.fills is None:
-                source.check()
-            else:
-                source.present()
-    except errors.DataError as exc:
-        _offer_older(store, group, epoch, exc)
-        raise
-    verified_s = clock.monotonic_s() - began_s
-    progress(Progress("restore"))
-    with options.fills or Fills() as fills:
+    with contextlib.ExitStack() as stack:
+        try:
+            reader = store.read(group, epoch)
+            if not stack.enter_context(store.hold(reader)):
+                # It may be deleted at any time: nothing runs that would need it.
+                options = dataclasses.replace(options, fills=None)
+            sources = [(name, reader.member(name)) for name in reader.members]
+            check_all(engine, sources, options, began_s)
+            for _, source in sources:
+                if options.fills is None:
+                    source.check()
+                else:
+                    source.present()
+        except errors.DataError as exc:
+            _offer_older(store, group, epoch, exc)
+            raise
+        verified_s = clock.monotonic_s() - began_s
+        progress(Progress("restore"))
+        fills = stack.enter_context(options.fills or Fills())
         trees = _restore_all(engine, sources, options)
         running_s = clock.monotonic_s() - began_s
-
         if options.fills is not None:
             _await_filled(fills, trees, progress)
     progress(Progress("done"))

@@ -1,12 +1,14 @@
-"""What writers and deleters announce, so that a prune spares what they are about to use.
+"""What writers, readers and deleters announce, so that a prune spares what they use.
 
 A writer's intent names the packs of its base that it may refer to, and by its attempt every pack
-that it makes. A deleter's intent lets two deleters notice each other. Both are removed at the end;
-one whose process died is *stale*. Whether it died is known on the same boot of the same host and
+that it makes. A reader's intent names the image that it reads, and its packs (``holding``). A
+deleter's intent lets two deleters notice each other. All are removed at the end; one whose process
+died is *stale*. Whether it died is known on the same boot of the same host and
 pid namespace, and elsewhere concluded from its age on the volume's clock.
 
 Promises: an intent is never called stale while its process lives, as long as the process ends or
-gives up within ``STALE_S``; writers refuse to commit after half of that.
+gives up within ``STALE_S``, a reader's ``READER_STALE_S``; writers refuse to commit after half of
+that, and readers put theirs anew long before.
 Does not: decide what is deleted; ``prune`` does.
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from agent import errors
 from agent.host import clock, proc, system
@@ -28,8 +30,11 @@ from agent.volumes.base import Volume
 STALE_S = 24 * 3600.0
 # The other half is room for clocks that differ and for a commit on its way.
 WRITER_LIMIT_S = STALE_S / 2
+# An image is not kept from going for longer than this by a reader elsewhere that died.
+READER_STALE_S = 2 * 3600.0
 
-Purpose = Literal["write", "delete"]
+Purpose = Literal["write", "delete", "read"]
+_PURPOSES: tuple[str, ...] = get_args(Purpose)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Owner:
 
 @dataclasses.dataclass(frozen=True)
 class Intent:
-    """What one attempt is up to. ``packs`` are those of its base, or of all that it commits.
+    """What one attempt is up to. ``packs`` are those of its base, or of all that it commits; of a
+    reader, ``base`` is what it reads.
     ``joint``: others may commit the epoch after this attempt's process has died.
     """
 
@@ -82,12 +88,22 @@ class Announced:
             owner = self.intent.owner
             if not proc.alive(proc.Identity(owner.pid, owner.start_ticks)):
                 return True
-        return now_s - self.modified_s > STALE_S
+        reads = self.intent is not None and self.intent.purpose == "read"
+        return now_s - self.modified_s > (READER_STALE_S if reads else STALE_S)
 
     def joins(self, group: GroupName, epoch: EpochId) -> bool:
         """Tell whether it is of somebody who has to do with this joint epoch."""
         mine = self.intent is not None and self.intent.joint and self.intent.group == group
         return mine and layout.attempt_epoch(self.attempt) == epoch
+
+    def reads(self, group: GroupName, epoch: EpochId) -> bool:
+        """Tell whether it is of somebody who reads this epoch."""
+        found = self.intent
+        return found is not None and (found.purpose, found.group, found.base) == (
+            "read",
+            group,
+            epoch,
+        )
 
 
 def announce(volume: Volume, intent: Intent) -> None:
@@ -116,7 +132,7 @@ def decode(sealed: bytes, attempt: str) -> Intent:
     joint = envelope.claims(envelope.Kind.JOINT_INTENT, sealed)
     body = Fields.parse(envelope.unseal(_kind(joint), sealed, part=part), part)
     purpose, packs = body.text("purpose"), tuple(body.texts("packs"))
-    if body.text("attempt") != attempt or purpose not in ("write", "delete"):
+    if body.text("attempt") != attempt or purpose not in _PURPOSES:
         raise errors.Corrupt(f"{part} is not what its name says", part=part)
     for name in packs:
         layout.pack_attempt(name)

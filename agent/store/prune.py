@@ -1,11 +1,13 @@
-"""Removing epochs, and then every pack that nobody needs: safe beside writers and readers' epochs.
+"""Removing epochs, and then every pack that nobody needs: safe beside writers and readers.
 
 No locks and no clocks decide what is alive. The order of steps does: (1) delete manifests of
 epochs, (2) list packs and members' manifests, (3) list intents, (4) list manifests of epochs, (5)
 delete what was listed in 2 and is named neither in 3 nor in 4. A writer announces its base's packs
 before it looks whether the base is still there, writes packs only then, and withdraws the intent
 only after its commit; so at 3 or at 4 it is seen. Deleters exclude each other: each announces
-itself, then looks for others; of two at once, at least one sees the other and gives up. What a
+itself, then looks for others; of two at once, at least one sees the other and gives up. What is
+held by a reader is not deleted in step 1; one that comes later looks whether its epoch is still
+there after it announced itself, and so its packs are named in 3. What a
 joint writer left that died may still be committed by others: so its epoch is abandoned between 3
 and 4, unless it is decided. FORMAT.md has the whole argument.
 
@@ -69,7 +71,7 @@ def prune(
         for _, epochs in of_group:
             going: list[summary.EpochSummary] = retention.expired(list(epochs), keep, now_s)
             expired += [(found.group, found.epoch) for found in going]
-        in_use = run.in_use(expired)
+        in_use = run.in_use(expired) | run.read(expired)
         return run.remove([image for image in expired if image not in in_use])
 
 
@@ -78,7 +80,7 @@ def delete(volume: Volume, group: GroupName, epoch: EpochId) -> PruneReport:
 
     Raises:
         errors.NotFound: there is none.
-        errors.Conflict: its writers have not all heard that it is committed.
+        errors.Conflict: its writers have not all heard that it is committed, or it is being read.
     """
     if not catalog.exists(volume, group, epoch):
         raise errors.NotFound(f"there is no epoch {epoch} of {group}")
@@ -88,6 +90,11 @@ def delete(volume: Volume, group: GroupName, epoch: EpochId) -> PruneReport:
             raise errors.Conflict(
                 f"epoch {epoch} of {group} is still being finished by those who wrote it",
                 hint="try again later",
+            )
+        if run.read([(group, epoch)]):
+            raise errors.Conflict(
+                f"epoch {epoch} of {group} is being restored, and its memory still read",
+                hint="try again when that restore is complete",
             )
         return run.remove([(group, epoch)])
 
@@ -131,6 +138,12 @@ class _Run:
         for _, attempt in self._joined(images, stale=True) - found:
             intents.withdraw(self._volume, attempt)
         return {image for image, _ in self._joined(images, stale=True)}
+
+    def read(self, images: list[Image]) -> set[Image]:
+        """Return which epochs somebody who lives reads."""
+        announced = intents.all_announced(self._volume)
+        reading = [each for each in announced if not each.stale(self._here, self._now_s)]
+        return {image for image in images if any(each.reads(*image) for each in reading)}
 
     def _joined(self, images: list[Image], *, stale: bool) -> set[tuple[Image, str]]:
         """Return the intents of these joint epochs; without ``stale``, living ones only."""

@@ -23,7 +23,7 @@ _ZEROS = bytes(1 << 20)
 
 
 class EpochReader:
-    """A committed epoch: its ``summary``, ``facts`` and ``members``."""
+    """A committed epoch: its ``summary``, ``facts``, ``members`` and the names of its ``packs``."""
 
     def __init__(self, volume: Volume, group: GroupName, epoch: EpochId) -> None:
         """Read the epoch's manifest.
@@ -41,6 +41,7 @@ class EpochReader:
             ) from exc
         self.summary = summary.of(self._manifest)
         self.facts: dict[str, Any] = self._manifest.facts
+        self.packs = tuple(self._manifest.packs)
         self.members: tuple[MemberName, ...] = self.summary.members
 
     def member(self, name: MemberName) -> MemberReader:

@@ -23,6 +23,7 @@ from agent.store import (
     diff,
     envelope,
     epoch_ids,
+    holding,
     identity,
     joint,
     layout,
@@ -191,6 +192,15 @@ class Store:
         """Open a committed epoch; raises ``errors.NotFound`` and ``errors.DataError``."""
         return reader.EpochReader(self.volume, group, epoch)
 
+    def hold(self, reader: EpochReader) -> AbstractContextManager[bool]:
+        """Keep what is being read from being deleted; gives whether the volume allows that.
+
+        Raises:
+            errors.NotFound: it is being deleted.
+        """
+        found = reader.summary
+        return holding.hold(self.volume, found.group, found.epoch, reader.packs)
+
     def diff(self, group: GroupName, older: EpochId, newer: EpochId) -> EpochDiff:
         """Compare two epochs of a group, by their page tables; raises ``errors.NotFound`` and
         ``errors.DataError``.
@@ -202,7 +212,7 @@ class Store:
 
         Raises:
             errors.NotFound: there is none.
-            errors.Conflict: somebody else is removing epochs right now.
+            errors.Conflict: somebody else is removing epochs right now, or it is being restored.
         """
         return prune.delete(self.volume, group, epoch)
 

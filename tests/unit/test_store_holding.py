@@ -1,0 +1,181 @@
+"""What is being restored is not deleted, on a directory as in memory; who died holds nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import threading
+from pathlib import Path
+
+import pytest
+
+from agent import errors
+from agent.host import clock
+from agent.store import holding, intents, layout
+from agent.store.repository import EpochSummary, MemberReader, Store
+from agent.store.retention import Retention
+from agent.volumes.base import Volume
+from agent.volumes.directory import DirectoryVolume
+from agent.volumes.memory import MemoryVolume
+from tests import images
+from tests.faults import Fault, FaultyVolume
+from tests.images import EMPTY, GROUP, MEMBER, NOW_S
+
+LAST = Retention(keep_last=1)
+
+
+@pytest.fixture(params=["memory", "directory"])
+def volume(request: pytest.FixtureRequest, tmp_path: Path) -> Volume:
+    return MemoryVolume() if request.param == "memory" else DirectoryVolume(str(tmp_path))
+
+
+@pytest.fixture
+def store(volume: Volume) -> Store:
+    return Store.open(volume, create=True)
+
+
+def dump(store: Store, image: images.Image, now_s: float = NOW_S) -> EpochSummary:
+    with store.begin(GROUP, now_s=now_s) as epoch:
+        images.write(epoch, image)
+        return epoch.commit({})
+
+
+def announced(volume: Volume) -> list[str]:
+    return [info.name for info in volume.list(layout.INTENTS)]
+
+
+def test_what_is_read_is_neither_deleted_nor_pruned(store: Store, volume: Volume) -> None:
+    first = dump(store, images.simple())
+    newest = dump(store, images.simple(20), NOW_S + 1)
+    with store.hold(store.read(GROUP, first.epoch)) as held:
+        assert held
+        with pytest.raises(errors.Conflict, match="being restored") as caught:
+            store.delete(GROUP, first.epoch)
+        assert caught.value.retryable
+        for dry_run in (True, False):
+            report = store.prune(LAST, now_s=clock.wall_s(), dry_run=dry_run)
+            assert report.removed == ()
+            assert (GROUP, first.epoch) in report.kept
+        read = store.read(GROUP, first.epoch).member(MEMBER)
+        images.assert_member(read, images.simple()[MEMBER])
+        store.delete(GROUP, newest.epoch)
+    assert announced(volume) == []
+    store.delete(GROUP, first.epoch)
+    assert [info.name for info in volume.list()] == EMPTY
+
+
+def test_two_that_read_the_same_hold_it_apart(store: Store) -> None:
+    epoch = dump(store, images.simple()).epoch
+    with store.hold(store.read(GROUP, epoch)):
+        with store.hold(store.read(GROUP, epoch)):
+            pass
+        with pytest.raises(errors.Conflict):
+            store.delete(GROUP, epoch)
+    store.delete(GROUP, epoch)
+
+
+def test_who_begins_to_read_while_it_is_being_deleted_reads_all_or_is_told(
+    store: Store, volume: Volume
+) -> None:
+    """At every step of a deleter: what a reader has found to be there stays until it is through."""
+    ended: set[str] = set()
+    for step in itertools.count():
+        epoch = dump(store, images.simple()).epoch
+        with contextlib.ExitStack() as stack:
+            found: list[MemberReader] = []
+
+            def begin(number: int, *_: str) -> None:
+                if number != step:  # noqa: B023 - called before the next one
+                    return
+                try:
+                    reader = store.read(GROUP, epoch)  # noqa: B023
+                    stack.enter_context(store.hold(reader))
+                    member = reader.member(MEMBER)
+                    member.present()
+                    found.append(member)  # noqa: B023
+                except (errors.NotFound, errors.Missing) as exc:
+                    ended.add(exc.code)
+
+            deleter = FaultyVolume(volume, begin)
+            try:
+                Store.open(deleter).delete(GROUP, epoch)
+            except errors.Conflict:
+                ended.add("refused")
+            for member in found:
+                images.assert_member(member, images.simple()[MEMBER])
+                ended.add("read")
+        store.prune(Retention(keep_last=1), now_s=clock.wall_s())
+        with contextlib.suppress(errors.NotFound):
+            store.delete(GROUP, epoch)
+        assert [info.name for info in volume.list()] == EMPTY
+        if step > len(deleter.calls):
+            break
+    assert ended >= {"refused", "read", errors.NotFound.code}
+
+
+def test_who_died_or_is_silent_for_long_holds_nothing(store: Store, volume: Volume) -> None:
+    first = dump(store, images.simple()).epoch
+    dump(store, images.simple(20), NOW_S + 1)
+    attempt = "20260101-000000-000000-0123456789abcdef"
+    me = intents.Owner.myself()
+    dead = dataclasses.replace(me, start_ticks=me.start_ticks + 1)
+    elsewhere = dataclasses.replace(me, boot_id="another boot")
+    young_s, old_s = 0.9 * intents.READER_STALE_S, 1.1 * intents.READER_STALE_S
+    for owner, age_s, goes in (
+        (me, young_s, False),
+        (elsewhere, young_s, False),
+        (dead, 0.0, True),
+        (elsewhere, old_s, True),
+    ):
+        intents.announce(volume, intents.Intent(attempt, "read", owner, GROUP, first))
+        preview = store.prune(LAST, now_s=clock.wall_s() + age_s, dry_run=True)
+        assert preview.removed == (((GROUP, first),) if goes else ())
+        intents.withdraw(volume, attempt)
+    intents.announce(volume, intents.Intent(attempt, "read", dead, GROUP, first))
+    assert store.prune(LAST, now_s=clock.wall_s()).removed == ((GROUP, first),)
+    assert announced(volume) == []
+
+
+def test_a_long_reader_says_so_again_and_at_no_moment_nothing(
+    store: Store, volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding, "_RENEWED_S", 0.01)
+    monkeypatch.setattr(holding, "_AGAIN_S", 0.01)
+    epoch = dump(store, images.simple()).epoch
+    begun, renewed = threading.Event(), threading.Event()
+    least: list[int] = []
+
+    def look(_: int, method: str, name: str) -> Fault | None:
+        if not name.startswith(layout.INTENTS) or not begun.is_set():
+            return None
+        least.append(len(announced(volume)))
+        if len(least) > 6:
+            renewed.set()
+        return Fault(errors.VolumeError("busy")) if len(least) == 3 else None
+
+    faulty = FaultyVolume(volume, look)
+    other = Store.open(faulty)
+    with other.hold(other.read(GROUP, epoch)):
+        before = announced(volume)
+        begun.set()
+        assert renewed.wait(20)
+        assert announced(volume) != before
+        with pytest.raises(errors.Conflict):
+            store.delete(GROUP, epoch)
+        begun.clear()
+    assert min(least) >= 1
+    store.delete(GROUP, epoch)
+
+
+def test_a_volume_that_takes_nothing_can_be_read_but_not_held(store: Store, volume: Volume) -> None:
+    epoch = dump(store, images.simple()).epoch
+
+    def full(_: int, method: str, name: str) -> Fault | None:
+        return Fault(errors.VolumeFull("full", volume="v")) if method == "put" else None
+
+    other = Store.open(FaultyVolume(volume, full))
+    reader = other.read(GROUP, epoch)
+    with other.hold(reader) as held:
+        assert not held
+        images.assert_member(reader.member(MEMBER), images.simple()[MEMBER])
