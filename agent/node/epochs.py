@@ -21,8 +21,10 @@ from typing import Any
 from agent import errors
 from agent.engines.base import CaptureOptions, RestoreOptions
 from agent.host import clock
+from agent.kube.events import Reason
 from agent.model import cut, ids, jobset, protocol
 from agent.model.access import Caller, Right
+from agent.model.pods import Pod
 from agent.model.protocol import Answer, Decision, Said, Told
 from agent.node import dump as node_dump
 from agent.node import podwork, service
@@ -258,12 +260,18 @@ class EpochService:
                 hooks=parts.work.hooks(
                     pod, containers, leads=request.leads, image=ids.image_name(group, epoch)
                 ),
+                ended=functools.partial(self._tell_end, pod),
                 # Last: from here on the session gives back what the operation holds.
                 owned=stack.pop_all(),
             )
         session = Session(f"{group}@{epoch}", course, actions, ended=lambda: self._ended(key))
         leaving.session = session
         return session
+
+    def _tell_end(self, pod: Pod, decision: Decision, note: str) -> None:
+        committed = decision is Decision.COMMITTED
+        reason: Reason = "CheckpointCompleted" if committed else "CheckpointFailed"
+        self._parts.work.tell(pod, reason, note)
 
     def _precopy(self, pod_uid: str) -> bool:
         if pod_uid in self._plain:

@@ -59,10 +59,12 @@ class JointDump:
         short_stop_failed: Callable[[], None] = lambda: None,
         about: Mapping[str, Any] | None = None,
         hooks: Around | None = None,
+        ended: Callable[[Decision, str], None] = lambda decision, note: None,
     ) -> None:
         """``place`` names the pod, ``owned`` is what the operation holds as long as it lasts,
         ``about`` goes with the contribution, ``hooks`` are those of the pod; ``short_stop_failed``
-        hears that the epoch is given up for having copied memory ahead.
+        hears that the epoch is given up for having copied memory ahead, ``ended`` what became of it
+        in the end, with a text for the pod's people.
         """
         self._store, self._engine = store, engine
         self._group, self._epoch = group, epoch
@@ -75,7 +77,8 @@ class JointDump:
         self._place, self._about = place, about or {}
         self._owned = owned or contextlib.ExitStack()
         self._short_stop_failed = short_stop_failed
-        self._hooks = hooks
+        self._hooks, self._told_end = hooks, ended
+        self._failed = ""
         self._lock = threading.Lock()
         self._writer: JointWriter | None = None
         self._captures: list[Future[CaptureReport]] = []
@@ -85,6 +88,13 @@ class JointDump:
 
     def do(self, step: Step) -> bytes:
         """See ``session.Actions``."""
+        try:
+            return self._do(step)
+        except errors.CkptError as exc:
+            self._failed = self._failed or f"{exc.message} ({exc.code})"
+            raise
+
+    def _do(self, step: Step) -> bytes:
         if step is Step.PREPARE:
             self._begin()
             self._cut.reach(Stage.READY, self._deadline)
@@ -131,10 +141,20 @@ class JointDump:
                     _log.warning(
                         "leftovers of the epoch stay on the volume until a prune: %s", exc.message
                     )
+            self._told_end(decision, self._note(decision))
             if self._hooks is not None and self._hooks.give_up() and not self._ended:
                 # Nobody waits for them, but nothing else is done to the pod meanwhile.
                 rest = owned.pop_all(), self._hooks, decision
                 threading.Thread(target=_tell, args=rest, name="post hooks").start()
+
+    def _note(self, decision: Decision) -> str:
+        image = ids.image_name(self._group, self._epoch)
+        if decision is Decision.ABANDONED:
+            why = self._failed or "not by this pod; its coordinator's answer says why"
+            return f"Image {image} was given up, the pod goes on: {why}"
+        stop_s = (self._running_s or clock.monotonic_s()) - self._freezing_s
+        end = "then ended" if self._ended else f"stopped for {stop_s:.3f} s"
+        return f"Image {image}, with the other pods of the group at one instant, {end}"
 
     def _settle_part(self, writer: JointWriter, decision: Decision) -> None:
         if decision is Decision.ABANDONED:

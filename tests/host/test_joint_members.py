@@ -80,6 +80,15 @@ def test_a_rank_that_finishes_first_fails_the_epoch_and_the_other_goes_on(
         dump(group, members, watch)
     assert caught.value.facts["member"] == "w-0-1"
     assert_goes_on(group, going)
+    # Both pods' people hear of it; who it was that failed knows why.
+    wait_for(lambda: [len(events_of(group, each)) for each in members] == [2, 1])
+    events = {each.name: events_of(group, each) for each in members}
+    assert [reason for reason, _ in events["w-0-0"]] == ["CheckpointFailed", "CheckpointCompleted"]
+    assert "stopped for" in events["w-0-0"][1][1]
+    ((reason, note),) = events["w-0-1"]
+    assert reason == "CheckpointFailed"
+    assert "the pod goes on: " in note
+    assert "not by this pod" not in note
 
 
 def test_a_pod_that_was_replaced_is_not_taken_for_the_one_that_was_meant(
@@ -127,6 +136,13 @@ def test_when_an_agent_is_silent_the_others_run_again_and_then_its_own(group: Gr
     dump(group, members, lambda now: None)
     assert len(group.epochs()) == 1
     del group.clients["e"]
+
+
+def events_of(group: Group, member: Member) -> list[tuple[str, str]]:
+    """What was told of a pod: reasons with notes."""
+    api, _ = group.around[member.agent]
+    found = [each for each in api.events if each["regarding"]["uid"] == member.uid]
+    return [(each["reason"], each["note"]) for each in found]
 
 
 def dump(group: Group, members: list[Member], watch: Any) -> None:
