@@ -52,6 +52,8 @@ def dump_followed(invocation: Invocation, settings: Settings, pod: str, *, stop:
                 invocation.say(f"also cuts pod {name}: {because}")
         for each in closure.leaving:
             invocation.say(f"leaves the cut: {each}")
+        for each in closure.unasked:
+            invocation.say(f"may leave the cut: {each}")
 
     with (
         connected(settings) as session,

@@ -43,12 +43,13 @@ class Party:
 class Closure:
     """``members`` by name, each with why it is one ("" for the one that was named). ``leaving`` are
     connections that lead to nobody who is one, for people. ``ask`` are pods whose connections have
-    to be known before the rest is right.
+    to be known before the rest is right; ``unasked`` tells people of those that nobody could ask.
     """
 
     members: Mapping[str, str]
     leaving: tuple[str, ...]
     ask: tuple[str, ...]
+    unasked: tuple[str, ...] = ()
 
 
 def close(

@@ -209,10 +209,12 @@ class Agent(Calls):
         request = node_pb2.PlanDumpRequest(namespace=namespace, pod=pod, containers=containers)
         return convert.from_struct(self._once(self._stub.PlanDump, request).plan)
 
-    def connections(self, namespace: str, pod: str) -> list[tuple[str, str]]:
-        """Both ends of the pod's live TCP connections, its own first."""
+    def connections(self, namespace: str, pod: str, timeout_s: float) -> list[tuple[str, str]]:
+        """Both ends of the pod's live TCP connections, its own first. An agent that has not
+        answered by ``timeout_s`` counts as one that cannot be asked.
+        """
         request = node_pb2.PlanDumpRequest(namespace=namespace, pod=pod)
-        answer = self._once(self._stub.PlanDump, request)
+        answer = self._once(self._stub.PlanDump, request, timeout_s)
         return [(each.local, each.remote) for each in answer.connections]
 
     def images(self, namespace: str, group: str = "") -> list[results.Image]:

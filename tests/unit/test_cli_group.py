@@ -14,7 +14,7 @@ import pytest
 
 from agent import errors, settings, wiring
 from agent.cli import exits
-from agent.coordinator import checkpoint, restore, selected
+from agent.coordinator import checkpoint, followed, restore, selected
 from agent.coordinator.machine import State
 from agent.model import optin
 from agent.model.protocol import EVACUATE, LEAVE_RUNNING, Course
@@ -158,6 +158,36 @@ def test_one_that_is_connected_and_cannot_be_cut_is_told_before_anything_stops(
     assert "pod solver-1 is being deleted" in error(refused)["message"]
     assert error(run("dump", "pod/none", "--follow", "-o", "json"))["code"] == "not-found"
     assert group.cut == []
+
+
+def test_who_may_hear_an_end_is_asked_at_once_and_named_if_nobody_answers_in_time(
+    run: Any, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(followed, "_ASKING_S", 1.0)
+    for name in ("job", "busy"):
+        group.add(name, "n1", labels={**LABELS, "app": "other"})
+    agents = group.world.agents
+    # A Service's address: the other end may be any pod.
+    agents.connections = {"solver-0": [("10.0.1.9:4000", "10.96.0.7:80")]}
+    released, together, first = threading.Event(), threading.Barrier(3), threading.Event()
+
+    def hang() -> None:
+        if first.is_set():
+            together.wait(10)
+            released.wait(20)
+        first.set()
+
+    agents.fails["PlanDump"] = hang
+    try:
+        ran = run("dump", "pod/solver-0", "--follow", "-o", "json")
+    finally:
+        released.set()
+    ((_, members, _, _, facts),) = group.cut
+    assert [each.name for each in members] == ["solver-0"]
+    for name in ("job", "busy", "solver-1"):
+        assert f"may leave the cut: pod {name} could not be asked: the agent on n" in ran.err
+    assert not together.broken
+    assert len(facts["outside"]) == 4
 
 
 @pytest.mark.parametrize(
