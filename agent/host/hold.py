@@ -1,14 +1,18 @@
-"""The hold: TCP segments of named connections are kept from arriving while their ends are rebuilt.
+"""The hold: TCP segments are kept from arriving, those of named connections while their ends are
+rebuilt (``held``), or all from some addresses while programs run on (``apart``).
 
 An end that exists before its peer must not be heard: the kernel would answer its first segment
 with a reset. Segments are dropped where they arrive, so the sender simply sends them again (a drop
-where they leave would count as congestion at the sender and stall it for seconds).
+where they leave would count as congestion at the sender and stall it for seconds). It waits twice
+as long each time, though, for nearly as long after the hold as that lasted. Where that may be
+seconds (``apart``), it hears that there is no way: then it tries again at its usual pace (RFC
+6069), and its program hears nothing.
 
 The kernel holds for ``LEASE_S`` only, and a thread of this program asks it to go on: if the program
 dies or stands still, traffic flows again by itself, within seconds and not at the end of what the
 operation was allowed. What is left of a hold then is a table that matches nothing.
 
-Promises: only the connections named are touched; the table is gone when the context is left, and
+Promises: only what was named is touched; the table is gone when the context is left, and
 ``release`` of the same name removes what a dead owner left; a hold that the kernel ended early is
 an error of ``Held.check``.
 Does not: hold UDP.
@@ -21,8 +25,9 @@ import dataclasses
 import errno
 import ipaddress
 import socket
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from agent import errors
@@ -32,10 +37,15 @@ _T = TypeVar("_T")
 
 # include/uapi/linux/netfilter.h and nf_tables.h
 _NFPROTO = {4: 2, 6: 10}
-_META_NFPROTO, _META_L4PROTO = 15, 16
+_META_IIF, _META_NFPROTO, _META_L4PROTO = 4, 15, 16
 _NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
 # Where the two addresses, source first, begin in the IPv4 and in the IPv6 header.
 _ADDRESSES_AT = {4: 12, 6: 8}
+# What nft calls addresses as keys of a set (datatype.h), by version.
+_ADDRESS_KEYS = {4: 7, 6: 8}
+# The loopback interface is the first of each network namespace.
+_LOOPBACK = (1).to_bytes(4, sys.byteorder)
+_FLAGS_AT, _SYN, _RST = 13, 0x02, 0x04
 # Before connection tracking and everybody else's rules, like the hold's own purpose.
 _PRIORITY = -400
 # The rules match while this set has its element, which the kernel removes when its time is up.
@@ -77,22 +87,46 @@ def held(
         errors.EnvironmentUnfit: the kernel cannot filter (no nf_tables).
     """
     wanted = sorted(set(connections), key=dataclasses.astuple)
-    made = Held(name, network, limit_s)
-    if not wanted:
+    rules = [nftables.add_rule(name, _CHAIN, _drop_arriving(each)) for each in wanted]
+    with _standing(Held(name, network, limit_s), rules) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def apart(
+    name: str,
+    addresses: Iterable[str],
+    *,
+    loopback: bool = False,
+    network: int | None = None,
+    limit_s: float | None = None,
+) -> Iterator[Held]:
+    """Refuse what arrives over TCP from ``addresses``, and with ``loopback`` what stays within the
+    namespace; otherwise as ``held``. No connection of theirs begins, or hears more than its reset.
+    """
+    with _standing(Held(name, network, limit_s), _refuse_from(name, addresses, loopback)) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def _standing(made: Held, rules: Sequence[nftables.Change]) -> Iterator[Held]:
+    name, network = made.name, made.network
+    if not rules:
         yield made
         return
     if _there(network, lambda: bool(netfilter.tables(name))):  # taking one away takes long
         release(name, network=network)
     try:
         try:
-            made.begin(wanted)
+            made.begin(rules)
         except OSError as exc:
             if exc.errno == errno.EPERM:
                 raise errors.PrivilegeMissing(
                     "not allowed to filter packets", hint="run as root with CAP_NET_ADMIN"
                 ) from exc
             raise errors.EnvironmentUnfit(
-                f"cannot hold TCP connections: {exc}", hint="load the module nf_tables"
+                f"cannot hold TCP connections: {exc}",
+                hint="load the modules nf_tables and nft_reject_inet",
             ) from exc
         yield made
     finally:
@@ -101,11 +135,11 @@ def held(
 
 
 class Held:
-    """A hold, from ``begin`` to ``end``; ``held`` calls both."""
+    """A hold, from ``begin`` to ``end``; ``held`` and ``apart`` call both."""
 
     def __init__(self, name: str, network: int | None, limit_s: float | None) -> None:
-        self._name = name
-        self._network = network
+        self.name = name
+        self.network = network
         self._limit = clock.Deadline.after(float("inf") if limit_s is None else limit_s)
         self._lease = clock.Deadline.after(float("inf"))
         self._failure: errors.CkptError | None = None
@@ -124,10 +158,10 @@ class Held:
                 hint="the node is too busy, or the operation took too long: try again",
             ) from self._failure
 
-    def begin(self, connections: Iterable[Connection]) -> None:
-        """Make the table, and see to it that it goes on."""
+    def begin(self, rules: Sequence[nftables.Change]) -> None:
+        """Make the table with these rules, and see to it that it goes on."""
         lease = self._next()
-        _there(self._network, lambda: _install(self._name, connections, lease.remaining_s))
+        _there(self.network, lambda: _install(self.name, rules, lease.remaining_s))
         self._lease = lease
         self._keeper = threading.Thread(target=self._keep, name="hold", daemon=True)
         self._keeper.start()
@@ -137,7 +171,7 @@ class Held:
         (some milliseconds).
         """
         if self._keeper is not None:
-            _there(self._network, lambda: netfilter.accept_all(self._name, _CHAIN))
+            _there(self.network, lambda: netfilter.accept_all(self.name, _CHAIN))
 
     def end(self) -> None:
         """Ask for no more time."""
@@ -162,9 +196,9 @@ class Held:
 
     def _renewed(self, lease: clock.Deadline) -> bool:
         def renew() -> bool:
-            return netfilter.renew_key(self._name, _LIVE, _LIVE_KEY, lease.remaining_s)
+            return netfilter.renew_key(self.name, _LIVE, _LIVE_KEY, lease.remaining_s)
 
-        return _there(self._network, renew)
+        return _there(self.network, renew)
 
 
 def release(name: str, *, network: int | None = None) -> bool:
@@ -176,14 +210,46 @@ def _there(network: int | None, function: Callable[[], _T]) -> _T:
     return function() if network is None else namespaces.within([network], function)
 
 
-def _install(name: str, connections: Iterable[Connection], span_s: float) -> None:
+def _install(name: str, rules: Sequence[nftables.Change], span_s: float) -> None:
     nftables.commit(
         nftables.add_table(name),
         nftables.add_set(name, _LIVE, _PROTOCOL, len(_LIVE_KEY), netfilter.milliseconds(LEASE_S)),
         nftables.add_input_chain(name, _CHAIN, _PRIORITY),
-        *(nftables.add_rule(name, _CHAIN, _drop_arriving(each)) for each in connections),
+        *rules,
         nftables.add_key(name, _LIVE, _LIVE_KEY, netfilter.milliseconds(span_s)),
     )
+
+
+def _refuse_from(name: str, addresses: Iterable[str], loopback: bool) -> list[nftables.Change]:
+    packed = {ipaddress.ip_address(each).packed for each in addresses}
+    tcp = [*(nftables.meta(_META_L4PROTO), nftables.within(_LIVE))]
+    flags = nftables.payload(_TRANSPORT_HEADER, _FLAGS_AT, 1)
+    changes: list[nftables.Change] = []
+    sources: list[list[bytes]] = []
+    for version, key_type in _ADDRESS_KEYS.items():
+        width = 4 if version == 4 else 16
+        keys = sorted(each for each in packed if len(each) == width)
+        if keys:
+            known = f"v{version}"
+            changes.append(nftables.add_set(name, known, key_type, width, 0))
+            changes += [nftables.add_key(name, known, each, 0) for each in keys]
+            sources.append(
+                [
+                    *(nftables.meta(_META_NFPROTO), nftables.equals(bytes([_NFPROTO[version]]))),
+                    nftables.payload(_NETWORK_HEADER, _ADDRESSES_AT[version], width),
+                    nftables.within(known),
+                ]
+            )
+    if loopback:
+        sources.append([nftables.meta(_META_IIF), nftables.equals(_LOOPBACK)])
+    for each in sources:
+        # A reset is said once only: who does not hear it waits for ever.
+        let_be = [flags, nftables.any_of(_RST), nftables.verdict(nftables.ACCEPT)]
+        # One that connects would take a refusal for the answer, and asks again by itself.
+        lose = [flags, nftables.any_of(_SYN), nftables.verdict(nftables.DROP)]
+        for end in (let_be, lose, [nftables.reject()]):
+            changes.append(nftables.add_rule(name, _CHAIN, [*each, *tcp, *end]))
+    return changes
 
 
 def _drop_arriving(each: Connection) -> list[bytes]:

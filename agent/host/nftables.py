@@ -54,6 +54,8 @@ _LIST_TABLE, _LIST_SET, _LIST_ELEMENTS = 1, 2, 3
 _ELEMENT_KEY, _ELEMENT_TIMEOUT = 1, 4
 _DATA_VALUE, _DATA_VERDICT = 1, 2
 _VERDICT_CODE = 1
+# NFT_REJECT_ICMPX_UNREACH, NFT_REJECT_ICMPX_NO_ROUTE
+_ICMP_OF_EITHER, _NO_ROUTE = 2, 0
 # The one register that expressions hand values on in.
 _REGISTER, _VERDICT_REGISTER = 1, 0
 
@@ -94,24 +96,24 @@ def add_input_chain(table: str, name: str, priority: int) -> Change:
 
 
 def add_set(table: str, name: str, key_type: int, key_bytes: int, timeout_ms: int) -> Change:
-    """A set whose elements leave after ``timeout_ms``, or a time of their own. ``key_type`` is what
-    nft calls the keys by, and means nothing to the kernel.
+    """A set whose elements leave after ``timeout_ms``, or a time of their own; with 0 they stay.
+    ``key_type`` is what nft calls the keys by, and means nothing to the kernel.
     """
     return Change(
         _NEW_SET,
         _CREATE,
         _text(_SET_TABLE, table)
         + _text(_SET_NAME, name)
-        + _number(_SET_FLAGS, _WITH_TIMEOUTS)
+        + _number(_SET_FLAGS, _WITH_TIMEOUTS if timeout_ms else 0)
         + _number(_SET_KEY_TYPE, key_type)
         + _number(_SET_KEY_BYTES, key_bytes)
         + _number(_SET_ID, 1)
-        + _long(_SET_TIMEOUT, timeout_ms),
+        + (_long(_SET_TIMEOUT, timeout_ms) if timeout_ms else b""),
     )
 
 
 def add_key(table: str, name: str, key: bytes, timeout_ms: int) -> Change:
-    """A key is in a set for that long."""
+    """A key is in a set for that long; 0 in a set without times: as long as the set is there."""
     return Change(_NEW_ELEMENT, _CREATE, _element(table, name, key, timeout_ms))
 
 
@@ -159,6 +161,14 @@ def equals(value: bytes) -> bytes:
     return _expression("cmp", _number(1, _REGISTER) + _number(2, 0) + data)
 
 
+def any_of(bits: int) -> bytes:
+    """Pass if one of ``bits`` is set in the one byte that was taken."""
+    mask, nothing = _attribute(_DATA_VALUE, bytes([bits])), _attribute(_DATA_VALUE, b"\0")
+    registers = _number(1, _REGISTER) + _number(2, _REGISTER) + _number(3, 1)
+    masked = _expression("bitwise", registers + _nest(4, mask) + _nest(5, nothing))
+    return masked + _expression("cmp", _number(1, _REGISTER) + _number(2, 1) + _nest(3, nothing))
+
+
 def within(name: str) -> bytes:
     """Pass if what was taken is in the table's set ``name``."""
     return _expression("lookup", _text(1, name) + _number(2, _REGISTER))
@@ -168,6 +178,13 @@ def verdict(code: int) -> bytes:
     """End with ``ACCEPT`` or ``DROP``."""
     data = _nest(_DATA_VERDICT, _number(_VERDICT_CODE, code))
     return _expression("immediate", _number(1, _VERDICT_REGISTER) + _nest(2, data))
+
+
+def reject() -> bytes:
+    """End with refusing the packet: its sender hears that there is no way (ICMP's network
+    unreachable, or ICMPv6's no route to destination).
+    """
+    return _expression("reject", _number(1, _ICMP_OF_EITHER) + _attribute(2, bytes([_NO_ROUTE])))
 
 
 def commit(*changes: Change) -> None:
