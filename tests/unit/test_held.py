@@ -120,12 +120,44 @@ def test_a_disk_that_fails_is_as_one_that_is_full(
         assert filled(held) == seen.calls
 
 
-def test_what_the_store_has_seen_goes_to_no_disk(seen: Seen, tmp_path: Path) -> None:
-    for held in held_sink(seen, MIB, tmp_path):
-        held.keep_off_disk()
+@pytest.mark.parametrize("expected_bytes", [1, 8 * MIB, 64 * MIB])
+@pytest.mark.parametrize("budget_bytes", [8 * MIB, 5 * MIB // 2, 1])
+def test_what_was_prepared_holds_the_same(
+    seen: Seen, tmp_path: Path, budget_bytes: int, expected_bytes: int
+) -> None:
+    for held in held_sink(seen, budget_bytes, tmp_path):
+        held.prepare(expected_bytes)
         held.hold()
-        assert filled(held) == seen.calls
-        assert held.spooled_bytes == 0
+        given = filled(held)
+        assert seen.calls == []
+        assert (held.spooled_bytes > 0) == (budget_bytes < 4 * MIB)
+        held.drain()
+        assert seen.calls == given
+
+
+def test_no_more_disk_is_prepared_than_may_be_used(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "memory_available_bytes", lambda: 25 * MIB)
+    looks: list[int] = []
+    for held in held_sink(seen, 1, tmp_path):
+        held.prepare(1 << 40, lambda: looks.append(1))
+    assert len(looks) < 8, "a piece each"
+
+
+def test_what_is_prepared_for_a_dump_that_was_given_up_is_not_gone_on_with(
+    seen: Seen, tmp_path: Path
+) -> None:
+    class GivenUp(Exception):
+        pass
+
+    def check() -> None:
+        raise GivenUp
+
+    for budget_bytes in (1, 8 * MIB):
+        for held in held_sink(seen, budget_bytes, tmp_path):
+            with pytest.raises(GivenUp):
+                held.prepare(8 * MIB, check)
 
 
 @pytest.mark.parametrize("budget_bytes", [0, 8 * MIB])

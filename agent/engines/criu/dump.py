@@ -226,6 +226,7 @@ class _Capture:
                 self._short.copy_ahead()
                 descriptors.append(self._short.descriptor)
                 under = self._short.under
+            self._held.prepare(self._expected_bytes, lambda: self._deadline.check("the dump"))
             worker, folder = stack.enter_context(
                 self._subject.started(self._images, descriptors, under)
             )
@@ -314,6 +315,13 @@ class _Capture:
             )
 
     @property
+    def _expected_bytes(self) -> int:
+        """Of memory, while the tree stands still."""
+        if self._short is not None:
+            return self._short.expected_bytes
+        return shortstop.resident_bytes(self._pids)
+
+    @property
     def _log_path(self) -> str:
         return os.path.join(self._images, LOG)
 
@@ -356,8 +364,6 @@ class _Capture:
             self._subject.about_to_freeze(self._operation)
             self._cut.ready()
             self._poise()
-            if self._short is not None and self._short.reads_known:
-                self._held.keep_off_disk()
             self._held.hold()
             self._states = {each: _state(each) for each in proc.tree(self._root.pid)}
             self._times.freeze_from_s = clock.monotonic_s()

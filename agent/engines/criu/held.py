@@ -1,6 +1,9 @@
 """A sink that takes what it is given into memory while the job stands still, and passes it on to
 the real one when the job runs again.
 
+Memory that is touched for the first time takes ten times as long to write to, so what is expected
+to be needed is touched before (``prepare``).
+
 Promises: never more than ``budget_bytes`` of content are held in memory; what does not fit goes to
 a file without a name on the local disk (``spool``), and if there is no room either, is passed on
 at once, in order, at the real sink's pace. Safe from several threads, of which the real sink sees
@@ -11,6 +14,7 @@ Does not: hold anything before ``hold`` or after ``drain``.
 from __future__ import annotations
 
 import io
+import mmap
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, cast
@@ -19,6 +23,8 @@ from agent.engines.criu.spool import Spool
 from agent.model.streams import AddressSpace, FileEntry, MemberSink, PageRun
 
 _PIECE_BYTES = 1 << 20
+# Several pieces each, and given back one by one while what they hold is passed on.
+_SLAB_BYTES = 8 << 20
 
 # Gives back what was held.
 _Load = Callable[[], memoryview]
@@ -36,6 +42,8 @@ class HeldSink:
         self._lock = threading.Lock()
         self._waiting: list[Callable[[], None]] = []
         self._held_bytes = 0
+        self._slabs: list[memoryview] = []
+        self._slab = memoryview(b"")
         self._holding = False
         # Whether something could not be held.
         self.overflowed = False
@@ -45,13 +53,19 @@ class HeldSink:
         """How much went to the local disk."""
         return self._spool.size_bytes
 
-    def keep_off_disk(self) -> None:
-        """Spool nothing: the sink has seen nearly all of what comes, and is quicker."""
-        self._spool.refuse()
+    def prepare(self, expected_bytes: int, check: Callable[[], None] = lambda: None) -> None:
+        """Be quick to hold so much; ``check`` is called between and may raise."""
+        in_memory_bytes = min(expected_bytes, self._budget_bytes)
+        for _ in range(0, in_memory_bytes, _SLAB_BYTES):
+            check()
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+            self._slabs.append(memoryview(mmap.mmap(-1, _SLAB_BYTES, flags=flags)))
+        self._spool.prepare(expected_bytes - in_memory_bytes, check)
 
     def close(self) -> None:
         """Let go of what is held; safe to repeat."""
         self._waiting = []
+        self._slabs, self._slab = [], memoryview(b"")
         self._spool.close()
 
     def hold(self) -> None:
@@ -124,13 +138,22 @@ class HeldSink:
             return None
         if self._held_bytes + len(data) <= self._budget_bytes:
             self._held_bytes += len(data)
-            kept = memoryview(bytes(data))
+            kept = self._copy(data)
             return lambda: kept
         load = self._spool.put(data)
         if load is None:
             self.overflowed = True
             self._pass_on()
         return load
+
+    def _copy(self, data: memoryview) -> memoryview:
+        if len(self._slab) < len(data) and self._slabs:
+            self._slab = self._slabs.pop()
+        if len(self._slab) < len(data):
+            return memoryview(bytes(data))
+        kept, self._slab = self._slab[: len(data)], self._slab[len(data) :]
+        kept[:] = data
+        return kept
 
     def _content(self, content: BinaryIO) -> BinaryIO:
         """A stream of the same bytes, which are held if they fit."""
@@ -145,6 +168,7 @@ class HeldSink:
         waiting, self._waiting = self._waiting, []
         self._holding = False
         self._held_bytes = 0
+        self._slabs, self._slab = [], memoryview(b"")
         waiting.reverse()
         while waiting:
             check()

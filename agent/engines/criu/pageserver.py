@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import enum
 import queue
-import select
 import socket
 import struct
 import threading
@@ -30,6 +29,7 @@ from agent.model.streams import PAGE_BYTES, AddressSpace, PageRun, SpaceKind
 
 HEADER = struct.Struct("<IIQQQ")
 _STATUS = struct.Struct("<i")
+_TIMEVAL = struct.Struct("@ll")
 
 # Large enough that a piece costs few system calls, small enough to stay in a core's cache level
 # that it shares with the compressor.
@@ -285,21 +285,23 @@ class PageServer:
     def _fill(self, target: memoryview) -> None:
         while target:
             try:
-                got = self._ours.recv_into(target, len(target), socket.MSG_DONTWAIT)
+                self._wait_at_most(self._deadline.remaining_s)
+                # Not a look at every 64 KiB that CRIU sends: each would wait for the interpreter.
+                got = self._ours.recv_into(target, len(target), socket.MSG_WAITALL)
             except BlockingIOError:
-                self._wait_readable()
-                continue
+                raise errors.DeadlineExceeded(
+                    "the memory of the tree did not arrive in time"
+                ) from None
             except ConnectionError as exc:
                 raise _broken("CRIU broke the stream off") from exc
             if not got:
                 raise _broken("the stream ended early")
             target = target[got:]
 
-    def _wait_readable(self) -> None:
-        poll = select.poll()
-        poll.register(self._ours, select.POLLIN)
-        if not poll.poll(self._deadline.remaining_s * 1000):
-            raise errors.DeadlineExceeded("the memory of the tree did not arrive in time")
+    def _wait_at_most(self, seconds: float) -> None:
+        # 0 would be no limit.
+        whole, us = divmod(max(1, int(seconds * 1e6)), 10**6)
+        self._ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(whole, us))
 
 
 def _widen(end: socket.socket) -> None:

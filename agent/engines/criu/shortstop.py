@@ -25,20 +25,27 @@ from agent.model.streams import AddressSpace, MemberSink, PageRun
 
 # Below this a plain dump stops a tree for no longer than the preparations take.
 _SMALLEST_BYTES = 16 << 20
+# What is left for the stop of a tree that is followed.
+_LEFT_BYTES = 16 << 20
 # Rounds between CRIU's start and the freeze: the first takes up what was written meanwhile.
 _LAST_ROUNDS = 2
 
 
 def unsuited(criu: Criu, pids: Sequence[int]) -> str:
     """Why a short stop is not to be tried; "" if it is."""
-    resident_bytes = 0
+    if resident_bytes(pids) < _SMALLEST_BYTES:
+        return "there is little memory"
+    return hiding.usable(criu, pids)
+
+
+def resident_bytes(pids: Sequence[int]) -> int:
+    """How much memory, but that of files, these processes have."""
+    found = 0
     for pid in pids:
         with contextlib.suppress(errors.NotFound):
             resident = proc.resident(pid)
-            resident_bytes += resident.anon + resident.shmem
-    if resident_bytes < _SMALLEST_BYTES:
-        return "there is little memory"
-    return hiding.usable(criu, pids)
+            found += resident.anon + resident.shmem
+    return found
 
 
 def passed_over(kept: Kept | None, root: int) -> None:
@@ -91,9 +98,9 @@ class ShortStop:
         return self._hiding.descriptor
 
     @property
-    def reads_known(self) -> bool:
-        """Whether processes are read whole at the cut though all of them was drafted."""
-        return "none" in self._precopy.kinds
+    def expected_bytes(self) -> int:
+        """How much is likely to be left for the stop."""
+        return _LEFT_BYTES
 
     @property
     def under(self) -> list[str]:

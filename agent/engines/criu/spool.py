@@ -1,7 +1,8 @@
 """Memory's overflow: a file without a name, on the local disk, that is written once and read once.
 
 While a job stands still, a disk that takes what it is given into the page cache is several times
-quicker than a store that compresses.
+quicker than a store that compresses: 10 GB/s where the file has its pages there already, a seventh
+of that, and at worst 0.6 GB/s, where the kernel must find memory for each page.
 
 Promises: at most a tenth of the memory that is free when the first piece comes, beyond which Linux
 makes writers wait for the disk (vm.dirty_background_ratio), and half of the room on the disk, of
@@ -23,6 +24,7 @@ _OF_MEMORY = 0.1
 _OF_DISK = 0.5
 # Of the whole disk: imageGCHighThresholdPercent is 85, evictionHard nodefs.available<10%.
 _LEFT_OF_DISK = 0.15
+_NOTHING = bytes(1 << 20)
 
 
 class Spool:
@@ -41,13 +43,25 @@ class Spool:
         if self._folder is None:
             return None
         try:
-            if self._file is None:
-                self._open(self._folder)
-            return self._put(data)
+            return self._put(self._opened(self._folder), data)
         except OSError:
             # A full or failing disk: nothing more goes there, what is there is read.
             self._folder = None
             return None
+
+    def prepare(self, size_bytes: int, check: Callable[[], None]) -> None:
+        """Have room for so much, or what there is, in the page cache, as long as memory is not
+        short; ``check`` is called before each piece and may raise.
+        """
+        if self._folder is None:
+            return
+        try:
+            file = self._opened(self._folder)
+            for at in range(0, min(size_bytes, self._most_bytes), len(_NOTHING)):
+                check()
+                os.pwrite(file.fileno(), _NOTHING, at)
+        except OSError:
+            self._folder = None
 
     def refuse(self) -> None:
         """Take nothing more."""
@@ -58,18 +72,21 @@ class Spool:
         if self._file is not None:
             self._file.close()
 
-    def _open(self, folder: str) -> None:
+    def _opened(self, folder: str) -> IO[bytes]:
+        if self._file is not None:
+            return self._file
         found = os.statvfs(folder)
         free_bytes = found.f_bavail * found.f_frsize
         room_bytes = free_bytes - found.f_blocks * found.f_frsize * _LEFT_OF_DISK
         memory_bytes = system.memory_available_bytes()
         self._most_bytes = int(min(free_bytes * _OF_DISK, room_bytes, memory_bytes * _OF_MEMORY))
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - close
+        return self._file
 
-    def _put(self, data: memoryview) -> Callable[[], memoryview] | None:
-        if self._file is None or self.size_bytes + len(data) > self._most_bytes:
+    def _put(self, file: IO[bytes], data: memoryview) -> Callable[[], memoryview] | None:
+        if self.size_bytes + len(data) > self._most_bytes:
             return None
-        file, at, length = self._file, self.size_bytes, len(data)
+        at, length = self.size_bytes, len(data)
         done = 0
         while done < length:
             done += os.pwrite(file.fileno(), data[done:], at + done)
