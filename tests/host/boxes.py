@@ -31,35 +31,19 @@ from agent.host import proc
 from agent.model.container import Container, Mount
 from tests.host.conftest import Cut, Gate
 from tests.host.image import MemoryImage, MemorySource
+from tests.host.packages import CACHE, install
 
 ROOT = Path(__file__).parents[2]
 TARGETS = Path(__file__).parent / "targets"
-CACHE = Path(
-    os.environ.get("CKPT_AGENT_CACHE")
-    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ckpt-agent"
-)
 EMPTY_DIR = "volumes/kubernetes.io~empty-dir"
 DIGEST = "sha256:" + "1" * 64
-
-
 # Programs that these tests run, and the packages that have them.
 PROGRAMS = {"runc": "runc", "nft": "nftables", "ip": "iproute2", "mmdebstrap": "mmdebstrap"}
 
 
 def prepare() -> None:
     """Install and build what the containers need; safe to repeat, a minute the first time."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "container-tools.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-        missing = {
-            package for name, package in PROGRAMS.items() if not shutil.which(name, path=path)
-        }
-        if missing:
-            install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing]
-            quiet = {"check": True, "stdout": subprocess.DEVNULL}
-            subprocess.run(["apt-get", "update", "-qq"], **quiet)  # type: ignore[call-overload]
-            subprocess.run(install, **quiet)  # type: ignore[call-overload]
+    install(PROGRAMS)
     debian_root()
     made("hold/build", "hold")
     made("scripts/criu-bundle", "criu-bundle")
