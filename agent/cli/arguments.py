@@ -223,11 +223,20 @@ def queue(verb: Callable[..., Any]) -> Callable[..., Any]:
     )(verb)
 
 
+def followed(kind: str, *, follow: bool) -> str:
+    """What a target of ``kind`` ("" for this host) is with ``--follow``: "followed" for a pod with
+    whoever is connected with it; wrong usage where that makes no sense.
+    """
+    if follow and kind not in ("", "pod"):
+        raise click.UsageError("--follow begins with a pod, or with processes on this host")
+    return "followed" if follow and kind else kind
+
+
 def by_coordinator(
     merged: settings.Settings, kind: str, *, said: bool | None, queue: bool = False
 ) -> bool:
-    """Whether the coordinator is asked about something of ``kind`` ("" for this host)."""
-    of_a_group = kind in ("jobset", "group")
+    """Whether the coordinator is asked about something of ``kind``, as ``followed`` says it."""
+    of_a_group = kind in ("jobset", "group", "followed")
     refuse(
         {"--coordinator": said and not of_a_group, "--queue": queue and not of_a_group},
         "is for a JobSet or a group",

@@ -22,8 +22,10 @@ from agent.settings import Settings
 
 def target(found: arguments.Target, labels: str = "") -> Target:
     """What a command line named, as the coordinator is told; ``labels`` say which pods are meant
-    by a group.
+    by a group, and a pod means whoever is connected with it, too.
     """
+    if found.kind == "pod":
+        return Target(followed=found.name)
     if found.kind == "group":
         return Target(group=found.name, labels=labels)
     return Target(jobset=found.name)

@@ -109,13 +109,13 @@ def verb(
         precopy_cpu=precopy_cpu,
         precopy_rate=precopy_rate,
     )
-    kind = target.kind if target else ""
+    kind = arguments.followed(target.kind if target else "", follow=follow)
     asked = arguments.by_coordinator(settings, kind, said=coordinator, queue=queue)
     if target is not None:
         of_a_pod = {"--container": containers, "--engine": engine}
         if (kind == "group") != bool(selector):
             raise click.UsageError("group/NAME and --selector LABELS go together")
-        if kind == "pod" and not follow:
+        if kind == "pod":
             from agent.cli import incluster
 
             incluster.dump(invocation, settings, target.name, containers, engine=engine, stop=stop)
@@ -124,7 +124,6 @@ def verb(
         if asked:
             from agent.cli import bycoordinator
 
-            arguments.refuse({"--follow": follow}, "is not what the coordinator does")
             meant = bycoordinator.target(target, selector)
             bycoordinator.dump(invocation, settings, meant, stop=stop, wait=queue)
         else:
@@ -195,8 +194,6 @@ def _dump_together(
     if follow:
         from agent.cli import ingroup
 
-        if target.kind != "pod":
-            raise click.UsageError("--follow begins with a pod, or with processes on this host")
         ingroup.dump_followed(invocation, settings, target.name, stop=stop)
     elif target.kind == "group":
         from agent.cli import ingroup

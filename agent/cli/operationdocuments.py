@@ -65,6 +65,8 @@ def dump_report(found: Operation, target: Target, *, stopped: bool) -> Document:
             hint="ckpt-agent list shows it; the coordinator's log says more",
         )
     of = {"group": target.group, "selector": target.labels}
+    if target.followed:
+        of = {"group": found.group, "followed": target.followed}
     return documents.document(
         "DumpReport",
         documents.image_name(image),

@@ -71,10 +71,10 @@ def verb(
         target,
         pids,
         {"--container": containers, "--selector": selector},
-        {"--follow": follow, "--measure": measure},
+        {"--measure": measure},
     )
     settings = invocation.settings(use_coordinator=coordinator)
-    kind = target.kind if target else ""
+    kind = arguments.followed(target.kind if target else "", follow=follow)
     asked = arguments.by_coordinator(settings, kind, said=coordinator)
     if target is not None:
         if (kind == "group") != bool(selector):
@@ -85,7 +85,8 @@ def verb(
             return incluster.plan(invocation, settings, target.name, containers)
         arguments.refuse({"--container": containers}, "is for a pod, not for a group of pods")
         if not asked:
-            raise click.UsageError(f"the coordinator plans for a {kind}: add --coordinator")
+            what = "pods that are connected" if follow else f"a {kind}"
+            raise click.UsageError(f"the coordinator plans for {what}: add --coordinator")
         from agent.cli import bycoordinator
 
         return bycoordinator.plan(invocation, settings, bycoordinator.target(target, selector))

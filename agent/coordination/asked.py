@@ -16,6 +16,7 @@ from google.protobuf import json_format
 
 from agent import errors
 from agent.coordination import messages
+from agent.coordinator import followed
 from agent.model import ids, jobset, selection
 from agent.model.access import Caller
 from agent.model.operations import Kind, Operation, identity
@@ -36,13 +37,14 @@ _KINDS: dict[Kind, type[Request]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Which pods: of ``jobset``, or if that is "", of the ``selector``. ``group`` is what their
-    images are called.
+    """Which pods: of ``jobset``, that ``selector`` means, or that are connected with the pod
+    ``followed``; the others are "". ``group`` is what their images are called.
     """
 
     group: str
     jobset: str = ""
     selector: str = ""
+    followed: str = ""
 
 
 def target(said: api.Target) -> Target:
@@ -56,8 +58,11 @@ def target(said: api.Target) -> Target:
             return _of_jobset(said.jobset)
         case "selector":
             return Target(selection.group(said.selector.group), selector=said.selector.labels)
+        case "followed" if said.followed:
+            group = ids.group_name(followed.group(said.followed))
+            return Target(group, followed=said.followed)
     raise errors.InvalidInput(
-        "the request names no target", hint="set target.jobset or target.selector"
+        "the request names no target", hint="set target.jobset, target.selector or target.followed"
     )
 
 

@@ -13,7 +13,7 @@ from agent import errors
 from agent.cluster.session import Session
 from agent.coordination import messages
 from agent.coordination.asked import Target
-from agent.coordinator import checkpoint, jobsets, selected
+from agent.coordinator import checkpoint, followed, jobsets, selected
 from agent.kube import jobsets as kube
 from agent.model import ids, jobset
 from agent.rpc import convert
@@ -73,11 +73,11 @@ def image(session: Session, request: node_pb2.GetImageRequest) -> node_pb2.GetIm
 def plan(session: Session, target: Target) -> api.PlanEpochResponse:
     """What a checkpoint would take of each pod, and everything that stands in its way."""
     try:
-        members = _members(session, target)
+        taking = members(session, target)
     except errors.TargetUnsuitable as exc:
         return api.PlanEpochResponse(obstacles=_reasons(exc))
     made = api.PlanEpochResponse()
-    for each in members:
+    for each in taking:
         try:
             found = session.agent_of(each.node).plan(session.namespace, each.pod)
         except errors.CkptError as exc:
@@ -93,7 +93,14 @@ def plan(session: Session, target: Target) -> api.PlanEpochResponse:
     return made
 
 
-def _members(session: Session, target: Target) -> list[checkpoint.Member]:
+def members(session: Session, target: Target) -> list[checkpoint.Member]:
+    """Those who would take part in a checkpoint now.
+
+    Raises:
+        errors.Refused: not all of them can, or there are none.
+    """
+    if target.followed:
+        return followed.members(session, target.followed)
     if not target.jobset:
         return selected.members(session, target.group, target.selector)
     api, namespace = session.api, session.namespace

@@ -12,15 +12,15 @@ from collections.abc import Iterator
 
 from agent import errors
 from agent.cluster.session import Session
-from agent.coordination import asked, messages
+from agent.coordination import asked, looking, messages
 from agent.coordination.book import Book
 from agent.coordination.work import Handle, Work
-from agent.coordinator import checkpoint, jobsetrestore, jobsets, selected, takeover
+from agent.coordinator import checkpoint, jobsetrestore, selected, takeover
 from agent.host import clock
 from agent.kube import jobsets as kube
 from agent.kube import objects
 from agent.kube.connection import Json
-from agent.model import intent, jobset, operations, optin
+from agent.model import intent, operations, optin
 from agent.model.operations import Job, Kind, Next, Operation, Stage, State
 from agent.model.protocol import EVACUATE, LEAVE_RUNNING, Course, Decision
 from agent.rpc import epochclient, results
@@ -165,13 +165,8 @@ def _course(operation: Operation) -> Course:
 
 def _members(session: Session, operation: Operation) -> list[checkpoint.Member]:
     """Those that are still there to be told; the others let their pods go on by themselves."""
-    target = asked.target_of(operation)
     with contextlib.suppress(errors.Refused):
-        if not target.jobset:
-            return selected.members(session, target.group, target.selector)
-        found = kube.read(session.api, session.namespace, target.jobset)
-        pods = kube.pods(session.api, session.namespace, target.jobset)
-        return jobsets.members_of(jobset.membership(found, pods))
+        return looking.members(session, asked.target_of(operation))
     return []
 
 

@@ -20,7 +20,14 @@ from agent.cluster.session import Session
 from agent.coordination import asked, messages
 from agent.coordination.book import Book
 from agent.coordination.reviews import Reviews
-from agent.coordinator import checkpoint, jobsetcourse, jobsetrestore, jobsets, selected
+from agent.coordinator import (
+    checkpoint,
+    followed,
+    jobsetcourse,
+    jobsetrestore,
+    jobsets,
+    selected,
+)
 from agent.coordinator.machine import State as Progress
 from agent.host import clock
 from agent.kube.connection import Connection
@@ -126,6 +133,17 @@ class Work:
             done = jobsets.dump(
                 session,
                 target.jobset,
+                now_s=operation.ordered_s,
+                storage=said.storage,
+                stop=said.stop,
+                control=handle.control,
+                watch=watch.state,
+                named=watch.named,
+            )
+        elif target.followed:
+            done = followed.dump(
+                session,
+                target.followed,
                 now_s=operation.ordered_s,
                 storage=said.storage,
                 stop=said.stop,

@@ -115,21 +115,26 @@ class Asking:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """All pods of ``jobset``, or, if that is "", those of ``group``: that ``labels`` mean, or for a
-    restore, that wait for its image.
+    """All pods of ``jobset``, or those that are connected with the pod ``followed``, or, if both
+    are "", those of ``group``: that ``labels`` mean, or for a restore, that wait for its image.
     """
 
     jobset: str = ""
     group: str = ""
     labels: str = ""
+    followed: str = ""
 
     def __str__(self) -> str:
+        if self.followed:
+            return f"pod/{self.followed}"
         return f"jobset/{self.jobset}" if self.jobset else f"group/{self.group}"
 
     def message(self) -> coordinator_pb2.Target:
         """As it is sent."""
         if self.jobset:
             return coordinator_pb2.Target(jobset=self.jobset)
+        if self.followed:
+            return coordinator_pb2.Target(followed=self.followed)
         selector = coordinator_pb2.Selector(labels=self.labels, group=self.group)
         return coordinator_pb2.Target(selector=selector)
 

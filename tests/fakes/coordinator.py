@@ -120,6 +120,8 @@ class _Servicer(coordinator_pb2_grpc.CoordinatorServicer):
         return found
 
     def _group(self, target: api.Target) -> str:
+        if target.followed:
+            return f"followed.{target.followed}"
         return f"jobset.{target.jobset}" if target.jobset else target.selector.group
 
     def CreateEpoch(self, request: Any, context: Any) -> api.Operation:

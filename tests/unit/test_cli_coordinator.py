@@ -101,6 +101,22 @@ def test_a_setting_asks_the_coordinator_and_a_flag_does_not(
     assert "JobSet default/train" in ran.err
 
 
+def test_who_is_connected_with_a_pod_is_found_by_the_coordinator(
+    run: Any, cluster: coordinator.Cluster
+) -> None:
+    cluster.script = [DUMPED]
+    words = ("--follow", "--coordinator")
+    document = run("dump", "pod/front", *words, "-o", "json").document()
+    assert (document["group"], document["followed"]) == ("followed.front", "front")
+    ((_, _, request),) = [each for each in cluster.calls if each[1] == "EPOCH"]
+    assert request.target.followed == "front"
+    assert run("plan", "pod/front", *words, "-o", "json").document()["name"] == "pod/front"
+    assert run("dump", "jobset/train", *words).status == exits.USAGE
+    assert run("plan", "jobset/train", *words).status == exits.USAGE
+    assert run("plan", "pod/front", "--follow").status == exits.USAGE
+    assert run("dump", "pod/front", "--coordinator").status == exits.USAGE
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind"),
     [

@@ -434,3 +434,24 @@ def test_a_group_by_label_is_cut_ended_and_brought_back_into_pods_that_wait(
         ada.restore(asking(), Target(group="pair"), nodes=["n1"])
     with pytest.raises(errors.InvalidInput):
         ada.create_epoch(asking(), Target(group="jobset.train", labels="app=pair"))
+
+
+def test_who_is_connected_with_a_pod_is_found_when_its_turn_has_come(
+    cluster: Cluster, ada: coordinatorclient.Coordinator
+) -> None:
+    add_pair(cluster)
+    ends = ("10.1.0.0:4000", "10.1.0.1:80")
+    cluster.agents.connections = {"pair-0": [ends], "pair-1": [ends[::-1]]}
+    target = Target(followed="pair-1")
+    assert [each.pod for each in ada.plan("default", target).members] == ["pair-0", "pair-1"]
+    done = ended(ada, ada.create_epoch(asking(), target, stop=True).id)
+    assert (done.state, done.error, done.group) == (State.SUCCEEDED, None, "followed.pair-1")
+    assert cluster.group.facts[-1]["followed"] == "pair-1"
+    assert done.image is not None
+    image = f"followed.pair-1@{done.image.epoch}"
+    add_pair(cluster, annotations={optin.RESTORE: image})
+    back = ended(ada, ada.restore(asking(), target).id)
+    assert (back.state, back.error) == (State.SUCCEEDED, None)
+    assert [each.identity for each in back.pods] == ["pair-0", "pair-1"]
+    with pytest.raises(errors.InvalidInput):
+        ada.create_epoch(asking(), Target(followed="no pod"))

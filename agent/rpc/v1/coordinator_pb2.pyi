@@ -48,12 +48,14 @@ OPERATION_STATE_FAILED: OperationState
 OPERATION_STATE_CANCELLED: OperationState
 
 class Target(_message.Message):
-    __slots__ = ("jobset", "selector")
+    __slots__ = ("jobset", "selector", "followed")
     JOBSET_FIELD_NUMBER: _ClassVar[int]
     SELECTOR_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWED_FIELD_NUMBER: _ClassVar[int]
     jobset: str
     selector: Selector
-    def __init__(self, jobset: _Optional[str] = ..., selector: _Optional[_Union[Selector, _Mapping]] = ...) -> None: ...
+    followed: str
+    def __init__(self, jobset: _Optional[str] = ..., selector: _Optional[_Union[Selector, _Mapping]] = ..., followed: _Optional[str] = ...) -> None: ...
 
 class Selector(_message.Message):
     __slots__ = ("labels", "group")
