@@ -21,7 +21,13 @@ from agent.settings import Settings
 
 
 def dump(
-    invocation: Invocation, settings: Settings, group: str, selector: str, *, stop: bool
+    invocation: Invocation,
+    settings: Settings,
+    group: str,
+    selector: str,
+    *,
+    engine: str,
+    stop: bool,
 ) -> None:
     """``dump`` of the pods that ``selector`` means."""
     with (
@@ -36,9 +42,12 @@ def dump(
             stop=stop,
             control=control,
             watch=show,
+            engine=engine,
         )
         of = {"group": group, "selector": selector}
-        document = jobsetdocuments.dump_report(session.namespace, of, done, stopped=stop)
+        document = jobsetdocuments.dump_report(
+            session.namespace, of, done, engine=engine, stopped=stop
+        )
     said_cut(invocation, document, done, "the group")
     invocation.emit(document)
 

@@ -25,7 +25,9 @@ _STEPS = {
 }
 
 
-def dump(invocation: Invocation, settings: Settings, name: str, *, stop: bool) -> None:
+def dump(
+    invocation: Invocation, settings: Settings, name: str, *, engine: str = "", stop: bool
+) -> None:
     """``dump`` of a JobSet."""
     control = checkpoint.Control()
 
@@ -39,10 +41,18 @@ def dump(invocation: Invocation, settings: Settings, name: str, *, stop: bool) -
         progress.for_epoch(invocation.quiet) as show,
     ):
         done = jobsets.dump(
-            session, name, now_s=clock.wall_s(), stop=stop, control=control, watch=show
+            session,
+            name,
+            now_s=clock.wall_s(),
+            stop=stop,
+            control=control,
+            watch=show,
+            engine=engine,
         )
         of = {"jobset": name}
-        document = jobsetdocuments.dump_report(session.namespace, of, done, stopped=stop)
+        document = jobsetdocuments.dump_report(
+            session.namespace, of, done, engine=engine, stopped=stop
+        )
     said_cut(invocation, document, done, "the JobSet")
     invocation.emit(document)
 

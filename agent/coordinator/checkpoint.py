@@ -132,8 +132,10 @@ def run(
     control: Control | None = None,
     watch: Callable[[State], None] = lambda state: None,
     named: Callable[[epochclient.Epoch], None] = lambda epoch: None,
+    engine: str = "",
 ) -> Checkpoint:
-    """Take an epoch of ``members`` as ``group``; ``now_s`` is wall time. ``named`` is called with
+    """Take an epoch of ``members`` as ``group``, captured by ``engine`` or whichever each agent
+    chooses; ``now_s`` is wall time. ``named`` is called with
     the epoch's name before any pod is told anything; if it raises, none is. Both happen again with
     another epoch where a connection between members was not accepted yet.
 
@@ -163,6 +165,7 @@ def run(
                 watch=watch,
                 named=named,
                 within=within if again < _UNACCEPTED_AGAIN else (),
+                engine=engine,
             )
         except errors.ConnectionUnaccepted as exc:
             if again == _UNACCEPTED_AGAIN:
@@ -195,6 +198,7 @@ def _once(
     watch: Callable[[State], None],
     named: Callable[[epochclient.Epoch], None],
     within: tuple[str, ...],
+    engine: str,
 ) -> Checkpoint:
     """As ``run``, once. Leave a connection from ``within`` out of no image."""
     namespace, patience_s = session.namespace, session.settings.agent_silence_s
@@ -209,7 +213,9 @@ def _once(
 
     def call_of(member: Member) -> Call:
         leads = member is members[0]
-        pod = epochclient.Pod(member.name, member.pod, member.uid, leads=leads, within=within)
+        pod = epochclient.Pod(
+            member.name, member.pod, member.uid, leads=leads, within=within, engine=engine
+        )
         epochs = agents[member.node].epochs
         deadline_s = session.settings.dump_deadline_s
 

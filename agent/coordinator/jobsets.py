@@ -30,9 +30,10 @@ def dump(
     control: checkpoint.Control | None = None,
     watch: Callable[[State], None] = lambda state: None,
     named: Callable[[epochclient.Epoch], None] = lambda epoch: None,
+    engine: str = "",
 ) -> checkpoint.Checkpoint:
     """Checkpoint all pods of the JobSet ``name`` at one instant. ``stop``: they are ended once that
-    is committed, and wait where they are. ``named`` as ``checkpoint.run`` has it.
+    is committed, and wait where they are. ``named`` and ``engine`` as ``checkpoint.run`` has them.
 
     Raises:
         errors.NotFound | errors.TargetUnsuitable: there is none, or not all of its pods run.
@@ -67,6 +68,7 @@ def dump(
         control=control,
         watch=watch,
         named=named,
+        engine=engine,
     )
 
 

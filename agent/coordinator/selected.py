@@ -44,10 +44,11 @@ def dump(
     control: checkpoint.Control | None = None,
     watch: Callable[[State], None] = lambda state: None,
     named: Callable[[epochclient.Epoch], None] = lambda epoch: None,
+    engine: str = "",
 ) -> checkpoint.Checkpoint:
     """Checkpoint all pods of the namespace that ``selector`` means (as kubectl's ``-l``) at one
     instant, as ``group``. ``stop``: they are ended once that is committed, and wait where they are.
-    ``named`` as ``checkpoint.run`` has it.
+    ``named`` and ``engine`` as ``checkpoint.run`` has them.
 
     Raises:
         errors.InvalidInput: no group can be called so, the selector is none, or the pods ask for
@@ -67,6 +68,7 @@ def dump(
         control=control,
         watch=watch,
         named=named,
+        engine=engine,
     )
 
 

@@ -24,6 +24,8 @@ from agent.model.streams import MemberSink, MemberSource
 class Promises:
     """What the planner chooses an engine by. ``cuts``: it asks the ``Cut``, so that several
     members can stand still together, and processes can be ended when the epoch is committed.
+    ``holds_first``: it asks the ``Cut`` if it is told to (``CaptureOptions.hold_first``), and then
+    several members are captured one by one while none hears another.
     """
 
     incremental: bool
@@ -31,6 +33,7 @@ class Promises:
     isolates: bool
     streams_memory: bool
     cuts: bool = True
+    holds_first: bool = False
 
 
 class Disposition(enum.Enum):
@@ -43,7 +46,14 @@ class Disposition(enum.Enum):
 class Cut(Protocol):
     """The caller's part in the stop of one member, in the order in which it is asked. Raising from
     any but ``running`` gives the capture up; the processes go on.
+
+    With ``CaptureOptions.hold_first`` the processes run on until the engine captures them, after
+    ``held``, and again after that: from ``frozen`` to ``released`` it is the network between the
+    members that stands still.
     """
+
+    def check(self) -> None:
+        """Raise if the capture is to be given up: asked while somebody else is waited for."""
 
     def ready(self) -> None:
         """All of the member that can be copied while it runs has been, once."""
@@ -150,6 +160,8 @@ class CaptureOptions:
     precopy_cpu_percent: int = 100
     precopy_bytes_per_s: int | None = None
     kept: Kept | None = None
+    # Only for an engine that promises it, and with the addresses of all others in ``within``.
+    hold_first: bool = False
     # What the agent takes for a dump in all stays below 256 MiB with it (bench.peak_memory).
     held_bytes: int = 96 << 20
 

@@ -137,6 +137,18 @@ def unaccepted(pid: int, listening: Iterable[int]) -> list[tuple[str, str]]:
     return sorted(found)
 
 
+def closing(pid: int) -> list[tuple[str, str]]:
+    """Both ends, this one first, of the TCP connections in the network namespace of ``pid`` that
+    their program has closed, and whose other end may not have heard all of it; IPv4 as IPv4.
+    """
+    ours = ("fin-wait-1", "closing", "last-ack")
+    return sorted(
+        (unmapped(each.local), unmapped(each.peer))
+        for each in _inet(pid, _TCP)
+        if not each.inode and each.state in ours
+    )
+
+
 def _same_network(pid: int) -> bool:
     try:
         return os.stat(f"/proc/{pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino

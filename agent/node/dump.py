@@ -299,6 +299,9 @@ class _GroupCut:
         self.committed: EpochSummary | None = None
         self.committed_at_s = 0.0
 
+    def check(self) -> None:
+        self._cancel.check()
+
     def ready(self) -> None:
         # Who has copied more ahead must not stand still for the others.
         self._cancel.check()

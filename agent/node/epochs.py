@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from agent import errors
-from agent.engines.base import CaptureOptions, RestoreOptions
+from agent.engines.base import CaptureOptions, Engine, RestoreOptions
 from agent.host import clock
 from agent.kube.events import Reason
 from agent.model import cut, ids, jobset, protocol
@@ -230,13 +230,10 @@ class EpochService:
                     "dump", pod, containers, leaving, ids.image_name(group, epoch)
                 )
             )
-            engine = parts.work.engine(pod, containers)
-            if not engine.promises.cuts:
-                raise errors.TargetUnsuitable(
-                    f"pod {pod} can only be captured by the engine {engine.name}, which cannot"
-                    " hold it at the instant of a cut",
-                    hint="opt the pod in (docs/opting-in.md)",
-                )
+            engine = parts.work.engine(pod, containers, service.engine_name(request.engine))
+            hold_first = not engine.promises.cuts and engine.promises.holds_first
+            _check_takes_part(engine, pod, course)
+            about["engine"] = engine.name
             actions = JointDump(
                 store,
                 engine,
@@ -253,6 +250,7 @@ class EpochService:
                     precopy_bytes_per_s=self._settings.precopy_rate_bytes,
                     log_level=self._settings.criu_log_level,
                     within=_within(request),
+                    hold_first=hold_first,
                 ),
                 short_stop_failed=functools.partial(self._plain.add, pod.uid),
                 place=pod.uid,
@@ -399,12 +397,30 @@ def _facts(
 ) -> dict[str, Any]:
     return {
         **told,
-        "engine": "container",
+        "engine": ", ".join(sorted({each.pod.get("engine", "container") for each in given})),
         "pods": [each.pod for each in given],
         "connections": verdict.pairs,
         "leaving": [each.name for each in verdict.leaving],
         "stops": [dataclasses.asdict(stop) for each in given for stop in each.stops],
     }
+
+
+def _check_takes_part(engine: Engine, pod: Pod, course: protocol.Course) -> None:
+    """Refuse a pod that its engine can only capture by itself, or not end at the cut."""
+    promises = engine.promises
+    if not promises.cuts and course is protocol.EVACUATE:
+        raise errors.TargetUnsuitable(
+            f"pod {pod} is captured by the engine {engine.name}, which cannot end the processes at"
+            " the instant of the cut: what they did after it would be done twice",
+            hint="dump without --stop, or opt the pod in (docs/opting-in.md) and move it by the"
+            " engine container",
+        )
+    if not promises.cuts and not promises.holds_first:
+        raise errors.TargetUnsuitable(
+            f"pod {pod} can only be captured by the engine {engine.name}, which cannot hold it at"
+            " the instant of a cut",
+            hint="opt the pod in (docs/opting-in.md)",
+        )
 
 
 def _within(request: api.TakePartRequest) -> frozenset[str]:

@@ -275,9 +275,9 @@ class PodWork:
         """Run the post hooks of a pod that runs a group's image now."""
         self._hooks.restored(pod, containers, image, was, leads=leads)
 
-    def engine(self, pod: Pod, containers: Sequence[Container]) -> Engine:
-        """The engine that captures these containers; raises as ``Engines.for_dump``."""
-        return self._engines.for_dump("", pod, containers)
+    def engine(self, pod: Pod, containers: Sequence[Container], wanted: str = "") -> Engine:
+        """The engine that captures these containers; as ``Engines.for_dump``."""
+        return self._engines.for_dump(wanted, pod, containers)
 
     def engine_for_restore(self, pod: Pod, containers: Sequence[Container]) -> Engine:
         """The engine that restores into these placeholders; raises as ``Engines.for_restore``."""

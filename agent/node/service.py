@@ -46,6 +46,17 @@ _ENGINE_NUMBERS = {name: number for number, name in _ENGINES.items() if name}
 Document = dict[str, Any]
 
 
+def engine_name(number: api.Engine) -> str:
+    """What an engine of the API is called, "" for none in particular.
+
+    Raises:
+        errors.InvalidInput: there is none of that number.
+    """
+    if number not in _ENGINES:
+        raise errors.InvalidInput(f"there is no engine {number}", hint="use one that the API names")
+    return _ENGINES[number]
+
+
 class Documents(Protocol):
     """How results look as JSON; the command line's own, so that both print the same."""
 
@@ -100,16 +111,13 @@ class NodeService:
 
     def dump(self, request: api.DumpRequest, call: Call) -> Iterator[api.DumpEvent]:
         """Checkpoint containers of a pod."""
-        if request.engine not in _ENGINES:
-            raise errors.InvalidInput(
-                f"there is no engine {request.engine}", hint="use one that the API names"
-            )
+        engine = engine_name(request.engine)
         order = podwork.DumpOrder(
             namespace=ids.namespace_name(request.namespace),
             pod=request.pod,
             pod_uid=request.pod_uid,
             containers=tuple(request.containers),
-            engine=_ENGINES[request.engine],
+            engine=engine,
             stop=request.stop,
             options=self._capture_options(request.deadline_s, call),
         )

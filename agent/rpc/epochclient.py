@@ -39,6 +39,7 @@ class Epoch:
 class Pod:
     """A pod that takes part as ``member``; the one that ``leads`` runs the hooks of the group. A
     connection from one of the addresses ``within`` that it has not accepted fails the cut.
+    ``engine`` captures it, "" for the agent's choice.
     """
 
     member: str
@@ -47,6 +48,7 @@ class Pod:
     containers: tuple[str, ...] = ()
     leads: bool = False
     within: tuple[str, ...] = ()
+    engine: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Epochs:
             deadline_s=deadline_s,
             attempt=attempt.message() if attempt else None,
             within=pod.within if told.step is Step.PREPARE else (),
+            engine=f"ENGINE_{pod.engine.upper() or 'UNSPECIFIED'}",
         )
         timeout_s = None if silent_s is None else wait_s + silent_s
         answer = self._once(self._stub.TakePart, request, timeout_s=timeout_s)

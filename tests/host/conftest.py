@@ -134,6 +134,9 @@ class Cut:
         self._captured = captured
         self._disposition = disposition
 
+    def check(self) -> None:
+        """Nobody gives it up."""
+
     def ready(self) -> None:
         """Nothing to wait for."""
 

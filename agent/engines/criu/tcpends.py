@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from agent import errors
@@ -19,25 +19,40 @@ from agent.model.cut import End
 
 _MAPPED = (0, 0, 0xFFFF0000)
 # The record is a few numbers; what follows it are the queues, up to megabytes.
-_HEAD_BYTES = 4096
+HEAD_BYTES = 4096
 
 
 def read(folder: str) -> list[End]:
     """All ends in the images in ``folder``."""
-    return list(_ends(folder))
-
-
-def _ends(folder: str) -> Iterator[End]:
     if not os.path.exists(os.path.join(folder, "files.img")):
-        return
-    for entry in images.read(folder, "files", "files.img", images.messages.file_entry):
+        return []
+
+    def head(name: str) -> bytes | None:
+        try:
+            with open(os.path.join(folder, name), "rb") as file:
+                return file.read(HEAD_BYTES)
+        except FileNotFoundError:
+            return None
+
+    return of(images.read(folder, "files", "files.img", images.messages.file_entry), head)
+
+
+def of(entries: Iterable[Any], head: Callable[[str], bytes | None]) -> list[End]:
+    """The ends among the ``entries`` of a files.img; ``head`` gives the first ``HEAD_BYTES`` of the
+    image of a name, None if there is no such image.
+    """
+    return list(_ends(entries, head))
+
+
+def _ends(entries: Iterable[Any], head: Callable[[str], bytes | None]) -> Iterator[End]:
+    for entry in entries:
         if not entry.HasField("isk"):
             continue
         name = f"tcp-stream-{entry.isk.ino:x}.img"
-        path = os.path.join(folder, name)
-        if not os.path.exists(path):
+        raw = head(name)
+        if raw is None:
             continue
-        stream = _stream(path, name)
+        stream = images.first("tcp-stream", name, raw, images.messages.tcp_stream_entry)
         yield End(
             _address(entry.isk.src_addr, name),
             entry.isk.src_port,
@@ -47,12 +62,6 @@ def _ends(folder: str) -> Iterator[End]:
             unacknowledged_bytes=stream.outq_len,
             received_seq=stream.inq_seq,
         )
-
-
-def _stream(path: str, name: str) -> Any:
-    with open(path, "rb") as file:
-        head = file.read(_HEAD_BYTES)
-    return images.first("tcp-stream", name, head, images.messages.tcp_stream_entry)
 
 
 def _address(words: Any, name: str) -> str:

@@ -13,14 +13,18 @@ Does not: retry (the first call may still be running), or look at archives.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import http.client
 import json
 import os
 import re
+import socket
 import ssl
+import threading
 import urllib.parse
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from agent import errors
@@ -33,6 +37,8 @@ RBAC = '{apiGroups: [""], resources: ["nodes/checkpoint"], verbs: ["create"]}'
 # The kubelet gives up by itself at the deadline that it was told; its answer then needs a moment.
 _ANSWER_S = 5.0
 _CONNECT_S = 10.0
+# How soon after it was given up nobody waits for the kubelet any more.
+_CHECK_S = 0.05
 _ANSWER_BYTES = 64 << 10
 _QUOTED_CHARACTERS = 2000
 _FINGERPRINT_BYTES = 32
@@ -108,9 +114,15 @@ class Target:
         return f"{self.namespace}/{self.pod}/{self.container}"
 
 
-def checkpoint(kubelet: Kubelet, target: Target, deadline: clock.Deadline) -> list[str]:
+def checkpoint(
+    kubelet: Kubelet,
+    target: Target,
+    deadline: clock.Deadline,
+    check: Callable[[], None] | None = None,
+) -> list[str]:
     """Have one container checkpointed; return the archives' paths as the kubelet names them. The
-    container runs on.
+    container runs on. ``check`` is called again and again meanwhile, in another thread; if it
+    raises, nobody waits any more.
 
     Raises:
         errors.NotFound: the kubelet knows no such container.
@@ -124,7 +136,8 @@ def checkpoint(kubelet: Kubelet, target: Target, deadline: clock.Deadline) -> li
     token = _token(kubelet.token_file)
     connection = _connected(kubelet, deadline)
     try:
-        status, raw = _post(connection, target, token, deadline)
+        with _given_up_by(check, connection, target):
+            status, raw = _post(connection, target, token, deadline)
     finally:
         connection.close()
     body = raw.decode("utf-8", "replace").strip()[:_QUOTED_CHARACTERS]
@@ -262,6 +275,49 @@ def _post(
             hint="check that the kubelet runs, and try again",
         ) from exc
     return response.status, raw
+
+
+@contextlib.contextmanager
+def _given_up_by(
+    check: Callable[[], None] | None, connection: http.client.HTTPSConnection, target: Target
+) -> Iterator[None]:
+    """End the connection when ``check`` raises: whoever reads from it then does not wait."""
+    if check is None:
+        yield
+        return
+    over = threading.Event()
+    reasons: list[errors.CkptError] = []
+
+    def watch() -> None:
+        while not over.wait(_CHECK_S):
+            try:
+                check()
+            except errors.CkptError as exc:
+                reasons.append(exc)
+                with contextlib.suppress(OSError):  # it has ended by itself
+                    # Not TLS's own, which takes the layer away from under whoever reads.
+                    socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+                return
+
+    watcher = threading.Thread(target=watch, name="kubelet", daemon=True)
+    watcher.start()
+    try:
+        yield
+    except (Lost, errors.DeadlineExceeded) as exc:
+        over.set()
+        watcher.join()
+        if reasons and isinstance(reasons[0], errors.DeadlineExceeded):
+            raise reasons[0] from exc
+        if reasons:
+            raise Lost(
+                f"the checkpoint of {target} was given up while the kubelet was at it:"
+                f" {reasons[0].message}",
+                hint=reasons[0].hint,
+            ) from exc
+        raise
+    finally:
+        over.set()
+        watcher.join()
 
 
 def _items(body: str) -> list[str]:

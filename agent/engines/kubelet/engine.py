@@ -3,7 +3,8 @@
 It needs nothing but the right to ask: no namespaces are entered and no process is touched. In
 return the container stands still until its runtime has written and packed everything, nothing is
 incremental but what is stored, and there is no moment at which anything else could happen: no
-common cut with other containers, no ending of the processes, no volumes.
+ending of the processes, no volumes. With other containers there is a common cut only where the
+network between them is held meanwhile (``holdfirst``).
 
 Promises: the archive's name is gone from the kubelet's directory before its content is read, and
 its content when the capture ends, whatever becomes of this program.
@@ -16,7 +17,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from agent import errors
@@ -32,11 +33,12 @@ from agent.engines.base import (
 from agent.engines.criu import log as criu_log
 from agent.engines.criu import preflight
 from agent.engines.criu.facts import cpu_flags
-from agent.engines.kubelet import client, ingest, leftovers, pause, reports, resume
+from agent.engines.kubelet import client, holdfirst, ingest, leftovers, pause, reports, resume
 from agent.engines.kubelet.archive import Archive
 from agent.engines.kubelet.tarindex import corrupt
 from agent.host import addresses, clock, proc, system
 from agent.model.container import Container
+from agent.model.cut import End
 from agent.model.streams import MemberSink, MemberSource
 
 # containerd names the bundle's criu-dump.log, CRI-O the dump.log of its user data.
@@ -50,7 +52,12 @@ class KubeletEngine:
 
     name = "kubelet"
     promises = Promises(
-        incremental=False, live_tcp=True, isolates=False, streams_memory=False, cuts=False
+        incremental=False,
+        live_tcp=True,
+        isolates=False,
+        streams_memory=False,
+        cuts=False,
+        holds_first=True,
     )
 
     def __init__(
@@ -72,10 +79,12 @@ class KubeletEngine:
         self, pid: int, sink: MemberSink, cut: Cut, options: CaptureOptions
     ) -> CaptureReport:
         """Capture the container whose pid 1 is ``pid``; see ``agent.engines.base.Engine``. The
-        cut is not asked: there is none.
+        cut is asked with ``hold_first`` only.
 
         Raises also:
             errors.Corrupt: what the runtime archived cannot be used.
+            errors.ConnectionUnaccepted | errors.CutTorn: with ``hold_first``, a connection with
+                another member began or ended.
         """
         container = self._containers.get(pid)
         if container is None:
@@ -83,20 +92,28 @@ class KubeletEngine:
         _check_options(options)
         _check_clock(container)
         _check_processes(container)
+        if options.hold_first:
+            holdfirst.check(container, options)
         deadline = clock.Deadline.after(options.deadline_s)
         target = client.Target(self._namespace, self._pod, container.name)
-        began_s = clock.monotonic_s()
-        with leftovers.opened(self._directory) as checkpoints:
+        with contextlib.ExitStack() as stack:
+            checkpoints = stack.enter_context(leftovers.opened(self._directory))
             checkpoints.clean()
-            with checkpoints.call(target, options.deadline_s) as call, pause.watched(pid) as watch:
-                with resume.guarded(container):
-                    items = _checkpoint(self._kubelet, target, container, deadline)
+            with self._apart(container, cut, options) as part:
+                began_s = clock.monotonic_s()
+                until = part.deadline(deadline) if part else deadline
+                allowed_s = until.remaining_s
+                with checkpoints.call(target, allowed_s) as call, pause.watched(pid) as watch:
+                    items = _checkpoint(self._kubelet, target, container, until, part)
+                    fd = checkpoints.take(call, items[0])
+                    stack.callback(os.close, fd)
                 called_s = clock.monotonic_s() - began_s
-                fd = checkpoints.take(call, items[0])
-        try:
+                if part:
+                    part.captured()
             taken, statistics = _take_in(Archive(fd), sink, container, target, deadline)
-        finally:
-            os.close(fd)
+            ingested_s = clock.monotonic_s() - began_s - called_s
+            if part:
+                part.check_ends(End(**each) for each in taken.facts["tcp_ends"])
         frozen_s = statistics.get("frozen_time", 0) / 1e6
         return CaptureReport(
             # Without a sight of the freezer the call is what it cannot be longer than.
@@ -108,12 +125,19 @@ class KubeletEngine:
                 "memory_bytes": taken.memory_bytes,
                 "metadata_bytes": taken.metadata_bytes,
                 "call_s": called_s,
-                "ingest_s": clock.monotonic_s() - began_s - called_s,
+                "ingest_s": ingested_s,
                 "criu_frozen_s": frozen_s,
                 "stop_seen": watch.stop_s is not None,
                 "skipped": taken.facts["skipped"] + _devices(taken.facts),
             },
         )
+
+    def _apart(
+        self, container: Container, cut: Cut, options: CaptureOptions
+    ) -> contextlib.AbstractContextManager[holdfirst.Part | None]:
+        if not options.hold_first:
+            return contextlib.nullcontext()
+        return holdfirst.apart(container, cut, options, alone=len(self._containers) == 1)
 
     def check_restore(self, source: MemberSource, options: RestoreOptions) -> None:
         """Refuse: a kubelet restores nothing."""
@@ -158,11 +182,33 @@ def _devices(known: dict[str, Any]) -> list[list[str]]:
 
 
 def _checkpoint(
-    kubelet: client.Kubelet, target: client.Target, container: Container, deadline: clock.Deadline
+    kubelet: client.Kubelet,
+    target: client.Target,
+    container: Container,
+    deadline: clock.Deadline,
+    part: holdfirst.Part | None,
+) -> list[str]:
+    """Ask the kubelet; where that fails, the container runs, and hears what it is told."""
+    with resume.guarded(container):
+        try:
+            return _asked(kubelet, target, container, deadline, part.check if part else None)
+        except BaseException:
+            if part:
+                # Before its runtime has let go of it, which can take long.
+                part.let_through()
+            raise
+
+
+def _asked(
+    kubelet: client.Kubelet,
+    target: client.Target,
+    container: Container,
+    deadline: clock.Deadline,
+    check: Callable[[], None] | None,
 ) -> list[str]:
     """Ask the kubelet; where CRIU failed, say what its log on this node says."""
     try:
-        return client.checkpoint(kubelet, target, deadline)
+        return client.checkpoint(kubelet, target, deadline, check)
     except errors.CriuFailed as exc:
         named = _LOG_PATH.search(exc.message)
         # The runtime names a file of this container's own directory, or none that is read.

@@ -19,7 +19,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from agent.engines.criu import images
+from agent.engines.criu import images, tcpends
 from agent.engines.kubelet import imagefacts, layer
 from agent.engines.kubelet.archive import (
     CONFIG,
@@ -155,7 +155,16 @@ class _Ingest:
             imagefacts.streams(self._source.read(stdio, _IMAGE_BYTES)) if stdio else [],
         )
         about["capabilities"] = tree.pop("capabilities")
-        return {**tree, "container": about}
+        return {**tree, "container": about, "tcp_ends": self._tcp_ends()}
+
+    def _tcp_ends(self) -> list[dict[str, Any]]:
+        name = "files.img"
+        entries = images.load("files", name, self.image(name), images.messages.file_entry)
+        return [dataclasses.asdict(end) for end in tcpends.of(entries, self._head)]
+
+    def _head(self, name: str) -> bytes | None:
+        member = self._source.images.get(name)
+        return self._source.stream(member).read(tcpends.HEAD_BYTES) if member else None
 
     def _metadata(self, name: str, member: Member) -> None:
         self._check()

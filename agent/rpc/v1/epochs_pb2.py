@@ -26,7 +26,7 @@ from agent.rpc.v1 import node_pb2 as agent_dot_rpc_dot_v1_dot_node__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61gent/rpc/v1/epochs.proto\x12\x0c\x61gent.rpc.v1\x1a\x17\x61gent/rpc/v1/node.proto\x1a\x1cgoogle/protobuf/struct.proto\"D\n\x0fNewEpochRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\x0f\n\x07storage\x18\x03 \x01(\t\"2\n\x10NewEpochResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x0f\n\x07storage\x18\x02 \x01(\t\"\xd7\x02\n\x0fTakePartRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07storage\x18\x04 \x01(\t\x12$\n\x06\x63ourse\x18\x05 \x01(\x0e\x32\x14.agent.rpc.v1.Course\x12\x0b\n\x03pod\x18\x06 \x01(\t\x12\x0f\n\x07pod_uid\x18\x07 \x01(\t\x12\x12\n\ncontainers\x18\x08 \x03(\t\x12\x0e\n\x06member\x18\t \x01(\t\x12\r\n\x05token\x18\n \x01(\x03\x12 \n\x04step\x18\x0b \x01(\x0e\x32\x12.agent.rpc.v1.Step\x12\x0e\n\x06wait_s\x18\x0c \x01(\x01\x12\x12\n\ndeadline_s\x18\r \x01(\x01\x12&\n\x07\x61ttempt\x18\x0e \x01(\x0b\x32\x15.agent.rpc.v1.Attempt\x12\r\n\x05leads\x18\x0f \x01(\x08\x12\x0e\n\x06within\x18\x10 \x03(\t\"\x8f\x01\n\x07\x41ttempt\x12\n\n\x02id\x18\x01 \x01(\t\x12\x37\n\taddresses\x18\x02 \x03(\x0b\x32$.agent.rpc.v1.Attempt.AddressesEntry\x12\r\n\x05\x61gain\x18\x03 \x01(\x08\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa1\x01\n\x10TakePartResponse\x12\x10\n\x08\x61nswered\x18\x01 \x01(\x08\x12\x0f\n\x07problem\x18\x02 \x01(\t\x12\"\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x13.agent.rpc.v1.Error\x12\x14\n\x0c\x63ontribution\x18\x04 \x01(\x0c\x12\x0c\n\x04lost\x18\x05 \x03(\t\x12\"\n\x05times\x18\x06 \x01(\x0b\x32\x13.agent.rpc.v1.Times\"M\n\x05Times\x12\x0f\n\x07heard_s\x18\x01 \x01(\x01\x12\x12\n\nanswered_s\x18\x02 \x01(\x01\x12\x0f\n\x07\x62\x65gan_s\x18\x03 \x01(\x01\x12\x0e\n\x06\x64one_s\x18\x04 \x01(\x01\"\xcf\x01\n\x12\x44\x65\x63ideEpochRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07storage\x18\x04 \x01(\t\x12$\n\x04wish\x18\x05 \x01(\x0e\x32\x16.agent.rpc.v1.Decision\x12\x15\n\rcontributions\x18\x06 \x03(\x0c\x12&\n\x05\x66\x61\x63ts\x18\x07 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x12\n\nunfinished\x18\x08 \x01(\x08\"\xe5\x01\n\x13\x44\x65\x63ideEpochResponse\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x16.agent.rpc.v1.Decision\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x13.agent.rpc.v1.Image\x12\x13\n\x0b\x63onnections\x18\x03 \x01(\x05\x12&\n\x07leaving\x18\x04 \x03(\x0b\x32\x15.agent.rpc.v1.Leaving\x12,\n\x07members\x18\x05 \x03(\x0b\x32\x1b.agent.rpc.v1.MemberOutcome\x12\x15\n\rhook_problems\x18\x06 \x03(\t\"\xb8\x01\n\x14\x44\x65\x63ideRestoreRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07storage\x18\x04 \x01(\t\x12&\n\x07\x61ttempt\x18\x05 \x01(\x0b\x32\x15.agent.rpc.v1.Attempt\x12$\n\x04wish\x18\x06 \x01(\x0e\x32\x16.agent.rpc.v1.Decision\x12\x10\n\x08pod_uids\x18\x07 \x03(\t\"A\n\x15\x44\x65\x63ideRestoreResponse\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x16.agent.rpc.v1.Decision\"9\n\x07Leaving\x12\x0f\n\x07pod_uid\x18\x01 \x01(\t\x12\r\n\x05local\x18\x02 \x01(\t\x12\x0e\n\x06remote\x18\x03 \x01(\t*c\n\x06\x43ourse\x12\x16\n\x12\x43OURSE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43OURSE_LEAVE_RUNNING\x10\x01\x12\x13\n\x0f\x43OURSE_EVACUATE\x10\x02\x12\x12\n\x0e\x43OURSE_RESTORE\x10\x03*\x83\x02\n\x04Step\x12\x14\n\x10STEP_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTEP_PREPARE\x10\x01\x12\x10\n\x0cSTEP_QUIESCE\x10\x02\x12\x0f\n\x0bSTEP_FREEZE\x10\x03\x12\r\n\tSTEP_HOLD\x10\x04\x12\x10\n\x0cSTEP_CAPTURE\x10\x05\x12\x10\n\x0cSTEP_RELEASE\x10\x06\x12\x0f\n\x0bSTEP_RESUME\x10\x07\x12\x10\n\x0cSTEP_PERSIST\x10\x08\x12\x0c\n\x08STEP_END\x10\t\x12\x0f\n\x0bSTEP_FINISH\x10\n\x12\x0e\n\nSTEP_ABORT\x10\x0b\x12\r\n\tSTEP_FILL\x10\x0c\x12\x0e\n\nSTEP_STAND\x10\r\x12\x0c\n\x08STEP_RUN\x10\x0e*T\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44\x45\x43ISION_COMMITTED\x10\x01\x12\x16\n\x12\x44\x45\x43ISION_ABANDONED\x10\x02\x32\xce\x02\n\x06\x45pochs\x12I\n\x08NewEpoch\x12\x1d.agent.rpc.v1.NewEpochRequest\x1a\x1e.agent.rpc.v1.NewEpochResponse\x12I\n\x08TakePart\x12\x1d.agent.rpc.v1.TakePartRequest\x1a\x1e.agent.rpc.v1.TakePartResponse\x12T\n\x0b\x44\x65\x63ideEpoch\x12 .agent.rpc.v1.DecideEpochRequest\x1a!.agent.rpc.v1.DecideEpochResponse(\x01\x12X\n\rDecideRestore\x12\".agent.rpc.v1.DecideRestoreRequest\x1a#.agent.rpc.v1.DecideRestoreResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61gent/rpc/v1/epochs.proto\x12\x0c\x61gent.rpc.v1\x1a\x17\x61gent/rpc/v1/node.proto\x1a\x1cgoogle/protobuf/struct.proto\"D\n\x0fNewEpochRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\x0f\n\x07storage\x18\x03 \x01(\t\"2\n\x10NewEpochResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x0f\n\x07storage\x18\x02 \x01(\t\"\xfd\x02\n\x0fTakePartRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07storage\x18\x04 \x01(\t\x12$\n\x06\x63ourse\x18\x05 \x01(\x0e\x32\x14.agent.rpc.v1.Course\x12\x0b\n\x03pod\x18\x06 \x01(\t\x12\x0f\n\x07pod_uid\x18\x07 \x01(\t\x12\x12\n\ncontainers\x18\x08 \x03(\t\x12\x0e\n\x06member\x18\t \x01(\t\x12\r\n\x05token\x18\n \x01(\x03\x12 \n\x04step\x18\x0b \x01(\x0e\x32\x12.agent.rpc.v1.Step\x12\x0e\n\x06wait_s\x18\x0c \x01(\x01\x12\x12\n\ndeadline_s\x18\r \x01(\x01\x12&\n\x07\x61ttempt\x18\x0e \x01(\x0b\x32\x15.agent.rpc.v1.Attempt\x12\r\n\x05leads\x18\x0f \x01(\x08\x12\x0e\n\x06within\x18\x10 \x03(\t\x12$\n\x06\x65ngine\x18\x11 \x01(\x0e\x32\x14.agent.rpc.v1.Engine\"\x8f\x01\n\x07\x41ttempt\x12\n\n\x02id\x18\x01 \x01(\t\x12\x37\n\taddresses\x18\x02 \x03(\x0b\x32$.agent.rpc.v1.Attempt.AddressesEntry\x12\r\n\x05\x61gain\x18\x03 \x01(\x08\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa1\x01\n\x10TakePartResponse\x12\x10\n\x08\x61nswered\x18\x01 \x01(\x08\x12\x0f\n\x07problem\x18\x02 \x01(\t\x12\"\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x13.agent.rpc.v1.Error\x12\x14\n\x0c\x63ontribution\x18\x04 \x01(\x0c\x12\x0c\n\x04lost\x18\x05 \x03(\t\x12\"\n\x05times\x18\x06 \x01(\x0b\x32\x13.agent.rpc.v1.Times\"M\n\x05Times\x12\x0f\n\x07heard_s\x18\x01 \x01(\x01\x12\x12\n\nanswered_s\x18\x02 \x01(\x01\x12\x0f\n\x07\x62\x65gan_s\x18\x03 \x01(\x01\x12\x0e\n\x06\x64one_s\x18\x04 \x01(\x01\"\xcf\x01\n\x12\x44\x65\x63ideEpochRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07storage\x18\x04 \x01(\t\x12$\n\x04wish\x18\x05 \x01(\x0e\x32\x16.agent.rpc.v1.Decision\x12\x15\n\rcontributions\x18\x06 \x03(\x0c\x12&\n\x05\x66\x61\x63ts\x18\x07 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x12\n\nunfinished\x18\x08 \x01(\x08\"\xe5\x01\n\x13\x44\x65\x63ideEpochResponse\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x16.agent.rpc.v1.Decision\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x13.agent.rpc.v1.Image\x12\x13\n\x0b\x63onnections\x18\x03 \x01(\x05\x12&\n\x07leaving\x18\x04 \x03(\x0b\x32\x15.agent.rpc.v1.Leaving\x12,\n\x07members\x18\x05 \x03(\x0b\x32\x1b.agent.rpc.v1.MemberOutcome\x12\x15\n\rhook_problems\x18\x06 \x03(\t\"\xb8\x01\n\x14\x44\x65\x63ideRestoreRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07storage\x18\x04 \x01(\t\x12&\n\x07\x61ttempt\x18\x05 \x01(\x0b\x32\x15.agent.rpc.v1.Attempt\x12$\n\x04wish\x18\x06 \x01(\x0e\x32\x16.agent.rpc.v1.Decision\x12\x10\n\x08pod_uids\x18\x07 \x03(\t\"A\n\x15\x44\x65\x63ideRestoreResponse\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x16.agent.rpc.v1.Decision\"9\n\x07Leaving\x12\x0f\n\x07pod_uid\x18\x01 \x01(\t\x12\r\n\x05local\x18\x02 \x01(\t\x12\x0e\n\x06remote\x18\x03 \x01(\t*c\n\x06\x43ourse\x12\x16\n\x12\x43OURSE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43OURSE_LEAVE_RUNNING\x10\x01\x12\x13\n\x0f\x43OURSE_EVACUATE\x10\x02\x12\x12\n\x0e\x43OURSE_RESTORE\x10\x03*\x83\x02\n\x04Step\x12\x14\n\x10STEP_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTEP_PREPARE\x10\x01\x12\x10\n\x0cSTEP_QUIESCE\x10\x02\x12\x0f\n\x0bSTEP_FREEZE\x10\x03\x12\r\n\tSTEP_HOLD\x10\x04\x12\x10\n\x0cSTEP_CAPTURE\x10\x05\x12\x10\n\x0cSTEP_RELEASE\x10\x06\x12\x0f\n\x0bSTEP_RESUME\x10\x07\x12\x10\n\x0cSTEP_PERSIST\x10\x08\x12\x0c\n\x08STEP_END\x10\t\x12\x0f\n\x0bSTEP_FINISH\x10\n\x12\x0e\n\nSTEP_ABORT\x10\x0b\x12\r\n\tSTEP_FILL\x10\x0c\x12\x0e\n\nSTEP_STAND\x10\r\x12\x0c\n\x08STEP_RUN\x10\x0e*T\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44\x45\x43ISION_COMMITTED\x10\x01\x12\x16\n\x12\x44\x45\x43ISION_ABANDONED\x10\x02\x32\xce\x02\n\x06\x45pochs\x12I\n\x08NewEpoch\x12\x1d.agent.rpc.v1.NewEpochRequest\x1a\x1e.agent.rpc.v1.NewEpochResponse\x12I\n\x08TakePart\x12\x1d.agent.rpc.v1.TakePartRequest\x1a\x1e.agent.rpc.v1.TakePartResponse\x12T\n\x0b\x44\x65\x63ideEpoch\x12 .agent.rpc.v1.DecideEpochRequest\x1a!.agent.rpc.v1.DecideEpochResponse(\x01\x12X\n\rDecideRestore\x12\".agent.rpc.v1.DecideRestoreRequest\x1a#.agent.rpc.v1.DecideRestoreResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,36 +35,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ATTEMPT_ADDRESSESENTRY']._loaded_options = None
   _globals['_ATTEMPT_ADDRESSESENTRY']._serialized_options = b'8\001'
-  _globals['_COURSE']._serialized_start=1710
-  _globals['_COURSE']._serialized_end=1809
-  _globals['_STEP']._serialized_start=1812
-  _globals['_STEP']._serialized_end=2071
-  _globals['_DECISION']._serialized_start=2073
-  _globals['_DECISION']._serialized_end=2157
+  _globals['_COURSE']._serialized_start=1748
+  _globals['_COURSE']._serialized_end=1847
+  _globals['_STEP']._serialized_start=1850
+  _globals['_STEP']._serialized_end=2109
+  _globals['_DECISION']._serialized_start=2111
+  _globals['_DECISION']._serialized_end=2195
   _globals['_NEWEPOCHREQUEST']._serialized_start=98
   _globals['_NEWEPOCHREQUEST']._serialized_end=166
   _globals['_NEWEPOCHRESPONSE']._serialized_start=168
   _globals['_NEWEPOCHRESPONSE']._serialized_end=218
   _globals['_TAKEPARTREQUEST']._serialized_start=221
-  _globals['_TAKEPARTREQUEST']._serialized_end=564
-  _globals['_ATTEMPT']._serialized_start=567
-  _globals['_ATTEMPT']._serialized_end=710
-  _globals['_ATTEMPT_ADDRESSESENTRY']._serialized_start=662
-  _globals['_ATTEMPT_ADDRESSESENTRY']._serialized_end=710
-  _globals['_TAKEPARTRESPONSE']._serialized_start=713
-  _globals['_TAKEPARTRESPONSE']._serialized_end=874
-  _globals['_TIMES']._serialized_start=876
-  _globals['_TIMES']._serialized_end=953
-  _globals['_DECIDEEPOCHREQUEST']._serialized_start=956
-  _globals['_DECIDEEPOCHREQUEST']._serialized_end=1163
-  _globals['_DECIDEEPOCHRESPONSE']._serialized_start=1166
-  _globals['_DECIDEEPOCHRESPONSE']._serialized_end=1395
-  _globals['_DECIDERESTOREREQUEST']._serialized_start=1398
-  _globals['_DECIDERESTOREREQUEST']._serialized_end=1582
-  _globals['_DECIDERESTORERESPONSE']._serialized_start=1584
-  _globals['_DECIDERESTORERESPONSE']._serialized_end=1649
-  _globals['_LEAVING']._serialized_start=1651
-  _globals['_LEAVING']._serialized_end=1708
-  _globals['_EPOCHS']._serialized_start=2160
-  _globals['_EPOCHS']._serialized_end=2494
+  _globals['_TAKEPARTREQUEST']._serialized_end=602
+  _globals['_ATTEMPT']._serialized_start=605
+  _globals['_ATTEMPT']._serialized_end=748
+  _globals['_ATTEMPT_ADDRESSESENTRY']._serialized_start=700
+  _globals['_ATTEMPT_ADDRESSESENTRY']._serialized_end=748
+  _globals['_TAKEPARTRESPONSE']._serialized_start=751
+  _globals['_TAKEPARTRESPONSE']._serialized_end=912
+  _globals['_TIMES']._serialized_start=914
+  _globals['_TIMES']._serialized_end=991
+  _globals['_DECIDEEPOCHREQUEST']._serialized_start=994
+  _globals['_DECIDEEPOCHREQUEST']._serialized_end=1201
+  _globals['_DECIDEEPOCHRESPONSE']._serialized_start=1204
+  _globals['_DECIDEEPOCHRESPONSE']._serialized_end=1433
+  _globals['_DECIDERESTOREREQUEST']._serialized_start=1436
+  _globals['_DECIDERESTOREREQUEST']._serialized_end=1620
+  _globals['_DECIDERESTORERESPONSE']._serialized_start=1622
+  _globals['_DECIDERESTORERESPONSE']._serialized_end=1687
+  _globals['_LEAVING']._serialized_start=1689
+  _globals['_LEAVING']._serialized_end=1746
+  _globals['_EPOCHS']._serialized_start=2198
+  _globals['_EPOCHS']._serialized_end=2532
 # @@protoc_insertion_point(module_scope)

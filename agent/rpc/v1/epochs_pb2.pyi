@@ -81,7 +81,7 @@ class NewEpochResponse(_message.Message):
     def __init__(self, epoch: _Optional[str] = ..., storage: _Optional[str] = ...) -> None: ...
 
 class TakePartRequest(_message.Message):
-    __slots__ = ("namespace", "group", "epoch", "storage", "course", "pod", "pod_uid", "containers", "member", "token", "step", "wait_s", "deadline_s", "attempt", "leads", "within")
+    __slots__ = ("namespace", "group", "epoch", "storage", "course", "pod", "pod_uid", "containers", "member", "token", "step", "wait_s", "deadline_s", "attempt", "leads", "within", "engine")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +98,7 @@ class TakePartRequest(_message.Message):
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     LEADS_FIELD_NUMBER: _ClassVar[int]
     WITHIN_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     group: str
     epoch: str
@@ -114,7 +115,8 @@ class TakePartRequest(_message.Message):
     attempt: Attempt
     leads: bool
     within: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., course: _Optional[_Union[Course, str]] = ..., pod: _Optional[str] = ..., pod_uid: _Optional[str] = ..., containers: _Optional[_Iterable[str]] = ..., member: _Optional[str] = ..., token: _Optional[int] = ..., step: _Optional[_Union[Step, str]] = ..., wait_s: _Optional[float] = ..., deadline_s: _Optional[float] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., leads: _Optional[bool] = ..., within: _Optional[_Iterable[str]] = ...) -> None: ...
+    engine: _node_pb2.Engine
+    def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., course: _Optional[_Union[Course, str]] = ..., pod: _Optional[str] = ..., pod_uid: _Optional[str] = ..., containers: _Optional[_Iterable[str]] = ..., member: _Optional[str] = ..., token: _Optional[int] = ..., step: _Optional[_Union[Step, str]] = ..., wait_s: _Optional[float] = ..., deadline_s: _Optional[float] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., leads: _Optional[bool] = ..., within: _Optional[_Iterable[str]] = ..., engine: _Optional[_Union[_node_pb2.Engine, str]] = ...) -> None: ...
 
 class Attempt(_message.Message):
     __slots__ = ("id", "addresses", "again")

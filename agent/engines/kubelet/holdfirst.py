@@ -1,0 +1,201 @@
+"""A container's part in a cut of several pods, where its runtime freezes it by itself.
+
+Nothing can be asked of a runtime between freezing and reading. So the network is stopped instead of
+the programs: from when all members are told to stand still, none hears another over TCP, and each
+is captured by its runtime at some moment while that lasts. docs/design/joint-epochs.md says why
+that is one cut.
+
+Promises: what the members say to each other is refused from ``frozen`` until all were captured, for
+``HELD_S`` at most, by the kernel's own doing if need be; a connection between them that would be in
+one image only gives the capture up, and so does one that ends meanwhile.
+Does not: hold datagrams, or what leads out of the group; nor stop anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from agent import errors
+from agent.engines.base import CaptureOptions, Cut, Disposition
+from agent.host import addresses, clock, endpoints, hold, namespaces, proc, sockets
+from agent.model import cut as model_cut
+from agent.model.container import Container
+from agent.model.cut import End
+
+# Longer than a kubelet takes for a few GB on a local disk; what watches connections commonly gives
+# them half a minute (as hold.LEASE_S).
+HELD_S = 20.0
+TABLE = "ckpt-agent-apart"
+# How long a first wait for the other members is; see Cut.poised.
+_POISED_S = 1.0
+_THERE = ("established", "fin-wait-1", "fin-wait-2", "close-wait", "closing", "last-ack")
+
+Ends = tuple[str, str]
+
+
+def check(container: Container, options: CaptureOptions) -> None:
+    """Refuse what cannot be held.
+
+    Raises:
+        errors.ConnectionUnaccepted: it is not told who the others are, so that a connection which
+            was not accepted yet would be left out of the image.
+        errors.TargetUnsuitable: the container has no network of its own.
+    """
+    if not options.within:
+        raise errors.ConnectionUnaccepted(
+            "the kubelet engine has to know the addresses of all pods that are cut together, and"
+            " can leave no connection out of an image that was not accepted yet",
+            hint="try again in a moment, with fewer than 10,000 pods, or use the container engine",
+        )
+    theirs = proc.namespaces(container.pid)["net"]
+    others = [proc.namespaces(os.getpid())["net"]]
+    with contextlib.suppress(errors.PrivilegeMissing):
+        others.append(proc.namespaces(1)["net"])
+    if theirs in others:
+        raise errors.TargetUnsuitable(
+            f"container {container.name} uses the node's own network, which cannot be held",
+            hint="do not set hostNetwork in the pod: its connections and ports cannot move",
+        )
+
+
+class Part:
+    """A member that is apart from the others; ``apart`` makes it."""
+
+    def __init__(self, cut: Cut, held: hold.Held, connections: Iterable[Ends]) -> None:
+        self._cut = cut
+        self._held = held
+        self._deadline = clock.Deadline.after(HELD_S)
+        self._connections = frozenset(connections)
+
+    def deadline(self, of_all: clock.Deadline) -> clock.Deadline:
+        """When the runtime has to be through."""
+        return of_all.sooner(self._deadline.remaining_s)
+
+    def check(self) -> None:
+        """Raise if the runtime is not to be waited for any longer."""
+        self._cut.check()
+        if self._deadline.expired:
+            raise errors.DeadlineExceeded(
+                f"the kubelet did not capture the container within {HELD_S:.0f} s, for which the"
+                " job's connections may be held",
+                hint="the job goes on; use the container engine for what takes longer",
+            )
+        self._held.check()
+
+    def let_through(self) -> None:
+        """Hold nothing any more."""
+        self._held.let_through()
+
+    def captured(self) -> None:
+        """The container was captured, and runs: wait for the others, then let everything through.
+
+        Raises:
+            errors.DeadlineExceeded: it was not silent all the time.
+            errors.CkptError: the capture is given up.
+        """
+        self._held.check()
+        if self._cut.captured() is not Disposition.RESUME:
+            raise errors.InvalidInput("the cut asked to end what runs on by itself")
+        # While another was waited for: whoever was captured last is not known here.
+        self._held.check()
+        self.let_through()
+        self._cut.released()
+        self._cut.running()
+
+    def check_ends(self, ends: Iterable[End]) -> None:
+        """See that every connection with another member is in the image.
+
+        Raises:
+            errors.CutTorn: one has ended while it was held: its last words may be in no image.
+        """
+        found = {
+            (model_cut.address(e.local, e.local_port), model_cut.address(e.remote, e.remote_port))
+            for e in ends
+        }
+        lost = sorted(self._connections - found)
+        if lost:
+            names = [" -> ".join(each) for each in lost]
+            raise errors.CutTorn(
+                f"the connection {names[0]} ended while the members were captured",
+                hint="nothing was kept, the job goes on; try again",
+                reasons=names,
+            )
+
+
+@contextlib.contextmanager
+def apart(
+    container: Container, cut: Cut, options: CaptureOptions, *, alone: bool
+) -> Iterator[Part]:
+    """The container hears no other member within the context, until ``Part.captured``; ``alone``:
+    no other container of its pod is captured, so that what stays within the pod goes on.
+
+    Raises:
+        errors.ConnectionUnaccepted: a connection between members is only beginning, or ending.
+        errors.PrivilegeMissing | errors.EnvironmentUnfit: the kernel cannot hold them.
+        errors.CkptError: the cut was given up.
+    """
+    cut.ready()
+    wait_s = _POISED_S
+    while not cut.poised(wait_s):
+        wait_s *= 2
+    sources = others(options.within, addresses.of(container.pid))
+    who = proc.identity(container.pid)
+    with (
+        namespaces.opened(who, "net") as network,
+        hold.apart(
+            f"{TABLE}-{container.pid}",
+            sources,
+            loopback=not alone,
+            network=network,
+            limit_s=HELD_S,
+        ) as held,
+    ):
+        cut.frozen()
+        known = list(endpoints.of_tree(proc.tree(container.pid)))
+        _refuse_passing(container.pid, known, sources, loopback=not alone)
+        connections = [
+            (each.connection, each.state) for each in known if each.connection is not None
+        ]
+        part = Part(
+            cut,
+            held,
+            between([ends for ends, state in connections if state in _THERE], sources, not alone),
+        )
+        cut.held()
+        yield part
+
+
+def others(within: Iterable[str], own: Iterable[str]) -> frozenset[str]:
+    """The addresses of the other members."""
+    return frozenset(within) - {model_cut.LOCALHOST, *own}
+
+
+def between(known: Iterable[Ends], sources: Collection[str], loopback: bool) -> Sequence[Ends]:
+    """Those of ``known`` connections with another end in ``sources``, or with ``loopback`` here."""
+
+    def meant(remote: str, local: str) -> bool:
+        there, here = (each.rpartition(":")[0].strip("[]") for each in (remote, local))
+        return there in sources or (loopback and (there == here or model_cut.is_loopback(there)))
+
+    return sorted({(local, remote) for local, remote in known if meant(remote, local)})
+
+
+def _refuse_passing(
+    pid: int, known: Sequence[sockets.Socket], sources: frozenset[str], *, loopback: bool
+) -> None:
+    """Refuse connections that are in one image only: none can begin now, and what is on the way
+    arrives only after the cut.
+    """
+    listening = [each.inode for each in known if each.state == "listen"]
+    unaccepted = sockets.unaccepted(pid, listening) if listening else []
+    for found, what in ((unaccepted, "accepted yet"), (sockets.closing(pid), "closed yet")):
+        lost = between(found, sources, loopback)
+        if lost:
+            raise errors.ConnectionUnaccepted(
+                f"the connection {lost[0][1]} -> {lost[0][0]} was not {what}"
+                + (f", nor {len(lost) - 1} more" if lost[1:] else ""),
+                hint="the job goes on; try again in a moment",
+                reasons=[f"{remote} -> {local}" for local, remote in lost],
+            )
