@@ -40,12 +40,12 @@ class OwnVolume:
         subprocess.run([*enter, *argv], check=True)
 
     @contextlib.contextmanager
-    def mounted(self) -> Iterator[None]:
+    def mounted(self, size: str = "4m") -> Iterator[None]:
         """In the place of the store's volume, on top of what that holds, as if nothing of it had
-        been restored.
+        been restored; ``size`` is what more fits.
         """
         with contextlib.ExitStack() as stack:
-            self._run("mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", _UPPER)
+            self._run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", _UPPER)
             stack.callback(self._run, "umount", "--lazy", _UPPER)
             self._run("mkdir", f"{_UPPER}/upper", f"{_UPPER}/work")
             folders = f"lowerdir={STORE},upperdir={_UPPER}/upper,workdir={_UPPER}/work"

@@ -28,11 +28,18 @@ from agent.model import optin
 from tests.cluster import leftovers
 from tests.cluster.cluster import Cluster, Node
 from tests.cluster.midway import begun, meet, processes, stands, told
+from tests.cluster.ownvolume import OwnVolume
 from tests.cluster.test_cli_cluster import CHECKOUT, ckpt
 from tests.cluster.test_faults import cut_off, ready
 from tests.cluster.test_jobset import Training, jobset
-from tests.cluster.test_jobset_restore import pods
-from tests.cluster.test_node_agent import agent_pids, agent_pod, operations, wait_until_ready
+from tests.cluster.test_jobset_restore import pods, training
+from tests.cluster.test_node_agent import (
+    agent_pids,
+    agent_pod,
+    operations,
+    reasons,
+    wait_until_ready,
+)
 
 Json = dict[str, Any]
 
@@ -46,6 +53,16 @@ PAUSING = {
     "name": "pause",
     "exec": ["sh", "-c", f"while [ -e {PAUSE} ]; do sleep 0.05; done"],
     "deadlineSeconds": 120,
+}
+# What this file says happens to a hook.
+SPOIL = "/tmp/spoil"
+SPOILED = {
+    "name": "spoiled",
+    "exec": [
+        *("sh", "-c"),
+        f"case $(cat {SPOIL} 2>/dev/null) in fails) exit 3;; hangs) exec sleep 600;; esac",
+    ],
+    "deadlineSeconds": 2,
 }
 
 
@@ -71,6 +88,21 @@ class Ranks:
 
     def images(self) -> list[str]:
         return self.training.images()
+
+    def names(self) -> list[str]:
+        return [each["metadata"]["name"] for each in self.training.pods().values()]
+
+    def paused(self) -> subprocess.Popen[str]:
+        """An epoch that waits before it stops anybody, until ``PAUSE`` is gone from all pods."""
+        for name in self.names():
+            self.cluster.kubectl("exec", name, "-n", self.namespace, "--", "touch", PAUSE)
+        dump = self.dump()
+        meet(dump, lambda: all(map(operations, self.cluster.nodes.values())))
+        return dump
+
+    def go_on(self) -> None:
+        for name in self.names():
+            self.cluster.kubectl("exec", name, "-n", self.namespace, "--", "rm", PAUSE)
 
 
 def runs_soon(cluster: Cluster, *pids: int) -> float:
@@ -134,7 +166,7 @@ def ranks(agents: Cluster) -> Iterator[Ranks]:
         document = jobset(name)
         (job,) = document["spec"]["replicatedJobs"]
         metadata = job["template"]["spec"]["template"]["metadata"]
-        metadata["annotations"] = {optin.HOOKS: json.dumps({"pre": [PAUSING]})}
+        metadata["annotations"] = {optin.HOOKS: json.dumps({"pre": [PAUSING, SPOILED]})}
         yield Ranks(agents, name, document)
     finally:
         agents.kubectl("delete", "namespace", name, "--wait=false")
@@ -199,11 +231,7 @@ def test_an_epoch_is_of_the_pods_that_there_were_when_it_was_asked_for(
 ) -> None:
     """The JobSet is scaled meanwhile, by its Job: a JobSet's own number of pods never changes."""
     before = leftovers.of_all(agents)
-    names = [each["metadata"]["name"] for each in ranks.training.pods().values()]
-    for name in names:
-        agents.kubectl("exec", name, "-n", ranks.namespace, "--", "touch", PAUSE)
-    dump = ranks.dump()
-    meet(dump, lambda: operations(agents.node("n1")) and operations(agents.node("n2")))
+    dump, names = ranks.paused(), ranks.names()
     _scale(agents, ranks, 3)
     for name in names:
         agents.kubectl("exec", name, "-n", ranks.namespace, "--", "rm", PAUSE)
@@ -259,15 +287,10 @@ def test_of_two_epochs_at_once_one_is_refused_and_names_the_other(
 ) -> None:
     before = leftovers.of_all(agents)
     had = ranks.images()
-    names = [each["metadata"]["name"] for each in ranks.training.pods().values()]
-    for name in names:
-        agents.kubectl("exec", name, "-n", ranks.namespace, "--", "touch", PAUSE)
-    first = ranks.dump()
-    meet(first, lambda: operations(agents.node("n1")) and operations(agents.node("n2")))
+    first = ranks.paused()
     second = ranks.dump()
     refused = told(second)
-    for name in names:
-        agents.kubectl("exec", name, "-n", ranks.namespace, "--", "rm", PAUSE)
+    ranks.go_on()
     taken = told(first)
     assert (first.returncode, second.returncode) == (exits.DONE, exits.REFUSED), (taken, refused)
     assert refused["code"] == "target-busy"
@@ -283,6 +306,48 @@ def test_of_two_epochs_at_once_one_is_refused_and_names_the_other(
     assert ckpt(agents, "verify", "--all", "-n", ranks.namespace).document()["good"]
     ranks.training.goes_on()
     leftovers.assert_none(agents, before)
+
+
+def test_a_hook_that_fails_or_hangs_in_one_pod_gives_the_epoch_up_and_is_named(
+    agents: Cluster, ranks: Ranks, unharmed: None
+) -> None:
+    where = ("-n", ranks.namespace, "--", "sh", "-c")
+    first, other = sorted(ranks.training.pods().items())
+    name = other[1]["metadata"]["name"]
+    for how, why in (("fails", "ended with status 3"), ("hangs", "2 s")):
+        agents.kubectl("exec", name, *where, f"echo {how} > {SPOIL}")
+        dump = ranks.dump()
+        said = told(dump)
+        assert (dump.returncode, said["code"]) == (exits.FAILED, "hook-failed"), said
+        assert "'spoiled'" in said["message"]
+        assert why in said["message"]
+        assert said["facts"]["member"] == "worker-0-1"
+        assert said["hint"]
+    agents.kubectl("exec", name, *where, f"rm {SPOIL}")
+
+    def heard() -> bool:
+        told = [
+            reasons(agents, ranks.namespace, each["metadata"]["uid"]) for _, each in (first, other)
+        ]
+        return all("CheckpointFailed" in each for each in told)
+
+    agents.wait_for("the events of both pods", heard, 20)
+
+
+def test_a_volume_that_gets_full_for_one_of_them_when_all_run_again_commits_nothing(
+    agents: Cluster, ranks: Ranks, unharmed: None
+) -> None:
+    node = agents.node("n2")
+    (agent,) = agent_pids(node)
+    volume = OwnVolume(agent, ranks.namespace)
+    every = [pid for each in agents.nodes.values() for pid in ranks.on(each)]
+    with volume.mounted("96m"), contextlib.ExitStack() as stack:
+        with standing(ranks, node) as met:
+            stack.enter_context(volume.full())
+        runs_soon(agents, *every)
+        said = told(met.dump)
+        assert (met.dump.returncode, said["code"]) == (exits.VOLUME, "volume-full"), said
+        assert said["hint"]
 
 
 @pytest.mark.parametrize("ahead_s", [600, -600])
@@ -365,3 +430,60 @@ def _gone(pid: int) -> bool:
 def _suspend(cluster: Cluster, namespace: str, *, suspended: bool) -> None:
     text = json.dumps({"spec": {"suspend": suspended}})
     cluster.kubectl("patch", "jobset", "train", "-n", namespace, "--type=merge", "-p", text)
+
+
+def test_one_that_starts_over_or_ends_meanwhile_is_neither_cut_nor_kept_from_it(
+    agents: Cluster, namespace: str
+) -> None:
+    """Its pods are replaced by JobSet before they are stopped, and then come to their end."""
+    document = training(namespace, 150)
+    document["spec"]["failurePolicy"] = {"maxRestarts": 3}
+    (job,) = document["spec"]["replicatedJobs"]
+    metadata = job["template"]["spec"]["template"]["metadata"]
+    metadata["annotations"] = {optin.HOOKS: json.dumps({"pre": [PAUSING]})}
+    ranks = Ranks(agents, namespace, document)
+    before = leftovers.of_all(agents)
+    old = {each["metadata"]["uid"] for each in ranks.training.pods().values()}
+    dump = ranks.paused()
+    lost = ranks.names()[0]
+    agents.kubectl("delete", "pod", lost, "-n", namespace, "--grace-period=0", "--force")
+    said = told(dump)
+    assert dump.returncode in (exits.REFUSED, exits.FAILED, exits.ENVIRONMENT), said
+    assert said["facts"]["member"].startswith("worker-0-"), said
+
+    def anew() -> bool:
+        found = {each["metadata"]["uid"] for each in ranks.training.pods().values()}
+        return len(found) == 2 and not found & old
+
+    agents.wait_for("JobSet to start its pods anew", anew, 90)
+    ranks.training.goes_on()
+    dump = ranks.paused()
+    said = told(dump)
+    assert dump.returncode in (exits.REFUSED, exits.FAILED, exits.ENVIRONMENT), said
+    assert said["facts"]["member"].startswith("worker-0-"), said
+
+    def done() -> bool:
+        found = agents.get("jobset", "train", "-n", namespace)["status"]
+        return bool(found.get("terminalState") == "Completed")
+
+    agents.wait_for("the end of the training", done, 60)
+    assert ranks.images() == []
+    leftovers.assert_none(agents, before)
+
+
+def test_a_jobset_that_is_deleted_while_it_stands_still_is_gone(
+    agents: Cluster, ranks: Ranks
+) -> None:
+    """The one that the others share: this is its end."""
+    had, missed = ranks.images(), len(ranks.missed)
+    every = [pid for each in agents.nodes.values() for pid in ranks.on(each)]
+    with standing(ranks, agents.node("n2")) as met:
+        agents.kubectl("delete", "jobset", "train", "-n", ranks.namespace, "--wait=false")
+        agents.wait_for("the end of the ranks", lambda: all(map(_gone, every)), 60)
+    said = told(met.dump)
+    assert met.dump.returncode in (exits.FAILED, exits.ENVIRONMENT), said
+    assert ranks.images() == [*had, *ranks.missed[missed:]]
+    agents.wait_for("no pods", lambda: not pods(agents, ranks.namespace), 60)
+    for node in agents.nodes.values():
+        agents.wait_for("the end of the epoch", lambda node=node: not operations(node), 30)  # type: ignore[misc]
+        assert not leftovers.crius(node)
