@@ -112,7 +112,6 @@ def verb(
     kind = arguments.followed(target.kind if target else "", follow=follow)
     asked = arguments.by_coordinator(settings, kind, said=coordinator, queue=queue)
     if target is not None:
-        of_a_pod = {"--container": containers, "--engine": engine}
         if (kind == "group") != bool(selector):
             raise click.UsageError("group/NAME and --selector LABELS go together")
         if kind == "pod":
@@ -120,14 +119,19 @@ def verb(
 
             incluster.dump(invocation, settings, target.name, containers, engine=engine, stop=stop)
             return
-        arguments.refuse(of_a_pod, "is for one pod, not for several that are cut together")
+        arguments.refuse(
+            {"--container": containers}, "is for one pod, not for several that are cut together"
+        )
         if asked:
             from agent.cli import bycoordinator
 
             meant = bycoordinator.target(target, selector)
+            arguments.refuse({"--engine": engine}, "is not for what the coordinator does")
             bycoordinator.dump(invocation, settings, meant, stop=stop, wait=queue)
         else:
-            _dump_together(invocation, settings, target, selector, follow=follow, stop=stop)
+            _dump_together(
+                invocation, settings, target, selector, follow=follow, engine=engine, stop=stop
+            )
         return
     options = CaptureOptions(
         deadline_s=settings.dump_deadline_s,
@@ -188,18 +192,20 @@ def _dump_together(
     selector: str,
     *,
     follow: bool,
+    engine: str | None,
     stop: bool,
 ) -> None:
     """This program is the coordinator."""
     if follow:
         from agent.cli import ingroup
 
+        arguments.refuse({"--engine": engine}, "is not for a pod with whoever is connected to it")
         ingroup.dump_followed(invocation, settings, target.name, stop=stop)
     elif target.kind == "group":
         from agent.cli import ingroup
 
-        ingroup.dump(invocation, settings, target.name, selector, stop=stop)
+        ingroup.dump(invocation, settings, target.name, selector, engine=engine or "", stop=stop)
     else:
         from agent.cli import injobset
 
-        injobset.dump(invocation, settings, target.name, stop=stop)
+        injobset.dump(invocation, settings, target.name, engine=engine or "", stop=stop)
