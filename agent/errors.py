@@ -133,6 +133,13 @@ class ConnectionUnaccepted(DumpFailed):
     retryable = True
 
 
+class HoldNeeded(DumpFailed):
+    """A member may run while others are read: all have to hold before any is."""
+
+    code = "hold-needed"
+    retryable = True
+
+
 class RestoreFailed(Failed):
     """The engine could not bring the tree back; nothing of it is left running."""
 

@@ -34,7 +34,7 @@ _SELECTOR = ("-l", "jobset.sigs.k8s.io/jobset-name=train")
 _WATCHED_S = 3.0
 # Ranks are alike but for the first, which the others are connected with.
 _ALONE_PODS = 2
-_STEPS = ("freezing", "holding", "capturing", "releasing", "resuming")
+_STEPS = ("freezing", "capturing", "releasing", "resuming")
 _ALONE = "slowest pod dumped alone, its stop"
 _PAUSE = "longest pause between steps, around a dump"
 _STOP = "stop of the JobSet"
@@ -76,8 +76,10 @@ def _section(cluster: Cluster, ranks: int, rounds: int) -> report.Section:
         print(f"{name}: {told}, {rounds} values", flush=True)
     how = (
         "Ranks of tests/cluster/workloads/trainer.py, half of them on each of two nodes, which"
-        " share this machine's cores. A member's own work is what its agent was at work on in the"
-        " steps of the stop; the rest of the stop is coordination."
+        " share this machine's cores. The stop is from when the first pod began to freeze until the"
+        " last one ran, by the agents' clocks, at most; a step is from its word to the last answer,"
+        " so steps are longer. A member's own work is what its agent was at work on in the steps"
+        " of the stop; the rest of the stop is coordination."
     )
     return report.Section(
         name=f"jobset-{ranks}",

@@ -181,6 +181,7 @@ def _reachable(course: Course) -> dict[State, set[Step]]:
     }
 
 
+_HELD = {course.name for course in COURSES.values() if Step.HOLD in course}
 _HEARD = {course.name: _reachable(course) for course in COURSES.values()}
 
 
@@ -215,12 +216,16 @@ def _carry_out(
 
 
 def _all_silent(world: World, but: int) -> bool:
-    """Whether every other member was read in this cut or stands still and silent to be read."""
-    return all(
-        each.captured or (each.held and not each.went_on)
-        for i, each in enumerate(world.members)
-        if i != but
-    )
+    """Whether every other member was read in this cut or stands still and silent to be read. Where
+    holding is no step of its own, that all stand still and none has gone on since.
+    """
+    others = [each for i, each in enumerate(world.members) if i != but]
+    if world.course.name in _HELD:
+        return all(each.captured or (each.held and not each.went_on) for each in others)
+    if Step.FREEZE not in world.course:
+        return False
+    frozen = world.course.position(Step.FREEZE)
+    return all(each.participant().done > frozen and not each.went_on for each in others)
 
 
 def steps(world: World, *, crashes: int, coordinators: int) -> Iterator[tuple[bool, World]]:

@@ -25,7 +25,15 @@ from agent.coordinator.machine import ASKS, Coordination, State
 from agent.coordinator.timing import Timing
 from agent.host import clock
 from agent.model import jobset
-from agent.model.protocol import Course, Decision, Said, Step, Told
+from agent.model.protocol import (
+    LEAVE_RUNNING,
+    LEAVE_RUNNING_HELD,
+    Course,
+    Decision,
+    Said,
+    Step,
+    Told,
+)
 from agent.rpc import epochclient, results
 
 _log = logging.getLogger(__name__)
@@ -67,11 +75,13 @@ def member(found: jobset.Member) -> Member:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A committed epoch. ``stop_s`` is from the word to freeze until the last pod ran again, or
-    was ended; ``durable_s`` from the request to the commit. ``hook_problems`` are those of hooks
-    that had failed by then, a text for people each. ``skew_s`` is how far apart at most the first
-    and the last pod came to stand still, and ``slowest_s`` how long the slowest pod's own work took
-    within the stop, as far as all agents tell.
+    """A committed epoch. ``stop_s`` is at most how long it was from when the first pod was frozen
+    until the last one ran again, or was ended: by the agents' clocks, or where not all of them
+    tell, from the word to freeze until the last answer. ``durable_s`` is from the request to the
+    commit. ``hook_problems`` are those of hooks that had failed by then, a text for people each.
+    ``skew_s`` is how far apart at most the first and the last pod came to stand still, and
+    ``slowest_s`` how long the slowest pod's own work took within the stop, as far as all agents
+    tell.
     """
 
     image: results.Image
@@ -135,9 +145,9 @@ def run(
     engine: str = "",
 ) -> Checkpoint:
     """Take an epoch of ``members`` as ``group``, captured by ``engine`` or whichever each agent
-    chooses; ``now_s`` is wall time. ``named`` is called with
-    the epoch's name before any pod is told anything; if it raises, none is. Both happen again with
-    another epoch where a connection between members was not accepted yet.
+    chooses; ``now_s`` is wall time. ``named`` is called with the epoch's name before any pod is
+    told anything; if it raises, none is. Both happen again with another epoch where a connection
+    between members was not accepted yet, or where one of them may run while others are read.
 
     Raises:
         errors.Refused | errors.Unreachable: before any pod was touched.
@@ -176,6 +186,10 @@ def run(
             )
             again, busy = again + 1, clock.Deadline.after(_BUSY_S)
             control.check(secrets.SystemRandom().uniform(*_UNACCEPTED_WAIT_S))
+        except errors.HoldNeeded:
+            if course is not LEAVE_RUNNING:
+                raise
+            course, busy = LEAVE_RUNNING_HELD, clock.Deadline.after(_BUSY_S)
         except errors.TargetBusy:
             if busy.expired:
                 raise
@@ -260,6 +274,8 @@ def _once(
         )
     ends = _STANDING_TO_THE_END if State.ENDING in report.spans_s else _STANDING
     names = [each.name for each in members]
+    steps = [ASKS[state] for state in ends if state in report.spans_s and state in ASKS]
+    told_s, stood_s = _sum(report, ends), timing.stood_s(steps[0], steps[-1], names)
     return Checkpoint(
         image=decided[-1].image
         or session.any_agent(
@@ -267,14 +283,14 @@ def _once(
         ).image,
         members=tuple(members),
         stops=decided[-1].members,
-        stop_s=_sum(report, ends),
+        stop_s=told_s if stood_s is None else min(told_s, stood_s),
         durable_s=_sum(report, _BEFORE_COMMIT),
         connections=decided[-1].connections,
         leaving=decided[-1].leaving,
         spans_s=report.spans_s,
         hook_problems=decided[-1].hook_problems,
         skew_s=timing.skew_s(Step.FREEZE, names),
-        slowest_s=timing.longest_s([ASKS[state] for state in ends if state in ASKS], names),
+        slowest_s=timing.longest_s(steps, names),
     )
 
 

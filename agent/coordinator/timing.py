@@ -6,8 +6,8 @@ the distance from both sides; the narrowest bounds of all exchanges hold (the pr
 RFC 5905 section 8). Clocks of different nodes drift apart by less than a millisecond in the seconds
 of an epoch.
 
-Promises: pure; ``skew_s`` is an upper bound; what members do not tell is None. Safe from several
-threads.
+Promises: pure; ``skew_s`` and ``stood_s`` are upper bounds; what members do not tell is None. Safe
+from several threads.
 Does not: read a clock.
 """
 
@@ -60,6 +60,24 @@ class Timing:
                 done = [done_s for _, _, done_s in spans.values()]
                 return max(done) - min(done)
             return max(latest) - min(earliest)
+
+    def stood_s(self, first: Step, last: Step, members: Collection[str]) -> float | None:
+        """How long at most it was from when one of ``members`` began ``first`` until all of them
+        had done ``last``.
+        """
+        with self._lock:
+            beginning, ending = self._spans_s.get(first, {}), self._spans_s.get(last, {})
+            if not (beginning.keys() >= set(members) and ending.keys() >= set(members)):
+                return None
+            spans = [*beginning.values(), *ending.values()]
+            if any(least > most for least, most in (self._ahead_s[node] for node, _, _ in spans)):
+                return None  # a clock that jumped
+            if len({node for node, _, _ in spans}) == 1:
+                began_s = min(began_s for _, began_s, _ in beginning.values())
+                return max(done_s for _, _, done_s in ending.values()) - began_s
+            earliest_s = min(at_s - self._ahead_s[node][1] for node, at_s, _ in beginning.values())
+            latest_s = max(at_s - self._ahead_s[node][0] for node, _, at_s in ending.values())
+            return latest_s - earliest_s
 
     def longest_s(self, steps: Collection[Step], members: Collection[str]) -> float | None:
         """The longest that one of ``members`` was at work on ``steps`` in all, without what it

@@ -34,10 +34,14 @@ class Step(enum.Enum):
     """Stop the processes; nothing is read yet."""
 
     HOLD = "hold"
-    """Let what is on the wire arrive, then let nothing through to or from others."""
+    """Let nothing through to or from others. A step of its own only where a member may be read
+    while it runs.
+    """
 
     CAPTURE = "capture"
-    """Read the processes while they stand still."""
+    """Let nothing through, then read the processes while they stand still. What was on the wire
+    when the last of them froze has arrived, or is sent again.
+    """
 
     RELEASE = "release"
     """Let traffic through again."""
@@ -101,17 +105,33 @@ class Course:
 LEAVE_RUNNING = Course(
     "leave-running",
     before=(
+        *(Step.PREPARE, Step.QUIESCE, Step.FREEZE),
+        *(Step.CAPTURE, Step.RELEASE, Step.RESUME, Step.PERSIST),
+    ),
+    after=(Step.FINISH,),
+)
+"""A checkpoint: the job stands still from FREEZE to RESUME and persists while it runs.
+
+When the first member is read all stand still, so nobody writes any more, and what each has received
+stays as it is from its own hold on until all were read. A sender that is read earlier than its
+receiver holds has forgotten no more than that one had received by then; one that is read later, no
+more than that one ever received (``model.cut``). So nobody waits for the holds of the others.
+"""
+
+LEAVE_RUNNING_HELD = Course(
+    "leave-running-held",
+    before=(
         *(Step.PREPARE, Step.QUIESCE, Step.FREEZE, Step.HOLD),
         *(Step.CAPTURE, Step.RELEASE, Step.RESUME, Step.PERSIST),
     ),
     after=(Step.FINISH,),
 )
-"""A checkpoint: the job stands still from FREEZE to RESUME and persists while it runs."""
+"""A checkpoint of members of which some may run while others are read: all hold before any is."""
 
 EVACUATE = Course(
     "evacuate",
     before=(
-        *(Step.PREPARE, Step.QUIESCE, Step.FREEZE, Step.HOLD),
+        *(Step.PREPARE, Step.QUIESCE, Step.FREEZE),
         *(Step.CAPTURE, Step.PERSIST),
     ),
     after=(Step.END, Step.FINISH),
@@ -127,7 +147,7 @@ RESTORE = Course(
 is said to somebody who does not hear yet is said again only a second later.
 """
 
-COURSES = {course.name: course for course in (LEAVE_RUNNING, EVACUATE, RESTORE)}
+COURSES = {course.name: course for course in (LEAVE_RUNNING, LEAVE_RUNNING_HELD, EVACUATE, RESTORE)}
 
 
 class Decision(enum.Enum):

@@ -52,6 +52,7 @@ _LONGEST_S = 86400.0
 
 _COURSES = {
     api.COURSE_LEAVE_RUNNING: protocol.LEAVE_RUNNING,
+    api.COURSE_LEAVE_RUNNING_HELD: protocol.LEAVE_RUNNING_HELD,
     api.COURSE_EVACUATE: protocol.EVACUATE,
     api.COURSE_RESTORE: protocol.RESTORE,
 }
@@ -192,7 +193,9 @@ class EpochService:
         back = course is protocol.RESTORE
         image = ids.image_name(ids.group_name(request.group), ids.epoch_id(request.epoch))
         attempt = request.attempt.id if back else ""
-        key = request.namespace, request.pod_uid, course.name, image, attempt
+        # Whoever takes over for another coordinator need not know which way to be cut was taken.
+        kind = protocol.LEAVE_RUNNING if course is protocol.LEAVE_RUNNING_HELD else course
+        key = request.namespace, request.pod_uid, kind.name, image, attempt
         if (known := self._known(key)) or step is not protocol.Step.PREPARE:
             return known
         with self._beginning:
@@ -406,7 +409,9 @@ def _facts(
 
 
 def _check_takes_part(engine: Engine, pod: Pod, course: protocol.Course) -> None:
-    """Refuse a pod that its engine can only capture by itself, or not end at the cut."""
+    """Refuse a pod that its engine can only capture by itself, not end at the cut, or not stop for
+    as long as others are read where nobody waits for the holds of all.
+    """
     promises = engine.promises
     if not promises.cuts and course is protocol.EVACUATE:
         raise errors.TargetUnsuitable(
@@ -420,6 +425,11 @@ def _check_takes_part(engine: Engine, pod: Pod, course: protocol.Course) -> None
             f"pod {pod} can only be captured by the engine {engine.name}, which cannot hold it at"
             " the instant of a cut",
             hint="opt the pod in (docs/opting-in.md)",
+        )
+    if not promises.cuts and protocol.Step.HOLD not in course:
+        raise errors.HoldNeeded(
+            f"pod {pod} is captured by the engine {engine.name} and may run while others are read",
+            hint="ask for an epoch with the course leave-running-held",
         )
 
 

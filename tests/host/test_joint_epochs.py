@@ -17,7 +17,7 @@ from agent.engines.base import CaptureOptions
 from agent.engines.criu import hiding
 from agent.host import clock
 from agent.model import cut, ids
-from agent.model.protocol import EVACUATE, LEAVE_RUNNING, Course, Decision
+from agent.model.protocol import EVACUATE, LEAVE_RUNNING, LEAVE_RUNNING_HELD, Course, Decision
 from agent.node import dump as node_dump
 from agent.node.contribution import Contribution
 from agent.node.joint import JointDump
@@ -173,9 +173,15 @@ def test_one_whose_memory_cannot_be_copied_ahead_says_so_and_all_go_on(
     stream.flows()
 
 
-@pytest.mark.parametrize("course", [LEAVE_RUNNING, EVACUATE], ids=lambda each: each.name)
 @pytest.mark.parametrize(
-    "state", [State.PREPARING, State.FREEZING, State.HOLDING, State.CAPTURING, State.PERSISTING]
+    ("course", "state"),
+    [
+        *((LEAVE_RUNNING_HELD, state) for state in (State.PREPARING, State.HOLDING)),
+        *((LEAVE_RUNNING, state) for state in (State.FREEZING, State.CAPTURING, State.PERSISTING)),
+        *((EVACUATE, state) for state in (State.PREPARING, State.FREEZING)),
+        *((EVACUATE, state) for state in (State.CAPTURING, State.PERSISTING)),
+    ],
+    ids=lambda each: each.name if isinstance(each, Course) else each.value,
 )
 def test_an_epoch_that_is_given_up_anywhere_leaves_the_trees_as_they_were(
     job: Job, stream: Stream, course: Course, state: State

@@ -14,7 +14,15 @@ import pytest
 from agent.coordinator import machine
 from agent.coordinator.machine import Input, State
 from agent.model import protocol
-from agent.model.protocol import COURSES, LEAVE_RUNNING, RESTORE, Course, Decision, Step
+from agent.model.protocol import (
+    COURSES,
+    LEAVE_RUNNING,
+    LEAVE_RUNNING_HELD,
+    RESTORE,
+    Course,
+    Decision,
+    Step,
+)
 from agent.node.participant import Effect, LetGo, Participant, Phase, Timer
 from tests import protocol_world
 from tests.protocol_world import World
@@ -131,11 +139,21 @@ def test_a_coordinator_that_never_ends_is_found(monkeypatch: pytest.MonkeyPatch)
     assert found.stuck > 0
 
 
-def test_a_cut_without_a_hold_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = tuple(each for each in LEAVE_RUNNING.before if each is not Step.HOLD)
-    torn = dataclasses.replace(LEAVE_RUNNING, before=before)
+@pytest.mark.parametrize(
+    ("course", "left_out", "before_it"),
+    [
+        (LEAVE_RUNNING_HELD, Step.HOLD, State.FREEZING),
+        (LEAVE_RUNNING, Step.FREEZE, State.QUIESCING),
+    ],
+    ids=["some run and nobody holds", "some run"],
+)
+def test_a_cut_of_members_that_are_not_silent_is_found(
+    monkeypatch: pytest.MonkeyPatch, course: Course, left_out: Step, before_it: State
+) -> None:
+    before = tuple(each for each in course.before if each is not left_out)
+    torn = dataclasses.replace(course, before=before)
     monkeypatch.setitem(protocol.COURSES, torn.name, torn)
-    planted(monkeypatch, (State.FREEZING, Input.ALL_ANSWERED), State.CAPTURING)
+    planted(monkeypatch, (before_it, Input.ALL_ANSWERED), State.CAPTURING, course)
     with pytest.raises(AssertionError, match="a cut that is torn"):
         explore(protocol_world.begin(torn, 2), crashes=0, coordinators=1)
 

@@ -42,6 +42,7 @@ class Agents:
         # What the second pod says to a step, for each time that it is asked.
         self.says: dict[Step, list[errors.CkptError]] = {}
         self.within: list[tuple[str, ...]] = []
+        self.courses: list[str] = []
         self._begun = 0
         self._lock = threading.Lock()
         self.epochs = self
@@ -63,8 +64,10 @@ class Agents:
         *,
         silent_s: float | None = None,
     ) -> Said | None:
-        del course, deadline_s
+        del deadline_s
         with self._lock:
+            if pod.name == "pod-0" and told.step is Step.PREPARE:
+                self.courses.append(course.name)
             self.silent_s[told.step] = silent_s
             holder = self.taken.setdefault(pod.uid, epoch.name)
             if holder != epoch.name and told.step is Step.PREPARE:
@@ -132,6 +135,7 @@ def test_of_two_that_are_asked_for_at_once_one_gets_all_pods_and_the_other_hears
     ("course", "first", "last"),
     [
         ("leave-running", Step.FREEZE, Step.RESUME),
+        ("leave-running-held", Step.FREEZE, Step.RESUME),
         ("evacuate", Step.FREEZE, Step.END),
     ],
 )
@@ -155,7 +159,7 @@ def test_one_that_is_silent_cannot_be_reached() -> None:
         with client.connect(address, credentials, peer="the agent on n1") as agent:
             epoch = epochclient.Epoch("default", "jobset.train", "20260131-235959-0a1b2c", "")
             pod = epochclient.Pod("w-0-0", "pod-0", "uid-0")
-            told = Told(Step.HOLD, 1)
+            told = Told(Step.CAPTURE, 1)
             began_s = time.monotonic()
             with pytest.raises(errors.Unreachable, match=r"n1 has not answered for 0\.3 s"):
                 agent.epochs.take_part(
@@ -166,7 +170,7 @@ def test_one_that_is_silent_cannot_be_reached() -> None:
 
 def unaccepted(times: int) -> dict[Step, list[errors.CkptError]]:
     said = [errors.ConnectionUnaccepted("the connection a -> b was not accepted yet")] * times
-    return {Step.HOLD: cast("list[errors.CkptError]", said)}
+    return {Step.CAPTURE: cast("list[errors.CkptError]", said)}
 
 
 def test_a_connection_that_is_not_accepted_in_the_end_is_left_out(
@@ -194,6 +198,17 @@ def test_a_connection_that_is_not_accepted_in_the_end_is_left_out(
     assert agents.taken == {}
     # From the request on.
     assert done.durable_s > 2 * checkpoint._UNACCEPTED_WAIT_S[0]
+
+
+def test_where_a_member_may_run_while_others_are_read_all_hold_first() -> None:
+    agents = Agents()
+    agents.refused.set()
+    agents.says = {Step.PREPARE: [errors.HoldNeeded("pod-1 may run while others are read")]}
+    dump(agents)
+    assert agents.courses == ["leave-running", "leave-running-held"]
+    agents.says = {Step.PREPARE: [errors.HoldNeeded("pod-1 may run while others are read")]}
+    with pytest.raises(errors.HoldNeeded, match="w-0-1"):
+        dump(agents, "evacuate")
 
 
 def test_whoever_cannot_leave_it_out_says_so() -> None:

@@ -26,9 +26,10 @@ def tell(
     timing.heard(node, f"of {node}", said, sent_s, done_s + s)
 
 
-@given(
-    st.lists(st.tuples(AHEAD, DELAYS, DELAYS, DELAYS), min_size=2, max_size=4),
-)
+MEMBERS = st.lists(st.tuples(AHEAD, DELAYS, DELAYS, DELAYS), min_size=2, max_size=4)
+
+
+@given(MEMBERS)
 def test_the_skew_that_is_told_is_never_less_than_it_was(
     members: list[tuple[float, float, float, float]],
 ) -> None:
@@ -40,6 +41,24 @@ def test_the_skew_that_is_told_is_never_less_than_it_was(
     assert told is not None
     longest_s = max(out_s + back_s for _, out_s, _, back_s in members)
     assert max(done) - min(done) - 1e-6 <= told <= max(done) - min(done) + 2 * longest_s + 1e-6
+
+
+@given(MEMBERS)
+def test_nor_is_the_time_that_all_stood_in(
+    members: list[tuple[float, float, float, float]],
+) -> None:
+    timing, began, done = Timing(), [], []
+    for number, (ahead_s, out_s, work_s, back_s) in enumerate(members):
+        began.append(100.0 + out_s)
+        done.append(100.0 + out_s + work_s)
+        tell(timing, f"n{number}", ahead_s, 100.0, out_s, done[-1], back_s)
+    told = timing.stood_s(
+        Step.FREEZE, Step.FREEZE, [f"of n{number}" for number in range(len(members))]
+    )
+    assert told is not None
+    longest_s = max(out_s + back_s for _, out_s, _, back_s in members)
+    stood_s = max(done) - min(began)
+    assert stood_s - 1e-6 <= told <= stood_s + 2 * longest_s + 1e-6
 
 
 def test_a_quick_exchange_narrows_what_a_slow_one_leaves_open() -> None:
@@ -60,6 +79,7 @@ def test_members_of_one_node_have_one_clock() -> None:
         timing.heard("n", member, said, 0.0, 9.0)
     assert timing.skew_s(Step.FREEZE, ["x", "y"]) == 0.25
     assert timing.longest_s([Step.FREEZE], ["x", "y"]) == 0.5
+    assert timing.stood_s(Step.FREEZE, Step.FREEZE, ["x", "y"]) == 0.5
 
 
 def test_what_not_all_tell_is_told_of_none() -> None:
@@ -68,6 +88,7 @@ def test_what_not_all_tell_is_told_of_none() -> None:
     timing.heard("n", "y", Said(Answer(Step.FREEZE)), 0.0, 3.0)
     assert timing.skew_s(Step.FREEZE, ["x", "y"]) is None
     assert timing.longest_s([Step.FREEZE], ["x", "y"]) is None
+    assert timing.stood_s(Step.FREEZE, Step.FREEZE, ["x", "y"]) is None
     assert timing.skew_s(Step.FREEZE, ["x"]) == 0.0
 
 
@@ -77,3 +98,4 @@ def test_a_clock_that_jumped_tells_no_skew() -> None:
         for at_s, ahead_s in ((10.0, 0.0), (11.0, jump_s)):
             tell(timing, node, ahead_s, at_s, 0.001, at_s + 0.002, 0.001)
     assert timing.skew_s(Step.FREEZE, ["of a", "of b"]) is None
+    assert timing.stood_s(Step.FREEZE, Step.FREEZE, ["of a", "of b"]) is None

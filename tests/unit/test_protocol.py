@@ -176,7 +176,7 @@ def test_a_step_is_done_once_and_answered_as_often_as_it_is_asked() -> None:
 
 def test_a_step_before_its_turn_is_not_done() -> None:
     made = member(until=Step.QUIESCE)
-    (reply,) = made.told(Told(Step.HOLD, 1))
+    (reply,) = made.told(Told(Step.CAPTURE, 1))
     assert isinstance(reply, Reply)
     assert reply.answer.problem == "the steps before it are not done"
 
@@ -217,7 +217,7 @@ def test_abort_before_anything_else_keeps_the_epoch_from_beginning_later() -> No
 
 
 @pytest.mark.parametrize("timer", list(Timer))
-@pytest.mark.parametrize("step", [Step.FREEZE, Step.HOLD, Step.CAPTURE])
+@pytest.mark.parametrize("step", [Step.FREEZE, Step.CAPTURE])
 def test_a_silent_coordinator_does_not_keep_the_processes(step: Step, timer: Timer) -> None:
     made = member(until=step)
     assert made.stopped
@@ -266,7 +266,7 @@ def test_what_was_ended_stays_ended_when_nobody_says_that_it_is_over() -> None:
 
 
 def test_a_late_end_of_a_step_changes_nothing_after_the_epoch_was_given_up() -> None:
-    made = member(until=Step.HOLD)
+    made = member(until=Step.FREEZE)
     made.told(Told(Step.CAPTURE, 1))
     made.told(Told(Step.ABORT, 1))
     assert made.did(Step.CAPTURE) == []

@@ -105,7 +105,7 @@ def test_a_word_whose_answer_takes_long_is_said_again(start: Start, actions: Rec
 def test_abort_reaches_a_step_that_is_under_way(start: Start, actions: Recorded) -> None:
     actions.stuck.add(Step.CAPTURE)
     session = start()
-    through(session, LEAVE_RUNNING, Step.HOLD)
+    through(session, LEAVE_RUNNING, Step.FREEZE)
     assert session.tell(Told(Step.CAPTURE, 1), 0.05) is None
     said = session.tell(Told(Step.ABORT, 1), 10.0)
     assert said is not None
@@ -117,10 +117,10 @@ def test_abort_reaches_a_step_that_is_under_way(start: Start, actions: Recorded)
 def test_a_step_that_fails_is_answered_with_its_error_and_lets_go(
     start: Start, actions: Recorded
 ) -> None:
-    actions.broken.add(Step.HOLD)
+    actions.broken.add(Step.CAPTURE)
     session = start()
     through(session, LEAVE_RUNNING, Step.FREEZE)
-    said = session.tell(Told(Step.HOLD, 1), 10.0)
+    said = session.tell(Told(Step.CAPTURE, 1), 10.0)
     assert said is not None
     assert said.answer.problem == "no room"
     assert isinstance(said.error, errors.VolumeFull)
@@ -130,7 +130,7 @@ def test_a_step_that_fails_is_answered_with_its_error_and_lets_go(
 
 def test_without_a_word_the_processes_go_on(start: Start, actions: Recorded) -> None:
     session = start(silence_s=0.3)
-    through(session, LEAVE_RUNNING, Step.HOLD)
+    through(session, LEAVE_RUNNING, Step.FREEZE)
     began = time.monotonic()
     assert session.join(10)
     assert actions.done[-2:] == ["let go", "abandoned"]

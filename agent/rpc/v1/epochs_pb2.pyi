@@ -15,6 +15,7 @@ class Course(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COURSE_LEAVE_RUNNING: _ClassVar[Course]
     COURSE_EVACUATE: _ClassVar[Course]
     COURSE_RESTORE: _ClassVar[Course]
+    COURSE_LEAVE_RUNNING_HELD: _ClassVar[Course]
 
 class Step(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -43,6 +44,7 @@ COURSE_UNSPECIFIED: Course
 COURSE_LEAVE_RUNNING: Course
 COURSE_EVACUATE: Course
 COURSE_RESTORE: Course
+COURSE_LEAVE_RUNNING_HELD: Course
 STEP_UNSPECIFIED: Step
 STEP_PREPARE: Step
 STEP_QUIESCE: Step
