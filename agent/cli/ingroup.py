@@ -16,6 +16,7 @@ from agent.cli.invocation import Invocation
 from agent.coordinator import checkpoint, followed, selected
 from agent.coordinator.machine import State
 from agent.host import clock
+from agent.model import podfollow
 from agent.model.podfollow import Closure
 from agent.settings import Settings
 
@@ -77,7 +78,7 @@ def dump_followed(invocation: Invocation, settings: Settings, pod: str, *, stop:
             watch=show,
             found=found,
         )
-        of = {"group": followed.group(pod), "followed": pod}
+        of = {"group": podfollow.group(pod), "followed": pod}
         document = jobsetdocuments.dump_report(session.namespace, of, done, stopped=stop)
     said_cut(invocation, document, done, "the group")
     invocation.emit(document)

@@ -11,6 +11,7 @@ from agent import errors, wiring
 from agent.cli import arguments, documents, exits, interrupts, output, progress
 from agent.cli.invocation import Invocation, Verb, pass_invocation
 from agent.engines.base import FilePolicy, Fills, RestoreOptions
+from agent.model import jobset, podfollow
 from agent.node.restore import Progress, RestoreOutcome
 from agent.settings import Settings
 
@@ -116,8 +117,9 @@ def verb(
     the processes are ended.
 
     jobset/NAME[@EPOCH] brings back all pods of a JobSet at one instant, on the nodes that --node
-    names or where the scheduler likes. group/NAME[@EPOCH] brings the pods of a selector back, into
-    pods of the same names that wait for the image.
+    names or where the scheduler likes. group/NAME[@EPOCH] brings the pods of a selector back, or
+    those that were followed (group/followed.NAME), into pods of the same names that wait for the
+    image.
     """
     of_a_cluster = {
         "--node": nodes,
@@ -137,7 +139,8 @@ def verb(
         "--accept-changed": accept_changed,
     }
     settings = invocation.settings(restore_deadline=deadline, use_coordinator=coordinator)
-    together = _together(image)
+    told_where = bool(nodes or pod) or not invocation.in_cluster(settings)
+    together = _together(image if told_where else _as_printed(image))
     kind = together[0].kind if together else ""
     asked = arguments.by_coordinator(settings, kind, said=coordinator, queue=queue)
     if together is not None:
@@ -250,6 +253,14 @@ def _restored(
             f" {output.human_s(outcome.running_s + outcome.late_s)}"
         )
     return outcome
+
+
+def _as_printed(image: str) -> str:
+    """What dump printed of several pods as this verb calls it, where the name alone says so."""
+    if podfollow.is_group(image.partition("@")[0]):
+        return f"group/{image}"
+    prefix = jobset.group("")
+    return f"jobset/{image.removeprefix(prefix)}" if image.startswith(prefix) else image
 
 
 def _together(image: str) -> tuple[arguments.Target, str] | None:

@@ -16,8 +16,7 @@ from google.protobuf import json_format
 
 from agent import errors
 from agent.coordination import messages
-from agent.coordinator import followed
-from agent.model import ids, jobset, selection
+from agent.model import ids, jobset, podfollow, selection
 from agent.model.access import Caller
 from agent.model.operations import Kind, Operation, identity
 from agent.rpc.v1 import coordinator_pb2 as api
@@ -59,7 +58,7 @@ def target(said: api.Target) -> Target:
         case "selector":
             return Target(selection.group(said.selector.group), selector=said.selector.labels)
         case "followed" if said.followed:
-            group = ids.group_name(followed.group(said.followed))
+            group = ids.group_name(podfollow.group(said.followed))
             return Target(group, followed=said.followed)
     raise errors.InvalidInput(
         "the request names no target", hint="set target.jobset, target.selector or target.followed"

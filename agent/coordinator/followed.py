@@ -20,7 +20,7 @@ from agent.host import clock
 from agent.kube import objects
 from agent.model import jobset, optin, podfollow, selection
 from agent.model import storage as model_storage
-from agent.model.podfollow import Closure, Connection, Party
+from agent.model.podfollow import Closure, Connection, Party, group
 from agent.model.protocol import EVACUATE, LEAVE_RUNNING
 from agent.rpc import client, epochclient
 
@@ -29,11 +29,6 @@ _ASKING_S = 20.0
 # An agent lets in more calls of one caller; each reads what the sockets of a pod's processes are.
 _AT_ONCE = 16
 _LOOK_S = 0.2
-
-
-def group(pod: str) -> str:
-    """What the images of the pods are called that are connected with ``pod``."""
-    return f"followed.{pod}"
 
 
 def members(session: Session, pod: str) -> list[checkpoint.Member]:

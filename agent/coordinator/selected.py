@@ -18,7 +18,7 @@ from agent.coordinator.jobsetcourse import Pod, Returned
 from agent.coordinator.machine import State
 from agent.host import clock
 from agent.kube import jobsets, objects
-from agent.model import jobset, jobsetrestore, optin, selection
+from agent.model import jobset, jobsetrestore, optin, podfollow, selection
 from agent.model import storage as model_storage
 from agent.model.protocol import EVACUATE, LEAVE_RUNNING, Decision
 from agent.rpc import epochclient, results
@@ -251,10 +251,14 @@ def _await_pods(
     deadline = clock.Deadline.after(session.settings.schedule_deadline_s)
     came = clock.wait_until(ready, deadline, every_s=_LOOK_S)
     if seen.unfit:
+        of_jobsets = "; a JobSet's pods never have the names that they had: what is connected with"
+        of_jobsets += (
+            " them is dumped with --stop, to come back where it is, or as jobset/NAME alone"
+        )
         raise errors.TargetUnsuitable(
             f"image {image} cannot be restored: {'; '.join(seen.unfit[:3])}",
             hint="nothing was touched; create each pod again under its name, with the annotation"
-            f" {optin.RESTORE}: {image}",
+            f" {optin.RESTORE}: {image}{of_jobsets if podfollow.is_group(image) else ''}",
             reasons=list(seen.unfit),
         )
     if not came:

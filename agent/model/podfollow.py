@@ -23,8 +23,20 @@ MOST = 64
 # Pods that are asked whether a connection leads to them: a call each.
 MOST_ASKED = 256
 
+_PREFIX = "followed."
+
 Connection = tuple[str, str]
 """Both ends, ADDRESS:PORT, the pod's own first."""
+
+
+def group(pod: str) -> str:
+    """What the images of the pods are called that are connected with ``pod``."""
+    return f"{_PREFIX}{pod}"
+
+
+def is_group(name: str) -> bool:
+    """Whether ``name`` is what ``group`` says of some pod."""
+    return name.startswith(_PREFIX) and name != _PREFIX
 
 
 @dataclasses.dataclass(frozen=True)

@@ -262,6 +262,7 @@ def test_a_jobset_is_not_cut_in_two(run: Any, group: Group) -> None:
         ("dump", "group/solver", "-l", "app=solver", "-c", "c"),
         ("migrate", "group/solver", "--to", "n2"),
         ("restore", "group/solver", "--pod", "job"),
+        ("restore", "followed.solver-0", "-n", "default", "--wait"),
         ("restore", "group/solver", "--node", "n2"),
         ("restore", "group/solver", "--wait"),
         ("restore", "group/solver@"),
@@ -351,3 +352,25 @@ def test_whoever_asks_to_stop_is_heard_while_pods_start(group: Group) -> None:
     ):
         selected.restore(session, "solver", now_s=1.8e9, control=control)
     assert group.restored == []
+
+
+def test_whom_a_pod_was_connected_with_comes_back_by_the_name_that_dump_printed(
+    run: Any, group: Group
+) -> None:
+    image = group.add_image()
+    agents = group.world.agents
+    agents.images[-1].group = "followed.solver-0"
+    agents.images[-1].name = name = f"followed.solver-0@{image.partition('@')[2]}"
+    agents.details[name] = agents.details.pop(image)
+    for each in ("solver-0", "solver-1"):
+        metadata = group.world.api.pods["default", each]["metadata"]
+        metadata["annotations"] = {optin.RESTORE: name}
+    document = run("restore", name, "-n", "default", "-o", "json").document()
+    assert (document["name"], document["group"]) == (name, "followed.solver-0")
+    del group.world.api.pods["default", "solver-1"]
+    refused = error(run("restore", "followed.solver-0", "-n", "default", "-o", "json"))
+    assert refused["facts"]["reasons"] == ["there is no pod solver-1"]
+    assert "JobSet's pods never have the names that they had" in refused["hint"]
+    assert error(run("restore", "jobset.none", "-n", "default", "-o", "json"))["message"] == (
+        "there is no image of JobSet default/none"
+    )
