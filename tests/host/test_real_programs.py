@@ -11,11 +11,13 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from agent import errors
@@ -25,7 +27,7 @@ from tests.host.test_cli_job import Cli, until
 
 pytestmark = pytest.mark.slow
 
-EPOCHS = "20"
+EPOCHS = 20
 CLIENTS, KEYS, MOST_BYTES = 2, 1000, 16 << 10
 # Between two of its writes, when all keys are there: the server has no core for itself alone.
 THINKS_S = 0.001
@@ -33,6 +35,7 @@ THINKS_S = 0.001
 SAVED_EVERY = 500
 # Debian's server is this program under another name; the package with that name starts a service.
 PROGRAM, PACKAGE = "redis-check-rdb", "redis-tools"
+WORKLOADS = Path(__file__).parents[2] / "bench" / "workloads"
 
 
 @pytest.fixture
@@ -270,6 +273,26 @@ def end(root: int) -> None:
         assert until(lambda: not any(map(proc.exists, pids)))
 
 
+def epochs(cli: Cli, pid: int, *options: str) -> Iterator[str]:
+    """Watch the tree for so many; each image when it is made."""
+    command = cli.command("watch", "--pid", str(pid), "--name", "job", "--every", "0.2s", *options)
+    with subprocess.Popen(
+        [*command, "--count", str(EPOCHS)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as watch:
+        assert watch.stdout is not None
+        images = []
+        for line in watch.stdout:
+            images.append(line.strip())
+            yield images[-1]
+        _, err = watch.communicate()
+        assert (watch.returncode, len(images)) == (0, EPOCHS), err
+    (member,) = cli.document("show", images[-1])["detail"]
+    assert member["stop"]["path"] == "precopy", member["stop"]
+
+
 def test_a_server_under_load_answers_through_epochs_and_comes_back_as_it_was_at_one_of_them(
     cli: Cli, server: tuple[int, int]
 ) -> None:
@@ -280,24 +303,15 @@ def test_a_server_under_load_answers_through_epochs_and_comes_back_as_it_was_at_
     clients.start()
     try:
         clients.work(KEYS)
-        images, before, after = [], clients.acknowledged(), clients.acknowledged()
-        command = cli.command("watch", "--pid", str(pid), "--name", "server", "--every", "0.2s")
-        with subprocess.Popen(
-            [*command, "--count", EPOCHS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as watch:
-            assert watch.stdout is not None
-            for line in watch.stdout:
-                images.append(line.strip())
-                after = clients.acknowledged()
-                # Of a line that is read late this would be too much for the next epoch.
-                before = after if len(images) <= int(EPOCHS) // 2 else before
-                clients.check()
-            _, err = watch.communicate()
-            assert watch.returncode == 0, err
-        assert len(images) == int(EPOCHS), err
+        images: list[str] = []
+        before = after = clients.acknowledged()
+        for image in epochs(cli, pid):
+            images.append(image)
+            after = clients.acknowledged()
+            # Of a line that is read late this would be too much for the next epoch.
+            before = after if len(images) <= EPOCHS // 2 else before
+            clients.check()
         clients.work(100)
-        shown = cli.document("show", images[-1])["detail"][0]["stop"]
-        assert shown["path"] == "precopy", shown
         end(pid)
         clients.lose()
         cli.run("restore", images[-1], "--files", "rollback")
@@ -311,3 +325,66 @@ def test_a_server_under_load_answers_through_epochs_and_comes_back_as_it_was_at_
         clients.go_back()
     finally:
         clients.lose()
+
+
+class Training:
+    """Of two ranks that exchange gradients over TCP, and never end."""
+
+    def __init__(self, folder: Path, data: Path, pace_s: float) -> None:
+        folder.mkdir()
+        self._logs = [folder / f"rank-{rank}.log" for rank in range(2)]
+        argv = [sys.executable, str(WORKLOADS / "launch.py"), str(WORKLOADS / "numpy_tcp.py")]
+        # Sums must not depend on how the work was split.
+        alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(
+            [*argv, "2", str(folder)],
+            env={**os.environ, **alone, "DATA": str(data), "PACE": str(pace_s)},
+            stdin=quiet,
+            stdout=quiet,
+            stderr=quiet,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+
+    def steps(self) -> int:
+        """How many both ranks have noted."""
+        return min(each.read_bytes().count(b"\n") if each.exists() else 0 for each in self._logs)
+
+    def wait_for(self, steps: int) -> None:
+        assert until(lambda: self.steps() >= steps)
+
+    def first(self, steps: int) -> list[list[str]]:
+        """Loss and weights of so many steps to the last bit, of each rank."""
+        self.wait_for(steps)
+        return [each.read_text().splitlines()[:steps] for each in self._logs]
+
+    def end(self) -> None:
+        end(self.pid)
+        self._process.wait()
+
+
+def test_a_training_that_comes_back_from_the_last_of_many_epochs_is_the_same_to_the_last_bit(
+    cli: Cli, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.npz"
+    draw = np.random.default_rng(1)
+    np.savez(data, x=draw.random((4096, 64), np.float32), y=draw.integers(0, 10, 4096))
+    job = Training(tmp_path / "job", data, pace_s=0.05)
+    other = None
+    try:
+        job.wait_for(10)
+        *_, image = epochs(cli, job.pid)
+        job.wait_for(job.steps() + 50)
+        job.end()
+        lost = job.steps()
+        cli.run("restore", image, "--files", "rollback")
+        steps = lost + 50
+        found = job.first(steps)
+        job.end()
+        other = Training(tmp_path / "other", data, pace_s=0)
+        assert other.first(steps) == found
+    finally:
+        for each in (job, other):
+            if each is not None:
+                each.end()
