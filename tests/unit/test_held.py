@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, cast
 
 import pytest
 
+from agent import errors
 from agent.engines.criu.held import HeldSink
 from agent.host import system
 from agent.model.streams import PAGE_BYTES, AddressSpace, FileEntry, MemberSink, PageRun
@@ -118,6 +119,17 @@ def test_a_disk_that_fails_is_as_one_that_is_full(
     for held in held_sink(seen, MIB, tmp_path):
         held.hold()
         assert filled(held) == seen.calls
+
+
+def test_who_goes_on_giving_pages_of_a_dump_that_was_given_up_is_told(
+    seen: Seen, tmp_path: Path
+) -> None:
+    for held in held_sink(seen, MIB, tmp_path):
+        held.hold()
+        held.refuse()
+        with pytest.raises(errors.DumpFailed):
+            filled(held)
+        assert seen.calls == []
 
 
 @pytest.mark.parametrize("expected_bytes", [1, 8 * MIB, 64 * MIB])

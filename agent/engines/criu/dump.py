@@ -223,6 +223,8 @@ class _Capture:
             self._choose()
             if self._short is not None:
                 stack.callback(self._short.close)
+                # Before that: its reader would read all that is left, and the store take it.
+                stack.callback(self._held.refuse)
                 self._short.copy_ahead()
                 descriptors.append(self._short.descriptor)
                 under = self._short.under

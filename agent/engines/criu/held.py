@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, cast
 
+from agent import errors
 from agent.engines.criu.spool import Spool
 from agent.model.streams import AddressSpace, FileEntry, MemberSink, PageRun
 
@@ -44,7 +45,7 @@ class HeldSink:
         self._held_bytes = 0
         self._slabs: list[memoryview] = []
         self._slab = memoryview(b"")
-        self._holding = False
+        self._holding = self._refusing = False
         # Whether something could not be held.
         self.overflowed = False
 
@@ -61,6 +62,10 @@ class HeldSink:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
             self._slabs.append(memoryview(mmap.mmap(-1, _SLAB_BYTES, flags=flags)))
         self._spool.prepare(expected_bytes - in_memory_bytes, check)
+
+    def refuse(self) -> None:
+        """Whoever gives pages from now on is told that nobody wants them any more."""
+        self._refusing = True
 
     def close(self) -> None:
         """Let go of what is held; safe to repeat."""
@@ -134,6 +139,8 @@ class HeldSink:
 
     def _kept(self, data: memoryview) -> _Load | None:
         """Hold ``data``; None if it cannot be, and then nothing is from now on."""
+        if self._refusing:
+            raise errors.DumpFailed("the dump was given up", hint="the error before says why")
         if not self._holding:
             return None
         if self._held_bytes + len(data) <= self._budget_bytes:
