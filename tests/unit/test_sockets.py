@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
@@ -63,6 +64,21 @@ def test_what_came_in_and_was_not_accepted_is_found_at_its_door(door: str) -> No
             assert [local for local, _ in waiting()] == [f"127.0.0.1:{port}"] * 2
             with server.accept()[0], server.accept()[0]:
                 assert waiting() == []
+
+
+def test_what_was_closed_before_all_of_it_was_heard_is_found() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        client = socket.create_connection(address)
+        with server.accept()[0]:
+            both = f"127.0.0.1:{client.getsockname()[1]}", f"127.0.0.1:{address[1]}"
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    client.send(bytes(1 << 16))
+            assert both not in sockets.closing(os.getpid())
+            client.close()
+            assert both in sockets.closing(os.getpid())
 
 
 def test_addresses_of_both_families_are_written_as_people_write_them() -> None:

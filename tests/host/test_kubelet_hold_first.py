@@ -1,0 +1,162 @@
+"""A kubelet that is slow, or not waited for, while the network is held: the hold ends at once."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from agent import errors
+from agent.engines.base import CaptureOptions, CaptureReport, Disposition
+from agent.engines.kubelet import client, engine, holdfirst
+from agent.host import namespaces, netfilter, proc
+from agent.model.container import Container
+from tests import archives
+from tests.fakes.kubelet import TOKEN, Certificates, Server, serving
+from tests.host.image import MemoryImage
+
+WHOLE = archives.tar(archives.entries())
+OTHERS = frozenset({"10.77.0.9"})
+
+
+@pytest.fixture
+def container() -> Iterator[Container]:
+    """A process with a network of its own."""
+    script = "ip link set lo up && echo up && exec sleep 120"
+    popen = subprocess.Popen(["unshare", "-n", "sh", "-c", script], stdout=subprocess.PIPE)
+    assert popen.stdout
+    try:
+        assert popen.stdout.readline() == b"up\n"
+        yield Container("f" * 64, "c", popen.pid, "")
+    finally:
+        popen.kill()
+        popen.communicate()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    (tmp_path / "checkpoints").mkdir(mode=0o700)
+    (tmp_path / "token").write_text(TOKEN)
+    with serving(Certificates(tmp_path / "pki")) as made:
+        yield made
+
+
+class Cut:
+    """Notes what it is asked, and gives up when that is wanted."""
+
+    def __init__(self, tables: Callable[[], set[str]]) -> None:
+        self._tables = tables
+        self.given_up = threading.Event()
+        self.told: list[tuple[str, bool]] = []
+
+    def _note(self, stage: str) -> None:
+        self.told.append((stage, bool(self._tables())))
+
+    def check(self) -> None:
+        if self.given_up.is_set():
+            raise errors.DumpFailed("the epoch was given up")
+
+    def ready(self) -> None:
+        self._note("ready")
+
+    def poised(self, wait_s: float) -> bool:
+        self._note("poised")
+        return len(self.told) > 2
+
+    def frozen(self) -> None:
+        self._note("frozen")
+
+    def held(self) -> None:
+        self._note("held")
+
+    def captured(self) -> Disposition:
+        self._note("captured")
+        return Disposition.RESUME
+
+    def released(self) -> None:
+        self._note("released")
+
+    def running(self) -> None:
+        self._note("running")
+
+
+class Field:
+    """An engine for the container, by a kubelet that answers as the test says."""
+
+    def __init__(self, folder: Path, server: Server, container: Container) -> None:
+        self.server, self.container = server, container
+        self.folder = folder / "checkpoints"
+        self.image = MemoryImage()
+        self.cut = Cut(self.tables)
+        kubelet = client.Kubelet(
+            "127.0.0.1",
+            client.Trust.parse(f"ca:{folder / 'pki' / 'ca.crt'}"),
+            server.server_address[1],
+            str(folder / "token"),
+        )
+        self._engine = engine.KubeletEngine(
+            kubelet, "team", "pod-1", [container], directory=str(self.folder)
+        )
+
+    def tables(self) -> set[str]:
+        who = proc.identity(self.container.pid)
+        return namespaces.inside(who, ["net"], lambda: netfilter.tables(holdfirst.TABLE))
+
+    def capture(self) -> CaptureReport:
+        options = CaptureOptions(deadline_s=60, within=OTHERS, hold_first=True)
+        return self._engine.capture(self.container.pid, self.image, self.cut, options)
+
+
+@pytest.fixture
+def field(tmp_path: Path, server: Server, container: Container) -> Field:
+    return Field(tmp_path, server, container)
+
+
+def test_the_network_is_held_from_the_word_to_freeze_until_all_were_captured(field: Field) -> None:
+    field.server.meanwhile = lambda: field.server.archive(field.folder, WHOLE)
+    assert field.capture().raw_bytes
+    assert field.cut.told == [
+        *(("ready", False), ("poised", False), ("poised", False), ("frozen", True)),
+        *(("held", True), ("captured", True), ("released", True), ("running", True)),
+    ]
+    assert field.tables() == set()
+    assert field.image.known
+    assert field.image.known["tcp_ends"] == []
+
+
+def test_a_kubelet_that_hangs_is_waited_for_no_longer_than_the_network_may_be_held(
+    field: Field, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holdfirst, "HELD_S", 1.0)
+    hangs = threading.Event()
+    field.server.meanwhile = lambda: hangs.wait(60)
+    try:
+        with pytest.raises(errors.DeadlineExceeded, match="connections may be held"):
+            field.capture()
+    finally:
+        hangs.set()
+    assert field.cut.told[-1][0] == "held"
+    assert field.tables() == set()
+
+
+def test_who_gives_up_does_not_wait_for_the_kubelet(field: Field) -> None:
+    hangs = threading.Event()
+
+    def asked() -> None:
+        field.cut.given_up.set()
+        hangs.wait(60)
+
+    field.server.meanwhile = asked
+    try:
+        with pytest.raises(client.Lost, match="given up"):
+            field.capture()
+    finally:
+        hangs.set()
+    assert field.cut.told[-1][0] == "held"
+    assert field.tables() == set()
+    # The kubelet may still be at work: its archive is looked for later.
+    (note,) = field.folder.iterdir()
+    assert '"abandoned": true' in note.read_text()
