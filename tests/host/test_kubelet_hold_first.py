@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,7 +104,7 @@ class Field:
 
     def tables(self) -> set[str]:
         who = proc.identity(self.container.pid)
-        return namespaces.inside(who, ["net"], lambda: netfilter.tables(holdfirst.TABLE))
+        return namespaces.inside(who, ["net"], lambda: netfilter.tables("ckpt-agent-"))
 
     def capture(self) -> CaptureReport:
         options = CaptureOptions(deadline_s=60, within=OTHERS, hold_first=True)
@@ -160,3 +161,27 @@ def test_who_gives_up_does_not_wait_for_the_kubelet(field: Field) -> None:
     # The kubelet may still be at work: its archive is looked for later.
     (note,) = field.folder.iterdir()
     assert '"abandoned": true' in note.read_text()
+
+
+DYING = """
+import os, sys
+from agent.engines.kubelet import client, leftovers
+from agent.host import hold, namespaces, proc
+who = proc.identity(int(sys.argv[2]))
+with (
+    leftovers.opened(sys.argv[1]) as checkpoints,
+    checkpoints.hold(client.Target("team", "pod-1", "c"), who) as table,
+    namespaces.opened(who, "net") as network,
+    hold.apart(table, ["10.77.0.9"], network=network),
+):
+    os._exit(7)
+"""
+
+
+def test_what_a_dead_agent_left_of_a_hold_is_taken_away(field: Field) -> None:
+    words = [sys.executable, "-c", DYING, str(field.folder), str(field.container.pid)]
+    assert subprocess.run(words, check=False, cwd=Path(__file__).parents[2]).returncode == 7
+    assert field.tables()
+    engine.recover(str(field.folder))
+    assert field.tables() == set()
+    assert list(field.folder.iterdir()) == []

@@ -9,6 +9,7 @@ import pytest
 from agent import errors
 from agent.engines.base import CaptureOptions, Disposition
 from agent.engines.kubelet import holdfirst
+from agent.host import clock
 from agent.model import cut as model_cut
 from agent.model.container import Container
 from agent.model.cut import End
@@ -57,7 +58,7 @@ class Cut:
 def part(*connections: tuple[str, str], slow: bool = False) -> tuple[holdfirst.Part, Cut]:
     held = Held()
     cut = Cut(held, slow=slow)
-    return holdfirst.Part(cut, held, connections), cut  # type: ignore[arg-type]
+    return holdfirst.Part(cut, held, clock.Deadline.after(60), connections), cut  # type: ignore[arg-type]
 
 
 def end(local: str, remote: str) -> End:

@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from agent import errors
@@ -99,7 +99,7 @@ class KubeletEngine:
         with contextlib.ExitStack() as stack:
             checkpoints = stack.enter_context(leftovers.opened(self._directory))
             checkpoints.clean()
-            with self._apart(container, cut, options) as part:
+            with self._apart(checkpoints, target, container, cut, options) as part:
                 began_s = clock.monotonic_s()
                 until = part.deadline(deadline) if part else deadline
                 allowed_s = until.remaining_s
@@ -132,12 +132,25 @@ class KubeletEngine:
             },
         )
 
+    @contextlib.contextmanager
     def _apart(
-        self, container: Container, cut: Cut, options: CaptureOptions
-    ) -> contextlib.AbstractContextManager[holdfirst.Part | None]:
+        self,
+        checkpoints: leftovers.Checkpoints,
+        target: client.Target,
+        container: Container,
+        cut: Cut,
+        options: CaptureOptions,
+    ) -> Iterator[holdfirst.Part | None]:
         if not options.hold_first:
-            return contextlib.nullcontext()
-        return holdfirst.apart(container, cut, options, alone=len(self._containers) == 1)
+            yield None
+            return
+        holdfirst.poise(cut)
+        who, alone = proc.identity(container.pid), len(self._containers) == 1
+        with (
+            checkpoints.hold(target, who) as table,
+            holdfirst.apart(container, who, table, cut, options, alone=alone) as part,
+        ):
+            yield part
 
     def check_restore(self, source: MemberSource, options: RestoreOptions) -> None:
         """Refuse: a kubelet restores nothing."""

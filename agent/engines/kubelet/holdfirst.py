@@ -27,7 +27,6 @@ from agent.model.cut import End
 # Longer than a kubelet takes for a few GB on a local disk; what watches connections commonly gives
 # them half a minute (as hold.LEASE_S).
 HELD_S = 20.0
-TABLE = "ckpt-agent-apart"
 # How long a first wait for the other members is; see Cut.poised.
 _POISED_S = 1.0
 _THERE = ("established", "fin-wait-1", "fin-wait-2", "close-wait", "closing", "last-ack")
@@ -63,10 +62,12 @@ def check(container: Container, options: CaptureOptions) -> None:
 class Part:
     """A member that is apart from the others; ``apart`` makes it."""
 
-    def __init__(self, cut: Cut, held: hold.Held, connections: Iterable[Ends]) -> None:
+    def __init__(
+        self, cut: Cut, held: hold.Held, deadline: clock.Deadline, connections: Iterable[Ends]
+    ) -> None:
         self._cut = cut
         self._held = held
-        self._deadline = clock.Deadline.after(HELD_S)
+        self._deadline = deadline
         self._connections = frozenset(connections)
 
     def deadline(self, of_all: clock.Deadline) -> clock.Deadline:
@@ -124,33 +125,39 @@ class Part:
             )
 
 
+def poise(cut: Cut) -> None:
+    """Wait for the word to stand still; raises if the cut is given up."""
+    cut.ready()
+    wait_s = _POISED_S
+    while not cut.poised(wait_s):
+        wait_s *= 2
+
+
 @contextlib.contextmanager
 def apart(
-    container: Container, cut: Cut, options: CaptureOptions, *, alone: bool
+    container: Container,
+    who: proc.Identity,
+    table: str,
+    cut: Cut,
+    options: CaptureOptions,
+    *,
+    alone: bool,
 ) -> Iterator[Part]:
-    """The container hears no other member within the context, until ``Part.captured``; ``alone``:
-    no other container of its pod is captured, so that what stays within the pod goes on.
+    """The container hears no other member within the context, until ``Part.captured``: by the
+    packet filter's ``table`` in the network of ``who``, its first process. ``alone``: no other
+    container of its pod is captured, so that what stays within the pod goes on.
 
     Raises:
         errors.ConnectionUnaccepted: a connection between members is only beginning, or ending.
         errors.PrivilegeMissing | errors.EnvironmentUnfit: the kernel cannot hold them.
         errors.CkptError: the cut was given up.
     """
-    cut.ready()
-    wait_s = _POISED_S
-    while not cut.poised(wait_s):
-        wait_s *= 2
-    sources = others(options.within, addresses.of(container.pid))
-    who = proc.identity(container.pid)
+    sources = others(options.within, addresses.of(who.pid))
+    # Over a moment before the kernel ends the hold.
+    until = clock.Deadline.after(HELD_S)
     with (
         namespaces.opened(who, "net") as network,
-        hold.apart(
-            f"{TABLE}-{container.pid}",
-            sources,
-            loopback=not alone,
-            network=network,
-            limit_s=HELD_S,
-        ) as held,
+        hold.apart(table, sources, loopback=not alone, network=network, limit_s=HELD_S) as held,
     ):
         cut.frozen()
         known = list(endpoints.of_tree(proc.tree(container.pid)))
@@ -161,6 +168,7 @@ def apart(
         part = Part(
             cut,
             held,
+            until,
             between([ends for ends, state in connections if state in _THERE], sources, not alone),
         )
         cut.held()

@@ -30,7 +30,7 @@ from typing import Any
 from agent import errors
 from agent.engines.kubelet import client
 from agent.engines.kubelet.client import Target
-from agent.host import clock, proc, system
+from agent.host import clock, hold, namespaces, proc, system
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ _LINGER_S = 3600.0
 @dataclasses.dataclass(frozen=True)
 class Call:
     """A note: the call, who made it, and what was in the directory. ``abandoned``: nobody waits
-    for its end any more.
+    for its end any more. With ``holds`` it is no call, but says that ``table`` holds the network of
+    this process.
     """
 
     note: str
@@ -61,6 +62,12 @@ class Call:
     agent: proc.Identity
     boot_id: str
     abandoned: bool = False
+    holds: proc.Identity | None = None
+
+    @property
+    def table(self) -> str:
+        """What the packet filter's table of a hold is called."""
+        return f"ckpt-agent-apart-{self.note.removeprefix(_NOTE_PREFIX).removesuffix('.json')}"
 
     @property
     def living(self) -> bool:
@@ -76,21 +83,22 @@ class Checkpoints:
         self._fd = fd
 
     @contextlib.contextmanager
+    def hold(self, target: Target, who: proc.Identity) -> Iterator[str]:
+        """Around a hold of the network of ``who``, the first process of ``target``: notes it under
+        the name of a table, which is given, for the case that this program dies.
+        """
+        call = self._noted(target, 0.0, who)
+        try:
+            yield call.table
+        finally:
+            self._forget(call)
+
+    @contextlib.contextmanager
     def call(self, target: Target, deadline_s: float) -> Iterator[Call]:
         """Around a call that has the kubelet checkpoint ``target``: notes it, and cleans up after
         one that fails.
         """
-        me = proc.identity(os.getpid())
-        call = Call(
-            note=f"{_NOTE_PREFIX}{secrets.token_hex(8)}.json",
-            target=target,
-            before=tuple(sorted(self._archives(target))),
-            asked_at_s=clock.wall_s(),
-            deadline_s=deadline_s,
-            agent=me,
-            boot_id=system.boot_id(),
-        )
-        self._write(call)
+        call = self._noted(target, deadline_s)
         try:
             yield call
         except (errors.Refused, errors.EnvironmentUnfit):
@@ -153,12 +161,30 @@ class Checkpoints:
                 continue
             if call.living:
                 continue
+            if call.holds:
+                _let_through(call)
+                self._forget(call)
+                continue
             found = self._clean(call)
             removed += found
             over_s = call.asked_at_s + call.deadline_s + _LINGER_S
             if found or clock.wall_s() > over_s or call.boot_id != system.boot_id():
                 self._forget(call)
         return removed
+
+    def _noted(self, target: Target, deadline_s: float, holds: proc.Identity | None = None) -> Call:
+        call = Call(
+            note=f"{_NOTE_PREFIX}{secrets.token_hex(8)}.json",
+            target=target,
+            before=tuple(sorted(self._archives(target))),
+            asked_at_s=clock.wall_s(),
+            deadline_s=deadline_s,
+            agent=proc.identity(os.getpid()),
+            boot_id=system.boot_id(),
+            holds=holds,
+        )
+        self._write(call)
+        return call
 
     def _archives(self, target: Target) -> dict[str, float]:
         """The archives of ``target``, and when each was begun."""
@@ -274,7 +300,23 @@ def _call(note: str, raw: dict[str, Any]) -> Call:
         before=tuple(str(each) for each in raw["before"]),
         asked_at_s=float(raw["asked_at_s"]),
         deadline_s=float(raw["deadline_s"]),
-        agent=proc.Identity(int(raw["agent"]["pid"]), int(raw["agent"]["start_ticks"])),
+        agent=_identity(raw["agent"]),
         boot_id=str(raw["boot_id"]),
         abandoned=bool(raw["abandoned"]),
+        holds=_identity(raw["holds"]) if raw.get("holds") else None,
     )
+
+
+def _identity(raw: dict[str, Any]) -> proc.Identity:
+    return proc.Identity(int(raw["pid"]), int(raw["start_ticks"]))
+
+
+def _let_through(call: Call) -> None:
+    """Take away what is left of the hold of a dead agent; it holds nothing any more."""
+    if call.holds is None or call.boot_id != system.boot_id():
+        return
+    with (
+        contextlib.suppress(errors.NotFound),  # its network went with the container
+        namespaces.opened(call.holds, "net") as network,
+    ):
+        hold.release(call.table, network=network)
