@@ -13,6 +13,7 @@ from agent import errors
 from agent.engines.criu.held import HeldSink
 from agent.engines.tracking.shared import Found, SharedCopies, find
 from agent.host import clock
+from agent.host.fingerprints import PIECE_BYTES, Fingerprinter
 from agent.model.streams import PAGE_BYTES, PageRun
 from tests.host.image import MemoryImage
 
@@ -58,19 +59,19 @@ def whole(memfd: int) -> bytes:
 
 def test_pages_that_are_as_they_were_drafted_are_not_drafted_again(memfd: int) -> None:
     os.pwrite(memfd, random.randbytes(3 * MIB), 0)
-    copies, image = SharedCopies(), MemoryImage()
+    copies, image = SharedCopies(Fingerprinter()), MemoryImage()
     assert looked(copies, image) == 3 * MIB
     assert looked(copies, image) == 0
     os.pwrite(memfd, b"x", 70_000)
     os.pwrite(memfd, b"y", 2 * MIB + 5)
     content, size_bytes = finished(copies, memfd, image)
     assert content == whole(memfd)
-    assert size_bytes == 2 * PAGE_BYTES
+    assert size_bytes == 2 * PIECE_BYTES
 
 
 def test_a_page_of_zeros_in_what_was_a_hole_is_stored(memfd: int) -> None:
     """It reads like the hole."""
-    copies, image = SharedCopies(), MemoryImage()
+    copies, image = SharedCopies(Fingerprinter()), MemoryImage()
     os.pwrite(memfd, b"x", 0)
     looked(copies, image)
     os.pwrite(memfd, bytes(PAGE_BYTES), PAGE_BYTES)
@@ -82,7 +83,7 @@ def test_a_page_of_zeros_in_what_was_a_hole_is_stored(memfd: int) -> None:
 
 def test_what_was_taken_away_is_not_stored(memfd: int) -> None:
     os.pwrite(memfd, random.randbytes(SIZE_BYTES), 0)
-    copies, image = SharedCopies(), MemoryImage()
+    copies, image = SharedCopies(Fingerprinter()), MemoryImage()
     looked(copies, image)
     mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
     offset, length = ctypes.c_long(MIB), ctypes.c_long(MIB)
@@ -97,7 +98,7 @@ def test_what_was_taken_away_is_not_stored(memfd: int) -> None:
 
 def test_any_writes_between_any_looks(memfd: int) -> None:
     draw = random.Random(7)
-    copies, image = SharedCopies(), MemoryImage()
+    copies, image = SharedCopies(Fingerprinter()), MemoryImage()
     for epoch in range(4):
         for _ in range(3):
             for _ in range(20):
@@ -118,4 +119,4 @@ def test_an_object_that_is_gone_at_the_cut_fails_the_short_stop() -> None:
     one = found(descriptor)
     os.close(descriptor)
     with pytest.raises(errors.ShortStopFailed):
-        SharedCopies().finish(one, MemoryImage())
+        SharedCopies(Fingerprinter()).finish(one, MemoryImage())

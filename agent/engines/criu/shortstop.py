@@ -100,7 +100,7 @@ class ShortStop:
     @property
     def expected_bytes(self) -> int:
         """How much is likely to be left for the stop."""
-        return _LEFT_BYTES
+        return _LEFT_BYTES + self._precopy.expected_bytes
 
     @property
     def under(self) -> list[str]:
@@ -118,7 +118,7 @@ class ShortStop:
 
     def about_to_freeze(self) -> None:
         """Copy once more what was written meanwhile, if that leaves less."""
-        self._precopy.look_at_shared(self._root)
+        self._precopy.look(self._root)
         for _ in range(_LAST_ROUNDS if self._precopy.shrinks else 0):
             self._precopy.round(self._root)
 

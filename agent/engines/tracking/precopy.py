@@ -16,18 +16,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from agent import errors
 from agent.engines.tracking import areas
 from agent.engines.tracking.base import Tracker
+from agent.engines.tracking.compared import Compared, Read
 from agent.engines.tracking.pace import Pace
 from agent.engines.tracking.protected import Protected
 from agent.engines.tracking.shared import Found, SharedCopies
 from agent.engines.tracking.untracked import Untracked
 from agent.host import clock, injection, pagemap, proc
+from agent.host.fingerprints import Fingerprinter
 from agent.host.foreign import ForeignMemory
 from agent.host.moves import Moves
 from agent.host.pagemap import Ranges
@@ -44,7 +46,7 @@ _SHRINKS_TO = 0.8
 # What is written within this is taken for written all the time: some steps of common trainings.
 LOOK_S = 0.25
 _MOST_ROUNDS = 6
-# Of shared memory, each of which reads all of it.
+# Of memory whose writes are not noted, each of which reads all of it.
 _MOST_LOOKS = 3
 # Runs settled in one call.
 _SETTLED_RUNS = 4096
@@ -95,15 +97,16 @@ class _Copy:
         self._left = pagemap.union(self._left, pagemap.without(self.have, there))
         self.have = pagemap.clip(self.have, there)
 
-    def finish(self, standing: Standing, existing: Ranges) -> Ranges:
-        """Which of the pages that exist at the cut are to be read; the others are had as they are.
-        All of them are had afterwards, and in the next copy those that are sure to be unchanged.
+    def finish(self, standing: Standing, existing: Ranges, sink: MemberSink) -> int:
+        """Read those of the pages that exist at the cut that are not had as they are; say how many
+        bytes. All of them are had afterwards, and in the next copy those that are sure to be
+        unchanged. Raises errors.ShortStopFailed.
         """
         unchanged = self.tracker.unchanged(standing.areas)
         missing = pagemap.without(existing, pagemap.clip(self.have, unchanged))
         self.have = pagemap.clip(existing, unchanged)
         self._left = pagemap.without(existing, self.have)
-        return missing
+        return _read_standing(standing, missing, sink)
 
     def round(
         self, sink: MemberSink, deadline: clock.Deadline, pace: Pace | None, *, rested: bool
@@ -129,6 +132,41 @@ class _Copy:
         return sum(map(pagemap.size_bytes, read))
 
 
+class _ComparedCopy(_Copy):
+    """The copy of a process whose writes are not noted."""
+
+    def __init__(self, who: proc.Identity, tracker: Tracker, fingerprinter: Fingerprinter) -> None:
+        super().__init__(who, tracker)
+        self._compared = Compared(self.space, fingerprinter)
+
+    def recall(self, sink: MemberSink, epoch: str) -> None:
+        """See ``_Copy``."""
+        self._compared.recall(sink, epoch)
+
+    def finish(self, standing: Standing, existing: Ranges, sink: MemberSink) -> int:
+        """See ``_Copy``: all of it is read."""
+        with _memory(self.who) as memory:
+            self._compared.finish(existing, _reading(memory.read_standing), sink)
+        return pagemap.size_bytes(existing)
+
+    def round(
+        self, sink: MemberSink, deadline: clock.Deadline, pace: Pace | None, *, rested: bool
+    ) -> int:
+        """See ``_Copy``: nothing, since only a look at all of it tells what was written."""
+        return 0
+
+    def look(self, sink: MemberSink, deadline: clock.Deadline, pace: Pace | None) -> int:
+        """Draft what is not as it was drafted; say how many bytes that were."""
+        existing = np.concatenate([pagemap.none(), *self.tracker.round()])
+        with _memory(self.who) as memory:
+            return self._compared.round(existing, _reading(memory.read), sink, deadline, pace)
+
+    @property
+    def changed_bytes(self) -> int:
+        """What the last look found changed."""
+        return self._compared.changed_bytes
+
+
 class Precopy:
     """The copies of a tree's processes, in ``sink``."""
 
@@ -140,7 +178,8 @@ class Precopy:
         self._pace = pace
         self._moves = Moves()
         self._copies: dict[proc.Identity, _Copy] = {}
-        self._shared = SharedCopies()
+        self._fingerprinter = Fingerprinter()
+        self._shared = SharedCopies(self._fingerprinter)
         # Processes that hold nothing of ours: only who is forked later can.
         self._clean: set[proc.Identity] = set()
         self._settled: dict[AddressSpace, Ranges] = {}
@@ -196,7 +235,7 @@ class Precopy:
             errors.NotFound: the root has ended.
             errors.VolumeError: from the sink.
         """
-        self._copy_shared(root)
+        self._compare(root)
         left_bytes = None
         for _ in range(_MOST_ROUNDS):
             looked = clock.Deadline.after(LOOK_S)
@@ -210,11 +249,10 @@ class Precopy:
             rest = self._deadline.sooner(looked.remaining_s)
             clock.wait_until(lambda: False, rest, every_s=LOOK_S)
 
-    def _copy_shared(self, root: int) -> None:
+    def _compare(self, root: int) -> None:
         before = None
         for _ in range(_MOST_LOOKS):
-            pids = proc.tree(root)
-            drafted_bytes = self._shared.round(pids, self._sink, self._deadline, self._pace)
+            drafted_bytes = self.look(root, self._pace)
             if drafted_bytes <= _ENOUGH_BYTES:
                 break
             if before is not None and drafted_bytes > _SHRINKS_TO * before:
@@ -252,15 +290,31 @@ class Precopy:
                 )
         return found
 
-    def look_at_shared(self, root: int) -> None:
-        """Copy once what was written to shared memory; little is left then for the cut."""
-        self._shared.round(proc.tree(root), self._sink, self._deadline, None)
+    def look(self, root: int, pace: Pace | None = None) -> int:
+        """Copy once what was written to memory whose writes are not noted, and say how many bytes;
+        little is left then for the cut. Raises as ``run``.
+        """
+        pids = proc.tree(root)
+        total = self._shared.round(pids, self._sink, self._deadline, pace)
+        for pid in pids:
+            with contextlib.suppress(errors.NotFound):
+                copy = self._copy(proc.identity(pid))
+                if isinstance(copy, _ComparedCopy):
+                    total += copy.look(self._sink, self._deadline, pace)
+        return total
+
+    @property
+    def expected_bytes(self) -> int:
+        """How much is likely to be left for the cut, a guess."""
+        compared = [each for each in self._copies.values() if isinstance(each, _ComparedCopy)]
+        changed_bytes = self._shared.changed_bytes + sum(each.changed_bytes for each in compared)
+        return 2 * changed_bytes + sum(each.left_bytes for each in self._copies.values())
 
     def forget_shared(self) -> None:
         """What is begun next builds on an epoch that somebody else read. Of shared memory only its
         content at the last cut is known, which says nothing of what that epoch has.
         """
-        self._shared = SharedCopies()
+        self._shared = SharedCopies(self._fingerprinter)
 
     def cut_shared(self, pids: Sequence[int]) -> list[Found]:
         """Which shared memory of theirs is copied."""
@@ -282,17 +336,12 @@ class Precopy:
         for each in standing:
             if not len(each.areas):
                 continue  # it has ended, or is small
-            missing = existing = _existing(each)
+            existing = _existing(each)
             copy = self._copies.get(each.who)
             if copy is not None and copy.space == each.space:
-                missing = copy.finish(each, existing)
-            with _memory(each.who) as memory:
-                done = _draft(sink, each.space, memory, missing, standing=True)
-            if pagemap.size_bytes(done) != pagemap.size_bytes(missing):
-                raise errors.ShortStopFailed(
-                    f"memory of process {each.who.pid} cannot be read", pid=each.who.pid
-                )
-            self.cut_bytes += pagemap.size_bytes(missing)
+                self.cut_bytes += copy.finish(each, existing, sink)
+            else:
+                self.cut_bytes += _read_standing(each, existing, sink)
             self._settled[each.space] = existing
 
     def settle(
@@ -353,9 +402,11 @@ class Precopy:
             tracker: Tracker
             try:
                 tracker = Protected(who, self._moves)
+                found = _Copy(who, tracker)
             except (injection.InjectionRefused, errors.EnvironmentUnfit) as exc:
                 tracker = Untracked(who.pid, exc.message)
-            found = self._copies[who] = _Copy(who, tracker)
+                found = _ComparedCopy(who, tracker, self._fingerprinter)
+            self._copies[who] = found
         return found
 
 
@@ -366,6 +417,31 @@ def _existing(standing: Standing) -> Ranges:
     finally:
         pages.close()
     return np.concatenate([pagemap.none(), *parts])
+
+
+def _reading(pieces: Callable[[list[tuple[int, int]], memoryview], list[int]]) -> Read:
+    def read(into: memoryview, start: int, wanted: Ranges) -> Ranges:
+        if pagemap.size_bytes(wanted) != len(into):
+            into[:] = bytes(len(into))
+        there = []
+        for low, high in wanted.tolist():
+            (count,) = pieces([(low, high - low)], into[low - start : high - start])
+            there.append((low, low + count // PAGE_BYTES * PAGE_BYTES))
+        rows = np.array(there, dtype=np.int64)
+        return rows[rows[:, 1] > rows[:, 0]]
+
+    return read
+
+
+def _read_standing(standing: Standing, ranges: Ranges, sink: MemberSink) -> int:
+    """Draft these pages of a process that stands still; say how many bytes they are."""
+    with _memory(standing.who) as memory:
+        done = _draft(sink, standing.space, memory, ranges, standing=True)
+    size_bytes = pagemap.size_bytes(ranges)
+    if pagemap.size_bytes(done) != size_bytes:
+        pid = standing.who.pid
+        raise errors.ShortStopFailed(f"memory of process {pid} cannot be read", pid=pid)
+    return size_bytes
 
 
 @contextlib.contextmanager

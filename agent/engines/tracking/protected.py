@@ -106,7 +106,7 @@ class Protected:
         self._refused.clear()
         if self.reason:
             self.reason = areas.escapes(self._who.pid)
-        return True
+        return not self.reason
 
     def close(self) -> None:
         """Drop all protection, also where a child that was forked at the wrong moment still holds

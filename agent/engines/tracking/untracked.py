@@ -1,7 +1,6 @@
 """No tracking at all: everything counts as written, always.
 
-A copy made ahead is then worth only its content: a store that has seen it does not need to compress
-it again while the job stands still.
+A copy made ahead is then worth only its content (``compared``).
 
 Promises: what ``base.Tracker`` promises, on every kernel.
 Does not: save any reading.
@@ -17,20 +16,16 @@ from agent.host.pagemap import Pagemap, Ranges
 
 
 class Untracked:
-    """Names everything in its first round, and nothing as unchanged ever."""
+    """Names everything in every round, and nothing as unchanged ever."""
 
     kind = "none"
 
     def __init__(self, pid: int, reason: str) -> None:
         self.reason = reason
         self._pid = pid
-        self._given = False
 
     def round(self) -> Iterator[Ranges]:
-        """All pages, once."""
-        if self._given:
-            return
-        self._given = True
+        """All pages."""
         pages = Pagemap(self._pid)
         try:
             for start, end in areas.eligible(self._pid).tolist():
