@@ -2,7 +2,7 @@
 
 Promises: each epoch is an operation of its own, let in and counted as any dump, so that between
 two of them others may have the pod; a pod is watched once; containers that were started anew are
-not taken for those that were watched.
+not taken for those that were watched; a watch ends when its caller may not make images any more.
 Does not: go on without its caller, or remove old epochs.
 """
 
@@ -43,14 +43,17 @@ class PodWatches:
         *,
         every_s: float | None,
         most: int | None,
+        allowed: Callable[[], None],
         done: Callable[[PodDump], None],
         failed: Callable[[errors.CkptError], None],
         late: Callable[[float, float], None],
     ) -> watch.Watched:
         """Dump the pod as ``order`` says again and again; the rest as ``node.watch.watch``, whose
-        errors this raises, and what finding the pod raises.
+        errors this raises, and what finding the pod raises. ``allowed`` raises for a caller that
+        may not do so any more.
 
         Raises also:
+            errors.Forbidden: it may not any more.
             errors.TargetBusy: one of the containers is watched already.
             errors.Interrupted: it was asked to stop, by its caller's leaving or the agent's end.
         """
@@ -60,6 +63,7 @@ class PodWatches:
             order, pod_uid=pod.uid, containers=tuple(each.name for each in containers)
         )
         made: list[PodDump] = []
+        refused: list[errors.Forbidden] = []
 
         def once(members: Sequence[Member], options: CaptureOptions, cancel: Cancel) -> DumpOutcome:
             del members  # found again when it was let in
@@ -71,6 +75,13 @@ class PodWatches:
             return made[0].outcome
 
         def members() -> list[Member]:
+            try:
+                # Who cannot be asked now has taken nothing away.
+                with contextlib.suppress(errors.Unreachable):
+                    allowed()
+            except errors.Forbidden as exc:
+                refused.append(exc)
+                raise errors.Interrupted("the watch was ended") from exc
             now = self._pods.running(
                 self._pods.find(order.namespace, order.pod, order.pod_uid), order.containers
             )
@@ -89,6 +100,12 @@ class PodWatches:
                 done=lambda outcome: done(made[0]),
                 failed=failed,
                 late=late,
+            )
+        if refused:
+            raise errors.Forbidden(
+                f"the watch of pod {pod} was ended after {found.epochs} dumps, the pod goes on:"
+                f" {refused[0].message}",
+                hint=refused[0].hint,
             )
         stop.check()
         return found

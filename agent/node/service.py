@@ -158,6 +158,7 @@ class NodeService:
             options=self._capture_options(request.deadline_s, call),
             one_of_many=True,
         )
+        right = Right("create", "images", order.namespace)
         stop = node_watch.Stop("the watch was ended, the pod goes on")
         call.on_gone(stop.set)
 
@@ -167,6 +168,7 @@ class NodeService:
                 stop,
                 every_s=every_s,
                 most=request.count or None,
+                allowed=lambda: self._parts.authorize(call.caller, right),
                 done=lambda done: tell(api.WatchEvent(epoch=_dumped(done))),
                 failed=lambda exc: tell(api.WatchEvent(failed=status.message(exc))),
                 late=lambda took_s, pause_s: tell(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from agent import errors
+from agent.kube import access
 from agent.rpc import results
 from tests.host import nodes
 from tests.host.conftest import Host
@@ -176,6 +177,26 @@ def test_a_watch_ends_with_its_containers_and_needs_the_right_to_create_images(
         with pytest.raises(errors.CriuFailed):
             agent.watch("default", "other", pod_uid="", deadline_s=60.0)
     host.assert_running(other)
+
+
+def test_a_watch_ends_when_its_caller_may_not_make_images_any_more(
+    node: Node, host: Host, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "ALLOWED_S", 0.1)
+    target = host.start("memory", MEMORY_MIB=MEMORY_MIB, GLIBC_TUNABLES=NO_RSEQ)
+    node.add_pod("counter", target.pid)
+    with node.caller(*VERBS) as agent:
+        watching = Watching(agent)
+        wait_for(lambda: watching.done, 30)
+        node.api.rights["ada"] = set()
+        found = watching.join()
+    assert isinstance(found, errors.Forbidden)
+    assert "the pod goes on: ada may not create images" in found.message
+    assert not watching.failed
+    assert not descriptors()
+    assert engine.tried == len(watching.done)
+    host.assert_running(target)
+    host.assert_clean()
 
 
 @pytest.mark.parametrize("when", ["between two epochs", "in one"])
