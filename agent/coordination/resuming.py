@@ -181,8 +181,12 @@ def _image(session: Session, operation: Operation) -> results.Image:
 
 def _job(session: Session, operation: Operation) -> Job:
     """Whether the JobSet stands still for this operation."""
+    namespace, name = session.namespace, operation.jobset
     try:
-        found = kube.read(session.api, session.namespace, operation.jobset)
+        # What the coordinator before this one sent last must not arrive later than this look.
+        uid = str(kube.read(session.api, namespace, name)["metadata"]["uid"])
+        kube.fence(session.api, namespace, name, uid)
+        found = kube.read(session.api, namespace, name)
     except errors.NotFound:
         return Job.RUNS
     image = _image(session, operation)

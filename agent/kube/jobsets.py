@@ -1,12 +1,14 @@
 """JobSets of a cluster, and their pods.
 
 Promises: as ``connection``; a change names the uid, so that a JobSet of the same name that came
-later is never changed.
+later is never changed, and the version that was looked at right before: what was sent by somebody
+who was stopped meanwhile changes nothing if the JobSet has changed since.
 Does not: decide what belongs together; ``model.jobset`` does.
 """
 
 from __future__ import annotations
 
+import secrets
 import urllib.parse
 from typing import Any
 
@@ -19,6 +21,8 @@ from agent.model.intent import Intent
 
 # A webhook is waited for 3 s by its API server (deploy/), and a request that broke is sent again.
 _WEBHOOK_S = 1.2
+# A JobSet's status changes a few times when its pods come or go, milliseconds apart.
+_TRIES = 8
 
 
 def _path(namespace: str, name: str = "") -> str:
@@ -74,10 +78,13 @@ def change(
     suspend: bool | None = None,
     annotations: dict[str, str | None] | None = None,
 ) -> Json:
-    """Suspend or resume a JobSet, and set its annotations (None removes one), in one go.
+    """Suspend or resume a JobSet, and set its annotations (None removes one), in one go. If it
+    changes in this moment (its controller tells its status, say) it is looked at again, and whoever
+    guards ``api`` is asked again.
 
     Raises:
-        errors.Conflict: the one of this uid is no more.
+        errors.NotFound: there is none.
+        errors.Conflict: the one of this uid is no more, or it changes all the time.
     """
     metadata: dict[str, Any] = {"uid": uid}
     if annotations:
@@ -85,7 +92,25 @@ def change(
     body: Json = {"metadata": metadata}
     if suspend is not None:
         body["spec"] = {"suspend": suspend}
-    return api.call("PATCH", _path(namespace, name), f"JobSet {namespace}/{name}", body=body)
+    what, tries = f"JobSet {namespace}/{name}", 0
+    while True:
+        tries += 1
+        seen = read(api, namespace, name)["metadata"]
+        metadata["resourceVersion"] = seen["resourceVersion"]
+        try:
+            return api.call("PATCH", _path(namespace, name), what, body=body)
+        except errors.Conflict:
+            if tries == _TRIES or seen["uid"] != uid:
+                raise
+
+
+def fence(api: Connection, namespace: str, name: str, uid: str) -> None:
+    """Have every ``change`` fail that somebody else looked at before now and whose request is still
+    under way. Leaves nothing on the JobSet. Raises as ``change``.
+    """
+    mark = {optin.COORDINATOR: secrets.token_hex(8)}
+    change(api, namespace, name, uid, annotations={**mark})
+    change(api, namespace, name, uid, annotations=dict.fromkeys(mark))
 
 
 def pods(api: Connection, namespace: str, name: str) -> list[Json]:

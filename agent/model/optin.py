@@ -37,6 +37,9 @@ STORAGE = f"{GROUP}/storage"
 HOOKS = f"{GROUP}/hooks"
 """What is done around a checkpoint (``hooks.py``)."""
 
+COORDINATOR = f"{GROUP}/coordinator"
+"""On a JobSet for a moment, so that it has changed (``kube.jobsets.fence``)."""
+
 NOT_HELD = f"{GROUP}/not-held"
 """Written by the webhook: which containers start as ordinary ones, and why."""
 

@@ -235,6 +235,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if method == "POST":
             found = copy.deepcopy(body)
             found["metadata"] |= {"uid": str(uuid.uuid4()), "namespace": space}
+            found["metadata"]["resourceVersion"] = "1"
             self.api.jobsets[space, found["metadata"]["name"]] = found
             self.api.on_jobset(found)
             return 201, found
@@ -244,8 +245,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         wanted = body.get("preconditions") or body.get("metadata") or {}
         if wanted.get("uid", found["metadata"]["uid"]) != found["metadata"]["uid"]:
             return 409, _status("the UID in the precondition does not match")
+        version = found["metadata"].setdefault("resourceVersion", "1")
         if method == "PATCH":
+            if body.get("metadata", {}).get("resourceVersion", version) != version:
+                return 409, _status("the object has been modified")
             _merge(found, body)
+            found["metadata"]["resourceVersion"] = str(int(version) + 1)
             self.api.on_jobset(found)
         elif method == "DELETE":
             del self.api.jobsets[space, name[0]]

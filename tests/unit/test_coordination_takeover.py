@@ -45,10 +45,15 @@ class Killer:
                 self.process.kill()
                 self.done.set()
 
-    def at_step(self, wanted: Step) -> None:
+    def at_step(self, wanted: Step, pods: int = 1) -> None:
+        """When so many have heard it."""
+        heard: set[str] = set()
+
         def before(step: Step, pod: str) -> None:
             if step is wanted:
-                self.kill()
+                heard.add(pod)
+                if len(heard) >= pods:
+                    self.kill()
 
         self.cluster.group.before = before
 
@@ -145,7 +150,7 @@ MOVE_POINTS: dict[str, Callable[[Killer], None]] = {
     "capturing": lambda killer: killer.at_step(Step.CAPTURE),
     "before the commit": lambda killer: killer.before_decision(1),
     "after the commit": lambda killer: killer.after_decision(1),
-    "ending": lambda killer: killer.at_step(Step.END),
+    "ending": lambda killer: killer.at_step(Step.END, 2),
     "suspending": lambda killer: killer.at_jobset(lambda found: found["spec"].get("suspend")),
     "resuming": lambda killer: killer.at_jobset(
         lambda found: found["spec"].get("suspend") is False
