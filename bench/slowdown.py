@@ -29,7 +29,7 @@ _BYTES = {"training": 400 << 20, "writer": 1 << 30}
 _KEEPS = {"training": (0.90, 0.95), "writer": (0.80, 0.90)}
 _BASE_S = 4.0
 _EVERY_S = 30
-_EPOCHS = 3
+_EPOCHS = 2
 _STARTED_S = 120.0
 
 

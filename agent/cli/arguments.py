@@ -163,7 +163,8 @@ def pace(verb: Callable[..., Any]) -> Callable[..., Any]:
     cpu = click.option(
         "--precopy-cpu",
         metavar="PERCENT",
-        help="Of the cores, for copying memory while a job computes; 100: no limit [default: 5].",
+        help="Of the cores, or of one where none is idle, for copying memory while a job computes;"
+        " 100: no limit [default: 10].",
     )
     rate = click.option(
         "--precopy-rate",

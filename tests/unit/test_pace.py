@@ -12,7 +12,7 @@ import pytest
 
 from agent.engines.tracking import pace as pace_module
 from agent.engines.tracking.pace import UNLIMITED, Limits, Pace
-from agent.host import clock
+from agent.host import clock, proc
 
 MIB = 1 << 20
 
@@ -55,6 +55,21 @@ def test_who_has_taken_more_processor_time_than_it_may_waits(
     # However much is owed, by other work of this program say: a tenth of a second's worth.
     assert pace.held_back_s > 0.5
     assert not pace.hurried
+
+
+@pytest.mark.parametrize(("idle", "cores"), [(0.0, 0.1), (0.5, 0.25), (8.0, 0.8)])
+def test_what_it_may_take_is_of_one_core_but_for_those_that_are_idle(
+    computes: int, monkeypatch: pytest.MonkeyPatch, idle: float, cores: float
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(clock, "monotonic_s", lambda: now_s)
+    monkeypatch.setattr(proc, "idle_s", lambda on: idle * now_s * (on == set(range(8))))
+    pace = Pace(computes, Limits(cpu_percent=10), clock.Deadline.after(1000))
+    for _ in range(3):
+        pace.wait(MIB)
+        now_s += 1.0
+    assert pace._cores == pytest.approx(cores)
 
 
 def test_a_job_that_does_not_compute_is_not_spared(sleeps: int) -> None:

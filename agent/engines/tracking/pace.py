@@ -1,8 +1,11 @@
 """How quickly a running tree's memory is copied: so that the job keeps its speed.
 
 Copying takes processor time from the job even where a core is idle: cores share caches, the way to
-memory and often their units with a sibling. So the copier gets a fixed part of the cores, measured
-as the processor time of this whole program, and the volume at most a number of bytes a second.
+memory and often their units with a sibling. So the copier gets a part of the cores, measured as the
+processor time of this whole program, and the volume at most a number of bytes a second. Where no
+core is idle, that part is of one core only: threads that wait for each other at each step, as those
+of a training do, all lose what one of them loses. A low priority would not do: it counts among
+processes of one control group or session, and the job is in another.
 
 Promises: a tree that hardly computes is not made to wait for; nothing is held back after
 ``PATIENCE`` of the deadline that the copying was given, so that it ends in time.
@@ -30,12 +33,14 @@ _DEBT_S = 0.1
 _IDLE = 0.1
 # The kernel counts in hundredths of a second.
 _LOOK_S = 0.5
+# Of what is idle; the rest is for who else looks how much that is.
+_OF_IDLE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """``cpu_percent`` of the cores that this program may use; 100 for no limit. ``bytes_per_s`` of
-    memory read, None for no limit.
+    """``cpu_percent`` of the cores that this program may use, as far as they are idle, and in any
+    case of one; 100 for no limit. ``bytes_per_s`` of memory read, None for no limit.
     """
 
     cpu_percent: int = 100
@@ -57,8 +62,11 @@ class Pace:
         self._root = root
         self._limits = limits
         self._patience = clock.Deadline.after(deadline.remaining_s * PATIENCE)
-        cores = len(os.sched_getaffinity(0))
-        self._cores = None if limits.cpu_percent >= 100 else cores * limits.cpu_percent / 100
+        self._on = os.sched_getaffinity(0)
+        self._limited = limits.cpu_percent < 100
+        # How many cores it may take now: this at least.
+        self._cores = self._least = limits.cpu_percent / 100
+        self._idle_s = proc.idle_s(self._on)
         self._from_s = self._looked_s = clock.monotonic_s()
         self._took_s = time.process_time()
         # Below zero: what may be taken before anything is held back.
@@ -90,7 +98,7 @@ class Pace:
         now_s = clock.monotonic_s()
         passed_s, self._from_s = now_s - self._from_s, now_s
         took_s = time.process_time()
-        if self._cores is not None:
+        if self._limited:
             self._look(now_s)
             owed_s = self._owed_s + took_s - self._took_s - passed_s * self._cores
             self._owed_s = -_BURST_S if self._idle else max(-_BURST_S, min(_DEBT_S, owed_s))
@@ -100,16 +108,17 @@ class Pace:
 
     def _due_s(self) -> float:
         """Until nothing is owed."""
-        of_cpu_s = self._owed_s / self._cores if self._cores else 0.0
+        of_cpu_s = self._owed_s / self._cores if self._limited else 0.0
         rate = self._limits.bytes_per_s
         return max(of_cpu_s, self._owed_bytes / rate if rate else 0.0)
 
     def _look(self, now_s: float) -> None:
-        """Look whether the tree computes."""
+        """Look whether the tree computes, and on how many cores nothing does."""
         passed_s = now_s - self._looked_s
         if self._computed and passed_s < _LOOK_S:
             return
         before, self._computed, self._looked_s = self._computed, {}, now_s
+        idle_s, self._idle_s = self._idle_s, proc.idle_s(self._on)
         with contextlib.suppress(errors.NotFound):
             for pid in proc.tree(self._root):
                 with contextlib.suppress(errors.NotFound):
@@ -118,3 +127,5 @@ class Pace:
             # A process that came meanwhile counts for nothing yet.
             took_s = sum(now - before.get(pid, now) for pid, now in self._computed.items())
             self._idle = took_s < _IDLE * passed_s
+            spare = (self._idle_s - idle_s) / passed_s * _OF_IDLE
+            self._cores = min(len(self._on) * self._least, max(self._least, spare))
