@@ -6,6 +6,7 @@ the number of its pid 1, ``restore`` finds its placeholder by the container's na
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -87,7 +88,8 @@ class ContainerEngine:
         if container is None:
             raise errors.NotFound(f"no container of this operation has pid 1 at {pid}", pid=pid)
         subject = ContainerTree(bundle, target.find(container), deadline, options.within)
-        return dump.run(self._places, subject, sink, cut, options)
+        with contextlib.closing(subject):
+            return dump.run(self._places, subject, sink, cut, options)
 
     def check_restore(self, source: MemberSource, options: RestoreOptions) -> None:
         """Look at what a container's processes find in the placeholder; see

@@ -1,7 +1,8 @@
 """The files that travel with a container: what it changed in its root file system, and the volumes
 that live and die with its pod.
 
-Promises: ``collect`` stores them as they stand; ``inspect`` refuses a hostile or damaged one before
+Promises: ``look_ahead`` reads what of them nobody can be writing to; ``collect`` stores them as
+they stand; ``inspect`` refuses a hostile or damaged one before
 any file was touched; ``put_back`` leaves a volume with exactly what the image holds of it, whatever
 init containers put there before, and can be repeated.
 Does not: carry what others provide: the image, persistent volumes, config maps, secrets.
@@ -11,16 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
-from collections.abc import Container as ContainerOf
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, cast
 
 from agent import errors
 from agent.engines.container import charged, mountpoints, pack, unpack
-from agent.engines.criu import feed
+from agent.engines.container.ahead import Ahead
+from agent.engines.criu import feed, held
+from agent.engines.criu.spool import Spool
 from agent.host import cgroups, clock, confine, proc
 from agent.model.container import (
     AGENT_DIRECTORY,
@@ -39,10 +40,37 @@ _CHARGED_BYTES = 1 << 20
 # That process, and CRIU after it.
 _SPARE_BYTES = 48 << 20
 
+# What of the files changed last is held beside what ``criu.held`` holds.
+_CHANGED_BYTES = 8 << 20
+
 Place = tuple[int, int]
 """The directory that is mounted as a volume, by device and inode number: the same for every
 container that mounts it.
 """
+
+
+def look_ahead(
+    container: Container, init: proc.Identity, spool: Spool, deadline: clock.Deadline
+) -> dict[str, Ahead]:
+    """What of the files of a container whose processes run need not be read again by ``collect``,
+    which tells what cannot be read.
+
+    Raises:
+        errors.DeadlineExceeded: in the middle.
+    """
+    found = {}
+    with contextlib.suppress(errors.Refused):
+        points = mountpoints.points(container)
+        upper = mountpoints.upper(container)
+        if upper:
+            with _directory(upper) as fd:
+                found[ROOTFS_DIFF] = Ahead(fd, spool, deadline, without=points, whiteouts=True)
+        volumes = mountpoints.volumes(container)
+        for number, path in enumerate(sorted(volumes)):
+            with mountpoints.opened_volume(container, init, path) as fd:
+                inner = _below(volumes[path].point, points)
+                found[volume_tar(number)] = Ahead(fd, spool, deadline, without=inner)
+    return found
 
 
 def collect(
@@ -51,9 +79,11 @@ def collect(
     stem: proc.Identity | None,
     sink: MemberSink,
     deadline: clock.Deadline,
+    ahead: Mapping[str, Ahead],
 ) -> dict[str, Any]:
     """Store the files of a container whose processes stand still; the facts about them. ``stem``
-    is the one that hold made, if it did.
+    is the one that hold made, if it did. What is known ``ahead`` must be there until the sink has
+    read it, which can be when the processes run again.
 
     Raises:
         errors.DumpFailed: one cannot be read.
@@ -62,19 +92,23 @@ def collect(
     found: dict[str, Any] = {"rootfs": None, "volumes": []}
     upper = mountpoints.upper(container)
     if upper:
-        fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            without = mountpoints.points(container)
-            found["rootfs"] = _store(ROOTFS_DIFF, fd, sink, deadline, without, whiteouts=True)
-        finally:
-            os.close(fd)
+        with _directory(upper) as fd:
+            packed = pack.Pack(
+                *(fd, deadline),
+                without=mountpoints.points(container),
+                whiteouts=True,
+                known=ahead.get(ROOTFS_DIFF),
+            )
+            found["rootfs"] = _store(ROOTFS_DIFF, packed, sink)
     if stem is not None:
         _store_hold(stem, sink)
     volumes = mountpoints.volumes(container)
     for number, path in enumerate(sorted(volumes)):
         with mountpoints.opened_volume(container, init, path) as fd:
             inner = _below(volumes[path].point, mountpoints.points(container))
-            about = _store(volume_tar(number), fd, sink, deadline, inner, whiteouts=False)
+            name = volume_tar(number)
+            packed = pack.Pack(fd, deadline, without=inner, known=ahead.get(name))
+            about = _store(name, packed, sink)
             read_only = volumes[path].read_only
             found["volumes"].append({"destination": path, "read_only": read_only, **about})
     return found
@@ -126,18 +160,19 @@ def _content(folder: int, name: str) -> bytes:
         return file.read(_HOLD_BYTES)
 
 
-def _store(
-    name: str,
-    fd: int,
-    sink: MemberSink,
-    deadline: clock.Deadline,
-    without: ContainerOf[str],
-    *,
-    whiteouts: bool,
-) -> dict[str, Any]:
-    packed = pack.Pack(fd, deadline, without=without, whiteouts=whiteouts)
+@contextlib.contextmanager
+def _directory(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _store(name: str, packed: pack.Pack, sink: MemberSink) -> dict[str, Any]:
+    content = held.Content(packed, steady=packed.read_changed(_CHANGED_BYTES))
     entry = FileEntry(name, "file", 0o600, 0, 0, 0, 0, "include")
-    sink.file(entry, cast("BinaryIO", io.BufferedReader(packed, 1 << 20)))
+    sink.file(entry, cast("BinaryIO", content))
     return {
         "name": name,
         "entries": packed.content.entries,

@@ -25,8 +25,10 @@ from typing import Any
 from agent import errors
 from agent.engines.base import CaptureOptions
 from agent.engines.container import facts, files, holding, inside, target
+from agent.engines.container.ahead import Ahead
 from agent.engines.container.bundle import Bundle
 from agent.engines.criu import conflicts, journal, preflight, recovery, rpc
+from agent.engines.criu.spool import Spool
 from agent.host import cgroups, clock, endpoints, hold, namespaces, proc, sockets, subprocesses
 from agent.model import cut
 from agent.model.hooks import RELEASE_GPU, TEARDOWN_RDMA
@@ -59,6 +61,8 @@ class ContainerTree:
         self._deadline = deadline
         self._held = contextlib.ExitStack()
         self._hold: hold.Held | None = None
+        self._spool: Spool | None = None
+        self._ahead: dict[str, Ahead] = {}
         self.tree: Sequence[proc.Identity] = found.tree
         self.criu = bundle.criu
 
@@ -87,8 +91,16 @@ class ContainerTree:
         # A connection that nobody has accepted yet is not the job's: it is left out of the image.
         opts.tcp_skip_in_flight = True
 
+    def close(self) -> None:
+        """Let go of what was read ahead, which the sink may read until now; safe to repeat."""
+        if self._spool is not None:
+            self._spool.close()
+
     def about_to_freeze(self, operation: journal.Operation) -> None:
-        """Nothing to do."""
+        """Read what of the container's files is not being written to."""
+        self._spool = Spool(operation.scratch)
+        container, init = self._target.container, self._target.init
+        self._ahead = files.look_ahead(container, init, self._spool, self._deadline)
 
     def frozen(self, pids: Sequence[int], operation: journal.Operation) -> None:
         """Look for processes that came since, and hold the tree's connections.
@@ -138,7 +150,7 @@ class ContainerTree:
         container, init = self._target.container, self._target.init
         found = {
             "threads": [[pid, tids] for pid, tids in sorted(facts.threads(images).items())],
-            **files.collect(container, init, self._stem(), sink, self._deadline),
+            **files.collect(container, init, self._stem(), sink, self._deadline, self._ahead),
         }
         if self._hold is not None:
             self._hold.check()

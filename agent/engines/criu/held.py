@@ -31,6 +31,14 @@ _SLAB_BYTES = 8 << 20
 _Load = Callable[[], memoryview]
 
 
+class Content(io.BufferedReader):
+    """A file's content; if it is ``steady``, it may as well be read when the job runs again."""
+
+    def __init__(self, raw: io.RawIOBase, *, steady: bool) -> None:
+        super().__init__(raw, _PIECE_BYTES)
+        self.steady = steady
+
+
 class HeldSink:
     """Holds back what is for ``sink``; ``folder`` is on the local disk, None for none. With a
     budget of 0 no content is held.
@@ -120,7 +128,8 @@ class HeldSink:
     def file(self, entry: FileEntry, content: BinaryIO | None) -> None:
         """As ``MemberSink.file``."""
         with self._lock:
-            kept = None if content is None else self._content(content)
+            steady = content is None or (isinstance(content, Content) and content.steady)
+            kept = content if content is None or steady else self._content(content)
             self._add(lambda: self._sink.file(entry, kept))
 
     def facts(self, facts: dict[str, Any]) -> None:
