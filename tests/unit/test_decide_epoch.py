@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import grpc
 import pytest
 
 from agent import errors
+from agent.engines.criu import tcpends
 from agent.model import ids
 from agent.model.access import Caller, Right
 from agent.model.cut import End
@@ -162,6 +164,39 @@ def test_what_one_pod_gives_may_be_larger_than_a_message(agent: Agent) -> None:
         found = caller.epochs.decide(epoch, Decision.COMMITTED, given)
     assert found.decision is Decision.COMMITTED
     assert len(found.leaving) == 12_000
+
+
+@pytest.mark.parametrize("cuts", ["consistent", "inconsistent"])
+def test_pods_that_were_not_cut_at_one_instant_are_never_committed(agent: Agent, cuts: str) -> None:
+    """Two ranks of a real training; of those half a second apart one had sent more than a MiB."""
+    with contributed(agent, 2) as (epoch, given), agent.caller() as caller:
+        torn = [
+            dataclasses.replace(Contribution.decode(each), ends=tuple(ends)).encode()
+            for each, ends in zip(given, captured(cuts), strict=True)
+        ]
+        if cuts == "consistent":
+            found = caller.epochs.decide(epoch, Decision.COMMITTED, torn)
+            assert (found.connections, found.leaving) == (1, ())
+            assert len(list(agent.store.epochs(GROUP))) == 1
+            return
+        with pytest.raises(errors.CutTorn, match="were not cut at one instant") as refused:
+            caller.epochs.decide(epoch, Decision.COMMITTED, torn)
+        assert list(agent.store.epochs(GROUP)) == []
+        assert caller.epochs.decide(epoch, Decision.ABANDONED).decision is Decision.ABANDONED
+    # Which connection, and by how much.
+    told = re.search(r": connection .+ from r[01] to r[01]: ([0-9]+) bytes", refused.value.message)
+    assert told is not None
+    assert int(told[1]) > 1 << 20
+    assert "try again" in refused.value.hint
+
+
+def captured(cuts: str) -> list[list[End]]:
+    """What CRIU wrote of the connection's ends, by rank."""
+    folder = Path(__file__).parent / "cuts" / cuts
+    return [
+        [dataclasses.replace(end, place=rank) for end in tcpends.read(str(folder / rank))]
+        for rank in ("r0", "r1")
+    ]
 
 
 def test_an_epoch_that_is_abandoned_needs_no_contributions(agent: Agent) -> None:
