@@ -172,6 +172,21 @@ def test_what_is_prepared_for_a_dump_that_was_given_up_is_not_gone_on_with(
                 held.prepare(8 * MIB, check)
 
 
+@pytest.mark.parametrize("prepared_bytes", [0, 3 * MIB])
+def test_a_disk_that_others_fill_meanwhile_is_left_to_them(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared_bytes: int
+) -> None:
+    full = SimpleNamespace(f_frsize=MIB, f_blocks=100, f_bavail=15)
+    for held in held_sink(seen, MIB, tmp_path):
+        held.prepare(prepared_bytes)
+        monkeypatch.setattr(os, "fstatvfs", lambda descriptor: full)
+        held.hold()
+        given = filled(held)
+        assert held.spooled_bytes == max(0, prepared_bytes - MIB), "what was there already"
+        held.drain()
+        assert seen.calls == given
+
+
 @pytest.mark.parametrize("budget_bytes", [0, 8 * MIB])
 def test_without_a_budget_nothing_is_held(seen: Seen, tmp_path: Path, budget_bytes: int) -> None:
     for held in held_sink(seen, budget_bytes, tmp_path):

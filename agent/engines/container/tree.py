@@ -10,9 +10,9 @@ there only while a live connection is being read, the kernel itself ends it with
 everybody who could remove it has died, and it has the name of the operation, by which recovery
 finds it. It is made when the tree stands still, so that it is complete.
 
-Promises: what ``dump.Subject`` asks for; a process of the container that would be missing from the
-image fails the dump, and so does a connection that somebody who is cut as well has made, and that
-the container has not accepted yet.
+Promises: what ``subject.Subject`` asks for; a process of the container that would be missing from
+the image fails the dump, and so does a connection that somebody who is cut as well has made, and
+that the container has not accepted yet.
 Does not: decide when anything happens; ``dump`` does.
 """
 

@@ -5,8 +5,7 @@ CRIU's notifications give the stages: ``pre-dump`` (still running), ``query-ext-
 nothing read), ``post-dump`` (all metadata written, memory streamed, still frozen). The answer to
 ``post-dump`` is the point of no return: "yes" completes CRIU's work, "no" makes it thaw the tree.
 
-What is particular to where the tree lives is its ``Subject``'s: ``hosttree.HostTree`` for trees of
-this host, the ``container`` engine's for those inside a container.
+What is particular to where the tree lives is its ``subject.Subject``'s.
 
 Promises: whatever fails before the cut answered ``KILL``, the tree goes on as it was, and the
 error is the cause, not what followed from it; nothing is left on the host.
@@ -18,9 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 
 from pycriu import rpc_pb2
 
@@ -42,6 +39,7 @@ from agent.engines.criu import (
 )
 from agent.engines.criu.beside import Beside
 from agent.engines.criu.probe import Criu
+from agent.engines.criu.subject import Subject
 from agent.host import clock, deadman, proc
 from agent.model.streams import AddressSpace, MemberSink, PageRun
 
@@ -56,64 +54,6 @@ _POISED_S = 1.0
 # The word to freeze waits for the end of a copy that was begun meanwhile, and so do members that
 # stand still by then: so many times longer than the last one took is the wait before the next.
 _POISED_TIMES = 10
-
-
-class Subject(Protocol):
-    """The tree that is dumped, and how CRIU reaches it. Processes are named by their numbers on
-    this host, ``tree`` root first. ``ends_with_root``: whatever runs where CRIU runs is killed by
-    the kernel when the root has ended.
-    """
-
-    tree: Sequence[proc.Identity]
-    ends_with_root: bool
-    criu: Criu
-
-    @property
-    def criu_kills(self) -> bool:
-        """Whether CRIU is to kill a tree that is to stop; else the subject itself sees to it."""
-
-    def entry(self) -> journal.About:
-        """What the journal is to say of the operation besides the tree."""
-
-    def started(
-        self, images: str, pass_fds: Sequence[int], under: Sequence[str] = ()
-    ) -> AbstractContextManager[tuple[rpc.Worker, str]]:
-        """Start CRIU by the program ``under``, ready for one request; gives its name for the folder
-        ``images`` as well.
-        """
-
-    def configure(self, opts: rpc.Request) -> None:
-        """Set the options of a dump that depend on where the tree lives, ``pid`` among them."""
-
-    def about_to_freeze(self, operation: journal.Operation) -> None:
-        """CRIU is going to stop the tree; it still runs."""
-
-    def frozen(self, pids: Sequence[int], operation: journal.Operation) -> None:
-        """The tree, now ``pids``, stands still and nothing has been read; may raise."""
-
-    def let_through(self) -> None:
-        """Hold no connection any more: the tree has been read, and runs next."""
-
-    def memory_flows(self, operation: journal.Operation) -> None:
-        """The first pages arrive."""
-
-    def gather(self, pids: Sequence[int], states: Mapping[int, str]) -> dict[str, Any]:
-        """The facts of the tree, from /proc; called in a thread while memory is streamed."""
-
-    def collect(
-        self, images: str, pids: Sequence[int], options: CaptureOptions, sink: MemberSink
-    ) -> dict[str, Any]:
-        """Store what travels besides memory and CRIU's images; more facts. May raise."""
-
-    def about_to_stop(self) -> bool:
-        """The epoch is committed, and CRIU is going to kill the tree or to let go of it; whether
-        it ends, or only never runs on.
-        """
-
-    def killed(
-        self, places: journal.Places, operation: journal.Operation, known: dict[str, Any]
-    ) -> None:
-        """The tree is gone, after a commit."""
 
 
 def capture(

@@ -1,6 +1,6 @@
 """A tree of this host as the subject of a dump: CRIU works beside it and sees what it sees.
 
-Promises: what ``dump.Subject`` asks for.
+Promises: what ``subject.Subject`` asks for.
 Does not: decide when anything happens; ``dump`` does.
 """
 

@@ -35,7 +35,7 @@ class Spool:
     def __init__(self, folder: str | None) -> None:
         self._folder = folder
         self._file: IO[bytes] | None = None
-        self._most_bytes = 0
+        self._most_bytes = self._prepared_bytes = 0
         self.size_bytes = 0
 
     def put(self, data: memoryview) -> Callable[[], memoryview] | None:
@@ -60,12 +60,9 @@ class Spool:
             for at in range(0, min(size_bytes, self._most_bytes), len(_NOTHING)):
                 check()
                 os.pwrite(file.fileno(), _NOTHING, at)
+                self._prepared_bytes = at + len(_NOTHING)
         except OSError:
             self._folder = None
-
-    def refuse(self) -> None:
-        """Take nothing more."""
-        self._folder = None
 
     def close(self) -> None:
         """Remove it; safe to repeat."""
@@ -76,17 +73,20 @@ class Spool:
         if self._file is not None:
             return self._file
         found = os.statvfs(folder)
-        free_bytes = found.f_bavail * found.f_frsize
-        room_bytes = free_bytes - found.f_blocks * found.f_frsize * _LEFT_OF_DISK
-        memory_bytes = system.memory_available_bytes()
-        self._most_bytes = int(min(free_bytes * _OF_DISK, room_bytes, memory_bytes * _OF_MEMORY))
+        free_bytes = found.f_bavail * found.f_frsize * _OF_DISK
+        memory_bytes = system.memory_available_bytes() * _OF_MEMORY
+        self._most_bytes = int(min(free_bytes, _room_bytes(found), memory_bytes))
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - close
         return self._file
 
     def _put(self, file: IO[bytes], data: memoryview) -> Callable[[], memoryview] | None:
-        if self.size_bytes + len(data) > self._most_bytes:
-            return None
         at, length = self.size_bytes, len(data)
+        more_bytes = at + length - self._prepared_bytes
+        if at + length > self._most_bytes:
+            return None
+        # Others fill the disk meanwhile, and CRIU must write its own there.
+        if more_bytes > 0 and more_bytes > _room_bytes(os.fstatvfs(file.fileno())):
+            return None
         done = 0
         while done < length:
             done += os.pwrite(file.fileno(), data[done:], at + done)
@@ -106,3 +106,8 @@ class Spool:
             return into
 
         return load
+
+
+def _room_bytes(disk: os.statvfs_result) -> float:
+    """How much more may go there."""
+    return disk.f_frsize * (disk.f_bavail - disk.f_blocks * _LEFT_OF_DISK)
