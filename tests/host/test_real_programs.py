@@ -274,8 +274,10 @@ def end(root: int) -> None:
 
 
 def epochs(cli: Cli, pid: int, *options: str) -> Iterator[str]:
-    """Watch the tree for so many; each image when it is made."""
-    command = cli.command("watch", "--pid", str(pid), "--name", "job", "--every", "0.2s", *options)
+    """Watch the tree for so many; each image when it is made. Nothing can be as quick as this asks
+    for: there is more time between two then, and the watch says so.
+    """
+    command = cli.command("watch", "--pid", str(pid), "--name", "job", "--every", "0.01s", *options)
     with subprocess.Popen(
         [*command, "--count", str(EPOCHS)],
         stdout=subprocess.PIPE,
@@ -289,6 +291,7 @@ def epochs(cli: Cli, pid: int, *options: str) -> Iterator[str]:
             yield images[-1]
         _, err = watch.communicate()
         assert (watch.returncode, len(images)) == (0, EPOCHS), err
+        assert err.count("longer than was to be between two") == EPOCHS
     (member,) = cli.document("show", images[-1])["detail"]
     assert member["stop"]["path"] == "precopy", member["stop"]
 
