@@ -41,7 +41,7 @@ def watch(
         incluster.said_hooks(invocation, document)
         invocation.emit(document)
         if times.keep_last is not None:
-            _prune(invocation, session, settings, pod, outcome.image.storage, times.keep_last)
+            prune(invocation, session, settings, pod, outcome.image.storage, times.keep_last)
 
     def failed(exc: errors.CkptError) -> None:
         invocation.say(f"a dump failed, the pod goes on: {exc.message}")
@@ -76,19 +76,22 @@ def watch(
     return exits.DONE
 
 
-def _prune(
+def prune(
     invocation: Invocation,
     session: Session,
     settings: Settings,
-    pod: str,
+    group: str,
     storage: str,
     keep_last: int,
 ) -> None:
+    """Remove older images of a group; what stands in the way is told, and left for the next time.
+    ``storage`` "" means all.
+    """
     try:
         session.any_agent(
             lambda agent: agent.prune(
                 session.namespace,
-                group=pod,
+                group=group,
                 keep_last=keep_last,
                 keep_within_s=settings.keep_within_s,
                 dry_run=False,

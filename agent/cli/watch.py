@@ -40,9 +40,9 @@ def _every(value: str) -> float | None:
     example="ckpt-agent watch --pid 4711 --name training --every 30s --keep-last 10",
 )
 @click.argument(
-    "pod",
-    metavar="[pod/NAME]",
-    type=arguments.pod,
+    "target",
+    metavar="[pod/NAME|jobset/NAME]",
+    type=arguments.target,
     required=False,
     shell_complete=arguments.complete_pod,
 )
@@ -74,10 +74,11 @@ def _every(value: str) -> float | None:
 @click.option("--keep-last", type=click.IntRange(min=1), help="Remove older images of the group.")
 @arguments.containers
 @arguments.pace
+@arguments.coordinator
 @pass_invocation
 def verb(
     invocation: Invocation,
-    pod: str | None,
+    target: arguments.Target | None,
     pids: tuple[int, ...],
     follow: bool,
     name: str | None,
@@ -88,23 +89,22 @@ def verb(
     containers: tuple[str, ...],
     precopy_cpu: str | None,
     precopy_rate: str | None,
+    coordinator: bool | None,
 ) -> int:
     """Capture the process trees below each PID, or in a cluster the containers of a pod, again and
     again, each time for what was written since, and print a line for each image, until they end or
-    Ctrl-C.
+    Ctrl-C. All pods of a JobSet are dumped again and again at one instant.
 
     Between two dumps the kernel notes what the processes write. A dump that fails is told on
     stderr, and the next one is made in its turn; the exit status tells of the last one.
     """
     of_a_host = {"--follow": follow, "--name": name, "--include": include}
     of_a_host |= {"--precopy-cpu": precopy_cpu, "--precopy-rate": precopy_rate}
-    arguments.check_target(invocation, pod, pids, {"--container": containers}, of_a_host)
-    if pod is not None:
-        from agent.cli import podwatch
-
-        settings = invocation.settings()
+    arguments.check_target(invocation, target, pids, {"--container": containers}, of_a_host)
+    if target is not None:
         times = Times(every, count, keep_last)
-        return podwatch.watch(invocation, settings, pod, containers, times)
+        return _watch_in_cluster(invocation, target, containers, times, coordinator=coordinator)
+    arguments.refuse({"--coordinator": coordinator}, "is for a JobSet")
     settings = invocation.settings(precopy_cpu=precopy_cpu, precopy_rate=precopy_rate)
     options = CaptureOptions(
         deadline_s=settings.dump_deadline_s,
@@ -126,6 +126,26 @@ class Times:
     every_s: float | None
     count: int | None
     keep_last: int | None
+
+
+def _watch_in_cluster(
+    invocation: Invocation,
+    target: arguments.Target,
+    containers: tuple[str, ...],
+    times: Times,
+    *,
+    coordinator: bool | None,
+) -> int:
+    settings = invocation.settings(use_coordinator=coordinator)
+    if target.kind == "jobset":
+        from agent.cli import jobsetwatch
+
+        arguments.refuse({"--container": containers}, "is for a pod, not for a JobSet")
+        return jobsetwatch.watch(invocation, settings, target.name, times)
+    from agent.cli import podwatch
+
+    arguments.refuse({"--coordinator": coordinator}, "is for a JobSet")
+    return podwatch.watch(invocation, settings, target.name, containers, times)
 
 
 def _watch(

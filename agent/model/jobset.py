@@ -95,6 +95,13 @@ def made_by_job(pod: Json) -> bool:
     )
 
 
+def ends(jobset: Json) -> list[str]:
+    """The conditions of a JobSet of which nothing runs any more: "Completed" or "Failed"."""
+    conditions = (jobset.get("status") or {}).get("conditions") or ()
+    met = {each.get("type") for each in conditions if each.get("status") == "True"}
+    return [each for each in ("Completed", "Failed") if each in met]
+
+
 def membership(jobset: Json, pods: Sequence[Json]) -> Membership:
     """The pods that make up ``jobset``.
 
@@ -106,9 +113,7 @@ def membership(jobset: Json, pods: Sequence[Json]) -> Membership:
     reasons, members = [], []
     if (jobset.get("spec") or {}).get("suspend"):
         reasons.append("it is suspended")
-    conditions = (jobset.get("status") or {}).get("conditions") or ()
-    met = {each.get("type") for each in conditions if each.get("status") == "True"}
-    reasons += [f"it has {each.lower()}" for each in ("Completed", "Failed") if each in met]
+    reasons += [f"it has {each.lower()}" for each in ends(jobset)]
     for pod in pods:
         problem = _problem(pod, attempt)
         if problem is None:

@@ -52,13 +52,10 @@ def objections(found: Json) -> list[str]:
     """Why a JobSet cannot be suspended and brought back, each with its way out."""
     name, spec = found["metadata"]["name"], found.get("spec") or {}
     reasons = list(_of_others(found))
-    conditions = (found.get("status") or {}).get("conditions") or ()
-    met = {each.get("type") for each in conditions if each.get("status") == "True"}
     reasons += [
         f"it has {each.lower()}, and nothing of it runs again: kubectl delete jobset {name}, and"
         " it is created anew"
-        for each in ("Completed", "Failed")
-        if each in met
+        for each in jobset.ends(found)
     ]
     jobs = jobset.replicated_jobs(found)
     reasons += [

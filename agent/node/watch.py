@@ -84,13 +84,12 @@ def watch(
     Raises:
         errors.CkptError: the first epoch failed.
     """
-    epochs = failures = 0
-    last: errors.CkptError | None = None
     known: Sequence[Member] = ()
     roots = [proc.identity(pid) for pid in pids]
     with deadman.armed(), Kept() as kept:
-        while True:
-            began_s = clock.monotonic_s()
+
+        def once() -> None:
+            nonlocal known
             try:
                 now = members()
                 if now != known:
@@ -98,22 +97,58 @@ def watch(
                     kept.forget()
                 known = now
                 outcome = dump_once(now, dataclasses.replace(options, kept=kept), stop)
-            except errors.CkptError as exc:
+            except errors.CkptError:
                 kept.forget()
-                if isinstance(exc, errors.Interrupted):
-                    return Watched(epochs, failures, last, ended=False)
-                if not epochs:
-                    raise
-                if not all(map(proc.alive, roots)):
-                    return Watched(epochs, failures, last, ended=True)
-                failures, last = failures + 1, exc
-                failed(exc)
-            else:
-                kept.committed(outcome.epoch.epoch)
-                epochs, last = epochs + 1, None
-                done(outcome)
-            pause = _pause(every_s, clock.monotonic_s() - began_s, late)
-            if epochs + failures == most or stop.wait(pause):
-                return Watched(epochs, failures, last, ended=False)
-            if not all(map(proc.alive, roots)):
+                raise
+            kept.committed(outcome.epoch.epoch)
+            done(outcome)
+
+        return repeated(
+            once,
+            lambda: not all(map(proc.alive, roots)),
+            stop,
+            every_s=every_s,
+            most=most,
+            failed=failed,
+            late=late,
+        )
+
+
+def repeated(
+    once: Callable[[], None],
+    over: Callable[[], bool],
+    stop: Stop,
+    *,
+    every_s: float | None,
+    most: int | None,
+    failed: Callable[[errors.CkptError], None],
+    late: Callable[[float, float], None],
+) -> Watched:
+    """Make ``once`` an epoch again and again until ``stop``, until the job is ``over`` or ``most``
+    were tried; the rest as ``watch``.
+
+    Raises:
+        errors.CkptError: the first epoch failed.
+    """
+    epochs = failures = 0
+    last: errors.CkptError | None = None
+    while True:
+        began_s = clock.monotonic_s()
+        try:
+            once()
+        except errors.Interrupted:
+            return Watched(epochs, failures, last, ended=False)
+        except errors.CkptError as exc:
+            if not epochs:
+                raise
+            if over():
                 return Watched(epochs, failures, last, ended=True)
+            failures, last = failures + 1, exc
+            failed(exc)
+        else:
+            epochs, last = epochs + 1, None
+        pause = _pause(every_s, clock.monotonic_s() - began_s, late)
+        if epochs + failures == most or stop.wait(pause):
+            return Watched(epochs, failures, last, ended=False)
+        if over():
+            return Watched(epochs, failures, last, ended=True)

@@ -101,6 +101,32 @@ def test_a_setting_asks_the_coordinator_and_a_flag_does_not(
     assert "JobSet default/train" in ran.err
 
 
+def test_a_jobset_is_dumped_again_and_again_until_it_has_ended(
+    run: Any, cluster: coordinator.Cluster, world: World
+) -> None:
+    cluster.script = [DUMPED]
+    words = ("watch", "jobset/train", "--coordinator", "--every", "1s", "-n", "default")
+    world.api.jobsets["default", "train"] = {
+        "metadata": {"name": "train", "namespace": "default", "uid": "u"},
+        "status": {},
+    }
+    ran = run(*words, "--count", "2")
+    assert (ran.status, ran.out) == (exits.DONE, f"{IMAGE.name}\n" * 2)
+    assert "the job goes on; images: 2, failed dumps: 0" in ran.err
+    assert len({each.id for each in cluster.operations.values()}) == 2
+    ended = [{"type": "Completed", "status": "True"}]
+    world.api.jobsets["default", "train"]["status"] = {"conditions": ended}
+    assert "the JobSet has ended; images: 1" in run(*words).err
+    del world.api.jobsets["default", "train"]
+    assert "the JobSet has ended; images: 1" in run(*words).err
+    why = status.message(errors.DumpFailed("a hook said no"))
+    cluster.script = [{"state": api.OPERATION_STATE_FAILED, "error": why}]
+    assert run(*words).status == exits.FAILED
+    assert run("watch", "pod/job", "--coordinator").status == exits.USAGE
+    assert run("watch", "jobset/train", "-c", "main").status == exits.USAGE
+    assert run("watch", "group/solver").status == exits.USAGE
+
+
 def test_who_is_connected_with_a_pod_is_found_by_the_coordinator(
     run: Any, cluster: coordinator.Cluster
 ) -> None:
