@@ -46,9 +46,7 @@ def dump(
             engine=engine,
         )
         of = {"group": group, "selector": selector}
-        document = jobsetdocuments.dump_report(
-            session.namespace, of, done, engine=engine, stopped=stop
-        )
+        document = jobsetdocuments.dump_report(session.namespace, of, done, stopped=stop)
     said_cut(invocation, document, done, "the group")
     invocation.emit(document)
 

@@ -50,9 +50,7 @@ def dump(
             engine=engine,
         )
         of = {"jobset": name}
-        document = jobsetdocuments.dump_report(
-            session.namespace, of, done, engine=engine, stopped=stop
-        )
+        document = jobsetdocuments.dump_report(session.namespace, of, done, stopped=stop)
     said_cut(invocation, document, done, "the JobSet")
     invocation.emit(document)
 

@@ -18,10 +18,10 @@ from agent.coordinator.jobsetrestore import Moved
 
 
 def dump_report(
-    namespace: str, of: Mapping[str, str], done: Checkpoint, *, engine: str = "", stopped: bool
+    namespace: str, of: Mapping[str, str], done: Checkpoint, *, stopped: bool
 ) -> Document:
     """A committed checkpoint of several pods; ``of`` says what makes them a group: jobset, or
-    group with selector or followed, ``engine`` what was asked for.
+    group with selector or followed.
     """
     image = done.image
     return documents.document(
@@ -29,7 +29,7 @@ def dump_report(
         documents.image_name(image),
         namespace=namespace,
         **of,
-        engine=engine or "container",
+        engine=done.engine,
         stopped=stopped,
         stopSeconds=seconds(done.stop_s),
         durableSeconds=seconds(done.durable_s),

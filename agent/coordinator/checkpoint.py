@@ -81,7 +81,7 @@ class Checkpoint:
     commit. ``hook_problems`` are those of hooks that had failed by then, a text for people each.
     ``skew_s`` is how far apart at most the first and the last pod came to stand still, and
     ``slowest_s`` how long the slowest pod's own work took within the stop, as far as all agents
-    tell.
+    tell. ``engine`` names what captured the pods.
     """
 
     image: results.Image
@@ -95,6 +95,7 @@ class Checkpoint:
     hook_problems: tuple[str, ...] = ()
     skew_s: float | None = None
     slowest_s: float | None = None
+    engine: str = "container"
 
 
 class Control:
@@ -291,6 +292,7 @@ def _once(
         hook_problems=decided[-1].hook_problems,
         skew_s=timing.skew_s(Step.FREEZE, names),
         slowest_s=timing.longest_s(steps, names),
+        engine=decided[-1].engine or "container",
     )
 
 

@@ -368,6 +368,7 @@ def _commit(
         decision=api.DECISION_COMMITTED,
         image=service.image_message(summary, storage),
         connections=verdict.pairs,
+        engine=_engines(given),
         leaving=[
             api.Leaving(
                 pod_uid=each.place,
@@ -400,12 +401,16 @@ def _facts(
 ) -> dict[str, Any]:
     return {
         **told,
-        "engine": ", ".join(sorted({each.pod.get("engine", "container") for each in given})),
+        "engine": _engines(given),
         "pods": [each.pod for each in given],
         "connections": verdict.pairs,
         "leaving": [each.name for each in verdict.leaving],
         "stops": [dataclasses.asdict(stop) for each in given for stop in each.stops],
     }
+
+
+def _engines(given: Sequence[Contribution]) -> str:
+    return ", ".join(sorted({each.pod.get("engine", "container") for each in given}))
 
 
 def _check_takes_part(engine: Engine, pod: Pod, course: protocol.Course) -> None:

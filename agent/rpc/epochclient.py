@@ -64,7 +64,7 @@ class MemberStop:
 @dataclasses.dataclass(frozen=True)
 class Decided:
     """What an epoch is. ``image`` is there for whoever committed it; ``leaving`` are connections
-    that lead out of the group, by pod uid.
+    that lead out of the group, by pod uid; ``engine`` is what captured the pods, by name.
     """
 
     decision: Decision
@@ -73,6 +73,7 @@ class Decided:
     leaving: tuple[tuple[str, str, str], ...]
     members: tuple[MemberStop, ...]
     hook_problems: tuple[str, ...] = ()
+    engine: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +173,9 @@ class Epochs:
         )
         image = results.image(answer.image) if answer.HasField("image") else None
         problems = tuple(answer.hook_problems)
-        return Decided(decision, image, answer.connections, leaving, members, problems)
+        return Decided(
+            decision, image, answer.connections, leaving, members, problems, answer.engine
+        )
 
     def decide_restore(
         self, epoch: Epoch, attempt: Attempt, wish: Decision, pod_uids: Sequence[str] = ()

@@ -128,7 +128,7 @@ def contributed(agent: Agent, pods: int, **more: Any) -> Iterator[tuple[Epoch, l
         yield Epoch("team", GROUP, epoch, "default"), given
 
 
-def pod(part: Part, index: int, connections: int = 4) -> bytes:
+def pod(part: Part, index: int, connections: int = 4, engines: str = "container") -> bytes:
     """What a rank of a training gives: it is connected with its neighbours of a ring."""
     here = f"10.{index >> 16}.{index >> 8 & 255}.{index & 255}"
     ends = tuple(
@@ -142,6 +142,7 @@ def pod(part: Part, index: int, connections: int = 4) -> bytes:
             {"name": f"NCCL_SETTING_{at}", "value": "rendezvous.team.svc"} for at in range(64)
         ]
     about = {"member": f"worker-0-{index}", "node": f"n{index}", "pod_template": template}
+    about["engine"] = engines.split()[index % len(engines.split())]
     return Contribution(part.encode(), ends, (Stop(name, 0.1, 0.01, 1 << 30, 9),), about).encode()
 
 
@@ -156,6 +157,18 @@ def test_a_group_of_thousands_of_pods_is_committed(agent: Agent) -> None:
     assert {each["member"] for each in summary.facts["pods"]} == {
         f"worker-0-{index}" for index in range(2000)
     }
+
+
+@pytest.mark.parametrize(
+    ("engines", "told"),
+    [("kubelet", "kubelet"), ("kubelet container", "container, kubelet")],
+)
+def test_an_image_tells_what_captured_it(agent: Agent, engines: str, told: str) -> None:
+    with contributed(agent, 3, engines=engines) as (epoch, given), agent.caller() as caller:
+        found = caller.epochs.decide(epoch, Decision.COMMITTED, given)
+    assert found.engine == told
+    (summary,) = agent.store.epochs(GROUP)
+    assert summary.facts["engine"] == told
 
 
 def test_what_one_pod_gives_may_be_larger_than_a_message(agent: Agent) -> None:

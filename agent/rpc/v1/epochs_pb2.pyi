@@ -186,20 +186,22 @@ class DecideEpochRequest(_message.Message):
     def __init__(self, namespace: _Optional[str] = ..., group: _Optional[str] = ..., epoch: _Optional[str] = ..., storage: _Optional[str] = ..., wish: _Optional[_Union[Decision, str]] = ..., contributions: _Optional[_Iterable[bytes]] = ..., facts: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., unfinished: _Optional[bool] = ...) -> None: ...
 
 class DecideEpochResponse(_message.Message):
-    __slots__ = ("decision", "image", "connections", "leaving", "members", "hook_problems")
+    __slots__ = ("decision", "image", "connections", "leaving", "members", "hook_problems", "engine")
     DECISION_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     HOOK_PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     decision: Decision
     image: _node_pb2.Image
     connections: int
     leaving: _containers.RepeatedCompositeFieldContainer[Leaving]
     members: _containers.RepeatedCompositeFieldContainer[_node_pb2.MemberOutcome]
     hook_problems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, decision: _Optional[_Union[Decision, str]] = ..., image: _Optional[_Union[_node_pb2.Image, _Mapping]] = ..., connections: _Optional[int] = ..., leaving: _Optional[_Iterable[_Union[Leaving, _Mapping]]] = ..., members: _Optional[_Iterable[_Union[_node_pb2.MemberOutcome, _Mapping]]] = ..., hook_problems: _Optional[_Iterable[str]] = ...) -> None: ...
+    engine: str
+    def __init__(self, decision: _Optional[_Union[Decision, str]] = ..., image: _Optional[_Union[_node_pb2.Image, _Mapping]] = ..., connections: _Optional[int] = ..., leaving: _Optional[_Iterable[_Union[Leaving, _Mapping]]] = ..., members: _Optional[_Iterable[_Union[_node_pb2.MemberOutcome, _Mapping]]] = ..., hook_problems: _Optional[_Iterable[str]] = ..., engine: _Optional[str] = ...) -> None: ...
 
 class DecideRestoreRequest(_message.Message):
     __slots__ = ("namespace", "group", "epoch", "storage", "attempt", "wish", "pod_uids")
