@@ -212,6 +212,7 @@ class JointDump:
             raise errors.DumpFailed("nothing was captured")
         if not self._ends:
             # An engine may pass the rest on to the store when the processes run again.
+            self._cut.store()
             self._await_captures()
         self._given = True
         part = self._writer.finish().encode()

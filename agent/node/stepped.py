@@ -87,6 +87,11 @@ class Stepped(Generic[StageT]):
             self._reached[stage] += 1
             self._changed.notify_all()
 
+    def _linger(self, stage: StageT, most_s: float) -> None:
+        """Wait until a stage may be left or nobody goes on, but no longer than ``most_s``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._given_up or self._allowed >= stage, most_s)
+
     def _pass(self, stage: StageT) -> None:
         """Be counted at a stage, and wait until it may be left."""
         with self._changed:

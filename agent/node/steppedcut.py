@@ -14,6 +14,10 @@ from agent.host import clock
 from agent.node.stepped import Stepped
 
 
+# The last member of a group runs some milliseconds after the first, or something is wrong.
+_OTHERS_S = 0.5
+
+
 class Stage(enum.IntEnum):
     """Where a capture stands, in order."""
 
@@ -32,6 +36,12 @@ class SteppedCut(Stepped[Stage]):
     def __init__(self, parties: int) -> None:
         super().__init__(parties, Stage.READY, _given_up)
         self._kill = False
+
+    def store(self) -> None:
+        """All members of the group run, or it is no longer waited for them."""
+        with self._changed:
+            self._allowed = max(self._allowed, Stage.RUNNING)
+            self._changed.notify_all()
 
     def end(self, deadline: clock.Deadline) -> None:
         """As ``reach`` for ``RUNNING``, but the members leave ``CAPTURED`` by being ended."""
@@ -66,8 +76,12 @@ class SteppedCut(Stepped[Stage]):
         self._pass(Stage.RELEASED)
 
     def running(self) -> None:
-        """Be counted."""
+        """Be counted, and leave to the members that do not run yet the processors that storing
+        would take.
+        """
         self._arrive(Stage.RUNNING)
+        if not self._kill:
+            self._linger(Stage.RUNNING, _OTHERS_S)
 
 
 def _given_up() -> errors.DumpFailed:

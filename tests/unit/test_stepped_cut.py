@@ -11,6 +11,7 @@ import pytest
 from agent import errors
 from agent.engines.base import Disposition
 from agent.host import clock
+from agent.node import steppedcut
 from agent.node.steppedcut import Stage, SteppedCut
 
 LONG_S = 30.0
@@ -44,6 +45,30 @@ def begun(pool: ThreadPoolExecutor, cut: SteppedCut) -> list[Future[Disposition]
 
 
 def test_members_pass_a_stage_together_and_only_when_they_may(pool: ThreadPoolExecutor) -> None:
+    cut = SteppedCut(2)
+    members = begun(pool, cut)
+    for stage in Stage:
+        cut.reach(stage, long())
+    assert [each.result(10) for each in members] == [Disposition.RESUME] * 2
+
+
+def test_who_runs_first_stores_nothing_before_the_others_run(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steppedcut, "_OTHERS_S", LONG_S)
+    cut = SteppedCut(2)
+    members = begun(pool, cut)
+    for stage in Stage:
+        cut.reach(stage, long())
+    assert not any(each.done() for each in members)
+    cut.store()
+    assert [each.result(10) for each in members] == [Disposition.RESUME] * 2
+
+
+def test_but_waits_for_nobody_who_never_comes(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steppedcut, "_OTHERS_S", 0.05)
     cut = SteppedCut(2)
     members = begun(pool, cut)
     for stage in Stage:
