@@ -80,10 +80,8 @@ class Feed:
             pour.PourRefused: this kernel does not allow it; without ``pouring`` it works.
             errors.Corrupt | errors.Missing: the image was damaged meanwhile.
         """
-        return sum(
-            pour.pour(self._source, space, share, f"/proc/{host_pid(space.id)}/mem", check)
-            for space, share in self._shares.items()
-        )
+        pids = {space: host_pid(space.id) for space in self._shares}
+        return pour.pour_all(self._source, self._shares, pids, check)
 
     @property
     def deferred(self) -> dict[AddressSpace, lazy.Deferred]:
@@ -99,10 +97,10 @@ class Feed:
         """What is known of one of them."""
         return self._family[number]
 
-    def pour_early(self, space: AddressSpace, runs: Sequence[PageRun], memory_path: str) -> None:
+    def pour_early(self, space: AddressSpace, runs: Sequence[PageRun], pid: int) -> None:
         """Pour these deferred runs of a process after all; raises as ``fill``."""
         if runs:
-            pour.pour(self._source, space, pour.Split((), tuple(runs), ()), memory_path, _nothing)
+            pour.pour(self._source, space, pour.Split((), tuple(runs), ()), pid, _nothing)
 
     def _split(self) -> dict[AddressSpace, pour.Split]:
         self._family = family = images.family(self._folder)

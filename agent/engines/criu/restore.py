@@ -326,7 +326,7 @@ class _Restore:
         for space, each in deferred.items():
             pid = self._site.host_pid(space.id)
             there = lazy.ask_for(descriptors[space.id], each, pid)
-            self._feed.pour_early(space, there, f"/proc/{pid}/mem")
+            self._feed.pour_early(space, there, pid)
         self._fill = filling.Fill(
             self._places,
             self._source,
