@@ -13,7 +13,6 @@ from agent.engines.base import Disposition
 from agent.host import clock
 from agent.node.stepped import Stepped
 
-
 # The last member of a group runs some milliseconds after the first, or something is wrong.
 _OTHERS_S = 0.5
 
