@@ -35,7 +35,7 @@ _MODE_WP = 2
 # linux/fs.h
 _PAGEMAP_SCAN = 0xC0606610
 _WP_MATCHING = 1
-_WPALLOWED, _WRITTEN, _PRESENT, _SWAPPED, _PFNZERO = 1, 2, 8, 16, 32
+_WPALLOWED, _WRITTEN, _FILE, _PRESENT, _SWAPPED, _PFNZERO = 1, 2, 4, 8, 16, 32
 _GUARD = 1 << 8  # Linux 6.15; older kernels have no guard pages and refuse the bit
 _REGIONS = 1 << 15
 # The process cannot map or unmap while a piece is looked at.
@@ -112,6 +112,23 @@ class Pagemap:
         kind = found[:, 2]
         gone = found[(kind & _SWAPPED == 0) | (kind & (_PFNZERO | guard) != 0)]
         return without(np.array([[start, end]], dtype=np.int64), gone[:, :2])
+
+    def own(self, start: int, end: int) -> Ranges:
+        """As ``existing``, without the pages that are a file's or shared memory's. Takes longer
+        where there are many.
+        """
+        others = _FILE | _PFNZERO
+        guard = _GUARD if _knows_guards() else 0
+        found = self._scan(
+            start,
+            end,
+            inverted=others,
+            mask=others,
+            any_of=_PRESENT | _SWAPPED,
+            returned=guard,
+        )
+        kept: Ranges = found[found[:, 2] & guard == 0][:, :2]
+        return kept
 
     def _scan(
         self,

@@ -324,10 +324,19 @@ _DELETED = " (deleted)"
 
 def maps(pid: int) -> list[Mapping]:
     """The mappings in order of address; none for a zombie or a kernel thread."""
+    return mappings(pid, text(pid, "maps"))
+
+
+def text(pid: int, name: str) -> bytes:
+    """/proc/PID/NAME. Of "smaps": walks the page tables, as ``memory``."""
     with _process(pid):
-        lines = _read(f"/proc/{pid}/maps").splitlines()
+        return _read(f"/proc/{pid}/{name}")
+
+
+def mappings(pid: int, raw: bytes) -> list[Mapping]:
+    """What ``raw``, which was in /proc/PID/maps, says."""
     found = []
-    for line in lines:
+    for line in raw.splitlines():
         match = _MAPS_LINE.fullmatch(line)
         if match is None:
             raise errors.EnvironmentUnfit(f"cannot read the mappings of process {pid}", pid=pid)
@@ -347,17 +356,6 @@ def maps(pid: int) -> list[Mapping]:
             )
         )
     return found
-
-
-def first_executable(pid: int) -> int | None:
-    """Where the first executable mapping begins. Reads no further than to there: quicker than
-    ``maps``.
-    """
-    with _process(pid), open(f"/proc/{pid}/maps", "rb") as lines:
-        for line in lines:
-            if (match := _MAPS_LINE.match(line)) and b"x" in match[3]:
-                return int(match[1], 16)
-    return None
 
 
 def open_files(pid: int) -> list[OpenFile]:

@@ -4,7 +4,8 @@ The program is started through ``filtered.py``, which installs the filter; each 
 picks waits until it is answered here, or is told to go its ordinary way.
 
 Promises: a call whose answer fails goes its ordinary way; when this ends, the calls that come after
-fail with ENOSYS in the program, so that it cannot go on unsupervised.
+fail with ENOSYS in the program, so that it cannot go on unsupervised. A descriptor that is given
+away is closed here.
 Does not: decide which calls, or what the answers are.
 """
 
@@ -15,27 +16,31 @@ import ctypes
 import dataclasses
 import fcntl
 import logging
+import mmap
 import os
 import select
 import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from agent import errors
 from agent.host import filtered
 
 # linux/seccomp.h
 _RECV, _SEND, _CONTINUE = 0xC0502100, 0xC0182101, 1
+# Put a descriptor into the caller: with this very number; and let the call return it (Linux 5.14).
+_ADDFD, _ADDFD_SETFD, _ADDFD_SEND = 0x40182103, 1, 2
 # Whoever asks and whoever answers take turns.
 _SET_FLAGS, _SYNC_WAKE_UP = 0x40082104, 1
 _RET_ALLOW, _RET_USER_NOTIF = 0x7FFF0000, 0x7FC00000
-# linux/bpf_common.h: load a word of struct seccomp_data, jump if equal, return.
-_LOAD, _IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
+# linux/bpf_common.h: load a word of struct seccomp_data, jump if equal, above or not below, return.
+_LOAD, _IF_EQUAL, _IF_ABOVE, _IF_NOT_BELOW, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x06
 IOCTL = {"x86_64": 16, "aarch64": 29}[os.uname().machine]
 LSEEK = {"x86_64": 8, "aarch64": 62}[os.uname().machine]
-_AT_NR, _AT_ARGUMENTS = 0, 16
+OPENAT = {"x86_64": 257, "aarch64": 56}[os.uname().machine]
+_AT_NR, _AT_ARGUMENTS, _WORD = 0, 16, 0xFFFFFFFF
 _STARTED_S = 10.0
 # linux/prctl.h: by how much the calling thread's waits may be late, in ns; 50 us by default, and so
 # much longer it would wait for the interpreter's lock, several times for each answer.
@@ -94,35 +99,71 @@ class Call:
         """Change the caller's memory."""
         self.memory.write(self.pid, address, data)
 
+    def text(self, address: int, most_bytes: int) -> bytes:
+        """A string of the caller's, up to its end."""
+        # It may lie at the end of a mapping.
+        page_left = mmap.PAGESIZE - address % mmap.PAGESIZE
+        raw = self.read(address, min(most_bytes, page_left))
+        if b"\0" not in raw and page_left < most_bytes:
+            raw += self.read(address + page_left, most_bytes - page_left)
+        return raw.partition(b"\0")[0]
+
+    def path(self, number: int) -> str:
+        """By which name here a descriptor of the caller can be used."""
+        return f"/proc/{self.pid}/fd/{number}"
+
     def link(self, number: int) -> str:
         """What a descriptor of the caller is."""
-        return os.readlink(f"/proc/{self.pid}/fd/{number}")
+        return os.readlink(self.path(number))
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """An open file for the caller, whose call returns it as its descriptor ``number`` (by default
+    the lowest that is free). This program's descriptor is closed with the context.
+    """
+
+    descriptor: int
+    number: int | None = None
+
+    def __enter__(self) -> Given:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self.descriptor)
 
 
 # What the call returns (an error as its negative number), or None to let it go its way.
-Answer = Callable[[Call], int | None]
+Answer = Callable[[Call], int | Given | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pick:
-    """Calls to be answered: of this number, with this value as argument ``at`` (from 0)."""
+    """Calls to be answered: of this number, the low halves of whose arguments have these values, or
+    lie in these ranges.
+    """
 
     call: int
-    at: int
-    value: int
+    arguments: Mapping[int, int | range]
 
 
 def picking(*picks: Pick) -> bytes:
     """A filter that picks these calls."""
     steps = []
     for pick in picks:
-        steps += [
-            (_LOAD, 0, 0, _AT_NR),
-            (_IF_EQUAL, 0, 3, pick.call),
-            (_LOAD, 0, 0, _AT_ARGUMENTS + 8 * pick.at),
-            (_IF_EQUAL, 0, 1, pick.value),
-            (_RETURN, 0, 0, _RET_USER_NOTIF),
-        ]
+        tests = [(_LOAD, _AT_NR, 0), (_IF_EQUAL, pick.call, 1)]
+        for at, wanted in pick.arguments.items():
+            tests.append((_LOAD, _AT_ARGUMENTS + 8 * at, 0))
+            if isinstance(wanted, range):
+                tests.append((_IF_NOT_BELOW, wanted.start, 1))
+                tests.append((_IF_ABOVE, wanted.stop - 1, -1))
+            else:
+                tests.append((_IF_EQUAL, wanted & _WORD, 1))
+        for number, (code, value, goes_on_if) in enumerate(tests):
+            # Past what is left of these, and the return.
+            past = len(tests) - number
+            steps.append((code, past * (goes_on_if < 0), past * (goes_on_if > 0), value))
+        steps.append((_RETURN, 0, 0, _RET_USER_NOTIF))
     steps.append((_RETURN, 0, 0, _RET_ALLOW))
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
@@ -201,15 +242,22 @@ class Supervisor:
             except OSError:
                 continue  # the caller was interrupted or has died
             number, pid, _, call, _, _, *arguments = struct.unpack("=QIIiIQ6Q", notification)
-            value = self._decide(Call(pid, call, tuple(arguments), memory))
-            flags = _CONTINUE if value is None else 0
-            # struct seccomp_notif_resp: id, val, error, flags.
-            with contextlib.suppress(OSError):
-                fcntl.ioctl(
-                    listener, _SEND, bytearray(struct.pack("=QqiI", number, value or 0, 0, flags))
-                )
+            self._reply(listener, number, self._decide(Call(pid, call, tuple(arguments), memory)))
 
-    def _decide(self, call: Call) -> int | None:
+    def _reply(self, listener: int, number: int, value: int | Given | None) -> None:
+        if isinstance(value, Given):
+            with value:
+                if _given(listener, number, value):
+                    return
+            value = None
+        flags = _CONTINUE if value is None else 0
+        # struct seccomp_notif_resp: id, val, error, flags.
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(
+                listener, _SEND, bytearray(struct.pack("=QqiI", number, value or 0, 0, flags))
+            )
+
+    def _decide(self, call: Call) -> int | Given | None:
         value = None
         try:
             value = self._answer(call)
@@ -220,3 +268,16 @@ class Supervisor:
         else:
             self.answered += 1
         return value
+
+
+def _given(listener: int, number: int, file: Given) -> bool:
+    """Let the call ``number`` return this file; False if that cannot be."""
+    flags = _ADDFD_SEND | (0 if file.number is None else _ADDFD_SETFD)
+    # struct seccomp_notif_addfd: id, flags, srcfd, newfd, newfd_flags.
+    request = struct.pack("=QIIII", number, flags, file.descriptor, file.number or 0, os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(listener, _ADDFD, request)
+    except OSError as exc:
+        log.debug("a descriptor cannot be given away", extra={"reason": str(exc)})
+        return False
+    return True

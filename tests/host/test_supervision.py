@@ -26,7 +26,7 @@ def test_the_kernel_takes_all_that_it_is_asked(monkeypatch: pytest.MonkeyPatch) 
         return answer
 
     monkeypatch.setattr(fcntl, "ioctl", noted)
-    picks = supervision.picking(supervision.Pick(supervision.LSEEK, 2, os.SEEK_DATA))
+    picks = supervision.picking(supervision.Pick(supervision.LSEEK, {2: os.SEEK_DATA}))
     supervisor = supervision.Supervisor(picks, lambda call: 0)
     try:
         supervisor.start()

@@ -12,13 +12,13 @@ Does not: cover an instruction that CRIU would put elsewhere (criu/parasite-sysc
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from agent import errors
 from agent.engines.tracking import areas
-from agent.host import proc
+from agent.host import layouts, proc
 from agent.host.foreign import ForeignMemory
-from agent.model.streams import PAGE_BYTES, AddressSpace, PageRun
+from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSink, PageRun
 
 
 class CodePages:
@@ -31,7 +31,7 @@ class CodePages:
         """Read them, of processes that stand still."""
         for pid in pids:
             with contextlib.suppress(errors.NotFound):
-                address = proc.first_executable(pid)
+                address = layouts.first_executable(pid)
                 if address is not None:
                     self._note(pid, address)
 
@@ -54,3 +54,24 @@ class CodePages:
         at = address - run.address
         if 0 <= at < len(data):
             data[at : at + PAGE_BYTES] = page
+
+    def drafts(self, sink: MemberSink) -> Drafts:
+        """What of a sink takes drafts, of pages that were read while CRIU worked."""
+        return Drafts(self, sink)
+
+
+class Drafts:
+    """Gives drafts to a sink, with these pages as they were."""
+
+    def __init__(self, code: CodePages, sink: MemberSink) -> None:
+        self._code = code
+        self._sink = sink
+
+    def draft(self, space: AddressSpace, runs: Sequence[PageRun], data: memoryview) -> None:
+        """As ``MemberSink.draft``."""
+        at = 0
+        for run in runs:
+            size_bytes = run.pages * PAGE_BYTES
+            self._code.put_back(space, run, data[at : at + size_bytes])
+            at += size_bytes
+        self._sink.draft(space, runs, data)

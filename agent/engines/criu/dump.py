@@ -209,6 +209,8 @@ class _Capture:
     def persist(self) -> CaptureReport:
         """Pass on what was held back while the tree stood still."""
         if not self._options.kill:
+            if self._short is not None:
+                self._short.confirm()
             self._store_all()
         return self._report()
 
@@ -317,7 +319,7 @@ class _Capture:
             self._cut.held()
             self._code.note(self._pids)
             if self._short is not None:
-                self._short.frozen(self._pids)
+                self._short.frozen(self._pids, self._code)
             pids, states = self._pids, self._states
             self._gatherer = Beside("facts", lambda: self._subject.gather(pids, states))
         elif stage == "post-dump":

@@ -5,8 +5,12 @@ through pipes: that is most of a stop. For a hidden mapping it is told that ther
 it writes the mapping's description and no pages. Of a shared memory object it asks by
 lseek(SEEK_DATA) where there is anything, and is told likewise. Everything else it does as always.
 
-Promises: only a question about pages that lies within one hidden mapping of a process is answered,
-or about a hidden object;
+Each question takes longer than its answer. So where a process's smaps are known
+(``host.layouts``), CRIU is given them as a file, without the walk that the kernel's would take, and
+then its own pagemap for that of the process: a few questions a process, and none a mapping. It has
+hardly any pages, and where it has one, CRIU sends the page that the process has there, if any.
+
+Promises: only what is asked about a hidden mapping, object or process is answered;
 whatever else CRIU asks, and every question that is not understood, goes to the kernel, and then
 CRIU sends the pages as it always does.
 Does not: work if a process of the tree is itself filtered by seccomp: CRIU, being filtered, may not
@@ -15,12 +19,13 @@ suspend other filters then.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import os
 import platform
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from agent import errors
 from agent.engines.criu.probe import Criu
@@ -28,7 +33,16 @@ from agent.engines.tracking import shared
 from agent.engines.tracking.areas import SMALLEST_BYTES
 from agent.engines.tracking.precopy import Standing
 from agent.host import proc
-from agent.host.supervision import IOCTL, LSEEK, Call, Pick, Supervisor, picking
+from agent.host.supervision import (
+    IOCTL,
+    LSEEK,
+    OPENAT,
+    Call,
+    Given,
+    Pick,
+    Supervisor,
+    picking,
+)
 
 # linux/fs.h: struct pm_scan_arg is size, flags, start, end, walk_end, vec, vec_len, max_pages,
 # category_inverted, category_mask, category_anyof_mask, return_mask.
@@ -38,6 +52,14 @@ _AT_WALK_END = 32
 _GUARD = 1 << 8
 # How CRIU asks was read and tried for these.
 _KNOWN_CRIU = ((4, 2), (4, 3))
+
+# Numbers of descriptors that CRIU, which takes the lowest, does not come to, and below the limit
+# that every process has: its /proc, folders of processes in there, and their pagemaps.
+_PROC, _FOLDERS, _PAGEMAPS = 600, range(601, 801), range(801, 1001)
+# AT_FDCWD, as the filter sees it.
+_HERE, _WORD = -100 & 0xFFFFFFFF, 0xFFFFFFFF
+# Longer than every path in a process's folder that is looked for.
+_PATH_BYTES = 32
 
 
 def usable(criu: Criu, pids: Iterable[int]) -> str:
@@ -62,8 +84,19 @@ class Hiding:
     def __init__(self) -> None:
         self._hidden: dict[int, list[tuple[int, int]]] = {}
         self._objects: set[shared.Key] = set()
+        self._smaps: dict[int, bytes] = {}
+        # How often CRIU has opened a process's pagemap, and how many descriptors it was given.
+        self._opened: collections.Counter[int] = collections.Counter()
+        self._given = 0
         self._supervisor = Supervisor(
-            picking(Pick(IOCTL, 1, _PAGEMAP_SCAN), Pick(LSEEK, 2, os.SEEK_DATA)), self._answer
+            picking(
+                Pick(OPENAT, {0: _HERE, 2: os.O_PATH | os.O_DIRECTORY}),
+                Pick(OPENAT, {0: _PROC, 2: os.O_PATH}),
+                Pick(OPENAT, {0: _FOLDERS, 2: os.O_RDONLY}),
+                Pick(IOCTL, {0: range(_PAGEMAPS.start), 1: _PAGEMAP_SCAN}),
+                Pick(LSEEK, {2: os.SEEK_DATA}),
+            ),
+            self._answer,
         )
 
     @property
@@ -93,20 +126,30 @@ class Hiding:
         """CRIU has been started."""
         self._supervisor.release()
 
-    def hide(self, standing: Iterable[Standing], objects: Iterable[shared.Found]) -> None:
-        """Hide these mappings and shared memory objects from now on."""
+    def hide(
+        self,
+        standing: Iterable[Standing],
+        objects: Iterable[shared.Found],
+        smaps: Mapping[int, bytes],
+    ) -> None:
+        """Hide these mappings and shared memory objects from now on, and all private memory of
+        those processes, by CRIU's number, whose ``smaps`` are given.
+        """
         self._objects = {each.key for each in objects}
         self._hidden = {
             each.space.id: [tuple(area) for area in each.areas.tolist()] for each in standing
         }
+        self._smaps = dict(smaps)
 
-    def _answer(self, call: Call) -> int | None:
-        return self._of_an_object(call) if call.call == LSEEK else self._of_a_mapping(call)
+    def _answer(self, call: Call) -> int | Given | None:
+        if call.call == LSEEK:
+            return self._of_an_object(call)
+        return self._of_a_mapping(call) if call.call == IOCTL else self._opening(call)
 
     def _of_an_object(self, call: Call) -> int | None:
         if not self._objects:
             return None
-        key = shared.key_of(f"/proc/{call.pid}/fd/{call.arguments[0]}")
+        key = shared.key_of(call.path(call.arguments[0]))
         return -errno.ENXIO if key in self._objects else None
 
     def _of_a_mapping(self, call: Call) -> int | None:
@@ -115,12 +158,70 @@ class Hiding:
         # Most questions are about small mappings: the job stands still, so these go on at once.
         if mask & _GUARD or end - start < SMALLEST_BYTES:
             return None
-        # ".../PID/pagemap": the rest depends on where CRIU's /proc is.
-        *_, number, name = ("", "", *call.link(descriptor).split("/"))
-        if name != "pagemap" or not number.isdigit():
+        number, name = _of_a_process(call.link(descriptor))
+        if name != "pagemap":
             return None
-        areas = self._hidden.get(int(number), ())
+        areas = self._hidden.get(number, ())
         if not any(low <= start and end <= high for low, high in areas):
             return None
         call.write(address + _AT_WALK_END, struct.pack("=Q", end))
         return 0
+
+    def _opening(self, call: Call) -> Given | None:
+        """CRIU gets the folders that lead to what it is to be given instead under numbers by which
+        the filter knows them: no other opening needs a question.
+        """
+        folder, address, *_ = call.arguments
+        name = call.text(address, _PATH_BYTES)
+        if folder & _WORD == _HERE:
+            if name != b"/proc":
+                return None
+            return _opened(f"/proc/{call.pid}/root/proc", os.O_DIRECTORY, _PROC)
+        if folder == _PROC:
+            if not name.isdigit():
+                return None
+            path = os.path.join(call.path(_PROC), name.decode())
+            return _opened(path, os.O_DIRECTORY, self._next(call, _FOLDERS))
+        if name not in (b"smaps", b"pagemap"):
+            return None
+        number, _ = _of_a_process(call.link(folder) + "/")
+        smaps = self._smaps.get(number)
+        if smaps is None:
+            return None
+        return _file(smaps) if name == b"smaps" else self._pagemap(call, number)
+
+    def _pagemap(self, call: Call, number: int) -> Given | None:
+        """CRIU asks a process for its guard pages first, and opens its pagemap anew then."""
+        self._opened[number] += 1
+        # The first question needs nobody to be asked, either.
+        path = os.path.join(call.path(call.arguments[0]), "pagemap")
+        if self._opened[number] > 1:
+            path = f"/proc/{call.pid}/pagemap"
+        return _opened(path, 0, self._next(call, _PAGEMAPS))
+
+    def _next(self, call: Call, numbers: range) -> int:
+        """One that CRIU does not use."""
+        for _ in numbers:
+            self._given += 1
+            number = numbers[self._given % len(numbers)]
+            if not os.path.lexists(call.path(number)):
+                return number
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def _of_a_process(link: str) -> tuple[int, str]:
+    """Of ".../PID/NAME", both: the rest depends on where CRIU's /proc is."""
+    *_, number, name = ("", "", *link.split("/"))
+    return (int(number) if number.isdigit() else 0), name
+
+
+def _opened(path: str, flags: int, number: int) -> Given:
+    # The kernel does not hand on a descriptor of O_PATH; this one does for all that CRIU does.
+    return Given(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags), number)
+
+
+def _file(content: bytes) -> Given:
+    descriptor = os.memfd_create("smaps", os.MFD_CLOEXEC)
+    os.write(descriptor, content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return Given(descriptor)

@@ -13,15 +13,19 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from agent import errors
 from agent.engines.base import CaptureOptions, Kept
-from agent.engines.criu import hiding, pageserver
+from agent.engines.criu import codepages, hiding, pageserver
 from agent.engines.criu.probe import Criu
+from agent.engines.tracking import residue
 from agent.engines.tracking.pace import UNLIMITED, Limits, Pace
-from agent.engines.tracking.precopy import Precopy, Standing
+from agent.engines.tracking.precopy import Precopy, Standing, read_standing
 from agent.engines.tracking.shared import Found
-from agent.host import clock, proc
-from agent.model.streams import AddressSpace, MemberSink, PageRun
+from agent.host import clock, layouts, pagemap, proc
+from agent.host.pagemap import Ranges
+from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSink, PageRun
 
 # Below this a plain dump stops a tree for no longer than the preparations take.
 _SMALLEST_BYTES = 16 << 20
@@ -84,6 +88,13 @@ class ShortStop:
             stack.callback(self._precopy.close)
             self._hiding = hiding.Hiding()
             stack.pop_all()
+        # Who is to end is stopped for longer in any case.
+        self._layouts = None if options.kill else layouts.Layouts()
+        self._code = codepages.CodePages()
+        self._found: dict[int, layouts.Layout] = {}
+        self._parts: dict[AddressSpace, residue.Parts] = {}
+        self._residue: dict[AddressSpace, Ranges] = {}
+        self._residue_read_bytes = 0
         self._sent: dict[AddressSpace, list[PageRun]] = {}
         self._standing: list[Standing] = []
         self._shared: list[Found] = []
@@ -121,14 +132,37 @@ class ShortStop:
         self._precopy.look(self._root)
         for _ in range(_LAST_ROUNDS if self._precopy.shrinks else 0):
             self._precopy.round(self._root)
+        if self._layouts is not None:
+            self._layouts.note(proc.tree(self._root))
 
-    def frozen(self, pids: Sequence[int]) -> None:
-        """The tree, now ``pids``, stands still: hide its memory from CRIU and read what is left."""
-        self._standing = self._precopy.cut(pids)
+    def frozen(self, pids: Sequence[int], code: codepages.CodePages) -> None:
+        """The tree, now ``pids``, stands still: hide its memory from CRIU and read what is left,
+        with ``code`` as it is now.
+        """
+        self._standing = self._precopy.cut(pids, self._mappings)
         self._shared = self._precopy.cut_shared(pids)
         self._shared_spaces = frozenset(each.space for each in self._shared)
-        self._hiding.hide(self._standing, self._shared)
+        self._hiding.hide(self._standing, self._shared, self._whole())
+        self._code = code
         self._reader.start()
+
+    def _mappings(self, pid: int) -> Sequence[proc.Mapping]:
+        if self._layouts is None:
+            return proc.maps(pid)
+        self._found[pid] = layout = self._layouts.now(pid)
+        return layout.mappings
+
+    def _whole(self) -> dict[int, bytes]:
+        """The smaps of processes all of whose private memory is read here."""
+        found = {}
+        for each in self._standing:
+            layout = self._found.get(each.who.pid)
+            if layout is None:
+                continue
+            if layout.smaps is not None and (parts := residue.parts(layout, each.areas)):
+                self._parts[each.space] = parts
+                found[each.space.id] = layout.smaps
+        return found
 
     def pages(self, space: AddressSpace, run: PageRun, data: memoryview) -> None:
         """Take pages that CRIU sent."""
@@ -160,7 +194,26 @@ class ShortStop:
         many bytes are not CRIU's.
         """
         ours = [space for space in spaces if self._ours(space)]
-        return self._precopy.settle(ours, self._sent, pageserver.PE_PRESENT)
+        residue_bytes = 0
+        for space, pages in self._residue.items():
+            sent = self._sent.get(space, [])
+            more = _besides(sent, pages)
+            residue_bytes += sum(run.pages for run in more) * PAGE_BYTES
+            self._sent[space] = sorted(sent + more, key=lambda run: run.address)
+        return residue_bytes + self._precopy.settle(ours, self._sent, pageserver.PE_PRESENT)
+
+    def confirm(self) -> None:
+        """Be sure that what CRIU was told is what it would have been told; the tree runs again.
+
+        Raises:
+            errors.ShortStopFailed: it may be something else.
+        """
+        changed = [] if self._layouts is None else self._layouts.changed()
+        if changed:
+            raise errors.ShortStopFailed(
+                f"the mappings of process {changed[0]} changed while it was being stopped",
+                pid=changed[0],
+            )
 
     def facts(self) -> dict[str, Any]:
         """How it went."""
@@ -170,7 +223,7 @@ class ShortStop:
             "rounds": [[each.read_bytes, round(each.took_s, 4)] for each in self._precopy.rounds],
             "held_back_s": round(self._pace.held_back_s, 3),
             "hurried": self._pace.hurried,
-            "read_at_cut_bytes": self._precopy.cut_bytes,
+            "read_at_cut_bytes": self._precopy.cut_bytes + self._residue_read_bytes,
             "shared_objects": len(self._shared),
             "shared_read_at_cut_bytes": self._precopy.shared_bytes,
             "hidden_from_criu": self._hiding.answered,
@@ -195,12 +248,31 @@ class ShortStop:
     def _ours(self, space: AddressSpace) -> bool:
         return space.kind == "process" or space in self._shared_spaces
 
+    def _read_residue(self) -> None:
+        sink = self._code.drafts(self._held)
+        for each in self._standing:
+            if each.space in self._parts:
+                pages = residue.pages(each.who.pid, self._parts[each.space])
+                self._residue_read_bytes += read_standing(each, pages, sink)
+                self._residue[each.space] = pages
+
     def _read(self) -> None:
         try:
             self._precopy.finish_shared(self._shared, self._held)
             self._precopy.finish(self._standing, self._held)
+            self._read_residue()
         except BaseException as exc:  # noqa: BLE001 - carried to the thread that asks, by finish
             self._failure = exc
+
+
+def _besides(sent: list[PageRun], pages: Ranges) -> list[PageRun]:
+    """What of ``pages`` CRIU has not sent."""
+    rows = [(run.address, run.address + run.pages * PAGE_BYTES) for run in sent]
+    own = pagemap.without(pages, np.array(rows, dtype=np.int64).reshape(-1, 2))
+    return [
+        PageRun(start, (end - start) // PAGE_BYTES, pageserver.PE_PRESENT)
+        for start, end in own.tolist()
+    ]
 
 
 def _taken_up(

@@ -35,9 +35,14 @@ def eligible(pid: int) -> Ranges:
     Raises:
         errors.NotFound: the process has ended.
     """
+    return eligible_of(proc.maps(pid))
+
+
+def eligible_of(mappings: Iterable[proc.Mapping]) -> Ranges:
+    """As ``eligible``, of a process that has these mappings."""
     return _ranges(
         (each.start, each.end)
-        for each in proc.maps(pid)
+        for each in mappings
         if _anonymous(each)
         and each.end - each.start >= SMALLEST_BYTES
         # CRIU works in executable mappings of the process itself.

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -50,6 +51,13 @@ _MOST_ROUNDS = 6
 _MOST_LOOKS = 3
 # Runs settled in one call.
 _SETTLED_RUNS = 4096
+
+
+class Drafts(Protocol):
+    """What takes pages: the part of a ``MemberSink`` that is needed."""
+
+    def draft(self, space: AddressSpace, runs: Sequence[PageRun], data: memoryview) -> None:
+        """As ``MemberSink.draft``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +114,7 @@ class _Copy:
         missing = pagemap.without(existing, pagemap.clip(self.have, unchanged))
         self.have = pagemap.clip(existing, unchanged)
         self._left = pagemap.without(existing, self.have)
-        return _read_standing(standing, missing, sink)
+        return read_standing(standing, missing, sink)
 
     def round(
         self, sink: MemberSink, deadline: clock.Deadline, pace: Pace | None, *, rested: bool
@@ -275,19 +283,17 @@ class Precopy:
         self.rounds.append(Round(total, clock.monotonic_s() - began_s))
         return total
 
-    def cut(self, pids: Sequence[int]) -> list[Standing]:
-        """What is copied of processes that stand still, as their mappings are now."""
+    def cut(
+        self, pids: Sequence[int], maps: Callable[[int], Sequence[proc.Mapping]] = proc.maps
+    ) -> list[Standing]:
+        """What is copied of processes that stand still, as their mappings are now, which ``maps``
+        tells.
+        """
         found = []
         for pid in pids:
             with contextlib.suppress(errors.NotFound):
-                who = proc.identity(pid)
-                found.append(
-                    Standing(
-                        who,
-                        AddressSpace("process", areas.private_id(pid)),
-                        areas.eligible(pid),
-                    )
-                )
+                space = AddressSpace("process", areas.private_id(pid))
+                found.append(Standing(proc.identity(pid), space, areas.eligible_of(maps(pid))))
         return found
 
     def look(self, root: int, pace: Pace | None = None) -> int:
@@ -341,7 +347,7 @@ class Precopy:
             if copy is not None and copy.space == each.space:
                 self.cut_bytes += copy.finish(each, existing, sink)
             else:
-                self.cut_bytes += _read_standing(each, existing, sink)
+                self.cut_bytes += read_standing(each, existing, sink)
             self._settled[each.space] = existing
 
     def settle(
@@ -433,8 +439,12 @@ def _reading(pieces: Callable[[list[tuple[int, int]], memoryview], list[int]]) -
     return read
 
 
-def _read_standing(standing: Standing, ranges: Ranges, sink: MemberSink) -> int:
-    """Draft these pages of a process that stands still; say how many bytes they are."""
+def read_standing(standing: Standing, ranges: Ranges, sink: Drafts) -> int:
+    """Draft these pages of a process that stands still; say how many bytes they are.
+
+    Raises:
+        errors.ShortStopFailed: they cannot be read.
+    """
     with _memory(standing.who) as memory:
         done = _draft(sink, standing.space, memory, ranges, standing=True)
     size_bytes = pagemap.size_bytes(ranges)
@@ -454,7 +464,7 @@ def _memory(who: proc.Identity) -> Iterator[ForeignMemory]:
 
 
 def _draft(
-    sink: MemberSink,
+    sink: Drafts,
     space: AddressSpace,
     memory: ForeignMemory,
     ranges: Ranges,

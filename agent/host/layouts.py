@@ -1,0 +1,121 @@
+"""The mappings of processes that stand still, in full but without the walk through their pages.
+
+The kernel tells the flags of a mapping (VmFlags) only in /proc/PID/smaps, where it counts all pages
+first: 20 ms a GiB, while everything waits. So they are read while the process still runs, and taken
+for those of a mapping whose line in /proc/PID/maps is the same when it stands still. What changes
+nothing in this line, and happens just then (madvise, mlock), is noticed afterwards.
+
+Promises: ``Layouts.now`` is what /proc/PID/smaps would say of mappings at that moment, unless
+``changed`` names the process later.
+Does not: tell how many pages a mapping has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from agent import errors
+from agent.host import proc
+
+# In smaps, the lines that maps has too begin with an address, all others with a capital letter.
+_HEX, _FLAGS = b"0123456789abcdef", b"VmFlags:"
+# What changes when writes to a mapping begin or cease to be noted (Documentation/filesystems/proc):
+# userfaultfd's three kinds and soft-dirty.
+_NOTED = frozenset((b"um", b"uw", b"ui", b"sd"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The mappings of a process; ``smaps`` has of each its line and its flags, and is None if they
+    are not known; ``flags`` are all that occur, but in the kernel's own mappings.
+    """
+
+    mappings: Sequence[proc.Mapping]
+    smaps: bytes | None
+    flags: frozenset[bytes]
+
+
+class Layouts:
+    """What is known of some processes, by their numbers."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, dict[bytes, bytes]] = {}
+        self._parsed: dict[int, tuple[bytes, list[proc.Mapping]]] = {}
+        self._told: dict[int, list[bytes]] = {}
+
+    def note(self, pids: Iterable[int]) -> None:
+        """Look at processes that run; those that have ended are left out."""
+        for pid in pids:
+            with contextlib.suppress(errors.NotFound):
+                self._known[pid] = _flags(pid)
+                raw = proc.text(pid, "maps")
+                self._parsed[pid] = raw, proc.mappings(pid, raw)
+
+    def now(self, pid: int) -> Layout:
+        """Of a process that stands still.
+
+        Raises:
+            errors.NotFound: there is no such process.
+        """
+        raw = proc.text(pid, "maps")
+        before, mappings = self._parsed.get(pid, (b"", []))
+        if raw != before:
+            mappings = proc.mappings(pid, raw)
+        known = self._known.get(pid, {})
+        lines = raw.splitlines(keepends=True)
+        # Who has ended has none.
+        if not lines or not all(line in known for line in lines):
+            return Layout(mappings, None, frozenset())
+        self._told[pid] = lines
+        flags = frozenset().union(
+            *(known[line].split()[1:] for line in lines if not _kernels(line))
+        )
+        return Layout(mappings, b"".join(line + known[line] for line in lines), flags)
+
+    def changed(self) -> list[int]:
+        """Processes of which ``now`` may have said something else than the kernel would have. They
+        run again.
+        """
+        return [pid for pid, lines in self._told.items() if not self._same(pid, lines)]
+
+    def _same(self, pid: int, lines: Iterable[bytes]) -> bool:
+        known = self._known[pid]
+        try:
+            found = _flags(pid)
+        except errors.NotFound:
+            return True  # nobody can tell any more, and nothing happened in all the time before
+        return all(_kept(known[line]) == _kept(found.get(line, known[line])) for line in lines)
+
+
+def first_executable(pid: int) -> int | None:
+    """Where the first executable mapping begins: quicker than to take all of them apart.
+
+    Raises:
+        errors.NotFound: there is no such process.
+    """
+    for line in proc.text(pid, "maps").splitlines():
+        addresses, perms, _ = line.split(b" ", 2)
+        if b"x" in perms:
+            return int(addresses.partition(b"-")[0], 16)
+    return None
+
+
+def _flags(pid: int) -> dict[bytes, bytes]:
+    """Lines of maps, and their lines of flags."""
+    found, line = {}, b""
+    for each in proc.text(pid, "smaps").splitlines(keepends=True):
+        if each.startswith(_FLAGS):
+            found[line] = each
+        elif each[:1] in _HEX:
+            line = each
+    return found
+
+
+def _kept(flags: bytes) -> set[bytes]:
+    return set(flags.split()) - _NOTED
+
+
+def _kernels(line: bytes) -> bool:
+    return line.rstrip().endswith((b"[vvar]", b"[vvar_vclock]", b"[vdso]", b"[vsyscall]"))
