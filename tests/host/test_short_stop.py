@@ -21,9 +21,9 @@ import pytest
 
 from agent import errors
 from agent.engines.base import CaptureOptions, FilePolicy, Kept, RestoreOptions
-from agent.engines.criu import hiding
+from agent.engines.criu import hiding, shortstop
 from agent.engines.tracking import areas
-from agent.host import proc
+from agent.host import layouts, proc
 from agent.model import ids
 from agent.model.streams import PAGE_BYTES, AddressSpace
 from agent.node import dump as node_dump
@@ -251,6 +251,39 @@ def test_no_wrong_byte_in_many_cycles(
     host.assert_clean()
     print(f"{done} cycles, of which {len(fell_back)} took the plain way")
     assert len(fell_back) <= 1, fell_back
+
+
+def test_of_private_memory_criu_sends_the_kernels_page_and_hardly_another(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = host.start("memory", MEMORY_MIB="48", GLIBC_TUNABLES="glibc.pthread.rseq=0")
+    sent: list[int] = []
+    pages = shortstop.ShortStop.pages
+
+    def noted(self: Any, space: AddressSpace, run: Any, data: memoryview) -> None:
+        sent.append(run.pages)
+        pages(self, space, run, data)
+
+    monkeypatch.setattr(shortstop.ShortStop, "pages", noted)
+    frozen: list[Frozen] = []
+    image = MemoryImage()
+    host.capture(target.pid, image, Cut(captured=looked_at(target.pid, frozen)), OPTIONS)
+    frozen[0].assert_equal(image)
+    assert 0 < sum(sent) < 16
+
+
+def test_a_dump_whose_flags_changed_meanwhile_is_made_the_plain_way(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = host.start("memory", MEMORY_MIB="48")
+    monkeypatch.setattr(layouts.Layouts, "changed", lambda self: [target.pid])
+    store = Store.open(DirectoryVolume(str(tmp_path / "store"), create=True), create=True)
+    members = [node_dump.Member(ids.member_name("tree"), target.pid)]
+    outcome = node_dump.dump(store, host.engine, ids.group_name("job"), members, OPTIONS)
+    ((_, report),) = outcome.members
+    assert report.engine_facts["stop"]["path"] == "plain"
+    host.assert_running(target)
+    host.assert_clean()
 
 
 def test_a_dump_that_fails_with_memory_hidden_is_made_the_plain_way(

@@ -19,9 +19,9 @@ from agent import errors
 from agent.engines.base import CaptureOptions, Kept
 from agent.engines.criu import codepages, hiding, pageserver
 from agent.engines.criu.probe import Criu
-from agent.engines.tracking import residue
+from agent.engines.tracking import reading, residue
 from agent.engines.tracking.pace import UNLIMITED, Limits, Pace
-from agent.engines.tracking.precopy import Precopy, Standing, read_standing
+from agent.engines.tracking.precopy import Precopy, Standing
 from agent.engines.tracking.shared import Found
 from agent.host import clock, layouts, pagemap, proc
 from agent.host.pagemap import Ranges
@@ -253,7 +253,7 @@ class ShortStop:
         for each in self._standing:
             if each.space in self._parts:
                 pages = residue.pages(each.who.pid, self._parts[each.space])
-                self._residue_read_bytes += read_standing(each, pages, sink)
+                self._residue_read_bytes += reading.whole(each.who, each.space, pages, sink)
                 self._residue[each.space] = pages
 
     def _read(self) -> None:

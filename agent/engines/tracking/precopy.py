@@ -7,7 +7,7 @@ processes write alike is alike only when all of them stand still.
 
 Promises: at the cut, every page of the mappings that ``cut`` names is settled with the content that
 it has then, whatever happened in the rounds: processes that came or executed another program are
-read whole. What is held beyond the sink is one buffer of ``_BUFFER_BYTES`` and ranges of pages.
+read whole. What is held beyond the sink is one buffer (``reading``) and ranges of pages.
 Does not: read other mappings; decide what becomes of them.
 """
 
@@ -16,13 +16,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from agent import errors
-from agent.engines.tracking import areas
+from agent.engines.tracking import areas, reading
 from agent.engines.tracking.base import Tracker
 from agent.engines.tracking.compared import Compared, Read
 from agent.engines.tracking.pace import Pace
@@ -31,15 +30,12 @@ from agent.engines.tracking.shared import Found, SharedCopies
 from agent.engines.tracking.untracked import Untracked
 from agent.host import clock, injection, pagemap, proc
 from agent.host.fingerprints import Fingerprinter
-from agent.host.foreign import ForeignMemory
 from agent.host.moves import Moves
 from agent.host.pagemap import Ranges
 from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSink, PageRun
 
 log = logging.getLogger(__name__)
 
-# As in the page server: few system calls a byte, and it stays in a core's cache.
-_BUFFER_BYTES = 2 << 20
 # A round that leaves so little is the last: it is read within a millisecond or two.
 _ENOUGH_BYTES = 4 << 20
 # Rounds that do not get on any more only cost the job time.
@@ -51,13 +47,6 @@ _MOST_ROUNDS = 6
 _MOST_LOOKS = 3
 # Runs settled in one call.
 _SETTLED_RUNS = 4096
-
-
-class Drafts(Protocol):
-    """What takes pages: the part of a ``MemberSink`` that is needed."""
-
-    def draft(self, space: AddressSpace, runs: Sequence[PageRun], data: memoryview) -> None:
-        """As ``MemberSink.draft``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +103,7 @@ class _Copy:
         missing = pagemap.without(existing, pagemap.clip(self.have, unchanged))
         self.have = pagemap.clip(existing, unchanged)
         self._left = pagemap.without(existing, self.have)
-        return read_standing(standing, missing, sink)
+        return reading.whole(standing.who, standing.space, missing, sink)
 
     def round(
         self, sink: MemberSink, deadline: clock.Deadline, pace: Pace | None, *, rested: bool
@@ -125,16 +114,16 @@ class _Copy:
         given, read = [pagemap.none()], [pagemap.none()]
         had, self.have = self.have, pagemap.none()  # until it went well
         left, self._left = self._left, pagemap.none()
-        with _memory(self.who) as memory:
+        with reading.opened(self.who) as memory:
             for piece in self.tracker.round():
                 given.append(piece)
                 deadline.check("copying memory ahead")
                 if not rested:
-                    read.append(_draft(sink, self.space, memory, piece, pace))
+                    read.append(reading.draft(sink, self.space, memory, piece, pace))
             written = pagemap.union(*given)
             # Written after this look, it is given out again.
             unwritten = pagemap.without(left, written)
-            read.append(_draft(sink, self.space, memory, unwritten, pace))
+            read.append(reading.draft(sink, self.space, memory, unwritten, pace))
         self.have = pagemap.union(pagemap.without(had, written), *read)
         self._left = written if rested else pagemap.none()
         return sum(map(pagemap.size_bytes, read))
@@ -153,7 +142,7 @@ class _ComparedCopy(_Copy):
 
     def finish(self, standing: Standing, existing: Ranges, sink: MemberSink) -> int:
         """See ``_Copy``: all of it is read."""
-        with _memory(self.who) as memory:
+        with reading.opened(self.who) as memory:
             self._compared.finish(existing, _reading(memory.read_standing), sink)
         return pagemap.size_bytes(existing)
 
@@ -166,7 +155,7 @@ class _ComparedCopy(_Copy):
     def look(self, sink: MemberSink, deadline: clock.Deadline, pace: Pace | None) -> int:
         """Draft what is not as it was drafted; say how many bytes that were."""
         existing = np.concatenate([pagemap.none(), *self.tracker.round()])
-        with _memory(self.who) as memory:
+        with reading.opened(self.who) as memory:
             return self._compared.round(existing, _reading(memory.read), sink, deadline, pace)
 
     @property
@@ -347,7 +336,7 @@ class Precopy:
             if copy is not None and copy.space == each.space:
                 self.cut_bytes += copy.finish(each, existing, sink)
             else:
-                self.cut_bytes += read_standing(each, existing, sink)
+                self.cut_bytes += reading.whole(each.who, each.space, existing, sink)
             self._settled[each.space] = existing
 
     def settle(
@@ -437,88 +426,3 @@ def _reading(pieces: Callable[[list[tuple[int, int]], memoryview], list[int]]) -
         return rows[rows[:, 1] > rows[:, 0]]
 
     return read
-
-
-def read_standing(standing: Standing, ranges: Ranges, sink: Drafts) -> int:
-    """Draft these pages of a process that stands still; say how many bytes they are.
-
-    Raises:
-        errors.ShortStopFailed: they cannot be read.
-    """
-    with _memory(standing.who) as memory:
-        done = _draft(sink, standing.space, memory, ranges, standing=True)
-    size_bytes = pagemap.size_bytes(ranges)
-    if pagemap.size_bytes(done) != size_bytes:
-        pid = standing.who.pid
-        raise errors.ShortStopFailed(f"memory of process {pid} cannot be read", pid=pid)
-    return size_bytes
-
-
-@contextlib.contextmanager
-def _memory(who: proc.Identity) -> Iterator[ForeignMemory]:
-    memory = ForeignMemory(who)
-    try:
-        yield memory
-    finally:
-        memory.close()
-
-
-def _draft(
-    sink: Drafts,
-    space: AddressSpace,
-    memory: ForeignMemory,
-    ranges: Ranges,
-    pace: Pace | None = None,
-    *,
-    standing: bool = False,
-) -> Ranges:
-    """Draft these pages; return those that could be read."""
-    done = [pagemap.none()]
-    for batch in _batches(ranges):
-        size_bytes = sum(length for _, length in batch)
-        if pace is not None:
-            pace.wait(size_bytes)
-        data = memoryview(bytearray(size_bytes))
-        counts = (memory.read_standing if standing else memory.read)(batch, data)
-        runs = []
-        whole = sum(counts) == size_bytes
-        for (address, length), count in zip(batch, counts, strict=True):
-            if count == length:
-                runs.append(PageRun(address, length // PAGE_BYTES, 0))
-        if not whole:
-            data = _closed_up(batch, counts, data)
-        if runs:
-            sink.draft(space, runs, data)
-            rows = [(run.address, run.address + run.pages * PAGE_BYTES) for run in runs]
-            done.append(np.array(rows, dtype=np.int64))
-    return np.concatenate(done)
-
-
-def _closed_up(
-    batch: Sequence[tuple[int, int]], counts: Sequence[int], data: memoryview
-) -> memoryview:
-    """The data of the pieces that were read whole, one after the other."""
-    kept, at = [], 0
-    for (_, length), count in zip(batch, counts, strict=True):
-        if count == length:
-            kept.append(data[at : at + length])
-        at += length
-    return memoryview(b"".join(kept))
-
-
-def _batches(ranges: Ranges) -> Iterator[list[tuple[int, int]]]:
-    """Pieces of ``address, bytes`` of at most a buffer together."""
-    batch: list[tuple[int, int]] = []
-    room = _BUFFER_BYTES
-    for start, end in ranges.tolist():
-        at = start
-        while at < end:
-            length = min(end - at, room)
-            batch.append((at, length))
-            at += length
-            room -= length
-            if not room:
-                yield batch
-                batch, room = [], _BUFFER_BYTES
-    if batch:
-        yield batch
