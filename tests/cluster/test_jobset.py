@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -120,7 +121,9 @@ def test_all_pods_are_cut_at_one_instant_and_the_job_goes_on(
     before = leftovers.of_all(agents)
     first = ckpt(agents, "dump", "jobset/train", "-n", namespace).document()
     training.goes_on()
-    second = ckpt(agents, "dump", "jobset/train", "-n", namespace).document()
+    watched = ckpt(agents, "watch", "jobset/train", "-n", namespace, "--count", "1")
+    second = json.loads(watched.out)
+    assert "the job goes on; images: 1" in watched.err
     training.goes_on()
     members = ["worker-0-0.trainer", "worker-0-1.trainer"]
     for report in (first, second):
