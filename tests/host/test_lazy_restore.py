@@ -18,7 +18,7 @@ import pytest
 
 from agent import errors
 from agent.engines.base import Fills, RestoredTree, RestoreOptions
-from agent.engines.criu import keeper
+from agent.engines.criu import keeper, treeend
 from agent.host import proc
 from agent.model.streams import AddressSpace, PageRun
 from tests.host.conftest import TARGETS, Gate, Host, Target
@@ -159,10 +159,10 @@ def test_every_page_is_right_whatever_the_tree_does_while_they_come(
         assert run.fills.filled_bytes < run.fills.total_bytes
         # What a child forks meanwhile is complete too.
         orphan = target.orphan()
-        assert keeper.missing(str(orphan))
+        assert treeend.missing(str(orphan))
         run.complete()
         assert run.fills.filled_bytes == run.fills.total_bytes
-        assert not keeper.missing(str(orphan))
+        assert not treeend.missing(str(orphan))
         target.ask("all")
         end(orphan)
         assert not (target.folder / "hole").exists()

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.engines.criu import keeper, lazy, pour
-from agent.engines.criu.keeper import PAGE_BYTES, View
+from agent.engines.criu import keeper, lazy, pour, uffd
+from agent.engines.criu.keeper import View
+from agent.engines.criu.uffd import PAGE_BYTES
 from agent.model.streams import PageRun
 
 _PAGES = 40
@@ -86,13 +87,13 @@ def test_a_page_that_moves_when_it_comes_is_filled_where_it_went(
     tried = []
 
     def call(fd: int, request: int, *words: int) -> tuple[int, int]:
-        if request != keeper._COPY:
+        if request != uffd.COPY:
             return 0, 0
         tried.append(words[0])
         return answers.pop(0)
 
-    monkeypatch.setattr(keeper, "call", call)
-    monkeypatch.setattr(keeper, "messages", lambda fd: told.pop(0) if told else [])
+    monkeypatch.setattr(uffd, "call", call)
+    monkeypatch.setattr(uffd, "messages", lambda fd: told.pop(0) if told else [])
     ours, theirs = socket.socketpair()
     with ours, theirs:
         first = keeper.Keeper([ours, theirs], mmap.mmap(-1, PAGE_BYTES), "", "")

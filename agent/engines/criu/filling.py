@@ -21,6 +21,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
+import agent
 from agent import errors
 from agent.engines.criu import journal, keeper, lazy
 from agent.host import clock, proc, subprocesses
@@ -36,6 +37,7 @@ _ROOM_S = 0.002
 # Zero pages in so long a row are told of, so that nobody asks for each; more often costs more.
 _ZERO_PAGES = 16
 _POLL_S = 0.2
+_PACKAGES = os.path.dirname(os.path.dirname(agent.__file__))
 _READY_S = 10.0
 _ENDED_S = 60.0
 # A thread that hangs in a read of the volume is not waited for.
@@ -158,7 +160,7 @@ class Fill:
             namespace = f"pid:[{proc.namespaces(tree[0].pid)['pid']}]"
             path = places.entry_path(operation.entry.name)
             argv = [
-                *(sys.executable, "-I", "-S", keeper.__file__),
+                *(sys.executable, "-I", "-S", "-c", keeper.START, keeper.__file__, _PACKAGES),
                 *map(str, (theirs.fileno(), urgent.fileno(), memory, size, path, namespace)),
             ]
             shared = [theirs.fileno(), urgent.fileno(), memory]

@@ -1,7 +1,7 @@
 """Serves a tree's missing pages, and sees to it that none is ever taken for zero: a program of its
-own, run with the standard library alone.
+own, run with the standard library alone (``START``).
 
-``keeper.py SOCKET_FD URGENT_FD MEMORY_FD MEMORY_BYTES JOURNAL_PATH PID_NAMESPACE``. The agent gives
+``SOCKET_FD URGENT_FD MEMORY_FD MEMORY_BYTES JOURNAL_PATH PID_NAMESPACE``. The agent gives
 it the userfaultfds of restored processes, with the mappings that are to be filled, and then, piece
 by piece, what belongs there; what a process waits for is asked of the agent first. It follows what
 the processes do to their mappings meanwhile: what they move is filled where it went, what they let
@@ -19,9 +19,9 @@ command on this host ends the tree by the journal's entry, which the first remov
 Promises: a page is filled once, with what the agent said, or found to be there; the agent hears
 when all of it is complete, and only then are the userfaultfds closed. Ignores the signals by which
 terminals and service managers end programs: it ends by the agent's word or end alone.
-Does not: import the rest of the program, read images, or know what the pages mean. A process that
-makes guard pages (``MADV_GUARD_INSTALL``) or a mapping that children shall find empty
-(``MADV_WIPEONFORK``) out of memory that is still missing finds it filled.
+Does not: import more of the rest of the program than ``uffd`` and ``treeend``, read images, or know
+what the pages mean. A process that makes guard pages (``MADV_GUARD_INSTALL``) or a mapping that
+children shall find empty (``MADV_WIPEONFORK``) out of memory that is still missing finds it filled.
 """
 
 from __future__ import annotations
@@ -40,7 +40,14 @@ import struct
 import sys
 from collections.abc import Sequence
 
-PAGE_BYTES = 4096
+from agent.engines.criu import treeend, uffd
+
+# How Python runs it, without site packages: its own path, for who looks at the list of processes,
+# the folder of this program's packages, and its arguments follow.
+START = (
+    "import sys; sys.path.append(sys.argv[2]); from agent.engines.criu import keeper;"
+    " sys.exit(keeper.main(sys.argv[2:]))"
+)
 # The first byte of each message, and what follows. From the agent, what somebody waits for by a
 # socket of its own: the mappings of an address space (with a userfaultfd) as pairs of addresses; a
 # process (with a pidfd); that this was all; pages: address space, address, length and where in the
@@ -55,16 +62,6 @@ READY, QUESTION, TAKEN, COMPLETE, ENDED = b"R", b"Q", b"T", b"C", b"E"
 ADDRESS, PLACE = struct.Struct("=IQ"), struct.Struct("=Q")
 MESSAGE_BYTES = 1 << 17
 
-# linux/userfaultfd.h
-UFFDIO_REGISTER, UFFDIO_UNREGISTER = 0xC020AA00, 0x8010AA01
-_WAKE, _COPY, _ZEROPAGE, _CONTINUE = 0x8010AA02, 0xC028AA03, 0xC020AA04, 0xC020AA07
-MODE_MISSING = 1
-# struct uffd_msg: the event, then an address behind flags, a descriptor, or up to three numbers.
-_EVENT = struct.Struct("=B7xQQQ")
-PAGEFAULT, _FORK, _REMAP, _REMOVE, _UNMAP = 0x12, 0x13, 0x14, 0x15, 0x16
-_EVENTS = 64
-# Below it nothing can be mapped unless root changed vm.mmap_min_addr.
-_NOWHERE = 1 << 16
 # So many address spaces are held before those that have ended are looked for.
 _VIEWS = 64
 # linux/sched.h, asm/unistd.h
@@ -73,8 +70,6 @@ _NR_CLONE = {"x86_64": 56, "aarch64": 220}
 # Where memory is short, the kernel gets this many chances, a moment apart, before the tree ends.
 _MEMORY_TRIES, _MOMENT_MS = 500, 20
 _CHANGING_MS = 1
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class View:
@@ -138,32 +133,6 @@ class View:
             self._left.remove((start, end))
         else:
             self.cut(start, end)
-
-
-def call(fd: int, request: int, *words: int) -> tuple[int, int]:
-    """One ioctl of a userfaultfd with a structure of 64-bit words: 0 or the error's number, and
-    what the last word became.
-    """
-    argument = (ctypes.c_uint64 * len(words))(*words)
-    result = _libc.ioctl(fd, ctypes.c_ulong(request), argument)
-    return (ctypes.get_errno() if result < 0 else 0), ctypes.c_int64(argument[-1]).value
-
-
-def zero(fd: int, address: int) -> int:
-    """Make a missing page zero and wake who waits for it; 0 or the error's number."""
-    return call(fd, _ZEROPAGE, address, PAGE_BYTES, 0, 0)[0]
-
-
-def wake(fd: int, address: int, length: int = PAGE_BYTES) -> None:
-    """Whoever waits for these pages looks again."""
-    call(fd, _WAKE, address, length)
-
-
-def messages(fd: int) -> list[tuple[int, int, int, int]]:
-    """What a userfaultfd tells now: the event and its numbers."""
-    with contextlib.suppress(BlockingIOError):
-        return list(_EVENT.iter_unpack(os.read(fd, _EVENTS * _EVENT.size)))
-    return []
 
 
 class Keeper:
@@ -269,12 +238,12 @@ class Keeper:
             if view.origin(address) in (origin, None):
                 self._zero(view, address)  # or it is there by now
             elif self._lives(view):
-                wake(view.fd, address)
+                uffd.wake(view.fd, address)
 
     def _add(self, fd: int, space: int, segments: list[tuple[int, int, int]]) -> None:
         if len(self._views) >= self._most:
             # A tree may fork again and again, while nothing is filled that would tell who ended.
-            for view in [each for each in self._views.values() if gone(each.fd)]:
+            for view in [each for each in self._views.values() if uffd.gone(each.fd)]:
                 self._drop(view)
             self._most = max(_VIEWS, 2 * len(self._views))
         os.set_blocking(fd, False)
@@ -291,19 +260,19 @@ class Keeper:
     def _listen(self, view: View) -> bool:
         """Learn what a view has to tell; whether there was anything."""
         heard = False
-        while self._lives(view) and (said := messages(view.fd)):
+        while self._lives(view) and (said := uffd.messages(view.fd)):
             heard = True
             for event, first, second, third in said:
-                if event == PAGEFAULT:
-                    self._again.append((view, second & -PAGE_BYTES))
-                elif event == _FORK:
+                if event == uffd.PAGEFAULT:
+                    self._again.append((view, second & -uffd.PAGE_BYTES))
+                elif event == uffd.FORK:
                     self._add(first & 0xFFFFFFFF, view.space, list(view.segments))
-                elif event == _REMAP:
+                elif event == uffd.REMAP:
                     view.move(first, second, third)
-                    wake(view.fd, first, third)
-                elif event in (_REMOVE, _UNMAP):
-                    (view.unmap if event == _UNMAP else view.cut)(first, second)
-                    wake(view.fd, first, second - first)
+                    uffd.wake(view.fd, first, third)
+                elif event in (uffd.REMOVE, uffd.UNMAP):
+                    (view.unmap if event == uffd.UNMAP else view.cut)(first, second)
+                    uffd.wake(view.fd, first, second - first)
         return heard
 
     def _fault(self, view: View, address: int) -> None:
@@ -319,13 +288,13 @@ class Keeper:
     def _zero(self, view: View, address: int) -> None:
         if not self._lives(view):
             return
-        problem = zero(view.fd, address)
+        problem = uffd.zero(view.fd, address)
         if problem in (errno.EAGAIN, errno.ENOMEM):
             self._again.append((view, address))
         elif problem == errno.ESRCH:
             self._drop(view)
         elif problem:
-            wake(view.fd, address)  # it is there, or the mapping is not
+            uffd.wake(view.fd, address)  # it is there, or the mapping is not
 
     def _fill(self, view: View, origin: int, length: int, source: int) -> None:
         """Copy a piece of the image to wherever it belongs."""
@@ -334,21 +303,23 @@ class Keeper:
         while self._lives(view) and (found := view.first(at, end)) is not None:
             address, at, whole = found
             size = min(size, whole)
-            problem, copied = call(view.fd, _COPY, address, source + at - origin, size, 0, 0)
+            problem, copied = uffd.call(
+                view.fd, uffd.COPY, address, source + at - origin, size, 0, 0
+            )
             if problem in (0, errno.EAGAIN) and copied > 0:
                 at += copied
                 size, tries = length, 0
             elif problem == errno.EEXIST:
-                wake(view.fd, address)
-                at += PAGE_BYTES
-            elif problem == errno.ENOENT and size > PAGE_BYTES:
+                uffd.wake(view.fd, address)
+                at += uffd.PAGE_BYTES
+            elif problem == errno.ENOENT and size > uffd.PAGE_BYTES:
                 # A piece must lie in one mapping: they may have been split since.
-                size = size // PAGE_BYTES // 2 * PAGE_BYTES
+                size = size // uffd.PAGE_BYTES // 2 * uffd.PAGE_BYTES
             elif problem == errno.ENOENT:
                 # What moves this moment was looked up where it is no more: the next try says so.
                 tries = 0 if self._listen(view) else tries + 1
                 if tries > 1:
-                    at += PAGE_BYTES
+                    at += uffd.PAGE_BYTES
                     size, tries = length, 0
             else:
                 tries += 1
@@ -360,11 +331,11 @@ class Keeper:
             # Mappings change. Until that has been read nothing is let in; so what is let in
             # belongs where what has been read says.
             if not self._listen(view):
-                _wait(_CHANGING_MS)
+                treeend.wait(_CHANGING_MS)
         elif problem == errno.ESRCH:
             self._drop(view)
         elif problem == errno.ENOMEM and tries < _MEMORY_TRIES:
-            _wait(_MOMENT_MS)
+            treeend.wait(_MOMENT_MS)
         else:
             raise OSError(problem, os.strerror(problem))
 
@@ -377,7 +348,7 @@ class Keeper:
         )
         if self._second_pid == 0:
             select.select([self._own], [], [])
-            end_tree(self._namespace, {os.getpid(), os.getppid()})
+            treeend.end_tree(self._namespace, {os.getpid(), os.getppid()})
             os._exit(1)
         if self._second_pid < 0:
             raise OSError("no second process could be made to keep it")
@@ -390,7 +361,7 @@ class Keeper:
             os.waitpid(self._second_pid, 0)
 
     def _end(self, reason: str) -> int:
-        end_tree(self._namespace, {os.getpid(), self._second_pid})
+        treeend.end_tree(self._namespace, {os.getpid(), self._second_pid})
         self._end_second()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._entry)
@@ -399,117 +370,8 @@ class Keeper:
         return 1
 
 
-def end_tree(namespace: str, spared: set[int]) -> None:
-    """Kill the processes whose pidfds are held, and all that descend from them in their pid
-    namespace; return when no address space is left whose userfaultfd is held.
-    """
-    first = True
-    while True:
-        held = [(int(name), _link(f"self/fd/{name}")) for name in _listed("self/fd")]
-        doomed = {pid for fd, link in held if "[pidfd]" in link and (pid := _pid_of(fd)) > 0}
-        left = [fd for fd, link in held if "[userfaultfd]" in link and not gone(fd)]
-        if not first:
-            doomed |= _orphans(namespace, left)
-        _kill(doomed - spared)
-        if not left:
-            return
-        first = False
-        _wait(_MOMENT_MS)
-
-
-def _kill(pids: set[int]) -> None:
-    """Stop each before its children are looked for, so that it cannot make more meanwhile."""
-    queue = list(pids)
-    found: list[int] = []
-    while queue:
-        pid = queue.pop()
-        if not _send(pid, signal.SIGSTOP):
-            continue
-        found.append(pid)
-        for task in _listed(f"{pid}/task"):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as file:
-                queue.extend(set(map(int, file.read().split())) - set(found))
-    for pid in found:
-        _send(pid, signal.SIGKILL)
-
-
-def _orphans(namespace: str, held: list[int]) -> set[int]:
-    """Processes that were forked since and whose parents have ended: they wait to be filled where
-    one of the userfaultfds has mappings.
-    """
-    found = set()
-    for name in _listed(""):
-        if not name.isdigit() or _began(int(name)) < _began(os.getpid()):
-            continue
-        ranges = missing(name) if _link(f"{name}/ns/pid") == namespace else []
-        if ranges and any(
-            all(not call(fd, UFFDIO_REGISTER, *each, MODE_MISSING, 0)[0] for each in ranges)
-            for fd in held
-        ):
-            found.add(int(name))
-    return found
-
-
-def missing(name: str) -> list[tuple[int, int]]:
-    """The mappings of a process whose missing pages somebody is asked for: start and length."""
-    found = []
-    start = end = 0
-    with contextlib.suppress(OSError), open(f"/proc/{name}/smaps", "rb") as file:
-        for line in file:
-            if line.startswith(b"VmFlags:"):
-                if b" um" in line:
-                    found.append((start, end - start))
-            elif line[:1].islower() or line[:1].isdigit():
-                start, end = (int(each, 16) for each in line.split()[0].split(b"-"))
-    return found
-
-
-def _began(pid: int) -> int:
-    """When a process was started, in ticks; -1 if there is none."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[19])
-    return -1
-
-
-def gone(fd: int) -> bool:
-    """Whether the address space of a userfaultfd has ended."""
-    # Asks for something that is done nowhere, wherever this may be: only for shared memory.
-    return call(fd, _CONTINUE, _NOWHERE, PAGE_BYTES, 0, 0)[0] == errno.ESRCH
-
-
-def _pid_of(fd: int) -> int:
-    with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{fd}") as file:
-        for line in file:
-            if line.startswith("Pid:"):
-                return int(line.split()[1])
-    return -1
-
-
-def _link(name: str) -> str:
-    with contextlib.suppress(OSError):
-        return os.readlink(f"/proc/{name}")
-    return ""
-
-
-def _listed(folder: str) -> list[str]:
-    with contextlib.suppress(OSError):
-        return os.listdir(f"/proc/{folder}")
-    return []
-
-
-def _send(pid: int, number: int) -> bool:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, number)
-        return True
-    return False
-
-
-def _wait(span_ms: int) -> None:
-    select.poll().poll(span_ms)
-
-
 def main(argv: list[str]) -> int:
-    """Run; 0 if all became complete."""
+    """Run with the arguments behind the first; 0 if all became complete."""
     channels = [socket.socket(fileno=int(each)) for each in argv[1:3]]
     memory = mmap.mmap(int(argv[3]), int(argv[4]))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
@@ -519,7 +381,3 @@ def main(argv: list[str]) -> int:
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("-1000")
     return Keeper(channels, memory, argv[5], argv[6]).run()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

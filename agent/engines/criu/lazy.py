@@ -23,7 +23,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from agent import errors
-from agent.engines.criu import journal, keeper, pour
+from agent.engines.criu import journal, pour, treeend, uffd
 from agent.host import proc
 from agent.host.pagemap import Pagemap
 from agent.model.streams import PAGE_BYTES, PageRun
@@ -172,9 +172,9 @@ class Daemon:
                 poll.register(self._connection, select.POLLIN)
                 continue
             for descriptor in ready & set(self._found.values()):
-                for event, _, address, _ in keeper.messages(descriptor):
-                    if event == keeper.PAGEFAULT:
-                        keeper.zero(descriptor, address & -PAGE_BYTES)
+                for event, _, address, _ in uffd.messages(descriptor):
+                    if event == uffd.PAGEFAULT:
+                        uffd.zero(descriptor, address & -PAGE_BYTES)
             if self._connection.fileno() in ready and not self._hear(self._connection, poll):
                 poll.unregister(self._connection)
 
@@ -202,7 +202,7 @@ def refuse_unfilled(places: journal.Places, tree: Sequence[proc.Identity]) -> No
     if not any(each.action == "fill" for each in places.entries()):
         return
     for who in tree:
-        if keeper.missing(str(who.pid)):
+        if treeend.missing(str(who.pid)):
             raise errors.TargetBusy(
                 f"the memory of process {who.pid} still comes from the image it was restored from",
                 hint="wait until the restore says that it is complete",
@@ -214,7 +214,7 @@ def release(descriptor: int, process: pour.ProcessMemory) -> None:
     """Have the kernel ask for none of this process's pages, so that they can be written."""
     for area in process.areas:
         # Refused where CRIU has not registered it.
-        keeper.call(descriptor, keeper.UFFDIO_UNREGISTER, area.start, area.end - area.start)
+        uffd.call(descriptor, uffd.UFFDIO_UNREGISTER, area.start, area.end - area.start)
 
 
 def ask_for(descriptor: int, deferred: Deferred, pid: int) -> list[PageRun]:
@@ -230,8 +230,8 @@ def ask_for(descriptor: int, deferred: Deferred, pid: int) -> list[PageRun]:
         for start, end in deferred.areas:
             there += pages.occupied(start, end).tolist()
             length = end - start
-            problem, _ = keeper.call(
-                descriptor, keeper.UFFDIO_REGISTER, start, length, keeper.MODE_MISSING, 0
+            problem, _ = uffd.call(
+                descriptor, uffd.UFFDIO_REGISTER, start, length, uffd.MODE_MISSING, 0
             )
             if problem:
                 raise errors.RestoreFailed(
