@@ -70,6 +70,7 @@ _OUTPUT_MODE = 0o600
 @click.option(
     "--lazy/--eager",
     default=False,
+    show_default=True,
     help="Let the processes run at once, while their memory still comes; or all of it first.",
 )
 @click.option("--stdin", type=click.Path(), help="Replaces the processes' standard input.")
