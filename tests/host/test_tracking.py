@@ -17,6 +17,7 @@ import pytest
 
 from agent.engines.tracking import rate
 from agent.engines.tracking.precopy import Precopy
+from agent.engines.tracking.protected import Protected
 from agent.host import clock, injection, moves, proc
 from agent.host.pagemap import Pagemap
 from agent.model.streams import PAGE_BYTES, AddressSpace
@@ -349,6 +350,28 @@ def late_children(program: Program, monkeypatch: pytest.MonkeyPatch) -> list[int
     program.do("map(2, 4)")
     program.do("fill(2, 4, 1)")
     return children
+
+
+def test_what_is_mapped_anew_while_memory_is_copied_is_taken_on_whole(program: Program) -> None:
+    """A mapping that is followed in a part only is moved in a part only (Linux >= 6.17)."""
+    for line in ("map(26, 8)", "fill(26, 8, 1)", "protect(26, 4, 1)"):  # two, side by side
+        program.do(line)
+    noted = moves.Moves()
+    try:
+        tracker = Protected(proc.identity(program.pid), noted)
+        try:
+            pieces = tracker.round()
+            next(piece for piece in pieces if program.room + (26 << 20) in piece)
+            # In place of the upper half of this one and the lower half of the next.
+            program.do("map(28, 4)")
+            for _ in pieces:
+                pass
+            assert program.do("move(28, 4, 40)") == 0
+            assert program.do("fill(40, 4, 2)") == 0
+        finally:
+            tracker.close()
+    finally:
+        noted.close()
 
 
 def test_a_child_that_is_forked_while_its_parent_is_taken_on_keeps_nothing(

@@ -60,8 +60,8 @@ class Protected:
         try:
             chosen = areas.eligible(self._who.pid)
             untold_of = {start: pages.unguarded(start, end) for start, end in chosen.tolist()}
-            for start, end in areas.spans(self._who.pid).tolist():
-                self._protection.register(start, end)
+            spans = areas.spans(self._who.pid).tolist()
+            ours = [span for span in spans if self._protection.register(*span)]
             for start, end in chosen.tolist():
                 if (start, end) in self._refused:
                     continue  # given out once; it stays unknown
@@ -69,7 +69,10 @@ class Protected:
                     np.array([[at, min(end, at + _PIECE_BYTES)]], dtype=np.int64)
                     for at in range(start, end, _PIECE_BYTES)
                 ]
-                if not self._followed(pages, start, end):
+                # Where the process has changed its mappings since they were listed, nothing is
+                # taken on by these addresses: they could cut one that is new, and the kernel would
+                # then move only a part of it.
+                if not (_within(ours, start, end) and pages.guarded(start, end)):
                     self._refused.add((start, end))
                     for piece in pieces:
                         yield pages.existing(*piece[0].tolist())
@@ -84,7 +87,7 @@ class Protected:
         self._look_for_escapes()
 
     def unchanged(self, areas: Ranges) -> Ranges:
-        """Pages of followed mappings that are not noted as written."""
+        """Pages of followed mappings that are not noted as written; the process stands still."""
         if self.reason:
             return pagemap.none()
         pages = Pagemap(self._who.pid)
@@ -136,9 +139,9 @@ class Protected:
                     break
 
     def _followed(self, pages: Pagemap, start: int, end: int) -> bool:
-        """Whether this very descriptor protects the mapping. After an exec it protects nothing; and
-        what another one protects, of another capture or of the parent of a process that was just
-        born by vfork and still has its memory, must not be taken: that one would not learn of it.
+        """Whether this very descriptor protects the mapping, which cannot change now. After an exec
+        it protects nothing; and what another one protects, of another capture or of the parent of a
+        process that was just born by vfork and still has its memory, is not known to this one.
         """
         return pages.guarded(start, end) and self._protection.register(start, end)
 
@@ -157,3 +160,7 @@ class Protected:
     def _look_for_escapes(self) -> None:
         if not self.reason:
             self.reason = areas.escapes(self._who.pid)
+
+
+def _within(spans: list[list[int]], start: int, end: int) -> bool:
+    return any(first <= start and end <= last for first, last in spans)

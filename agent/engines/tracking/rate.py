@@ -74,11 +74,13 @@ def _written(followed: Iterable[tuple[int, Protected]]) -> int:
     total = 0
     for pid, tracker in followed:
         with contextlib.suppress(errors.NotFound):
-            chosen = areas.eligible(pid)
-            existing = pagemap.union(pagemap.none(), *_existing(pid, chosen))
-            total += pagemap.size_bytes(pagemap.without(existing, tracker.unchanged(chosen)))
-            for _ in tracker.round():
-                pass
+            tracker.again()
+            written = sum(pagemap.size_bytes(piece) for piece in tracker.round())
+            if tracker.reason:
+                chosen = areas.eligible(pid)
+                existing = pagemap.union(pagemap.none(), *_existing(pid, chosen))
+                written = pagemap.size_bytes(existing)
+            total += written
     return total
 
 
