@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from agent.engines.criu.held import HeldSink
 from agent.engines.tracking import rate
 from agent.engines.tracking.precopy import Precopy
 from agent.engines.tracking.protected import Protected
@@ -126,7 +127,7 @@ def test_writes_are_noted_though_another_mapping_is_moved_next_to_these(program:
         program.do("fill(2, 4, 3)")
         program.do("fill(6, 4, 4)")
         program.stop()
-        copy.finish(copy.cut([program.pid]), image)
+        copy.finish(copy.cut([program.pid]), HeldSink(image, 0))
     finally:
         copy.close()
     assert copied(image, program, 2, 8) == program.first_bytes(2, 8)
@@ -151,7 +152,7 @@ def test_what_is_written_all_the_time_is_copied_at_the_cut_only(program: Program
         ahead = sum(page in drafts for page in range(first, first + (16 << 20), PAGE_BYTES))
         assert ahead * PAGE_BYTES < 2 << 20
         program.stop()
-        copy.finish(copy.cut([program.pid]), image)
+        copy.finish(copy.cut([program.pid]), HeldSink(image, 0))
     finally:
         copy.close()
     assert copied(image, program, 20, 16) == program.first_bytes(20, 16)
@@ -170,7 +171,7 @@ def test_memory_is_copied_where_it_was_moved_to(program: Program) -> None:
             copy.round(program.pid)
         assert program.do("move(2, 4, 30)") == 0
         program.stop()
-        copy.finish(copy.cut([program.pid]), image)
+        copy.finish(copy.cut([program.pid]), HeldSink(image, 0))
         assert copy.cut_bytes >= 4 << 20, "it was not tracked"
     finally:
         copy.close()
@@ -199,7 +200,7 @@ def test_what_another_one_is_told_of_the_same_process_is_not_kept_from_this_one(
         assert program.do("move(20, 4, 40)") == 0
         program.stop()
         for copy, into in ((first, image), (other, other_image)):
-            copy.finish(copy.cut([program.pid]), into)
+            copy.finish(copy.cut([program.pid]), HeldSink(into, 0))
     finally:
         first.close()
         other.close()
@@ -213,7 +214,7 @@ def kind_and_bytes(copy: Precopy, program: Program) -> tuple[dict[str, int], int
     copy.begin(MemoryImage(("one", MemoryImage())), clock.Deadline.after(60), "one")
     copy.round(program.pid)
     program.stop()
-    copy.finish(copy.cut([program.pid]), MemoryImage())
+    copy.finish(copy.cut([program.pid]), HeldSink(MemoryImage(), 0))
     os.kill(program.pid, signal.SIGCONT)
     return copy.kinds, copy.cut_bytes
 
@@ -286,7 +287,7 @@ def test_a_child_that_still_has_its_parents_memory_is_told_nothing_of_it(
         (tmp_path / "fifo").write_bytes(b"")
         copy.round(program.pid)
         program.stop()
-        copy.finish(copy.cut([program.pid]), image)
+        copy.finish(copy.cut([program.pid]), HeldSink(image, 0))
     finally:
         copy.close()
     assert copied(image, program, 2, 4) == program.first_bytes(2, 4) == b"\2" * 1024
@@ -312,7 +313,7 @@ def test_a_process_that_moves_mappings_all_the_time_costs_no_memory(
         assert all(len(each) <= 2 for each in copy._moves._arrived.values())
         program.do("fill(20, 2, 3)")
         program.stop()
-        copy.finish(copy.cut([program.pid]), image)
+        copy.finish(copy.cut([program.pid]), HeldSink(image, 0))
     finally:
         copy.close()
     assert copied(image, program, 2, 2) == program.first_bytes(2, 2) == b"\1" * 512
