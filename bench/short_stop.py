@@ -31,7 +31,11 @@ _GIB = 1 << 30
 _TMPFS = "/dev/shm"
 _STARTED_S = 300.0
 _IDLE_S = 1.0
-_HEADS = ("memory", "nothing, ms", "ckpt-agent, ms", "criu dump, ms", "criu dump / ckpt-agent")
+_SMALL_BYTES = 8 << 20
+_HEADS = (
+    *("memory", "nothing, ms", "ckpt-agent, ms", "criu dump, ms", "criu dump / ckpt-agent"),
+    "criu dump of 8 MiB, ms",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +110,9 @@ def measure(context: Context) -> Section:
 _HOW = (
     "A job that writes to 1 % of its pages a second and watches its clock. `ckpt-agent dump"
     " --precopy-cpu 100` (so that a pair takes less long), and `criu dump --leave-running` to"
-    " tmpfs, in turns; memory was touched before, and nothing else runs."
+    " tmpfs, in turns; memory was touched before, and nothing else runs. The last column is `criu"
+    " dump` of the same job with 8 MiB in place of its memory: what a stop by CRIU takes however"
+    " little it has to copy."
 )
 
 
@@ -122,10 +128,16 @@ def _measure(context: Context, case: Case, section: Section) -> None:
     idle: list[float] = []
     ours: list[float] = []
     theirs: list[float] = []
+    floor: list[float] = []
     ways: list[dict[str, Any]] = []
     images = os.path.join(_TMPFS, f"bench-{os.getpid()}")
-    job = _Clockwork(os.path.join(context.work, f"clock-{len(section.rows)}"), case)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, images, ignore_errors=True)
+        folder = os.path.join(context.work, f"clock-{len(section.rows)}")
+        job = _Clockwork(folder, case)
+        stack.callback(job.kill)
+        small = _Clockwork(f"{folder}-small", dataclasses.replace(case, size_bytes=_SMALL_BYTES))
+        stack.callback(small.kill)
         for number in range(context.pairs):
             with job.pause(idle):
                 time.sleep(_IDLE_S)
@@ -140,17 +152,16 @@ def _measure(context: Context, case: Case, section: Section) -> None:
                     ways.append(_way(agent, report["name"]))
                     shutil.rmtree(agent.store)
                 else:
-                    with job.pause(theirs):
-                        criu.dump(job.pid)
-                    shutil.rmtree(images)
+                    for dumped, into in ((job, theirs), (small, floor)):
+                        with dumped.pause(into):
+                            criu.dump(dumped.pid)
+                        shutil.rmtree(images)
             context.say(
                 f"{case.title}: idle {idle[-1]:.3f} s, ckpt-agent {ours[-1]:.3f} s"
-                f" ({ways[-1]['stop']['path']}), criu {theirs[-1]:.3f} s"
+                f" ({ways[-1]['stop']['path']}), criu {theirs[-1]:.3f} s,"
+                f" of 8 MiB {floor[-1]:.3f} s"
             )
-    finally:
-        job.kill()
-        shutil.rmtree(images, ignore_errors=True)
-    _tell(case, section, [Samples.of(values) for values in (idle, ours, theirs)], ways)
+    _tell(case, section, [Samples.of(values) for values in (idle, ours, theirs, floor)], ways)
 
 
 def _way(agent: tools.Agent, image: str) -> dict[str, Any]:
@@ -160,19 +171,21 @@ def _way(agent: tools.Agent, image: str) -> dict[str, Any]:
 
 
 def _tell(case: Case, section: Section, samples: list[Samples], ways: list[dict[str, Any]]) -> None:
-    idle, own, other = samples
+    idle, own, other, floor = samples
     ratio = other.over(own)
     section.rows.append(
         (
             case.title,
-            *(each.told(digits=1, scale=1e-3) for each in samples),
+            *(each.told(digits=1, scale=1e-3) for each in (idle, own, other)),
             ratio.told(digits=1),
+            floor.told(digits=1, scale=1e-3),
         )
     )
     section.data[case.title] = {
         "idle_s": idle.document(),
         "agent_s": own.document(),
         "criu_s": other.document(),
+        "criu_of_8_mib_s": floor.document(),
         "ways": ways,
     }
     if ratio.median < 1:
