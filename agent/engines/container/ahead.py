@@ -4,7 +4,8 @@ whether it is still so.
 A file is packed ahead if nobody can be writing to it (``host.leases``) and its last change lies
 back. Whoever writes to it later opens it later, and that moves its change time: a write and a
 change of its length when they begin, a write through a mapping by the fault that makes the page
-writable. So where the change time is the same at the cut, so is the content. Directories, links
+writable. So where the change time is the same at the cut, so is the content. On file systems that
+are not known for that (tmpfs is known for the contrary) nothing is packed ahead. Directories, links
 and the like have no content, and what else is told of them is compared at the cut.
 
 Promises: ``entry`` gives what packing it at the cut would give; what cannot be had ahead is left
@@ -53,6 +54,8 @@ class Ahead:
         self._deadline = deadline
         self._whiteouts = whiteouts
         self._known: dict[str, tuple[_Seen, pack.Entry]] = {}
+        if not leases.tells_of_writes(root):
+            return
         try:
             for each in pack.walk(root, deadline, without):
                 if len(self._known) >= _MOST_ENTRIES:
