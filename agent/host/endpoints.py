@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import math
 import socket
 from collections.abc import Iterable, Iterator
 
@@ -21,6 +22,11 @@ from agent.host import descriptors, proc, sockets
 # linux/tcp.h: struct tcp_info begins with the state.
 _STATE_BYTES = 1
 _FAMILIES = {socket.AF_INET: "tcp", socket.AF_INET6: "tcp6"}
+# linux/in.h and linux/in6.h: IP_RECVERR and IPV6_RECVERR, with their levels.
+_TELLS_AT_ONCE = {
+    socket.AF_INET: (socket.IPPROTO_IP, 11),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 25),
+}
 
 
 def tcp(pid: int, files: Iterable[proc.OpenFile]) -> dict[int, sockets.Socket]:
@@ -51,6 +57,40 @@ def of_tree(pids: Iterable[int]) -> Iterator[sockets.Socket]:
     for pid in pids:
         with contextlib.suppress(errors.NotFound):
             yield from tcp(pid, proc.open_files(pid)).values()
+
+
+def patience(pids: Iterable[int]) -> Iterator[tuple[tuple[str, str], float]]:
+    """Both ends of each TCP connection of processes, this one first and IPv4 as IPv4, and the
+    shortest time in seconds after which its program has asked to be told that the other end is not
+    heard: 0 where it is told at once, infinite where it is left to the kernel (minutes).
+    """
+    for pid in pids:
+        with contextlib.suppress(errors.NotFound):
+            files = proc.open_files(pid)
+            known = tcp(pid, files)
+            for file in files:
+                found = known.get(file.inode) if file.link.startswith("socket:") else None
+                if found is None or found.connection is None:
+                    continue
+                with (
+                    contextlib.suppress(OSError),  # closed meanwhile
+                    _copied(pid, file.number) as copy,
+                ):
+                    yield found.connection, _patience_s(copy)
+
+
+def _patience_s(copy: socket.socket) -> float:
+    """As tcp_write_timeout, tcp_keepalive_timer and tcp_v4_err of the kernel have it."""
+    if copy.getsockopt(*_TELLS_AT_ONCE[socket.AddressFamily(copy.family)]):
+        return 0.0
+    patience_s = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000 or math.inf
+    if copy.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
+        # It may have been idle for so long already that the first probe is sent at once; with a
+        # time of the program's own, one that is not answered is enough.
+        every_s = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
+        probes = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT)
+        patience_s = min(patience_s, every_s * (probes if math.isinf(patience_s) else 1))
+    return patience_s
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import pytest
 from agent import errors
 from agent.engines.base import CaptureOptions, CaptureReport, Disposition
 from agent.engines.kubelet import client, engine, holdfirst
-from agent.host import namespaces, netfilter, proc
+from agent.host import clock, endpoints, namespaces, netfilter, proc
 from agent.model.container import Container
 from tests import archives
 from tests.fakes.kubelet import TOKEN, Certificates, Server, serving
@@ -185,3 +185,56 @@ def test_what_a_dead_agent_left_of_a_hold_is_taken_away(field: Field) -> None:
     engine.recover(str(field.folder))
     assert field.tables() == set()
     assert list(field.folder.iterdir()) == []
+
+
+_IMPATIENT = """
+import socket, sys, time
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+server = socket.create_server(("127.0.0.1", 0))
+client = socket.create_connection(server.getsockname())
+accepted = server.accept()[0]
+client.setsockopt(*eval(sys.argv[1]))
+print("up", flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "held"),
+    [
+        ("socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 5000", False),
+        ("socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 20000", True),
+        ("socket.IPPROTO_IP, 11, 1", False),
+        ("socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1", True),
+    ],
+    ids=["user timeout", "grpc", "recverr", "keepalive"],
+)
+def test_who_would_be_told_that_it_is_held_is_not_held(option: str, held: bool) -> None:
+    program = ["unshare", "-n", sys.executable, "-c", f"import subprocess{_IMPATIENT}", option]
+    popen = subprocess.Popen(program, stdout=subprocess.PIPE)
+    assert popen.stdout
+    try:
+        assert popen.stdout.readline() == b"up\n"
+        container = Container("f" * 64, "c", popen.pid, "")
+        options = CaptureOptions(hold_first=True, within=OTHERS)
+        holdfirst.check(container, options)  # nothing of it is held
+        if held:
+            holdfirst.check(container, options, alone=False)
+        else:
+            with pytest.raises(errors.TargetUnsuitable, match="cannot be held"):
+                holdfirst.check(container, options, alone=False)
+    finally:
+        popen.kill()
+        popen.communicate()
+
+
+def test_half_of_what_a_program_waits_for_is_how_long_it_is_held(
+    container: Container, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = ("10.77.0.1:1", f"{next(iter(OTHERS))}:2")
+    monkeypatch.setattr(endpoints, "patience", lambda pids: [(ends, 12.0), (ends, 20.0)])
+    options = CaptureOptions(hold_first=True, within=OTHERS)
+    who = proc.identity(container.pid)
+    cut = Cut(set)
+    with holdfirst.apart(container, who, "ckpt-agent-test-half", cut, options, alone=True) as part:
+        assert 5.0 < part.deadline(clock.Deadline.after(60)).remaining_s <= 6.0

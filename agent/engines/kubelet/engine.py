@@ -74,6 +74,7 @@ class KubeletEngine:
         self._pod = pod
         self._containers = {each.pid: each for each in containers}
         self._directory = directory
+        self._alone = len(self._containers) == 1
 
     def capture(
         self, pid: int, sink: MemberSink, cut: Cut, options: CaptureOptions
@@ -93,7 +94,7 @@ class KubeletEngine:
         _check_clock(container)
         _check_processes(container)
         if options.hold_first:
-            holdfirst.check(container, options)
+            holdfirst.check(container, options, alone=self._alone)
         deadline = clock.Deadline.after(options.deadline_s)
         target = client.Target(self._namespace, self._pod, container.name)
         with contextlib.ExitStack() as stack:
@@ -145,10 +146,10 @@ class KubeletEngine:
             yield None
             return
         holdfirst.poise(cut)
-        who, alone = proc.identity(container.pid), len(self._containers) == 1
+        who = proc.identity(container.pid)
         with (
             checkpoints.hold(target, who) as table,
-            holdfirst.apart(container, who, table, cut, options, alone=alone) as part,
+            holdfirst.apart(container, who, table, cut, options, alone=self._alone) as part,
         ):
             yield part
 

@@ -6,8 +6,9 @@ is captured by its runtime at some moment while that lasts. docs/design/joint-ep
 that is one cut.
 
 Promises: what the members say to each other is refused from ``frozen`` until all were captured, for
-``HELD_S`` at most, by the kernel's own doing if need be; a connection between them that would be in
-one image only gives the capture up, and so does one that ends meanwhile.
+``HELD_S`` at most, by the kernel's own doing if need be, and no longer than half of what a program
+has asked its connections to wait; a connection between them that would be in one image only gives
+the capture up, and so does one that ends meanwhile.
 Does not: hold datagrams, or what leads out of the group; nor stop anything.
 """
 
@@ -27,6 +28,9 @@ from agent.model.cut import End
 # Longer than a kubelet takes for a few GB on a local disk; what watches connections commonly gives
 # them half a minute (as hold.LEASE_S).
 HELD_S = 20.0
+# Whose connections break when they are held for a few seconds is not held at all: the members come
+# to know within so long that another has given up.
+_LEAST_S = 4.0
 # How long a first wait for the other members is; see Cut.poised.
 _POISED_S = 1.0
 _THERE = ("established", "fin-wait-1", "fin-wait-2", "close-wait", "closing", "last-ack")
@@ -34,13 +38,14 @@ _THERE = ("established", "fin-wait-1", "fin-wait-2", "close-wait", "closing", "l
 Ends = tuple[str, str]
 
 
-def check(container: Container, options: CaptureOptions) -> None:
-    """Refuse what cannot be held.
+def check(container: Container, options: CaptureOptions, *, alone: bool = True) -> None:
+    """Refuse what cannot be held; ``alone`` as ``apart`` has it.
 
     Raises:
         errors.ConnectionUnaccepted: it is not told who the others are, so that a connection which
             was not accepted yet would be left out of the image.
-        errors.TargetUnsuitable: the container has no network of its own.
+        errors.TargetUnsuitable: the container has no network of its own, or a connection of it is
+            given up soon by its program's own wish.
     """
     if not options.within:
         raise errors.ConnectionUnaccepted(
@@ -49,24 +54,56 @@ def check(container: Container, options: CaptureOptions) -> None:
             hint="try again in a moment, with fewer than 10,000 pods, or use the container engine",
         )
     theirs = proc.namespaces(container.pid)["net"]
-    others = [proc.namespaces(os.getpid())["net"]]
+    nodes = [proc.namespaces(os.getpid())["net"]]
     with contextlib.suppress(errors.PrivilegeMissing):
-        others.append(proc.namespaces(1)["net"])
-    if theirs in others:
+        nodes.append(proc.namespaces(1)["net"])
+    if theirs in nodes:
         raise errors.TargetUnsuitable(
             f"container {container.name} uses the node's own network, which cannot be held",
             hint="do not set hostNetwork in the pod: its connections and ports cannot move",
         )
+    sources = others(options.within, addresses.of(container.pid))
+    _allowed_s(container.pid, sources, loopback=not alone)
+
+
+def _allowed_s(pid: int, sources: frozenset[str], *, loopback: bool) -> float:
+    """How long the connections can be held without their programs' being told.
+
+    Raises:
+        errors.TargetUnsuitable: for too short a time.
+    """
+    allowed_s = HELD_S
+    for ends, patience_s in endpoints.patience(proc.tree(pid)):
+        if not between([ends], sources, loopback=loopback):
+            continue
+        # Who hears nothing asks again at least once between half of the time and its end.
+        allowed_s = min(allowed_s, patience_s / 2)
+        if allowed_s < _LEAST_S:
+            raise errors.TargetUnsuitable(
+                f"the connection {' -> '.join(ends)} cannot be held: its program is told when the"
+                f" other end was not heard for {patience_s:.0f} s",
+                hint="use the container engine, or longer times for TCP_USER_TIMEOUT and keepalive"
+                " (and no IP_RECVERR)",
+                pid=pid,
+            )
+    return allowed_s
 
 
 class Part:
     """A member that is apart from the others; ``apart`` makes it."""
 
     def __init__(
-        self, cut: Cut, held: hold.Held, deadline: clock.Deadline, connections: Iterable[Ends]
+        self,
+        cut: Cut,
+        held: hold.Held,
+        deadline: clock.Deadline,
+        connections: Iterable[Ends],
+        held_s: float = HELD_S,
     ) -> None:
+        """``held_s`` is how long the hold may last, until ``deadline``."""
         self._cut = cut
         self._held = held
+        self._held_s = held_s
         self._deadline = deadline
         self._connections = frozenset(connections)
 
@@ -79,8 +116,8 @@ class Part:
         self._cut.check()
         if self._deadline.expired:
             raise errors.DeadlineExceeded(
-                f"the kubelet did not capture the container within {HELD_S:.0f} s, for which the"
-                " job's connections may be held",
+                f"the kubelet did not capture the container within {self._held_s:.0f} s, for which"
+                " the job's connections may be held",
                 hint="the job goes on; use the container engine for what takes longer",
             )
         self._held.check()
@@ -149,15 +186,17 @@ def apart(
 
     Raises:
         errors.ConnectionUnaccepted: a connection between members is only beginning, or ending.
+        errors.TargetUnsuitable: for too short a time; as ``check`` has it.
         errors.PrivilegeMissing | errors.EnvironmentUnfit: the kernel cannot hold them.
         errors.CkptError: the cut was given up.
     """
     sources = others(options.within, addresses.of(who.pid))
+    allowed_s = _allowed_s(container.pid, sources, loopback=not alone)
     # Over a moment before the kernel ends the hold.
-    until = clock.Deadline.after(HELD_S)
+    until = clock.Deadline.after(allowed_s)
     with (
         namespaces.opened(who, "net") as network,
-        hold.apart(table, sources, loopback=not alone, network=network, limit_s=HELD_S) as held,
+        hold.apart(table, sources, loopback=not alone, network=network, limit_s=allowed_s) as held,
     ):
         cut.frozen()
         known = list(endpoints.of_tree(proc.tree(container.pid)))
@@ -170,6 +209,7 @@ def apart(
             held,
             until,
             between([ends for ends, state in connections if state in _THERE], sources, not alone),
+            allowed_s,
         )
         cut.held()
         yield part
