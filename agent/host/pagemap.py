@@ -101,7 +101,7 @@ class Pagemap:
         """
         # Few runs of pages are missing, so looking for those is quicker than listing what is there
         # with its state.
-        guard = _GUARD if _knows_guards() else 0
+        guard = _GUARD if knows_guards() else 0
         found = self._scan(
             start,
             end,
@@ -118,7 +118,7 @@ class Pagemap:
         where there are many.
         """
         others = _FILE | _PFNZERO
-        guard = _GUARD if _knows_guards() else 0
+        guard = _GUARD if knows_guards() else 0
         found = self._scan(
             start,
             end,
@@ -230,7 +230,7 @@ class WriteProtection:
 
 
 @functools.cache
-def _knows_guards() -> bool:
+def knows_guards() -> bool:
     """Whether this kernel has guard pages."""
     own = Pagemap(os.getpid())
     try:

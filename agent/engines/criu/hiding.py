@@ -32,7 +32,7 @@ from agent.engines.criu.probe import Criu
 from agent.engines.tracking import shared
 from agent.engines.tracking.areas import SMALLEST_BYTES
 from agent.engines.tracking.precopy import Standing
-from agent.host import proc
+from agent.host import pagemap, proc
 from agent.host.supervision import (
     IOCTL,
     LSEEK,
@@ -191,11 +191,14 @@ class Hiding:
         return _file(smaps) if name == b"smaps" else self._pagemap(call, number)
 
     def _pagemap(self, call: Call, number: int) -> Given | None:
-        """CRIU asks a process for its guard pages first, and opens its pagemap anew then."""
+        """CRIU asks a process for its guard pages first, if the kernel has any (Linux 6.15), and
+        opens its pagemap anew then.
+        """
         self._opened[number] += 1
-        # The first question needs nobody to be asked, either.
-        path = os.path.join(call.path(call.arguments[0]), "pagemap")
-        if self._opened[number] > 1:
+        if self._opened[number] == 1 and pagemap.knows_guards():
+            # This question needs nobody to be asked, either.
+            path = os.path.join(call.path(call.arguments[0]), "pagemap")
+        else:
             path = f"/proc/{call.pid}/pagemap"
         return _opened(path, 0, self._next(call, _PAGEMAPS))
 
