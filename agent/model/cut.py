@@ -28,7 +28,8 @@ LOCALHOST = "localhost"
 class End:
     """One end of an established TCP connection as it was captured; addresses are without zone and
     never IPv4-mapped. ``place`` is the network namespace that it lives in (a pod), as far as the
-    one who looks at ends of several knows.
+    one who looks at ends of several knows. ``peer_closed``: the other end has said its last, and
+    may be no more.
     """
 
     local: str
@@ -39,6 +40,7 @@ class End:
     unacknowledged_bytes: int
     received_seq: int
     place: str = ""
+    peer_closed: bool = False
 
     @property
     def name(self) -> str:
@@ -101,6 +103,20 @@ def check(ends: Iterable[End]) -> Verdict:
         if lag:
             torn.append(Torn(each, other, lag))
     return Verdict(inside // 2, tuple(torn), tuple(leaving))
+
+
+def unheld(
+    leaving: Iterable[End], places: Collection[str], addresses: Collection[str]
+) -> tuple[str, ...]:
+    """Those of ``leaving``, a name for people each, that lead from one of ``places`` to another by
+    its ``addresses`` after all. The other end knows them by another address, a Service's: whoever
+    is held apart by the addresses of the others hears through it what was sent after the cut.
+    """
+    return tuple(
+        each.name
+        for each in leaving
+        if each.place in places and each.remote in addresses and not each.peer_closed
+    )
 
 
 def unaccepted(connections: Iterable[tuple[str, str]], within: Collection[str]) -> tuple[str, ...]:

@@ -352,6 +352,7 @@ def _commit(
             hint="nothing was kept, the job goes on; try again",
             reasons=[str(each) for each in verdict.torn],
         )
+    _check_held(group, verdict, given)
     try:
         summary = store.commit_joint(
             group,
@@ -394,6 +395,25 @@ def _commit(
             for problem in each.hook_problems
         ],
     )
+
+
+def _check_held(group: ids.GroupName, verdict: cut.Verdict, given: Sequence[Contribution]) -> None:
+    """Refuse connections between members that ran on while others were read, and heard each other
+    through an address that nobody knew to be theirs.
+    """
+    ran_on = [each for each in given if each.pod.get("engine", "container") != "container"]
+    lost = cut.unheld(
+        verdict.leaving,
+        {end.place for each in ran_on for end in each.ends},
+        {address for each in ran_on for address in each.pod.get("addresses", ())},
+    )
+    if lost:
+        raise errors.CutTorn(
+            f"members of {group} were not apart: {lost[0]} leads through a Service's address",
+            hint="nothing was kept, the job goes on; use the container engine, or let the pods"
+            " call each other by their own addresses (a headless Service)",
+            reasons=lost,
+        )
 
 
 def _facts(

@@ -203,6 +203,38 @@ def test_pods_that_were_not_cut_at_one_instant_are_never_committed(agent: Agent,
     assert "try again" in refused.value.hint
 
 
+@pytest.mark.parametrize(
+    ("engines", "closed", "torn"),
+    [
+        ("kubelet", False, True),
+        ("kubelet", True, False),  # its caller may be gone
+        ("kubelet container", False, False),  # what the one that stood still said is held there
+    ],
+)
+def test_who_called_through_a_service_was_not_apart(
+    agent: Agent, engines: str, closed: bool, torn: bool
+) -> None:
+    """Its answers came from the Service's address, which nobody held."""
+    calls = End("10.0.0.0", 40000, "10.96.0.7", 80, 100, 0, 500, "uid-0")
+    called = End("10.0.0.1", 8080, "10.0.0.0", 40000, 400, 0, 100, "uid-1", peer_closed=closed)
+    with contributed(agent, 2, engines=engines) as (epoch, given), agent.caller() as caller:
+        parts = [
+            dataclasses.replace(
+                decoded,
+                ends=(end,),
+                pod={**decoded.pod, "addresses": [end.local]},
+            ).encode()
+            for decoded, end in zip(map(Contribution.decode, given), (calls, called), strict=True)
+        ]
+        if not torn:
+            found = caller.epochs.decide(epoch, Decision.COMMITTED, parts)
+            assert len(found.leaving) == 2
+            return
+        with pytest.raises(errors.CutTorn, match=r"10\.0\.0\.1:8080 -> 10\.0\.0\.0:40000"):
+            caller.epochs.decide(epoch, Decision.COMMITTED, parts)
+        assert list(agent.store.epochs(GROUP)) == []
+
+
 def captured(cuts: str) -> list[list[End]]:
     """What CRIU wrote of the connection's ends, by rank."""
     folder = Path(__file__).parent / "cuts" / cuts

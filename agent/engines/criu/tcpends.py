@@ -18,6 +18,8 @@ from agent.engines.criu import images
 from agent.model.cut import End
 
 _MAPPED = (0, 0, 0xFFFF0000)
+# net/tcp_states.h: close-wait, last-ack and closing.
+_PEER_CLOSED = (8, 9, 11)
 # The record is a few numbers; what follows it are the queues, up to megabytes.
 HEAD_BYTES = 4096
 
@@ -61,6 +63,7 @@ def _ends(entries: Iterable[Any], head: Callable[[str], bytes | None]) -> Iterat
             written_seq=stream.outq_seq,
             unacknowledged_bytes=stream.outq_len,
             received_seq=stream.inq_seq,
+            peer_closed=entry.isk.state in _PEER_CLOSED,
         )
 
 
