@@ -250,7 +250,8 @@ class BlockSource:
 
     def _block(self, pool: futures.Executor, key: _Key) -> futures.Future[bytes]:
         block = self._cache.get(key)
-        if block is None or block.cancelled():
+        # What could not be read may be there the next time.
+        if block is None or block.cancelled() or (block.done() and block.exception()):
             number, at = key
             block = pool.submit(self._tables[number].load, self._volume, at)
             self._cache[key] = block

@@ -34,6 +34,7 @@ class Held(MemorySource):
         super().__init__(image)
         self.let_go = let_go or threading.Event()
         self.failure: errors.CkptError | None = None
+        self.failures: list[errors.CkptError] = []
 
     def read(
         self, space: AddressSpace, runs: Sequence[PageRun] | None = None
@@ -43,12 +44,32 @@ class Held(MemorySource):
             # The rest of all is asked for in one call; what is waited for, and small memory, not.
             if pages > 4096:
                 self.let_go.wait(60)
+                self.fail()
                 if self.failure is not None:
                     raise self.failure
             yield piece
 
+    def fail(self) -> None:
+        """Each of ``failures`` once."""
+        if self.failures:
+            raise self.failures.pop()
+
     def beside(self) -> MemorySource:
-        return MemorySource(self._image)
+        return Waited(self._image, self.fail)
+
+
+class Waited(MemorySource):
+    """Gives what is waited for."""
+
+    def __init__(self, image: MemoryImage, fail: Callable[[], None]) -> None:
+        super().__init__(image)
+        self._fail = fail
+
+    def read(
+        self, space: AddressSpace, runs: Sequence[PageRun] | None = None
+    ) -> Iterator[tuple[int, memoryview | None, int]]:
+        self._fail()
+        yield from super().read(space, runs)
 
 
 class Filled(Target):
@@ -206,11 +227,28 @@ def test_a_store_that_fails_ends_the_tree(
         orphan = 0
         if not isolate:
             orphan = target.orphan()
-        run.source.failure = errors.VolumeGone("the volume is gone")
-        with pytest.raises(errors.VolumeGone):
+        run.source.failure = errors.Missing("the image is gone")
+        with pytest.raises(errors.Missing):
             run.complete()
         run.assert_ended(orphan)
     assert not (target.folder / "hole").exists()
+    host.assert_clean()
+
+
+def test_a_store_that_fails_for_a_moment_ends_nobody(
+    host: Host, dumped: tuple[MemoryImage, Filled]
+) -> None:
+    image, target = dumped
+    with Run(host, image) as run:
+        run.source.failures = [errors.VolumeGone("away"), errors.VolumeError("EIO")]
+        target.ask("some", "moved", "forgotten")
+        assert not run.source.failures
+        run.source.failures = [errors.VolumeGone("away"), errors.Corrupt("torn")]
+        run.complete()
+        assert not run.source.failures
+        assert run.fills.filled_bytes == run.fills.total_bytes
+        target.ask("all")
+        run.tree.kill()
     host.assert_clean()
 
 

@@ -6,7 +6,7 @@ store's read-ahead.
 
 Promises: what a process finds in its memory has been verified and belongs there. A tree whose
 memory cannot be completed is ended, whoever fails or dies (see ``keeper``), never left running with
-holes. Memory is bounded: 16 MiB besides the store's.
+holes; a volume that fails for a moment ends no tree. Memory is bounded: 16 MiB besides the store's.
 Does not: choose what comes late; ``lazy`` does.
 """
 
@@ -19,13 +19,13 @@ import queue
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import agent
 from agent import errors
-from agent.engines.criu import journal, keeper, lazy
+from agent.engines.criu import journal, keeper, lazy, rereading
 from agent.host import clock, proc, subprocesses
-from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource
+from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource, PageRun
 
 # What is copied in one step while nobody else is served, and what comes along with a page that
 # somebody waits for.
@@ -38,6 +38,9 @@ _ROOM_S = 0.002
 _ZERO_PAGES = 16
 _POLL_S = 0.2
 _PACKAGES = os.path.dirname(os.path.dirname(agent.__file__))
+# A volume that fails is given so long, while the tree waits: a server that is started anew, a link
+# that was lost. One that is away for longer is more likely gone.
+_AGAIN_S = 30.0
 _READY_S = 10.0
 _ENDED_S = 60.0
 # A thread that hangs in a read of the volume is not waited for.
@@ -246,7 +249,7 @@ class Fill:
 
     def _stream(self) -> None:
         for number, space in enumerate(self._spaces):
-            for address, data, pages in self._source.read(space, self._deferred[space].runs):
+            for address, data, pages in self._read(self._source, space, self._deferred[space].runs):
                 if data is not None:
                     with self._quiet:
                         self._quiet.wait_for(lambda: self._asked == 0, _ROOM_S)
@@ -264,13 +267,22 @@ class Fill:
             space = self._spaces[number]
             low = address // _WINDOW_BYTES * _WINDOW_BYTES
             runs = self._deferred[space].within(low, low + _WINDOW_BYTES)
-            for at, data, pages in self._beside.read(space, runs) if runs else ():
+            for at, data, pages in self._read(self._beside, space, runs) if runs else ():
                 if data is not None:
                     self._send(self._urgent, number, at, data, self._answers)
                 elif pages >= _ZERO_PAGES:
                     self._urgent.send(_zero(number, at, pages))
             self._urgent.send(keeper.ANSWERED + keeper.ADDRESS.pack(number, address))
             self._question(-1)
+
+    def _read(
+        self, source: MemberSource, space: AddressSpace, runs: Sequence[PageRun]
+    ) -> Iterator[tuple[int, memoryview | None, int]]:
+        return rereading.read(source, space, runs, self._pause, min(_AGAIN_S, self._patience_s))
+
+    def _pause(self, pause_s: float) -> None:
+        if self._over.wait(pause_s):
+            raise _Over
 
     def _question(self, more: int) -> None:
         with self._quiet:
