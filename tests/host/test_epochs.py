@@ -17,15 +17,17 @@ from typing import Any, cast
 import pytest
 
 from agent import errors
-from agent.engines.base import CaptureOptions, FilePolicy, RestoreOptions
-from agent.host import proc
+from agent.engines.base import CaptureOptions, Disposition, FilePolicy, RestoreOptions
+from agent.engines.criu import shortstop
+from agent.host import netfilter, proc
 from agent.model import ids
 from agent.node import dump as node_dump
 from agent.node import restore as node_restore
 from agent.store.reader import EpochReader
 from agent.store.repository import Store
 from agent.volumes.directory import DirectoryVolume
-from tests.host.conftest import TARGETS, Host, Target
+from tests.host.conftest import TARGETS, Cut, Host, Target
+from tests.host.image import MemoryImage
 from tests.host.nodes import wait_for
 
 GROUP = ids.group_name("job")
@@ -41,7 +43,9 @@ class Job:
         self.store = Store.open(DirectoryVolume(str(root)), create=True)
 
     def dump(self, *pids: int, **changes: Any) -> node_dump.DumpOutcome:
-        options = CaptureOptions(include=changes.pop("include", ()))
+        options = CaptureOptions(
+            include=changes.pop("include", ()), precopy=changes.pop("precopy", False)
+        )
         members = [node_dump.Member(ids.member_name(f"tree-{n}"), p) for n, p in enumerate(pids)]
         return node_dump.dump(
             changes.pop("store", self.store), self.host.engine, GROUP, members, options, **changes
@@ -71,11 +75,14 @@ def reasons_of(refusal: errors.CkptError) -> list[str]:
 class Stream:
     """Two trees that exchange numbers over TCP."""
 
-    def __init__(self, host: Host, folder: Path) -> None:
+    def __init__(self, host: Host, folder: Path, *address: str) -> None:
+        # The runtime's default disposition of SIGUSR1 would end a process that is not up yet.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        folder.mkdir()
         self.folder = folder
+        program = [sys.executable, str(TARGETS / "stream.py")]
         self.ends = {
-            role: host.popen([sys.executable, str(TARGETS / "stream.py"), role, str(folder)])
-            for role in ("serve", "send")
+            role: host.popen([*program, role, str(folder), *address]) for role in ("serve", "send")
         }
         self.flows()
 
@@ -121,11 +128,7 @@ class Stream:
 
 @pytest.fixture
 def stream(host: Host, tmp_path: Path) -> Stream:
-    # The runtime's default disposition of SIGUSR1 would end a process that is not up yet.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    folder = tmp_path / "stream"
-    folder.mkdir()
-    return Stream(host, folder)
+    return Stream(host, tmp_path / "stream")
 
 
 def test_trees_that_talk_to_each_other_are_cut_at_one_moment_and_lose_nothing(
@@ -144,6 +147,34 @@ def test_trees_that_talk_to_each_other_are_cut_at_one_moment_and_lose_nothing(
         stream.flows()
         for _, tree in trees:
             tree.kill()
+    job.host.assert_clean()
+
+
+def _give_up() -> Disposition:
+    assert any(name.startswith("ckpt-agent-") for name in netfilter.tables(""))
+    raise errors.VolumeError("the volume is full")
+
+
+@pytest.mark.parametrize(("address", "precopy"), [("127.0.0.1", True), ("::1", False)])
+def test_a_tree_loses_nothing_to_a_peer_outside_of_it_whether_it_runs_on_or_comes_back(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, precopy: bool
+) -> None:
+    monkeypatch.setattr(shortstop, "_SMALLEST_BYTES", 0)
+    stream = Stream(job.host, tmp_path / "stream", address)
+    for pid in stream.pids:
+        ((_, report),) = job.dump(pid, precopy=precopy).members
+        assert report.engine_facts["stop"]["path"] == ("precopy" if precopy else "plain")
+        stream.flows()
+        cut = Cut()
+        monkeypatch.setattr(cut, "captured", _give_up)
+        with pytest.raises(errors.VolumeError):
+            job.host.capture(pid, MemoryImage(), cut, CaptureOptions(precopy=precopy))
+        job.host.assert_clean()
+        stream.flows()
+    job.dump(stream.pids[0], stop=True, precopy=precopy)
+    assert stream.ends["serve"].wait(10) == -signal.SIGKILL
+    assert [tree.pid for _, tree in job.restore().trees] == stream.pids[:1]
+    stream.flows()
     job.host.assert_clean()
 
 

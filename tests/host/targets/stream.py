@@ -1,7 +1,7 @@
 """One end of a TCP stream of numbers; complains and ends if one is lost, repeated or reordered.
 
-stream.py serve FOLDER          listens on a free port and writes it to FOLDER/port
-stream.py send FOLDER           connects to that port
+stream.py serve FOLDER [ADDRESS]   listens on a free port and writes it to FOLDER/port
+stream.py send FOLDER [ADDRESS]    connects to that port
 Each end sends numbers and checks those it gets; on SIGUSR1 it writes how many to FOLDER/<role>.
 """
 
@@ -24,20 +24,21 @@ def write(path: str, text: str) -> None:
     os.replace(path + ".new", path)
 
 
-def connect(role: str, folder: str) -> socket.socket:
+def connect(role: str, folder: str, address: str = "127.0.0.1") -> socket.socket:
     port = os.path.join(folder, "port")
     if role == "serve":
-        with socket.create_server(("127.0.0.1", 0)) as server:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.create_server((address, 0), family=family) as server:
             write(port, str(server.getsockname()[1]))
             return server.accept()[0]
     while not os.path.exists(port):
         time.sleep(0.01)
     with open(port, encoding="ascii") as file:
-        return socket.create_connection(("127.0.0.1", int(file.read())))
+        return socket.create_connection((address, int(file.read())))
 
 
-def main(role: str, folder: str) -> None:
-    sock = connect(role, folder)
+def main(role: str, folder: str, *address: str) -> None:
+    sock = connect(role, folder, *address)
     got = 0
     asked = threading.Event()
 
@@ -69,4 +70,4 @@ def main(role: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])
