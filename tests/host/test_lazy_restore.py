@@ -4,6 +4,9 @@ meanwhile, or the tree is ended, whoever dies.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
 import os
 import pickle
 import signal
@@ -18,9 +21,9 @@ import pytest
 
 from agent import errors
 from agent.engines.base import Fills, RestoredTree, RestoreOptions
-from agent.engines.criu import keeper, treeend
+from agent.engines.criu import keeper, lazy, treeend, uffd
 from agent.host import proc
-from agent.model.streams import AddressSpace, PageRun
+from agent.model.streams import PAGE_BYTES, AddressSpace, PageRun
 from tests.host.conftest import TARGETS, Gate, Host, Target
 from tests.host.image import MemoryImage, MemorySource
 
@@ -216,6 +219,37 @@ def moving(pid: int) -> int:
     """How many of its threads wait for somebody to hear what they have moved."""
     waits = [each.read_text() for each in Path(f"/proc/{pid}/task").glob("*/wchan")]
     return sum(each == "userfaultfd_event_wait_completion" for each in waits)
+
+
+def test_a_page_that_comes_to_be_just_before_the_kernel_is_to_ask_is_filled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when khugepaged makes a huge page of a mapping that is empty but for one page."""
+    pages = 64
+    with (
+        mmap.mmap(-1, pages * PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory,
+        contextlib.ExitStack() as stack,
+    ):
+        view = ctypes.c_char.from_buffer(memory)
+        start = ctypes.addressof(view)
+        memory[0] = 1
+        descriptor = ctypes.CDLL(None, use_errno=True).syscall(323, os.O_CLOEXEC)
+        assert descriptor >= 0
+        stack.callback(os.close, descriptor)
+        assert uffd.call(descriptor, 0xC018AA3F, 0xAA, 0, 0)[0] == 0  # UFFDIO_API
+        kernels = uffd.call
+
+        def call(fd: int, request: int, *words: int) -> tuple[int, int]:
+            if request == uffd.UFFDIO_REGISTER:
+                memory[7 * PAGE_BYTES] = 0
+            return kernels(fd, request, *words)
+
+        monkeypatch.setattr(uffd, "call", call)
+        all_of_it = PageRun(start, pages, 4)
+        deferred = lazy.Deferred(((start, start + pages * PAGE_BYTES),), (all_of_it,))
+        found = lazy.ask_for(descriptor, deferred, os.getpid())
+        del view
+    assert found == [PageRun(start, 1, 4), PageRun(start + 7 * PAGE_BYTES, 1, 4)]
 
 
 @pytest.mark.parametrize("isolate", [False, True])

@@ -228,7 +228,6 @@ def ask_for(descriptor: int, deferred: Deferred, pid: int) -> list[PageRun]:
     pages = Pagemap(pid)
     try:
         for start, end in deferred.areas:
-            there += pages.occupied(start, end).tolist()
             length = end - start
             problem, _ = uffd.call(
                 descriptor, uffd.UFFDIO_REGISTER, start, length, uffd.MODE_MISSING, 0
@@ -238,6 +237,9 @@ def ask_for(descriptor: int, deferred: Deferred, pid: int) -> list[PageRun]:
                     f"memory at {start:#x} cannot be filled later: {os.strerror(problem)}",
                     hint="restore it without --lazy",
                 )
+            # Not before: the kernel may make a huge page of what is there and what is missing, but
+            # not any more once it is to ask.
+            there += pages.occupied(start, end).tolist()
     finally:
         pages.close()
     return [run for start, end in there for run in deferred.within(start, end)]
