@@ -55,6 +55,11 @@ class Cut(Protocol):
     def check(self) -> None:
         """Raise if the capture is to be given up: asked while somebody else is waited for."""
 
+    def fail(self, failure: BaseException) -> None:
+        """The capture fails with this, but does not end yet: with ``CaptureOptions.hold_first``,
+        when somebody else takes long to let go. The others need not stand still until then.
+        """
+
     def ready(self) -> None:
         """All of the member that can be copied while it runs has been, once."""
 

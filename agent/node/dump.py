@@ -302,6 +302,10 @@ class _GroupCut:
     def check(self) -> None:
         self._cancel.check()
 
+    def fail(self, failure: BaseException) -> None:
+        del failure  # told when the capture ends
+        self.abort()
+
     def ready(self) -> None:
         # Who has copied more ahead must not stand still for the others.
         self._cancel.check()

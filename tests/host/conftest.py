@@ -137,6 +137,9 @@ class Cut:
     def check(self) -> None:
         """Nobody gives it up."""
 
+    def fail(self, failure: BaseException) -> None:
+        """Nobody else goes on."""
+
     def ready(self) -> None:
         """Nothing to wait for."""
 

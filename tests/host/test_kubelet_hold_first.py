@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import pytest
 
 from agent import errors
 from agent.engines.base import CaptureOptions, CaptureReport, Disposition
-from agent.engines.kubelet import client, engine, holdfirst
+from agent.engines.kubelet import client, engine, holdfirst, resume
 from agent.host import clock, endpoints, namespaces, netfilter, proc
 from agent.model.container import Container
 from tests import archives
@@ -52,6 +53,7 @@ class Cut:
         self._tables = tables
         self.given_up = threading.Event()
         self.told: list[tuple[str, bool]] = []
+        self.failed: BaseException | None = None
 
     def _note(self, stage: str) -> None:
         self.told.append((stage, bool(self._tables())))
@@ -59,6 +61,9 @@ class Cut:
     def check(self) -> None:
         if self.given_up.is_set():
             raise errors.DumpFailed("the epoch was given up")
+
+    def fail(self, failure: BaseException) -> None:
+        self.failed = failure
 
     def ready(self) -> None:
         self._note("ready")
@@ -161,6 +166,31 @@ def test_who_gives_up_does_not_wait_for_the_kubelet(field: Field) -> None:
     # The kubelet may still be at work: its archive is looked for later.
     (note,) = field.folder.iterdir()
     assert '"abandoned": true' in note.read_text()
+
+
+def test_the_others_go_on_while_a_runtime_has_not_let_go_yet(
+    field: Field, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that another engine captures stand still until they hear of it."""
+    monkeypatch.setattr(holdfirst, "HELD_S", 1.0)
+    hangs = threading.Event()
+    field.server.meanwhile = lambda: hangs.wait(60)
+    heard: list[BaseException | None] = []
+
+    @contextlib.contextmanager
+    def guarded(container: Container) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            heard.append(field.cut.failed)
+
+    monkeypatch.setattr(resume, "guarded", guarded)
+    try:
+        with pytest.raises(errors.DeadlineExceeded) as caught:
+            field.capture()
+    finally:
+        hangs.set()
+    assert heard == [caught.value]
 
 
 DYING = """

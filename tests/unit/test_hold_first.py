@@ -42,6 +42,10 @@ class Cut:
     def check(self) -> None:
         pass
 
+    def fail(self, failure: BaseException) -> None:
+        assert self.held.let
+        self.told.append("failed")
+
     def captured(self) -> Disposition:
         self.told.append("captured")
         self.held.over = self.slow

@@ -206,10 +206,10 @@ def _checkpoint(
     with resume.guarded(container):
         try:
             return _asked(kubelet, target, container, deadline, part.check if part else None)
-        except BaseException:
+        except BaseException as exc:
             if part:
                 # Before its runtime has let go of it, which can take long.
-                part.let_through()
+                part.failed(exc)
             raise
 
 

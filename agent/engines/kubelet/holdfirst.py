@@ -126,6 +126,15 @@ class Part:
         """Hold nothing any more."""
         self._held.let_through()
 
+    def failed(self, failure: BaseException) -> None:
+        """Hold nothing any more, and let the other members go on, while the runtime may still have
+        the container stand still.
+        """
+        try:
+            self.let_through()
+        finally:
+            self._cut.fail(failure)
+
     def captured(self) -> None:
         """The container was captured, and runs: wait for the others, then let everything through.
 
