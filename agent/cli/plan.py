@@ -85,7 +85,7 @@ def verb(
             return incluster.plan(invocation, settings, target.name, containers)
         arguments.refuse({"--container": containers}, "is for a pod, not for a group of pods")
         if not asked:
-            what = "pods that are connected" if follow else f"a {kind}"
+            what = "a pod with --follow" if follow else f"a {kind}"
             raise click.UsageError(f"the coordinator plans for {what}: add --coordinator")
         from agent.cli import bycoordinator
 

@@ -215,7 +215,9 @@ def test_a_service_of_the_system_is_not_cut_for_the_sake_of_who_uses_it(
 
 def test_follow_is_for_processes_that_run(tmp_path: pathlib.Path) -> None:
     cli = Cli(tmp_path)
-    assert "--follow" in cli.run("plan", "pod/x", "--follow", status=2).stderr
+    refused = cli.run("plan", "pod/x", "--follow", status=2).stderr
+    assert "--follow" in refused
+    assert "add --coordinator" in refused
     for verb in ("dump", "plan"):
         ran = cli.run(verb, "--pid", str((1 << 22) + 1), "--follow", status=3)
         assert "there is no process" in ran.stderr

@@ -128,7 +128,7 @@ def end_unfilled(entry: journal.Entry, findings: Findings) -> None:
 
 
 def hold_name(entry: journal.Entry) -> str:
-    """The nft table by which a restore holds its connections."""
+    """The nft table by which the operation holds connections, where CRIU does not."""
     return f"ckpt-agent-{entry.name}"
 
 
