@@ -210,9 +210,16 @@ def test_a_job_at_the_limit_of_its_memory_goes_on(host: Host, memory_group: Memo
         MEMORY_MIB="48",
         GLIBC_TUNABLES=NO_RSEQ,
     )
-    memory_group.limit(memory_group.used_bytes())
-    # What the kernel had set aside for the group without its use is used up.
-    cached = ["dd", "if=/dev/zero", f"of={host.folder}/cached", "bs=1M", "count=4", "status=none"]
+    memory_group.limit(memory_group.used_bytes() + (4 << 20))
+    # A file's pages fill up what is left, so that everything new must take their place.
+    cached = [
+        "dd",
+        "if=/dev/zero",
+        f"of={host.folder}/cached",
+        "bs=64k",
+        "count=256",
+        "status=none",
+    ]
     subprocess.run(["sh", "-c", enter, "sh", *cached], check=True, timeout=60)
     assert memory_group.met()
     for _ in range(2):
