@@ -10,6 +10,7 @@ import mmap
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import pytest
 
 from agent import errors
 from agent.engines.base import Fills, RestoredTree, RestoreOptions
-from agent.engines.criu import keeper, lazy, treeend, uffd
+from agent.engines.criu import filling, keeper, lazy, treeend, uffd
 from agent.host import proc
 from agent.model.streams import PAGE_BYTES, AddressSpace, PageRun
 from tests.host.conftest import TARGETS, Gate, Host, Target
@@ -305,6 +306,27 @@ def test_a_keeper_killed_leaves_no_hole(
             target.ask("some", "moved", "forgotten", "all")
             end(orphan)
             run.tree.kill()
+    assert not (target.folder / "hole").exists()
+    host.assert_clean()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_keeper_that_does_nothing_any_more_is_ended_with_the_tree(
+    host: Host, dumped: tuple[MemoryImage, Filled], monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    image, target = dumped
+    monkeypatch.setattr(filling, "_ENDED_S", 1.0)
+    with Run(host, image) as run:
+        orphan = target.orphan()
+        os.kill(run.keepers[0], signal.SIGSTOP)
+        if full:  # nothing more can be said to it
+            (fill,) = run.fills._fills
+            assert isinstance(fill, filling.Fill)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    fill._channel.send(filling._zero(0, 0, 0), socket.MSG_DONTWAIT)
+        run.fills.__exit__()
+        run.assert_ended(orphan)
     assert not (target.folder / "hole").exists()
     host.assert_clean()
 

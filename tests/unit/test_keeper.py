@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.engines.criu import keeper, lazy, pour, uffd
+from agent.engines.criu import keeper, lazy, pour, treeend, uffd
 from agent.engines.criu.keeper import View
 from agent.engines.criu.uffd import PAGE_BYTES
 from agent.model.streams import PageRun
@@ -102,6 +102,29 @@ def test_a_page_that_moves_when_it_comes_is_filled_where_it_went(
         first._fill(view, here, PAGE_BYTES, 0)
         first._drop(view)
     assert tried == [here, here, there]
+
+
+def test_where_no_memory_comes_for_a_page_of_zeros_it_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(uffd, "zero", lambda fd, address: errno.ENOMEM)
+    monkeypatch.setattr(treeend, "wait", waited.append)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        first = keeper.Keeper([ours, theirs], mmap.mmap(-1, PAGE_BYTES), "", "")
+        first._add(os.eventfd(0), 0, [])
+        (view,) = first._views.values()
+        first._again.append((view, PAGE_BYTES))
+
+        def serve() -> None:
+            for _ in range(1000):
+                assert not first._served()
+
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            serve()
+        first._drop(view)
+    assert sum(waited) >= 5000
 
 
 def test_only_large_private_memory_waits_and_nothing_that_a_thread_ends_with() -> None:

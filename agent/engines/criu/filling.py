@@ -127,14 +127,22 @@ class Fill:
         self._left = True
         self._over.set()
         self._questions.put(None)
-        if not self._complete and hasattr(self, "_channel"):
-            with contextlib.suppress(OSError):
-                self._channel.send(keeper.GIVE_UP)
-        if hasattr(self, "_child"):
-            self._child.wait(clock.Deadline.after(_ENDED_S))
-        for thread in self._threads:
-            thread.join(_LEFT_S)
-        if hasattr(self, "_child"):
+        if not self._complete:
+            self._no_more()
+        try:
+            if hasattr(self, "_child"):
+                self._end_keeper(self._child)
+        finally:
+            self._owned.close()
+
+    def _end_keeper(self, child: subprocesses.Child) -> None:
+        try:
+            child.wait(clock.Deadline.after(_ENDED_S))
+        except errors.DeadlineExceeded:
+            child.kill()  # stopped, or it hangs: the second one ends the tree
+        finally:
+            for thread in self._threads:
+                thread.join(_LEFT_S)
             # Whoever of the two keepers is left ends the tree, and then holds this no more.
             self._channel.settimeout(_ENDED_S)
             while not self._complete and self._said():
@@ -143,7 +151,6 @@ class Fill:
             self._urgent.close()
             self._view.release()
             self._memory.close()
-        self._owned.close()
 
     def _start(
         self,
@@ -178,6 +185,19 @@ class Fill:
         for each in range(_PIECES, _PIECES + _ANSWERS):
             self._answers.put(each * _PIECE_BYTES)
         self._channel.settimeout(_READY_S)
+        try:
+            self._introduce(descriptors, tree)
+        except OSError as exc:
+            raise errors.RestoreFailed(
+                f"the program that fills the tree's memory does not listen: {exc}",
+                hint="restore it again, or without --lazy",
+            ) from exc
+        self._channel.settimeout(None)
+
+    def _introduce(
+        self, descriptors: Mapping[AddressSpace, int], tree: Sequence[proc.Identity]
+    ) -> None:
+        """Tell the keeper all that it needs to know, and hear that it is ready."""
         for who in tree:
             pidfd = os.pidfd_open(who.pid)
             try:
@@ -194,7 +214,6 @@ class Fill:
         self._channel.send(keeper.BEGIN)
         if self._channel.recv(1) != keeper.READY:
             raise _keeper_lost()
-        self._channel.settimeout(None)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
@@ -211,8 +230,13 @@ class Fill:
     def _fail(self, failure: errors.CkptError) -> None:
         if self._failure is None and not self._complete and not self._left:
             self._failure = failure
+            self._no_more()
+
+    def _no_more(self) -> None:
+        """Let the keeper end the tree. Waits for nothing, also where it takes in nothing."""
+        if hasattr(self, "_channel"):
             with contextlib.suppress(OSError):
-                self._channel.send(keeper.GIVE_UP)
+                self._channel.shutdown(socket.SHUT_WR)
 
     def _said(self) -> bytes:
         while True:

@@ -16,6 +16,11 @@ or says that there will be no more pages. Should the second be killed, the first
 if both are killed in one instant can a page that is missing be taken for zero, until the next
 command on this host ends the tree by the journal's entry, which the first removes when all is in.
 
+Nothing here waits for a bounded time only where more patience harms nobody and less would: for the
+agent, which may be stopped by a terminal (it watches over the time that filling takes, and its end
+is heard), for the other of the two processes, and for the last address space of a tree that was
+ended, before which nothing may be closed.
+
 Promises: a page is filled once, with what the agent said, or found to be there; the agent hears
 when all of it is complete, and only then are the userfaultfds closed. Ignores the signals by which
 terminals and service managers end programs: it ends by the agent's word or end alone.
@@ -52,9 +57,9 @@ START = (
 # socket of its own: the mappings of an address space (with a userfaultfd) as pairs of addresses; a
 # process (with a pidfd); that this was all; pages: address space, address, length and where in the
 # shared memory, and zero pages likewise; that a question has been answered by pages; that all of
-# the image was sent; that no more comes.
+# the image was sent. That no more comes is said by the end of the channel.
 VIEW, PROCESS, BEGIN, DATA, ZERO = b"V", b"P", b"B", b"D", b"Z"
-ANSWERED, WHOLE, GIVE_UP = b"A", b"W", b"G"
+ANSWERED, WHOLE = b"A", b"W"
 SPACE, RANGE, PIECE = struct.Struct("=I"), struct.Struct("=QQ"), struct.Struct("=IQQQ")
 # To the agent: ready; a question: address space and address; a piece was taken in, by its place;
 # everything is complete; the tree was ended, and why.
@@ -70,6 +75,8 @@ _NR_CLONE = {"x86_64": 56, "aarch64": 220}
 # Where memory is short, the kernel gets this many chances, a moment apart, before the tree ends.
 _MEMORY_TRIES, _MOMENT_MS = 500, 20
 _CHANGING_MS = 1
+# Why the tree was ended is told to an agent that listens within this.
+_TOLD_S = 10.0
 
 
 class View:
@@ -156,6 +163,7 @@ class Keeper:
         self._second = -1
         self._second_pid = 0
         self._most = _VIEWS
+        self._short = 0
 
     def run(self) -> int:
         """Serve until all is complete (0), or the tree has been ended (1)."""
@@ -201,7 +209,7 @@ class Keeper:
             said, descriptors, _, _ = socket.recv_fds(channel, MESSAGE_BYTES, 1)
         except ConnectionError as exc:
             raise EOFError from exc
-        if not said or said[:1] == GIVE_UP:
+        if not said:
             raise EOFError
         kind, content = said[:1], memoryview(said)[1:]
         if kind == DATA:
@@ -289,7 +297,10 @@ class Keeper:
         if not self._lives(view):
             return
         problem = uffd.zero(view.fd, address)
+        self._short = self._short + 1 if problem == errno.ENOMEM else 0
         if problem in (errno.EAGAIN, errno.ENOMEM):
+            if problem == errno.ENOMEM:
+                self._put_off(view, problem, self._short)
             self._again.append((view, address))
         elif problem == errno.ESRCH:
             self._drop(view)
@@ -329,7 +340,8 @@ class Keeper:
         """Do what lets the next try succeed."""
         if problem == errno.EAGAIN:
             # Mappings change. Until that has been read nothing is let in; so what is let in
-            # belongs where what has been read says.
+            # belongs where what has been read says. It lasts as long as the process needs to get on
+            # in the kernel, which it does.
             if not self._listen(view):
                 treeend.wait(_CHANGING_MS)
         elif problem == errno.ESRCH:
@@ -358,6 +370,7 @@ class Keeper:
     def _end_second(self) -> None:
         if self._second_pid > 0:
             os.kill(self._second_pid, signal.SIGKILL)
+            # While it lives, the end of this process would have it end the tree.
             os.waitpid(self._second_pid, 0)
 
     def _end(self, reason: str) -> int:
@@ -365,6 +378,7 @@ class Keeper:
         self._end_second()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._entry)
+        self._channel.settimeout(_TOLD_S)
         with contextlib.suppress(OSError):
             self._channel.send(ENDED + reason.encode())
         return 1

@@ -18,6 +18,7 @@ import functools
 import os
 import select
 import socket
+import struct
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ from agent.model.streams import PAGE_BYTES, PageRun
 _SOCKET = "lazy-pages.socket"
 PAGEMAP_LAZY = 1 << 1
 _PID_BYTES = 4
+# What it has begun to say comes at once; this is a struct timeval of ten seconds.
+_SAID = struct.pack("@ll", 10, 0)
 # Below this, a page at once costs less than a fault later.
 _SMALLEST_BYTES = 1 << 20
 # One message names all mappings of a process.
@@ -168,6 +171,7 @@ class Daemon:
                 return
             if self._connection is None:
                 self._connection, _ = self._listening.accept()
+                self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SAID)
                 poll.unregister(self._listening)
                 poll.register(self._connection, select.POLLIN)
                 continue
@@ -175,8 +179,13 @@ class Daemon:
                 for event, _, address, _ in uffd.messages(descriptor):
                     if event == uffd.PAGEFAULT:
                         uffd.zero(descriptor, address & -PAGE_BYTES)
-            if self._connection.fileno() in ready and not self._hear(self._connection, poll):
-                poll.unregister(self._connection)
+            if self._connection.fileno() in ready:
+                try:
+                    more = self._hear(self._connection, poll)
+                except BlockingIOError:
+                    more = False  # it hangs; who waits for it has a deadline
+                if not more:
+                    poll.unregister(self._connection)
 
     def _hear(self, connection: socket.socket, poll: select.poll) -> bool:
         """One process: its number, then, with one byte, its descriptor."""
