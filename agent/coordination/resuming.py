@@ -165,9 +165,16 @@ def _course(operation: Operation) -> Course:
 
 def _members(session: Session, operation: Operation) -> list[checkpoint.Member]:
     """Those that are still there to be told; the others let their pods go on by themselves."""
-    with contextlib.suppress(errors.Refused):
-        return looking.members(session, asked.target_of(operation))
-    return []
+    target = asked.target_of(operation)
+    try:
+        return looking.members(session, target)
+    except errors.Refused:
+        return []
+    except errors.Unreachable:
+        # Who is connected is asked of the agents, of which one may be gone for good with its node.
+        if not target.followed:
+            raise
+        return []
 
 
 def _image(session: Session, operation: Operation) -> results.Image:

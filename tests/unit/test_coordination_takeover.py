@@ -370,3 +370,21 @@ def test_a_group_by_label_is_brought_back_once(
         name for name, found in cluster.group.attempts.items() if found is Decision.COMMITTED
     ]
     assert len(committed) == 1
+
+
+def test_who_was_followed_is_committed_though_nobody_can_say_any_more_who_that_was(
+    cluster: Cluster, killer: Killer
+) -> None:
+    add_pair(cluster)
+    ends = ("10.1.0.0:4000", "10.1.0.1:80")
+    cluster.agents.connections = {"pair-0": [ends], "pair-1": [ends[::-1]]}
+    killer.after_decision(1)
+    target = Target(followed="pair-0")
+    identifier = begun(cluster, killer, lambda first: first.create_epoch(asking(), target))
+    cluster.agents.fails["PlanDump"] = errors.Unreachable("the node is gone")
+    with coordinated.replica(cluster) as port, coordinated.client(cluster, port) as second:
+        wait_for(lambda: serves(second))
+        last = ended(second, identifier)
+    assert (last.state, last.error) == (State.SUCCEEDED, None)
+    assert last.image is not None
+    assert last.image.epoch == cluster.agents.images[0].epoch
