@@ -28,11 +28,14 @@ def watch(invocation: Invocation, settings: Settings, name: str, times: Times) -
         invocation.say("stopping; the job goes on")
 
     def once() -> None:
+        before = interrupts.heard()
         if settings.use_coordinator:
             target = Target(jobset=name)
             bycoordinator.dump(invocation, settings, target, stop=False, wait=False)
         else:
             injobset.dump(invocation, settings, name, stop=False)
+        if interrupts.heard() != before:
+            stop.set()  # it came too late to give that dump up
         if times.keep_last is not None:
             _prune(invocation, settings, name, times.keep_last)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from agent import errors
-from agent.cli import exits
+from agent.cli import bycoordinator, exits, interrupts
 from agent.cluster import operations
 from agent.rpc import convert, status
 from agent.rpc.v1 import coordinator_pb2 as api
@@ -125,6 +125,25 @@ def test_a_jobset_is_dumped_again_and_again_until_it_has_ended(
     assert run("watch", "pod/job", "--coordinator").status == exits.USAGE
     assert run("watch", "jobset/train", "-c", "main").status == exits.USAGE
     assert run("watch", "group/solver").status == exits.USAGE
+
+
+def test_a_watch_ends_though_its_dump_could_not_be_given_up_any_more(
+    run: Any, cluster: coordinator.Cluster, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.api.jobsets["default", "train"] = {
+        "metadata": {"name": "train", "namespace": "default", "uid": "u"},
+        "status": {},
+    }
+
+    def dump(*args: object, **options: object) -> None:
+        with interrupts.caught(lambda number: None):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(bycoordinator, "dump", dump)
+    words = ("watch", "jobset/train", "--coordinator", "--every", "1s", "--count", "2")
+    ran = run(*words, "-n", "default")
+    assert ran.status == exits.DONE
+    assert "the job goes on; images: 1, failed dumps: 0" in ran.err
 
 
 def test_who_is_connected_with_a_pod_is_found_by_the_coordinator(
