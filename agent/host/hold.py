@@ -41,8 +41,10 @@ _META_IIF, _META_NFPROTO, _META_L4PROTO = 4, 15, 16
 _NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
 # Where the two addresses, source first, begin in the IPv4 and in the IPv6 header.
 _ADDRESSES_AT = {4: 12, 6: 8}
-# What nft calls addresses as keys of a set (datatype.h), by version.
+# What nft calls addresses as keys of a set (datatype.h), by version; ports; and a key of several
+# parts by six bits each.
 _ADDRESS_KEYS = {4: 7, 6: 8}
+_PORT_KEYS, _KEY_BITS = 13, 6
 # The loopback interface is the first of each network namespace.
 _LOOPBACK = (1).to_bytes(4, sys.byteorder)
 _FLAGS_AT, _SYN, _RST = 13, 0x02, 0x04
@@ -86,9 +88,7 @@ def held(
         errors.PrivilegeMissing: CAP_NET_ADMIN is missing.
         errors.EnvironmentUnfit: the kernel cannot filter (no nf_tables).
     """
-    wanted = sorted(set(connections), key=dataclasses.astuple)
-    rules = [nftables.add_rule(name, _CHAIN, _drop_arriving(each)) for each in wanted]
-    with _standing(Held(name, network, limit_s), rules) as made:
+    with _standing(Held(name, network, limit_s), _drop_arriving(name, connections)) as made:
         yield made
 
 
@@ -252,20 +252,46 @@ def _refuse_from(name: str, addresses: Iterable[str], loopback: bool) -> list[nf
     return changes
 
 
-def _drop_arriving(each: Connection) -> list[bytes]:
+def _drop_arriving(name: str, connections: Iterable[Connection]) -> list[nftables.Change]:
+    """A rule for each version of IP, whose connections are in a set: however many they are, each
+    packet of the machine meets no more than these.
+    """
+    keys: dict[int, set[bytes]] = {4: set(), 6: set()}
+    for each in connections:
+        version, key = _key(each)
+        keys[version].add(key)
+    changes: list[nftables.Change] = []
+    for version, found in keys.items():
+        if found:
+            known, kind = f"held{version}", 0
+            for part in (*[_ADDRESS_KEYS[version]] * 2, *[_PORT_KEYS] * 2):
+                kind = kind << _KEY_BITS | part
+            changes.append(nftables.add_set(name, known, kind, len(next(iter(found))), 0))
+            changes += [nftables.add_key(name, known, key, 0) for key in sorted(found)]
+            changes.append(nftables.add_rule(name, _CHAIN, _drop_known(version, known)))
+    return changes
+
+
+def _key(each: Connection) -> tuple[int, bytes]:
+    """By which version it travels, and source, target and their ports as they arrive."""
     source, target = ipaddress.ip_address(each.remote), ipaddress.ip_address(each.local)
     mapped = [getattr(address, "ipv4_mapped", None) for address in (source, target)]
     # A connection of an IPv6 socket to an IPv4 address travels as IPv4.
     packed = [(m or a).packed for m, a in zip(mapped, (source, target), strict=True)]
-    version = 4 if len(packed[0]) == 4 else 6
-    width = len(packed[0])
+    for port in (each.remote_port, each.local_port):
+        packed.append(port.to_bytes(2, "big").ljust(nftables.PART_BYTES, b"\0"))
+    return 4 if len(packed[0]) == 4 else 6, b"".join(packed)
+
+
+def _drop_known(version: int, known: str) -> list[bytes]:
+    addresses_bytes = 8 if version == 4 else 32
+    ports = nftables.PARTS + addresses_bytes // nftables.PART_BYTES
     at = _ADDRESSES_AT[version]
-    ports = each.remote_port.to_bytes(2, "big") + each.local_port.to_bytes(2, "big")
     return [
         *(nftables.meta(_META_NFPROTO), nftables.equals(bytes([_NFPROTO[version]]))),
         *(nftables.meta(_META_L4PROTO), nftables.within(_LIVE)),
-        *(nftables.payload(_NETWORK_HEADER, at, width), nftables.equals(packed[0])),
-        *(nftables.payload(_NETWORK_HEADER, at + width, width), nftables.equals(packed[1])),
-        *(nftables.payload(_TRANSPORT_HEADER, 0, len(ports)), nftables.equals(ports)),
-        nftables.verdict(nftables.DROP),
+        nftables.payload(_NETWORK_HEADER, at, addresses_bytes, nftables.PARTS),
+        nftables.payload(_TRANSPORT_HEADER, 0, 2, ports),
+        nftables.payload(_TRANSPORT_HEADER, 2, 2, ports + 1),
+        *(nftables.within(known, nftables.PARTS), nftables.verdict(nftables.DROP)),
     ]

@@ -56,8 +56,11 @@ _DATA_VALUE, _DATA_VERDICT = 1, 2
 _VERDICT_CODE = 1
 # NFT_REJECT_ICMPX_UNREACH, NFT_REJECT_ICMPX_NO_ROUTE
 _ICMP_OF_EITHER, _NO_ROUTE = 2, 0
-# The one register that expressions hand values on in.
+# The register that expressions hand values on in, where nothing else is said, and the first of the
+# 16 of four bytes each for values of several parts.
 _REGISTER, _VERDICT_REGISTER = 1, 0
+PARTS = 8
+PART_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +152,11 @@ def meta(key: int) -> bytes:
     return _expression("meta", _number(1, _REGISTER) + _number(2, key))
 
 
-def payload(base: int, offset: int, length: int) -> bytes:
-    """Take bytes of a packet's header (``NFT_PAYLOAD_*``)."""
-    where = (_REGISTER, base, offset, length)
+def payload(base: int, offset: int, length: int, register: int = _REGISTER) -> bytes:
+    """Take bytes of a packet's header (``NFT_PAYLOAD_*``), with zeros behind them in the last part
+    of the register.
+    """
+    where = (register, base, offset, length)
     return _expression("payload", b"".join(_number(n, v) for n, v in enumerate(where, 1)))
 
 
@@ -169,9 +174,9 @@ def any_of(bits: int) -> bytes:
     return masked + _expression("cmp", _number(1, _REGISTER) + _number(2, 1) + _nest(3, nothing))
 
 
-def within(name: str) -> bytes:
+def within(name: str, register: int = _REGISTER) -> bytes:
     """Pass if what was taken is in the table's set ``name``."""
-    return _expression("lookup", _text(1, name) + _number(2, _REGISTER))
+    return _expression("lookup", _text(1, name) + _number(2, register))
 
 
 def verdict(code: int) -> bytes:

@@ -10,13 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from agent import errors
-from agent.host import hold, namespaces, netfilter, proc
+from agent.host import hold, namespaces, netfilter, nftables, proc
 
 NAME = "ckpt-agent-test-hold"
 
@@ -62,6 +62,38 @@ def test_what_is_sent_while_held_arrives_after_the_release(address: str) -> None
             sock.settimeout(5)
             assert sock.recv(1) == expected
     assert netfilter.tables(NAME) == set()
+
+
+def test_a_packet_meets_no_more_rules_where_many_connections_are_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each that arrives at the machine, whoever's it is, passes all of them."""
+    rules: list[str] = []
+    add_rule = nftables.add_rule
+
+    def noted(table: str, chain: str, expressions: Iterable[bytes]) -> nftables.Change:
+        rules.append(table)
+        return add_rule(table, chain, expressions)
+
+    monkeypatch.setattr(nftables, "add_rule", noted)
+    others = [
+        hold.Connection(address, 80, address, 1024 + number)
+        for address in ("127.0.0.2", "fd00::1")
+        for number in range(3000)
+    ]
+    with pair("127.0.0.1") as (a, b), pair("127.0.0.1") as (other_a, other_b):
+        with hold.held(NAME, [*others, ends(b)]):
+            assert len(rules) == 2
+            a.send(b"x")
+            assert silent(b)
+            # The same ports the other way round, and another connection.
+            b.send(b"y")
+            other_a.send(b"z")
+            for sock, expected in ((a, b"y"), (other_b, b"z")):
+                sock.settimeout(5)
+                assert sock.recv(1) == expected
+        b.settimeout(5)
+        assert b.recv(1) == b"x"
 
 
 def test_an_end_that_sees_its_peer_as_a_mapped_address_is_held_too() -> None:
