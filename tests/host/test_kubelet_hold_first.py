@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -255,6 +257,36 @@ def test_who_would_be_told_that_it_is_held_is_not_held(option: str, held: bool) 
                 holdfirst.check(container, options, alone=False)
     finally:
         popen.kill()
+        popen.communicate()
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ("ip addr add 10.77.0.1/32 dev lo", None),
+        ("ip addr add 10.99.0.1/32 dev lo", "besides its pod's"),
+        ("unshare -n sleep 120 &", "a network of its own"),
+    ],
+    ids=["its pod's", "another", "nested"],
+)
+def test_what_nobody_could_hold_is_refused(more: str, why: str | None) -> None:
+    """A second network of the pod, of which the API server knows nothing, or one below it."""
+    script = f"ip link set lo up; {more}\nsleep 0.2; echo up; exec sleep 120"
+    popen = subprocess.Popen(
+        ["unshare", "-n", "sh", "-c", script], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert popen.stdout
+    try:
+        assert popen.stdout.readline() == b"up\n"
+        container = Container("f" * 64, "c", popen.pid, "")
+        options = CaptureOptions(hold_first=True, within=OTHERS | {"10.77.0.1"})
+        if why is None:
+            holdfirst.check(container, options)
+            return
+        with pytest.raises(errors.TargetUnsuitable, match=why):
+            holdfirst.check(container, options)
+    finally:
+        os.killpg(popen.pid, signal.SIGKILL)
         popen.communicate()
 
 

@@ -44,8 +44,8 @@ def check(container: Container, options: CaptureOptions, *, alone: bool = True) 
     Raises:
         errors.ConnectionUnaccepted: it is not told who the others are, so that a connection which
             was not accepted yet would be left out of the image.
-        errors.TargetUnsuitable: the container has no network of its own, or a connection of it is
-            given up soon by its program's own wish.
+        errors.TargetUnsuitable: the container has no network of its own, or more of it than the
+            others know, or a connection of it is given up soon by its program's own wish.
     """
     if not options.within:
         raise errors.ConnectionUnaccepted(
@@ -62,8 +62,24 @@ def check(container: Container, options: CaptureOptions, *, alone: bool = True) 
             f"container {container.name} uses the node's own network, which cannot be held",
             hint="do not set hostNetwork in the pod: its connections and ports cannot move",
         )
-    sources = others(options.within, addresses.of(container.pid))
-    _allowed_s(container.pid, sources, loopback=not alone)
+    own = addresses.of(container.pid)
+    unknown = sorted(set(own) - options.within)
+    if unknown:
+        raise errors.TargetUnsuitable(
+            f"container {container.name} has addresses besides its pod's ({', '.join(unknown)}):"
+            " what it says from there is held by nobody",
+            hint="use the container engine; a pod's addresses are those of its status",
+        )
+    for pid in proc.tree(container.pid):
+        with contextlib.suppress(errors.NotFound):
+            if proc.namespaces(pid)["net"] != theirs:
+                raise errors.TargetUnsuitable(
+                    f"process {pid} of container {container.name} has a network of its own within"
+                    " the pod's, which is not held",
+                    hint="use the container engine, or end that process",
+                    pid=pid,
+                )
+    _allowed_s(container.pid, others(options.within, own), loopback=not alone)
 
 
 def _allowed_s(pid: int, sources: frozenset[str], *, loopback: bool) -> float:
