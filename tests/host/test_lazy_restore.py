@@ -216,6 +216,17 @@ def test_what_moves_to_where_another_thread_has_just_moved_away_from_is_right(
         run.tree.kill()
 
 
+def test_a_thread_that_ends_lets_go_of_robust_mutexes_that_have_not_come_yet(
+    host: Host, dumped: tuple[MemoryImage, Filled]
+) -> None:
+    image, target = dumped
+    with Run(host, image) as run:
+        target.ask("abandoned")
+        run.complete()
+        target.ask("forgotten", "all")
+        run.tree.kill()
+
+
 def moving(pid: int) -> int:
     """How many of its threads wait for somebody to hear what they have moved."""
     waits = [each.read_text() for each in Path(f"/proc/{pid}/task").glob("*/wchan")]

@@ -21,7 +21,7 @@ import pycriu.images
 from google.protobuf.message import DecodeError, Message
 
 from agent import errors
-from agent.engines.criu import pour
+from agent.engines.criu import pour, robust
 from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource, PageRun
 
 _FRAME = struct.Struct("<II")
@@ -223,7 +223,14 @@ def family(folder: str) -> dict[int, pour.ProcessMemory]:
         # The list of robust futexes, and what is set to zero for whoever waits for the thread.
         early = [core.thread_core.futex_rla for core in cores]
         early += [core.thread_info.clear_tid_addr for core in cores]
-        found[entry.pid] = pour.ProcessMemory(entry.pid, entry.ppid, areas, rseq, tuple(early))
+        lists = [
+            core.thread_core.futex_rla
+            for core in cores
+            if core.thread_core.futex_rla_len == robust.HEAD.size
+        ]
+        found[entry.pid] = pour.ProcessMemory(
+            entry.pid, entry.ppid, areas, rseq, tuple(early), tuple(lists)
+        )
     return found
 
 

@@ -57,7 +57,8 @@ class Area:
 class ProcessMemory:
     """What ``split`` needs to know of one process. ``parent`` is a pid of the tree or 0;
     ``rseq_addresses`` are those of its threads' registered rseq areas, ``early_addresses`` what the
-    kernel reads and writes when a thread ends, when it can wait for no page any more.
+    kernel reads and writes when a thread ends, when it can wait for no page any more; of these,
+    ``robust_lists`` are the heads of the threads' lists of robust futexes.
     """
 
     pid: int
@@ -65,6 +66,7 @@ class ProcessMemory:
     areas: tuple[Area, ...]
     rseq_addresses: tuple[int, ...]
     early_addresses: tuple[int, ...] = ()
+    robust_lists: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

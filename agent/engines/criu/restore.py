@@ -34,12 +34,13 @@ from agent.engines.criu import (
     mend,
     pour,
     recovery,
+    robust,
     rpc,
     sites,
 )
 from agent.engines.criu.probe import Criu
 from agent.host import clock, proc
-from agent.model.streams import MemberSource
+from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource
 
 logger = logging.getLogger(__name__)
 
@@ -325,6 +326,7 @@ class _Restore:
             return
         for space, each in deferred.items():
             pid = self._site.host_pid(space.id)
+            self._bring_robust(space, each, pid)
             there = lazy.ask_for(descriptors[space.id], each, pid)
             self._feed.pour_early(space, there, pid)
         self._fill = filling.Fill(
@@ -336,3 +338,17 @@ class _Restore:
             self._options.deadline_s,
         )
         self._fill.begin()
+
+    def _bring_robust(self, space: AddressSpace, deferred: lazy.Deferred, pid: int) -> None:
+        """What the kernel looks at when threads end that hold robust futexes now."""
+        asked = set()
+
+        def ask(start: int, end: int) -> None:
+            for page in range(start // PAGE_BYTES, (end - 1) // PAGE_BYTES + 1):
+                if page not in asked:
+                    asked.add(page)
+                    self._deadline.check("the restore")
+                    wanted = deferred.within(page * PAGE_BYTES, (page + 1) * PAGE_BYTES)
+                    self._feed.pour_early(space, wanted, pid)
+
+        robust.bring(self._feed.process(space.id).robust_lists, pid, ask)

@@ -3,11 +3,13 @@ FOLDER/do says, one word after the other, and writes what was wrong to FOLDER/an
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import signal
 import sys
 import threading
+import time
 
 PAGE = 4096
 AREA = 24 << 20
@@ -34,6 +36,19 @@ def fill(at, seed):
         ctypes.memmove(at + page * PAGE, pattern(seed, page), PAGE)
 
 
+def robust():
+    """Mutexes in memory that is large, and otherwise not looked at: each in two pages."""
+    at = area()
+    fill(at, 5)
+    mutexes = [ctypes.c_void_p(at + 64 * PAGE * n - 16) for n in range(1, 5)]
+    attributes = (ctypes.c_int * 2)()
+    assert _libc.pthread_mutexattr_init(attributes) == 0
+    assert _libc.pthread_mutexattr_setrobust(attributes, 1) == 0
+    for each in mutexes:
+        assert _libc.pthread_mutex_init(each, attributes) == 0
+    return mutexes
+
+
 def wrong(at, seed, pages, content=None):
     """Which of these pages of the area differ."""
     return [
@@ -55,6 +70,25 @@ class Memory:
         self.at = {seed: area() for seed in range(1, 5)}
         for seed, at in self.at.items():
             fill(at, seed)
+        self.mutexes = robust()
+        self.held, self.ending = threading.Event(), threading.Event()
+        self.holder = threading.Thread(target=self.hold)
+        self.holder.start()
+        self.held.wait()
+
+    def hold(self):
+        for each in self.mutexes:
+            assert _libc.pthread_mutex_lock(each) == 0
+        self.held.set()
+        self.ending.wait()
+
+    def abandoned(self):
+        """A thread ends that has held robust mutexes all the time."""
+        self.ending.set()
+        self.holder.join()
+        latest = (ctypes.c_long * 2)(int(time.time()) + 5, 0)
+        said = [_libc.pthread_mutex_timedlock(each, latest) for each in self.mutexes]
+        return [] if said == [errno.EOWNERDEAD] * len(said) else [("mutexes", said)]
 
     def some(self):
         return wrong(self.at[1], 1, range(0, AREA // PAGE, 997))
@@ -145,9 +179,9 @@ FOLDER = sys.argv[1]
 
 
 def main():
-    memory = Memory()
     asked = [signal.SIGUSR1]
     signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+    memory = Memory()
     what = []
     while True:
         said = [found for word in what for found in getattr(memory, word)()]
