@@ -278,9 +278,11 @@ def _key(each: Connection) -> tuple[int, bytes]:
     mapped = [getattr(address, "ipv4_mapped", None) for address in (source, target)]
     # A connection of an IPv6 socket to an IPv4 address travels as IPv4.
     packed = [(m or a).packed for m, a in zip(mapped, (source, target), strict=True)]
-    for port in (each.remote_port, each.local_port):
-        packed.append(port.to_bytes(2, "big").ljust(nftables.PART_BYTES, b"\0"))
-    return 4 if len(packed[0]) == 4 else 6, b"".join(packed)
+    ports = [
+        port.to_bytes(2, "big").ljust(nftables.PART_BYTES, b"\0")
+        for port in (each.remote_port, each.local_port)
+    ]
+    return 4 if len(packed[0]) == 4 else 6, b"".join(packed + ports)
 
 
 def _drop_known(version: int, known: str) -> list[bytes]:
