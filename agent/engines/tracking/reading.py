@@ -89,13 +89,13 @@ def draft(
 def _closed_up(
     batch: Sequence[tuple[int, int]], counts: Sequence[int], data: memoryview
 ) -> memoryview:
-    """The data of the pieces that were read whole, one after the other."""
+    """The data of the pieces that were read whole, one after the other; it may be written to."""
     kept, at = [], 0
     for (_, length), count in zip(batch, counts, strict=True):
         if count == length:
             kept.append(data[at : at + length])
         at += length
-    return memoryview(b"".join(kept))
+    return memoryview(bytearray().join(kept))
 
 
 def _batches(ranges: Ranges) -> Iterator[list[tuple[int, int]]]:
