@@ -321,12 +321,50 @@ def test_a_keeper_killed_leaves_no_hole(
     host.assert_clean()
 
 
+STRANGER = """
+import ctypes, fcntl, os, struct, sys
+at, size = map(int, sys.argv[1:])
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+assert libc.mmap(at, size, 3, 0x100022, -1, 0) == at  # nothing else is there
+fd = libc.syscall(323, os.O_CLOEXEC)  # userfaultfd
+fcntl.ioctl(fd, 0xC018AA3F, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))  # UFFDIO_API
+fcntl.ioctl(fd, 0xC020AA00, bytearray(struct.pack("QQQQ", at, size, 1, 0)))  # UFFDIO_REGISTER
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_stranger_whose_memory_is_missing_at_the_same_place_is_spared(
+    host: Host, dumped: tuple[MemoryImage, Filled]
+) -> None:
+    image, target = dumped
+    with Run(host, image) as run:
+        orphan = target.orphan()
+        at, size = treeend.missing(str(orphan))[-1]
+        argv = [sys.executable, "-c", STRANGER, str(at), str(size)]
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stranger:
+            assert stranger.stdout is not None
+            assert stranger.stdout.readline() == b"ready\n"
+            assert treeend.missing(str(stranger.pid)) == [(at, size)]
+            run.source.failure = errors.Missing("the image is gone")
+            with pytest.raises(errors.Missing):
+                run.complete()
+            run.assert_ended(orphan)
+            stranger.communicate(timeout=20)
+            assert stranger.returncode == 0
+    assert not (target.folder / "hole").exists()
+    host.assert_clean()
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_a_keeper_that_does_nothing_any_more_is_ended_with_the_tree(
     host: Host, dumped: tuple[MemoryImage, Filled], monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
     image, target = dumped
     monkeypatch.setattr(filling, "_ENDED_S", 1.0)
+    monkeypatch.setattr(filling, "_LEFT_S", 0.1)
     with Run(host, image) as run:
         orphan = target.orphan()
         os.kill(run.keepers[0], signal.SIGSTOP)

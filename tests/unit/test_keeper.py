@@ -96,7 +96,7 @@ def test_a_page_that_moves_when_it_comes_is_filled_where_it_went(
     monkeypatch.setattr(uffd, "messages", lambda fd: told.pop(0) if told else [])
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        first = keeper.Keeper([ours, theirs], mmap.mmap(-1, PAGE_BYTES), "", "")
+        first = keeper.Keeper([ours, theirs], mmap.mmap(-1, PAGE_BYTES), "")
         first._add(os.eventfd(0), 0, [(here, here + PAGE_BYTES, here)])
         (view,) = first._views.values()
         first._fill(view, here, PAGE_BYTES, 0)
@@ -112,7 +112,7 @@ def test_where_no_memory_comes_for_a_page_of_zeros_it_is_said(
     monkeypatch.setattr(treeend, "wait", waited.append)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        first = keeper.Keeper([ours, theirs], mmap.mmap(-1, PAGE_BYTES), "", "")
+        first = keeper.Keeper([ours, theirs], mmap.mmap(-1, PAGE_BYTES), "")
         first._add(os.eventfd(0), 0, [])
         (view,) = first._views.values()
         first._again.append((view, PAGE_BYTES))

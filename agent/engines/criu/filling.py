@@ -167,11 +167,10 @@ class Fill:
             os.ftruncate(memory, size)
             self._memory = mmap.mmap(memory, size)
             self._view = memoryview(self._memory)
-            namespace = f"pid:[{proc.namespaces(tree[0].pid)['pid']}]"
             path = places.entry_path(operation.entry.name)
             argv = [
                 *(sys.executable, "-I", "-S", "-c", keeper.START, keeper.__file__, _PACKAGES),
-                *map(str, (theirs.fileno(), urgent.fileno(), memory, size, path, namespace)),
+                *map(str, (theirs.fileno(), urgent.fileno(), memory, size, path)),
             ]
             shared = [theirs.fileno(), urgent.fileno(), memory]
             self._child = subprocesses.start(argv, pass_fds=shared)

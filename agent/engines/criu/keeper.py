@@ -1,9 +1,9 @@
 """Serves a tree's missing pages, and sees to it that none is ever taken for zero: a program of its
 own, run with the standard library alone (``START``).
 
-``SOCKET_FD URGENT_FD MEMORY_FD MEMORY_BYTES JOURNAL_PATH PID_NAMESPACE``. The agent gives
-it the userfaultfds of restored processes, with the mappings that are to be filled, and then, piece
-by piece, what belongs there; what a process waits for is asked of the agent first. It follows what
+``SOCKET_FD URGENT_FD MEMORY_FD MEMORY_BYTES JOURNAL_PATH``. The agent gives it the userfaultfds of
+restored processes, with the mappings that are to be filled, and then, piece by piece, what belongs
+there; what a process waits for is asked of the agent first. It follows what
 the processes do to their mappings meanwhile: what they move is filled where it went, what they let
 go of is never filled, what they fork is filled as well.
 
@@ -145,11 +145,10 @@ class View:
 class Keeper:
     """The first of the two processes."""
 
-    def __init__(
-        self, channels: Sequence[socket.socket], memory: mmap.mmap, entry: str, namespace: str
-    ) -> None:
+    def __init__(self, channels: Sequence[socket.socket], memory: mmap.mmap, entry: str) -> None:
         self._channel, self._urgent = channels
-        self._namespace = namespace
+        # The tree has not run yet: what it forks is younger.
+        self._began = treeend.began(os.getpid())
         self._begun = False
         self._memory = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._entry = entry
@@ -360,7 +359,7 @@ class Keeper:
         )
         if self._second_pid == 0:
             select.select([self._own], [], [])
-            treeend.end_tree(self._namespace, {os.getpid(), os.getppid()})
+            treeend.end_tree(self._began, {os.getpid(), os.getppid()})
             os._exit(1)
         if self._second_pid < 0:
             raise OSError("no second process could be made to keep it")
@@ -374,7 +373,7 @@ class Keeper:
             os.waitpid(self._second_pid, 0)
 
     def _end(self, reason: str) -> int:
-        treeend.end_tree(self._namespace, {os.getpid(), self._second_pid})
+        treeend.end_tree(self._began, {os.getpid(), self._second_pid})
         self._end_second()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._entry)
@@ -394,4 +393,4 @@ def main(argv: list[str]) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("-1000")
-    return Keeper(channels, memory, argv[5], argv[6]).run()
+    return Keeper(channels, memory, argv[5]).run()
