@@ -59,4 +59,4 @@ class CriuEngine:
     def restore(self, source: MemberSource, options: RestoreOptions, gate: Gate) -> RestoredTree:
         """Bring a tree back; see ``agent.engines.base.Engine``."""
         preflight.privileges()
-        return restore.restore(probe.probe(self._criu), self._places, source, options, gate)
+        return restore.restore(probe.known(self._criu), self._places, source, options, gate)
