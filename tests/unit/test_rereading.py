@@ -95,6 +95,19 @@ def test_a_volume_that_stays_away_is_given_up() -> None:
     assert source.tries[0x10000] > 1
 
 
+def test_a_failure_behind_the_last_page_is_none() -> None:
+    class Late(Failing):
+        def read(
+            self, space: AddressSpace, runs: Sequence[PageRun] | None = None
+        ) -> Iterator[tuple[int, memoryview | None, int]]:
+            yield from super().read(space, runs)
+            raise errors.Corrupt("rotten")
+
+    source = Late(lambda address, tried: None)
+    assert collected(source) == _ALL
+    assert set(source.tries.values()) == {1}
+
+
 def test_who_ends_it_is_heard_in_the_pause() -> None:
     def pause(pause_s: float) -> None:
         raise InterruptedError

@@ -39,7 +39,7 @@ def read(
     deadline: clock.Deadline | None = None
     reread = False
     pause_s = _FIRST_PAUSE_S
-    while True:
+    while left:
         try:
             for address, data, pages in source.read(space, left):
                 yield address, data, pages
