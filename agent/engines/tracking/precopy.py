@@ -42,7 +42,9 @@ _ENOUGH_BYTES = 4 << 20
 _SHRINKS_TO = 0.8
 # What is written within this is taken for written all the time: some steps of common trainings.
 LOOK_S = 0.25
-_MOST_ROUNDS = 6
+# What was written while a round took longer than this many of them cannot be compared.
+_COMPARABLE = 2.0
+_MOST_ROUNDS = 8
 # Of memory whose writes are not noted, each of which reads all of it.
 _MOST_LOOKS = 3
 # Runs settled in one call.
@@ -233,13 +235,16 @@ class Precopy:
             errors.VolumeError: from the sink.
         """
         self._compare(root)
-        left_bytes = None
+        left_bytes, looked_s = None, 0.0
         for _ in range(_MOST_ROUNDS):
             looked = clock.Deadline.after(LOOK_S)
+            span_s, looked_s = clock.monotonic_s() - looked_s, clock.monotonic_s()
             self.round(root, rested=True)
             before, left_bytes = left_bytes, sum(each.left_bytes for each in self._copies.values())
             if left_bytes <= _ENOUGH_BYTES:
                 break
+            if span_s > _COMPARABLE * LOOK_S:
+                before = None
             if before is not None and left_bytes > _SHRINKS_TO * before:
                 self.shrinks = False
                 break
