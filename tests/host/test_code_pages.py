@@ -26,9 +26,9 @@ def test_code_that_is_received_while_criu_works_in_it_is_stored_as_the_job_has_i
     pid = host.popen(["sleep", "1000"]).pid
     space = AddressSpace("process", pid)
     deadline = time.monotonic() + 10
-    while not proc.exe(pid).endswith("sleep"):
+    while not (code_at := _code_of(pid, "sleep")):
         assert time.monotonic() < deadline
-    address = next(each.start for each in proc.maps(pid) if "x" in each.perms)
+    address = code_at[0]
     with open(f"/proc/{pid}/mem", "rb", 0) as memory:
         code = os.pread(memory.fileno(), PAGE_BYTES, address)
         receive = pageserver.PageServer._receive_run
@@ -66,3 +66,10 @@ def test_code_that_is_received_while_criu_works_in_it_is_stored_as_the_job_has_i
                 break
     assert came[-1] != code, "it was never received at the wrong moment"
     host.assert_clean()
+
+
+def _code_of(pid: int, program: str) -> list[int]:
+    """Where the process has the program's code, once it executes it."""
+    return [
+        each.start for each in proc.maps(pid) if "x" in each.perms and each.path.endswith(program)
+    ]
