@@ -167,8 +167,9 @@ class Daemon:
         poll.register(self._listening, select.POLLIN)
         while True:
             ready = {fd for fd, _ in poll.poll()}
-            if self._woken in ready:
-                return
+            speaks = self._listening if self._connection is None else self._connection
+            if self._woken in ready and speaks.fileno() not in ready:
+                return  # all that CRIU had said was heard
             if self._connection is None:
                 self._connection, _ = self._listening.accept()
                 self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SAID)
