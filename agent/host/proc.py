@@ -14,7 +14,7 @@ import dataclasses
 import errno
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from agent import errors
 
@@ -217,15 +217,6 @@ def alive(who: Identity) -> bool:
     except errors.NotFound:
         return False
     return now.start_ticks == who.start_ticks and now.state not in "ZX"
-
-
-def idle_s(processors: Collection[int]) -> float:
-    """For how long nothing ran on these processors since the machine was started, added up."""
-    names = {f"cpu{number}" for number in processors}
-    with open("/proc/stat", encoding="ascii") as file:
-        lines = [line.split() for line in file if line.startswith("cpu")]
-    # Documentation/filesystems/proc.rst: the fourth number, and the fifth, for want of a disk.
-    return sum(int(n) for each in lines if each[0] in names for n in each[4:6]) / TICKS_PER_S
 
 
 def exists(pid: int) -> bool:

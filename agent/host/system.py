@@ -1,10 +1,14 @@
-"""What this host says of itself: its boot, its free memory, its numbers for processes.
+"""What this host says of itself: its boot, its free memory, its idle processors, its
+numbers for processes.
 
 Promises: each answer is the kernel's own, read when asked.
 Does not: look at processes (``proc``), or try what the kernel can do (``kernel``).
 """
 
 from __future__ import annotations
+
+import os
+from collections.abc import Collection
 
 from agent import errors
 
@@ -24,6 +28,15 @@ def memory_available_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
     raise errors.EnvironmentUnfit("/proc/meminfo has no MemAvailable")
+
+
+def idle_s(processors: Collection[int]) -> float:
+    """For how long nothing ran on these processors since the machine was started, added up."""
+    names = {f"cpu{number}" for number in processors}
+    lines = [line.split() for line in _read("/proc/stat").splitlines() if line.startswith("cpu")]
+    # Documentation/filesystems/proc.rst: the fourth number, and the fifth, for want of a disk.
+    ticks = sum(int(n) for each in lines if each[0] in names for n in each[4:6])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def last_pid_max() -> int:

@@ -12,7 +12,7 @@ import pytest
 
 from agent.engines.tracking import pace as pace_module
 from agent.engines.tracking.pace import UNLIMITED, Limits, Pace
-from agent.host import clock, proc
+from agent.host import clock, system
 
 MIB = 1 << 20
 
@@ -64,7 +64,7 @@ def test_what_it_may_take_is_of_one_core_but_for_those_that_are_idle(
     now_s = 1000.0
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(clock, "monotonic_s", lambda: now_s)
-    monkeypatch.setattr(proc, "idle_s", lambda on: idle * now_s * (on == set(range(8))))
+    monkeypatch.setattr(system, "idle_s", lambda on: idle * now_s * (on == set(range(8))))
     pace = Pace(computes, Limits(cpu_percent=10), clock.Deadline.after(1000))
     for _ in range(3):
         pace.wait(MIB)

@@ -20,7 +20,7 @@ import os
 import time
 
 from agent import errors
-from agent.host import clock, proc
+from agent.host import clock, proc, system
 
 # Of the whole deadline; the rest is for what comes after.
 PATIENCE = 0.25
@@ -66,7 +66,7 @@ class Pace:
         self._limited = limits.cpu_percent < 100
         # How many cores it may take now: this at least.
         self._cores = self._least = limits.cpu_percent / 100
-        self._idle_s = proc.idle_s(self._on)
+        self._idle_s = system.idle_s(self._on)
         self._from_s = self._looked_s = clock.monotonic_s()
         self._took_s = time.process_time()
         # Below zero: what may be taken before anything is held back.
@@ -118,7 +118,7 @@ class Pace:
         if self._computed and passed_s < _LOOK_S:
             return
         before, self._computed, self._looked_s = self._computed, {}, now_s
-        idle_s, self._idle_s = self._idle_s, proc.idle_s(self._on)
+        idle_s, self._idle_s = self._idle_s, system.idle_s(self._on)
         with contextlib.suppress(errors.NotFound):
             for pid in proc.tree(self._root):
                 with contextlib.suppress(errors.NotFound):
