@@ -22,6 +22,7 @@ from agent import errors
 from agent.engines.base import CaptureOptions
 from agent.host import cgroups, proc
 from agent.model.streams import AddressSpace, PageRun
+from tests.conftest import NOT_TO_BE_HAD
 from tests.host.conftest import Cut, Host, Target
 from tests.host.image import MemoryImage
 from tests.host.test_faults import STAGES, Spoiled, at_stage, kill_criu
@@ -156,7 +157,7 @@ class MemoryGroup:
         one = [each for each in found if (each / "memory.limit_in_bytes").exists()]
         two = [each for each in found if (each / "memory.max").exists()]
         if not one + two:
-            pytest.skip("there is no memory controller")
+            pytest.skip(f"{NOT_TO_BE_HAD}a memory controller")
         parent = (one + two)[0]
         self.path = parent / f"ckpt-test-{secrets.token_hex(4)}"
         self.path.mkdir()
