@@ -210,8 +210,8 @@ def coordinator(verb: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--coordinator/--no-coordinator",
         default=None,
-        help="For a JobSet, a group or a pod with --follow: ask the cluster's coordinator, and follow"
-        " what it does.",
+        help="For a JobSet, a group or a pod with --follow: ask the cluster's coordinator, and"
+        " follow what it does.",
     )(verb)
 
 
