@@ -35,7 +35,7 @@ bench: setup ## measure against criu, tar, zstd, restic and borg; writes bench/r
 	@scripts/bench-setup
 	@$(PY) -m bench
 
-bench-pauses: setup ## measure how long jobs stand still and what copying costs them; writes bench/pauses.md
+bench-pauses: setup ## measure how long jobs stand still, what copying costs them, and how soon they are back; writes bench/pauses.md
 	@$(PY) -m bench.pauses
 
 bench-cluster: cluster ## measure on that cluster; writes bench/incluster/report.md

@@ -19,12 +19,10 @@ from collections.abc import Callable
 from bench import (
     first_epoch,
     holder,
-    lazy_restore,
     machine,
     peak_memory,
     programs,
     report,
-    restoring,
     second_epoch,
     short_stop,
     tools,
@@ -35,11 +33,9 @@ from demo import job
 _EXPERIMENTS: dict[str, Callable[[machine.Context], report.Section]] = {
     "first-epoch": first_epoch.measure,
     "second-epoch": second_epoch.measure,
-    "restore": restoring.measure,
     "memory": peak_memory.measure,
     "trainings": trainings.measure,
     "short-stop": short_stop.measure,
-    "lazy-restore": lazy_restore.measure,
 }
 _PAIRS, _QUICK_PAIRS = 5, 3
 _FAILURES = (programs.ProgramFailed, holder.HolderFailed, job.JobFailed)
@@ -48,7 +44,7 @@ _FAILURES = (programs.ProgramFailed, holder.HolderFailed, job.JobFailed)
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"{_QUICK_PAIRS} pairs, smaller trees")
-    parser.add_argument("--size-gib", type=float, help="tree of experiments 1-3 [2; quick: 0.5]")
+    parser.add_argument("--size-gib", type=float, help="tree of experiments 1-2 [2; quick: 0.5]")
     parser.add_argument("--memory-size-gib", type=float, help="tree of `memory` [4; quick: 1]")
     parser.add_argument("--only", action="append", choices=list(_EXPERIMENTS), help="repeatable")
     parser.add_argument("--out", default="bench", help="folder of report.md and report.json")

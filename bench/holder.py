@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -171,6 +172,41 @@ class Holder:
                     continue
             time.sleep(_POLL_S)
         return answers
+
+
+class Awakening:
+    """When every worker of a tree that does not run yet has given its first sign of life: it looks
+    while the block runs, and then until it has come.
+    """
+
+    def __init__(self, holder: Holder) -> None:
+        self._holder = holder
+        self._since_ns = time.time_ns()
+        self._first_ns: float = math.nan
+        self._thread = threading.Thread(target=self._follow, name="awakening", daemon=True)
+
+    def __enter__(self) -> Awakening:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if exc[1] is None:
+            self._thread.join()
+
+    def after_s(self, began_ns: int) -> float:
+        """The seconds from ``began_ns`` of wall time, once the block is left.
+
+        Raises:
+            HolderFailed: the tree does not run.
+        """
+        if math.isnan(self._first_ns):
+            raise HolderFailed("the restored tree does not run")
+        return (self._first_ns - began_ns) / 1e9
+
+    def _follow(self) -> None:
+        with contextlib.suppress(HolderFailed):
+            took_s = self._holder.wait_running(self._since_ns)
+            self._first_ns = self._since_ns + took_s * 1e9
 
 
 class Pulse:

@@ -1,10 +1,11 @@
-"""How long jobs stand still and how much they are slowed down: ``python -m bench.pauses``.
+"""How long jobs stand still, are slowed down, and take to come back: ``python -m bench.pauses``.
 
 Each case is a section of ``bench/pauses.md`` and ``.json``. With ``--only CASE`` a run renews these
 sections and leaves the others: all of them together take half an hour, and nothing else may run.
 
 Promises: what it measures is paired: the agent and ``criu dump`` to tmpfs stop the same job in
-turns, and a job's speed beside a dump is told against its speed just before and after.
+turns, a job's speed beside a dump is told against its speed just before and after, and ``criu
+restore`` brings the same tree back in turns with the agent.
 Does not: leave anything but the report.
 """
 
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from bench import holder, machine, programs, report, short_stop, slowdown, tools
+from bench import holder, machine, programs, report, restoring, short_stop, slowdown, tools
 from bench.short_stop import Case
 from demo import job
 
@@ -43,16 +44,18 @@ _PAUSES = {
     "untracked": Case("1 GiB that cannot be followed", _GIB, _FALLBACK, ("--direct",)),
     "plain": Case("1 GiB, the plain way", _GIB, _NEVER_WORSE, environment=_PLAIN),
 }
-_SPEEDS: dict[str, Callable[[machine.Context], report.Section]] = {
+_OTHERS: dict[str, Callable[[machine.Context], report.Section]] = {
     "training": lambda context: slowdown.measure(context, "training"),
     "writer": lambda context: slowdown.measure(context, "writer"),
+    "restore-1-gib": lambda context: restoring.compare(context, "restore-1-gib", "1 GiB", _GIB),
+    "restore-4-gib": lambda context: restoring.compare(context, "restore-4-gib", "4 GiB", 4 * _GIB),
 }
 
 
 def main(arguments: list[str]) -> int:
     """Measure and renew the report."""
     parser = argparse.ArgumentParser(prog="python -m bench.pauses", description=__doc__)
-    cases = [*_PAUSES, *_SPEEDS]
+    cases = [*_PAUSES, *_OTHERS]
     parser.add_argument("--only", action="append", choices=cases, help="repeatable")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--out", default="bench", help="folder of pauses.md and pauses.json")
@@ -81,7 +84,7 @@ def _measured(context: machine.Context, name: str) -> report.Section:
     try:
         if name in _PAUSES:
             return short_stop.compare(context, name, _PAUSES[name])
-        return _SPEEDS[name](context)
+        return _OTHERS[name](context)
     except (programs.ProgramFailed, holder.HolderFailed) as exc:
         _say(str(exc))
         return report.Section(name, name, f"Not measured: {exc}")
@@ -106,7 +109,7 @@ def _known(out: str) -> dict[str, report.Section]:
 
 
 def _write(out: str, sections: dict[str, report.Section], facts: dict[str, str]) -> None:
-    chosen = [sections[name] for name in (*_PAUSES, *_SPEEDS) if name in sections]
+    chosen = [sections[name] for name in (*_PAUSES, *_OTHERS) if name in sections]
     command = "python -m bench.pauses"
     told = {name: fact for name, fact in facts.items() if name != "load before"}
     for ending, text in (("md", report.markdown), ("json", report.document)):

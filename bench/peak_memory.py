@@ -1,4 +1,4 @@
-"""Experiment 4: the most memory that ckpt-agent has at once, above its start.
+"""Experiment 3: the most memory that ckpt-agent has at once, above its start.
 
 Promises: *start* is what the same program needs to list a store; the kernel's own high-water mark
 is read, not samples of the size.

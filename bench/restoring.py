@@ -1,77 +1,126 @@
-"""Experiment 3: from the request to a tree that runs, and to a tree that is whole.
+"""From the start of the command to a tree that runs, and to one with all of its memory.
 
-Promises: the images of both sides are dropped from the page cache before each restore, programs
-and libraries stay in it; after each restore every worker's memory has the digest it had before.
-Does not: use lazy restore on either side, so that a tree is whole when the command returns.
+Promises: the images of all sides are dropped from the page cache before each restore, programs and
+libraries stay in it; after each restore every worker's memory has the digest it had before.
+Does not: slow the volume down.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Callable
 
 from bench import programs, tools
-from bench.figures import Samples
-from bench.holder import Holder, HolderFailed
+from bench.figures import MIB, Samples, mib
+from bench.holder import Awakening, Holder, HolderFailed
 from bench.machine import Context, evict, warm
 from bench.report import Section, Target
 
-_AGENT, _CRIU = "ckpt-agent restore", "criu restore"
+_LATE, _FIRST, _CRIU = "ckpt-agent restore --lazy", "ckpt-agent restore --eager", "criu restore"
+_RUNNING_S, _PEAK_BYTES = 0.3, 256 * MIB
+_HOW = (
+    "A tree of a root and 4 workers, killed and restored in place, by each side in turns."
+    " ckpt-agent verifies each byte of its image before a process sees it; criu verifies nothing."
+    " *Runs* is what ckpt-agent says of the restore, from the request; *first sign of life* is that"
+    " of the last worker, from the start of the command; *complete* is when all memory is in, and"
+    " the command ends."
+)
+_HEADS = ("tool", "runs, s", "first sign of life, s", "complete, s", "peak memory")
 
 
-def measure(context: Context) -> Section:
+class _Side:
+    """What was measured of one way to restore."""
+
+    def __init__(self, restore: Callable[[], programs.Ran], place: str) -> None:
+        self.restore = restore
+        self.place = place
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.peak_bytes = 0
+
+    def add(self, ran: programs.Ran, alive_s: float) -> None:
+        """One restore more."""
+        if ran.stdout:
+            self.seconds["runs"].append(json.loads(ran.stdout)["runningSeconds"])
+        self.seconds["alive"].append(alive_s)
+        self.seconds["complete"].append(max(alive_s, ran.took_s))
+        self.peak_bytes = max(self.peak_bytes, ran.peak_bytes)
+
+    def samples(self, moment: str) -> Samples:
+        """The seconds to one moment."""
+        return Samples.of(self.seconds[moment])
+
+
+def compare(context: Context, name: str, title: str, size_bytes: int) -> Section:
     """Dump once with both, then kill and restore in turns."""
-    warm(2 * context.size_bytes)
-    running_s: dict[str, list[float]] = defaultdict(list)
-    whole_s: dict[str, list[float]] = defaultdict(list)
-    with Holder(os.path.join(context.work, "holder"), context.size_bytes) as holder:
+    warm(2 * size_bytes)
+    with Holder(os.path.join(context.work, "holder"), size_bytes) as holder:
         agent = tools.Agent(os.path.join(context.work, "store"))
         criu = tools.Criu(os.path.join(context.work, "images"))
         image = agent.dump(holder.pid, "bench")[1]["name"]
         criu.dump(holder.pid)
         expected = holder.digests()
-        sides: list[tuple[str, str, Callable[[], programs.Ran]]] = [
-            (_AGENT, agent.store, lambda: agent.restore(image)),
-            (_CRIU, criu.images, criu.restore),
-        ]
+        sides = {
+            _LATE: _Side(lambda: agent.restore(image, "--lazy"), agent.store),
+            _FIRST: _Side(lambda: agent.restore(image, "--eager"), agent.store),
+            _CRIU: _Side(criu.restore, criu.images),
+        }
         for number in range(context.pairs):
-            for name, place, restore in sides if number % 2 == 0 else reversed(sides):
+            for side, what in list(sides.items())[:: -1 if number % 2 else 1]:
                 holder.kill()
-                if cached := evict(place):
-                    context.say(f"{cached:.0%} of the files in {place} are cached still")
-                ran = restore()
-                running = holder.wait_running(ran.began_ns)
-                running_s[name].append(running)
-                whole_s[name].append(max(running, ran.took_s))
+                if cached := evict(what.place):
+                    context.say(f"{cached:.0%} of the files in {what.place} are cached still")
+                with Awakening(holder) as life:
+                    ran = what.restore()
+                what.add(ran, life.after_s(ran.began_ns))
                 if holder.digests() != expected:
-                    raise HolderFailed(f"{name}: the restored memory differs")
-                context.say(f"round {number + 1}: {name} {ran.took_s:.2f} s")
-    return _section(running_s, whole_s)
+                    raise HolderFailed(f"{side}: the restored memory differs")
+                last = ", ".join(f"{m} {v[-1]:.3f} s" for m, v in what.seconds.items())
+                context.say(f"{title}: {side}: {last}")
+    section = Section(name=name, title=f"Restore: {title}", how=_HOW, heads=_HEADS)
+    _tell(section, title, sides)
+    return section
 
 
-def _section(running_s: dict[str, list[float]], whole_s: dict[str, list[float]]) -> Section:
-    section = Section(
-        name="restore",
-        title="Restore",
-        how=(
-            "The tree of the first experiment, killed and restored in place. ckpt-agent reads and"
-            " verifies its whole image before it starts a process; criu verifies nothing."
-            " *Running* is the first sign of life of the last worker."
-        ),
-        heads=("tool", "running, s", "whole, s", "times ckpt-agent"),
-    )
-    own = Samples.of(whole_s[_AGENT])
-    for name in whole_s:
-        running, whole = Samples.of(running_s[name]), Samples.of(whole_s[name])
-        section.rows.append((name, running.told(), whole.told(), whole.over(own).told()))
-        section.data[name] = {"running_s": running.document(), "whole_s": whole.document()}
-    share = own.over(Samples.of(whole_s[_CRIU]))
+def _tell(section: Section, title: str, sides: dict[str, _Side]) -> None:
+    for name, side in sides.items():
+        told = [
+            side.samples(moment).told(digits=3) if side.seconds.get(moment) else ""
+            for moment in ("runs", "alive", "complete")
+        ]
+        section.rows.append((name, *told, mib(side.peak_bytes)))
+        section.data[name] = {
+            **{moment: side.samples(moment).document() for moment in side.seconds},
+            "peak_bytes": side.peak_bytes,
+        }
+    runs = sides[_LATE].samples("runs")
     section.targets.append(
         Target(
-            "restore to complete against criu restore", "<= 1x", share.told("x"), share.median <= 1
+            f"restore to running, {title}",
+            f"<= {_RUNNING_S} s",
+            runs.told("s"),
+            runs.median <= _RUNNING_S,
         )
     )
-    if share.median > 1:
-        section.slower.append(f"restore: ckpt-agent takes {share.told('times')} as long as criu")
-    return section
+    for name in (_LATE, _FIRST):
+        share = sides[name].samples("complete").over(sides[_CRIU].samples("complete"))
+        section.targets.append(
+            Target(
+                f"{name} to complete against criu restore, {title}",
+                "<= 1x",
+                share.told("x"),
+                share.median <= 1,
+            )
+        )
+        if share.median > 1:
+            section.slower.append(f"{title}: {name} takes {share.told('times')} as long as criu")
+    peak_bytes = max(sides[name].peak_bytes for name in (_LATE, _FIRST))
+    section.targets.append(
+        Target(
+            f"the agent's memory in a restore, {title}",
+            f"<= {mib(_PEAK_BYTES)}",
+            mib(peak_bytes),
+            peak_bytes <= _PEAK_BYTES,
+        )
+    )

@@ -1,4 +1,4 @@
-"""Experiment 5: what several epochs of real trainings take up in a store.
+"""Experiment 4: what several epochs of real trainings take up in a store.
 
 Promises: for each epoch the tree stands still (SIGSTOP) while ckpt-agent and then criu dump it,
 so that all figures are of the same memory; the yardsticks are computed from criu's image files.
