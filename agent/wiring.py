@@ -176,12 +176,14 @@ def export(
     progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
 ) -> Written:
     """Write a member of ``image`` to a file as a checkpoint archive; ``progress`` gets bytes done
-    and about how many in all. Raises what ``node.archives.Export`` does, and
+    and about how many in all. Raises what ``node.archives.exporting`` does, and
     ``errors.InvalidInput`` if no such file can be written there.
     """
-    chosen = node_archives.Export(store(settings), image, member, formats().archived)
     done_bytes = 0
-    with archivefile.writing(wanted) as file:
+    with (
+        node_archives.exporting(store(settings), image, member, formats().archived) as chosen,
+        archivefile.writing(wanted) as file,
+    ):
         file.begin(chosen.about)
         for piece in chosen.pieces():
             file.add(piece)

@@ -8,6 +8,7 @@ to.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from agent.host import clock
 from agent.model import ids
 from agent.model.archives import Exported, Exporting, Outgoing, Whose
 from agent.model.streams import MemberSink, MemberSource
-from agent.store.repository import EpochSummary, Store
+from agent.store.repository import EpochReader, EpochSummary, Store
 
 # What an image says of its engine that came as an archive, from whoever it was.
 IMPORTED = "import"
@@ -47,19 +48,28 @@ class Formats:
     opened: Callable[[int], Archive]
 
 
+@contextlib.contextmanager
+def exporting(store: Store, image: str, member: str | None, archived: Archived) -> Iterator[Export]:
+    """One member of ``image``; ``member`` may be None if there is only one. While the context lasts
+    the image is not deleted, if the volume takes a note of that.
+
+    Raises:
+        errors.NotFound: no such image or member.
+        errors.InvalidInput: there are several members and none was named.
+        errors.Corrupt | errors.Missing: the image is damaged.
+    """
+    group, epoch = store.resolve(image)
+    reader = store.read(group, epoch)
+    with store.hold(reader):
+        yield Export(reader, image, member, archived)
+
+
 class Export:
-    """One member of ``image``; ``member`` may be None if there is only one."""
+    """One member of the image that ``reader`` reads; made by ``exporting``."""
 
-    def __init__(self, store: Store, image: str, member: str | None, archived: Archived) -> None:
-        """Look at it.
-
-        Raises:
-            errors.NotFound: no such image or member.
-            errors.InvalidInput: there are several members and none was named.
-            errors.Corrupt | errors.Missing: the image is damaged.
-        """
-        group, epoch = store.resolve(image)
-        reader = store.read(group, epoch)
+    def __init__(
+        self, reader: EpochReader, image: str, member: str | None, archived: Archived
+    ) -> None:
         if member is None and len(reader.members) > 1:
             raise errors.InvalidInput(
                 f"{image} has the members {', '.join(reader.members)}",
@@ -68,10 +78,11 @@ class Export:
         name = reader.members[0] if member is None else ids.member_name(member)
         source = reader.member(name)
         namespace = str(reader.facts.get("namespace") or "")
-        whose = Whose(namespace, group, name, reader.summary.created_s)
+        found = reader.summary
+        whose = Whose(namespace, found.group, name, found.created_s)
         self._outgoing = archived(source, whose)
         self.about = Exporting(
-            image=ids.image_name(group, epoch),
+            image=ids.image_name(found.group, found.epoch),
             member=name,
             machine=str(source.facts().get("machine") or ""),
             expected_bytes=self._outgoing.expected_bytes,

@@ -57,8 +57,10 @@ class Transfers:
         with (
             self._moving.begin("export", f"image {found.image}", [], cancel),
             call.ending_after(call.allowed_s(0.0, _EXPORT_S)),
+            archives.exporting(
+                found.store, found.image, member or None, self._formats.archived
+            ) as made,
         ):
-            made = archives.Export(found.store, found.image, member or None, self._formats.archived)
             about = made.about
             begun = api.ExportBegun(
                 image=about.image,

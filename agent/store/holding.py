@@ -1,4 +1,4 @@
-"""What a restore announces, so that nobody deletes the image that it reads.
+"""What whoever reads an image announces, so that nobody deletes it meanwhile.
 
 A reader's intent names the image and its packs. It is put anew again and again: one that has become
 old is of a reader that died, and keeps the image from going no longer.

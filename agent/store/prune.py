@@ -93,8 +93,9 @@ def delete(volume: Volume, group: GroupName, epoch: EpochId) -> PruneReport:
             )
         if run.read([(group, epoch)]):
             raise errors.Conflict(
-                f"epoch {epoch} of {group} is being restored, and its memory still read",
-                hint="try again when that restore is complete",
+                f"epoch {epoch} of {group} is still being read, by a restore, an export or a"
+                " verification",
+                hint="try again when that is complete",
             )
         return run.remove([(group, epoch)])
 

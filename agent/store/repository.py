@@ -212,7 +212,7 @@ class Store:
 
         Raises:
             errors.NotFound: there is none.
-            errors.Conflict: somebody else is removing epochs right now, or it is being restored.
+            errors.Conflict: somebody else is removing epochs right now, or reading this one.
         """
         return prune.delete(self.volume, group, epoch)
 

@@ -2,9 +2,9 @@
 
 Promises: every byte of every file that the epoch names is read and checked: digests, the plain
 bytes' checksums, and that each page still has the tag by which later epochs find it. Goes on after
-damage, so that the report is complete.
+damage, so that the report is complete. The epoch is held meanwhile (``holding``).
 Does not: repair. Packs that are found damaged are marked, so that later epochs do not build on
-them (``suspects``); nothing else on the volume changes.
+them (``suspects``); nothing else on the volume changes for good.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from concurrent import futures
 
 from agent import errors
 from agent.model.ids import EpochId, GroupName
-from agent.store import blocks, catalog, layout, manifest, pack, pagetable, suspects, threads
+from agent.store import (
+    blocks,
+    catalog,
+    holding,
+    layout,
+    manifest,
+    pack,
+    pagetable,
+    suspects,
+    threads,
+)
 from agent.store.identity import Identity
 from agent.volumes.base import Volume
 
@@ -54,7 +64,7 @@ def verify(
     """Verify one epoch. ``progress`` is told the bytes read so far, and all there are.
 
     Raises:
-        errors.NotFound: there is no such epoch.
+        errors.NotFound: there is no such epoch, or it was deleted meanwhile: that is no damage.
         errors.VolumeGone: the volume went away; nothing can be said then.
     """
     return _Verification(volume, key, progress).run(group, epoch)
@@ -78,8 +88,14 @@ class _Verification:
         except (errors.DataError, errors.VolumeError) as exc:
             self._note(layout.epoch_name(group, epoch), exc)
         else:
-            self._blocks(self._indexes(found))
-            self._remember(found.packs)
+            with holding.hold(self._volume, group, epoch, found.packs):
+                self._blocks(self._indexes(found))
+                if self._damaged and not catalog.exists(self._volume, group, epoch):
+                    raise errors.NotFound(
+                        f"epoch {epoch} of {group} was deleted while it was read",
+                        hint="list shows what there is",
+                    )
+                self._remember(found.packs)
         return VerifyReport(group, epoch, tuple(self._damaged), self._read_bytes)
 
     def _note(self, part: str, exc: errors.CkptError) -> None:

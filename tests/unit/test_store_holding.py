@@ -1,4 +1,4 @@
-"""What is being restored is not deleted, on a directory as in memory; who died holds nothing."""
+"""What is being read is not deleted, on a directory as in memory; who died holds nothing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import contextlib
 import dataclasses
 import itertools
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agent import errors
 from agent.host import clock
+from agent.model import ids
+from agent.model.streams import MemberSource
+from agent.node import archives
 from agent.store import holding, intents, layout
 from agent.store.repository import EpochSummary, MemberReader, Store
 from agent.store.retention import Retention
@@ -50,7 +54,7 @@ def test_what_is_read_is_neither_deleted_nor_pruned(store: Store, volume: Volume
     newest = dump(store, images.simple(20), NOW_S + 1)
     with store.hold(store.read(GROUP, first.epoch)) as held:
         assert held
-        with pytest.raises(errors.Conflict, match="being restored") as caught:
+        with pytest.raises(errors.Conflict, match="still being read") as caught:
             store.delete(GROUP, first.epoch)
         assert caught.value.retryable
         for dry_run in (True, False):
@@ -63,6 +67,66 @@ def test_what_is_read_is_neither_deleted_nor_pruned(store: Store, volume: Volume
     assert announced(volume) == []
     store.delete(GROUP, first.epoch)
     assert [info.name for info in volume.list()] == EMPTY
+
+
+def test_what_is_verified_is_not_deleted(store: Store, volume: Volume) -> None:
+    epoch = dump(store, images.simple()).epoch
+    refused: list[errors.Conflict] = []
+
+    def look(_: int, __: int) -> None:
+        with pytest.raises(errors.Conflict, match="still being read") as caught:
+            store.delete(GROUP, epoch)
+        refused.append(caught.value)
+
+    assert store.verify(GROUP, epoch, look).good
+    assert refused
+    assert announced(volume) == []
+
+
+def test_what_is_deleted_while_it_is_verified_is_not_called_damaged(
+    store: Store, volume: Volume
+) -> None:
+    """At every step of the verification, on a volume that takes no note of it."""
+    for step in itertools.count():
+        epoch = dump(store, images.simple()).epoch
+
+        def meanwhile(number: int, method: str, _: str) -> Fault | None:
+            if number == step:  # noqa: B023 - called before the next one
+                store.delete(GROUP, epoch)  # noqa: B023
+            return Fault(errors.VolumeFull("full", volume="v")) if method == "put" else None
+
+        verified = FaultyVolume(volume, meanwhile)
+        other = Store.open(volume)
+        other.volume = verified
+        try:
+            assert other.verify(GROUP, epoch).good
+        except errors.NotFound:
+            assert step < len(verified.calls)
+        assert list(volume.list(layout.SUSPECTS)) == []
+        if step >= len(verified.calls):
+            break
+
+
+def test_what_is_exported_is_not_deleted(store: Store, volume: Volume) -> None:
+    image = ids.image_name(GROUP, dump(store, images.simple()).epoch)
+
+    @dataclasses.dataclass
+    class Archive:
+        source: MemberSource
+        expected_bytes: int = 1
+        left_out: tuple[str, ...] = ()
+        restorable: bool = True
+
+        def pieces(self) -> Iterator[bytes]:
+            yield b"a"
+            yield b"b"
+
+    with archives.exporting(store, image, None, lambda source, _: Archive(source)) as made:
+        for _ in made.pieces():
+            with pytest.raises(errors.Conflict, match="still being read"):
+                store.delete(*store.resolve(image))
+    assert made.exported.size_bytes == 2
+    assert announced(volume) == []
 
 
 def test_two_that_read_the_same_hold_it_apart(store: Store) -> None:
@@ -179,3 +243,4 @@ def test_a_volume_that_takes_nothing_can_be_read_but_not_held(store: Store, volu
     with other.hold(reader) as held:
         assert not held
         images.assert_member(reader.member(MEMBER), images.simple()[MEMBER])
+    assert other.verify(GROUP, epoch).good
