@@ -169,6 +169,18 @@ class Pagemap:
         return np.concatenate(found) if found else np.empty((0, 3), dtype=np.int64)
 
 
+def notes_writes(pid: int, number: int) -> bool:
+    """Whether this descriptor of a process is a userfaultfd that was asked for asynchronous write
+    protection; raises ``FileNotFoundError`` if it has been closed.
+    """
+    with open(f"/proc/{pid}/fdinfo/{number}", encoding="ascii") as info:
+        for line in info:
+            key, _, value = line.partition(":")
+            if key == "API":  # the version, the features and the ioctls
+                return bool(int(value.split(":")[1], 16) & _WP_ASYNC)
+    return False
+
+
 class WriteProtection:
     """Asynchronous write protection by ``descriptor``, a fresh userfaultfd, which it then owns.
     Somebody must read what it tells of moved mappings (``moves.Moves``): who moves one waits for

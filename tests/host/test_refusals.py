@@ -18,10 +18,12 @@ import pytest
 
 from agent import errors
 from agent.engines.base import CaptureOptions, RestoreOptions
+from agent.engines.criu import preflight
 from agent.engines.criu.engine import CriuEngine
 from agent.engines.kubelet.engine import KubeletEngine
 from agent.host import proc, system
 from agent.model.container import Container
+from agent.node.plan import plan_dump
 from tests.conftest import NOT_TO_BE_HAD
 from tests.host.conftest import Cut, Gate, Host
 from tests.host.image import MemoryImage, MemorySource
@@ -128,6 +130,56 @@ def test_a_process_that_uses_a_gpu_is_refused_unfrozen_with_the_files_named(
             engine.capture(popen.pid, MemoryImage(), Cut(), CaptureOptions())
     finally:
         device.unlink()
+
+
+def holder(host: Host, making: str) -> tuple[subprocess.Popen[bytes], int]:
+    """A program that has made a descriptor ``fd``, and its number."""
+    said = host.folder / "number"
+    popen = host.popen(
+        [
+            *(sys.executable, "-c"),
+            f"import ctypes,fcntl,os,struct,sys,time\n{making}\n"
+            "with open(sys.argv[1]+'~','w') as file: file.write(str(fd))\n"
+            "os.rename(sys.argv[1]+'~',sys.argv[1]);time.sleep(1000)",
+            str(said),
+        ]
+    )
+    while not said.exists():
+        assert popen.poll() is None
+        time.sleep(0.01)
+    return popen, int(said.read_text())
+
+
+@pytest.mark.parametrize("way", ["object", "device"])
+def test_a_process_that_uses_userfaultfd_is_refused_unfrozen_by_every_engine(
+    host: Host, way: str
+) -> None:
+    made = (
+        "os.open('/dev/userfaultfd',os.O_RDWR)"
+        if way == "device"
+        else "ctypes.CDLL(None).syscall(323,os.O_CLOEXEC)"
+    )
+    popen, number = holder(host, f"fd={made}")
+    refusal = refused(host, popen.pid)
+    assert isinstance(refusal, errors.TargetUnsuitable)
+    assert f"uses userfaultfd (descriptor {number})" in refusal.message
+    found = plan_dump([popen.pid], ghost_limit_bytes=1 << 20)
+    assert any("userfaultfd" in each.reason for each in found.blockers)
+    container = Container("c" * 64, "main", popen.pid, "")
+    engine = KubeletEngine(cast("Any", None), "team", "pod-1", [container])
+    with pytest.raises(errors.TargetUnsuitable, match="uses userfaultfd"):
+        engine.capture(popen.pid, MemoryImage(), Cut(), CaptureOptions())
+
+
+def test_what_a_dump_puts_into_a_process_for_an_instant_is_no_use_of_userfaultfd(
+    host: Host,
+) -> None:
+    popen, _ = holder(
+        host,
+        "fd=ctypes.CDLL(None).syscall(323,os.O_CLOEXEC)\n"
+        "fcntl.ioctl(fd,0xC018AA3F,bytearray(struct.pack('QQQ',0xAA,1<<15|1<<13|4,0)))",
+    )
+    preflight.refuse_userfaultfds(popen.pid)
 
 
 def in_child(before: Callable[[], None], act: Callable[[], object]) -> str:

@@ -20,6 +20,7 @@ import pytest
 
 from agent import errors
 from agent.engines.base import CaptureOptions
+from agent.engines.criu import preflight
 from agent.host import cgroups, proc
 from agent.model.streams import AddressSpace, PageRun
 from tests.conftest import NOT_TO_BE_HAD
@@ -375,8 +376,12 @@ for number in range(size // 4096):
 """
 
 
-def test_a_job_that_fills_memory_of_its_own_by_userfaultfd_is_not_disturbed(host: Host) -> None:
-    """CRIU has no way to store that: the dump fails."""
+def test_a_job_that_fills_memory_of_its_own_by_userfaultfd_is_not_disturbed(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CRIU has no way to store that: the dump fails, late if the job was looked at before it
+    began.
+    """
     folder = host.folder / "filling"
     folder.mkdir()
     pid = host.popen([sys.executable, "-c", _FILLING, str(folder)]).pid
@@ -390,6 +395,9 @@ def test_a_job_that_fills_memory_of_its_own_by_userfaultfd_is_not_disturbed(host
     wait_for(0)
     before = tracked(pid)
     assert len(before) == 1
+    with pytest.raises(errors.TargetUnsuitable, match="uses userfaultfd"):
+        host.capture(pid, MemoryImage(), options=OPTIONS)
+    monkeypatch.setattr(preflight, "refuse_userfaultfds", lambda pid: None)
     for number in range(2):
         image = Drafted("draft", 1, lambda: (folder / f"touch-{number}").touch())  # noqa: B023
         with pytest.raises(errors.ShortStopFailed, match="userfaultfd"):

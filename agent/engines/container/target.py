@@ -209,6 +209,7 @@ def _refuse_process(pid: int, inner: proc.Identity) -> None:
             pid=pid,
         )
     preflight.refuse_multicast(pid)
+    preflight.refuse_userfaultfds(pid)
     lacking = rights.missing([status.uid], status.caps_held)
     if lacking:
         raise _unsuitable(

@@ -11,12 +11,14 @@ import os
 from collections.abc import Collection
 
 from agent import errors
-from agent.host import multicast, proc
+from agent.host import multicast, pagemap, proc
 from agent.model import gpus
 from agent.model.hooks import RELEASE_GPU, TEARDOWN_RDMA
 
 # The kernel's names for verbs (uverbs0) and the connection manager (rdma_cm).
 RDMA_DEVICES = "/dev/infiniband/"
+# As an object, and as the device that makes one.
+_USERFAULTFDS = ("anon_inode:[userfaultfd]", "/dev/userfaultfd")
 # include/uapi/linux/capability.h. CRIU reads and writes other processes (SYS_PTRACE), their files
 # (DAC_OVERRIDE), their connections and the packet filter (NET_ADMIN), and much else (SYS_ADMIN).
 _NEEDED = {"CAP_DAC_OVERRIDE": 1, "CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21}
@@ -106,6 +108,35 @@ def _suitable(pid: int, ours: dict[str, int]) -> None:
             )
     refuse_gpus(pid)
     refuse_multicast(pid)
+    refuse_userfaultfds(pid)
+
+
+def refuse_userfaultfds(pid: int) -> None:
+    """Refuse a process that fills memory of its own by userfaultfd: what it is asked for, and by
+    whom, is in the kernel, and CRIU would refuse it when all stand still.
+
+    Raises:
+        errors.NotFound: the process has ended.
+        errors.TargetUnsuitable: it has such a descriptor; all are named.
+    """
+    numbers = []
+    for number in proc.descriptors(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # closed since
+            if proc.descriptor_link(pid, number) not in _USERFAULTFDS:
+                continue
+            # One that notes writes is, nearly always, what a dump puts into a process for an
+            # instant (``host.injection``), or a child that was forked then has for a little longer.
+            if not pagemap.notes_writes(pid, number):
+                numbers.append(number)
+    if numbers:
+        raise errors.TargetUnsuitable(
+            f"process {pid} ({_comm(pid)}) uses userfaultfd (descriptor"
+            f" {', '.join(map(str, numbers))}), which CRIU cannot capture",
+            hint="let it close that before the dump, or switch off what it needs it for (filling"
+            " memory on demand, post-copy migration)",
+            pid=pid,
+            descriptors=numbers,
+        )
 
 
 def refuse_multicast(pid: int) -> None:

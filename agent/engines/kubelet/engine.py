@@ -264,13 +264,14 @@ def _check_clock(container: Container) -> None:
 
 def _check_processes(container: Container) -> None:
     """Refuse a container with a process that somebody stopped (SIGSTOP): runc 1.3 then never ends
-    its checkpoint, and the container is held all the while. One that uses a GPU, or RDMA still,
-    would be held in vain.
+    its checkpoint, and the container is held all the while. One that uses a GPU, RDMA still, or a
+    userfaultfd would be held in vain.
     """
     for pid in proc.tree(container.pid):
         with contextlib.suppress(errors.NotFound):
             preflight.refuse_gpus(pid)
             preflight.refuse_rdma(pid)
+            preflight.refuse_userfaultfds(pid)
             if proc.stat(pid).state == "T":
                 raise errors.TargetUnsuitable(
                     f"process {pid} ({proc.stat(pid).comm}) is stopped, which a kubelet's"
