@@ -107,6 +107,7 @@ class Kept:
     def __init__(self) -> None:
         self.epoch = ""
         self._parts: dict[int, Closes] = {}
+        self._plainly: dict[int, int] = {}
 
     def __enter__(self) -> Kept:
         return self
@@ -125,6 +126,19 @@ class Kept:
     def committed(self, epoch: str) -> None:
         """What was captured has become ``epoch``."""
         self.epoch = epoch
+
+    def doubt(self, root: int, captures: int) -> None:
+        """What was prepared for the stop of a tree was wrong by the time it came, and may be again:
+        so many captures are to do without. Outlasts ``forget``.
+        """
+        self._plainly[root] = captures
+
+    def doubted(self, root: int) -> bool:
+        """Whether the capture that begins now is to do without; it counts as one."""
+        left = self._plainly.pop(root, 0)
+        if left > 1:
+            self._plainly[root] = left - 1
+        return left > 0
 
     def forget(self) -> None:
         """Let go of everything: the next capture begins anew."""

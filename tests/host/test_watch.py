@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
 from agent.engines.base import CaptureOptions, Kept
-from agent.engines.criu import hiding
+from agent.engines.criu import hiding, shortstop
 from agent.engines.criu.shortstop import ShortStop
 from agent.engines.tracking.precopy import Precopy
 from agent.host import clock
+from agent.model import ids
+from agent.node import dump as node_dump
+from agent.store.repository import Store
+from agent.volumes.directory import DirectoryVolume
 from tests.host.conftest import Cut, Host, Target
 from tests.host.image import MemoryImage
 from tests.host.test_short_stop import Frozen, looked_at
@@ -99,6 +107,62 @@ def test_after_a_capture_that_failed_nothing_is_kept(host: Host) -> None:
             host.capture(target.pid, MemoryImage(), Cut(captured=fail), options)
         assert kept.take(target.pid) is None
     host.assert_running(target)
+    host.assert_clean()
+
+
+# Changes the flags of a mapping whenever it is told to, and says how often it has.
+_CHANGING = """
+import mmap, os, signal, sys
+large = mmap.mmap(-1, 24 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+large[:] = b"x" * len(large)
+# No mapping beside it is alike, so that none is joined with it.
+area = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+times = 0
+while True:
+    with open(sys.argv[1] + "~", "w") as said: said.write(str(times))
+    os.rename(sys.argv[1] + "~", sys.argv[1])
+    signal.sigwait([signal.SIGUSR1])
+    area.madvise([mmap.MADV_DONTFORK, mmap.MADV_DOFORK][times % 2])
+    times += 1
+"""
+
+
+def test_a_tree_that_changes_its_mappings_all_the_time_is_not_stopped_twice_each_time(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = host.folder / "times"
+    job = host.popen([sys.executable, "-c", _CHANGING, str(said)])
+
+    def wait_for(times: int) -> None:
+        until = time.monotonic() + 20
+        while not said.exists() or int(said.read_text()) < times:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+
+    about_to_freeze = ShortStop.about_to_freeze
+
+    def change(self: ShortStop) -> None:
+        about_to_freeze(self)
+        times = int(said.read_text())
+        job.send_signal(signal.SIGUSR1)
+        wait_for(times + 1)
+
+    wait_for(0)
+    monkeypatch.setattr(ShortStop, "about_to_freeze", change)
+    monkeypatch.setattr(shortstop, "_DOUBTED", 2)
+    store = Store.open(DirectoryVolume(str(tmp_path / "store"), create=True), create=True)
+    members = [node_dump.Member(ids.member_name("tree"), job.pid)]
+    ways = []
+    with Kept() as kept:
+        for _ in range(5):
+            options = CaptureOptions(precopy=True, kept=kept)
+            made = node_dump.dump(store, host.engine, ids.group_name("job"), members, options)
+            kept.committed(made.epoch.epoch)
+            ways.append(made.members[0][1].engine_facts["stop"]["path"])
+    assert ways == ["plain", "precopy", "precopy", "plain", "precopy"]
+    assert all(each.damage is None for each in store.epochs())
+    assert job.poll() is None
     host.assert_clean()
 
 

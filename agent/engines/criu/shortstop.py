@@ -31,6 +31,9 @@ from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSink, PageRun
 _SMALLEST_BYTES = 16 << 20
 # What is left for the stop of a tree that is followed.
 _LEFT_BYTES = 16 << 20
+# A tree whose mappings changed in the moment of the stop may do that all the time: so often it is
+# then stopped a little longer, which costs less than a second stop, the plain way, each time.
+_DOUBTED = 10
 # Rounds between CRIU's start and the freeze: the first takes up what was written meanwhile.
 _LAST_ROUNDS = 2
 
@@ -89,7 +92,8 @@ class ShortStop:
             self._hiding = hiding.Hiding()
             stack.pop_all()
         # Who is to end is stopped for longer in any case.
-        self._layouts = None if options.kill else layouts.Layouts()
+        doubted = kept is not None and kept.doubted(root)
+        self._layouts = None if options.kill or doubted else layouts.Layouts()
         self._code = codepages.CodePages()
         self._found: dict[int, layouts.Layout] = {}
         self._parts: dict[AddressSpace, residue.Parts] = {}
@@ -210,6 +214,8 @@ class ShortStop:
         """
         changed = [] if self._layouts is None else self._layouts.changed()
         if changed:
+            if self._kept is not None:
+                self._kept.doubt(self._root, _DOUBTED)
             raise errors.ShortStopFailed(
                 f"the mappings of process {changed[0]} changed while it was being stopped",
                 pid=changed[0],
