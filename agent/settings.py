@@ -87,7 +87,8 @@ class Settings:
 
     precopy_cpu_percent: int = 10
     """How much of the cores that this program may use it takes for that, in percent, while the job
-    computes, which is to keep nine tenths of its speed. 100: no limit."""
+    computes: as far as half of what is idle goes, and of one core in any case. The job is to keep
+    nine tenths of its speed. 100: no limit."""
 
     precopy_rate_bytes: int | None = None
     """How many bytes of memory it reads a second for that, and so writes at most. None: as many as

@@ -149,13 +149,13 @@ def one_node(nodes: Sequence[str], flag: str) -> str | None:
     return nodes[0] if nodes else None
 
 
-def follow(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The option that takes in who is connected with the named trees."""
+def follow(where: str, when: str = "") -> Callable[..., Any]:
+    """The option that takes in who is connected with the named trees, ``where`` he is."""
     return click.option(
         "--follow",
         is_flag=True,
-        help="Cut everybody on this host, or in the namespace, who is connected with them, too.",
-    )(verb)
+        help=f"Cut everybody {where} who is connected with them, too{when}.",
+    )
 
 
 def pace(verb: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,14 +205,13 @@ def engine(verb: Callable[..., Any]) -> Callable[..., Any]:
     )(verb)
 
 
-def coordinator(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The option that has the cluster's coordinator do it, instead of this program."""
+def coordinator(what: str) -> Callable[..., Any]:
+    """The option that has the cluster's coordinator do ``what``, instead of this program."""
     return click.option(
         "--coordinator/--no-coordinator",
         default=None,
-        help="For a JobSet, a group or a pod with --follow: ask the cluster's coordinator, and"
-        " follow what it does.",
-    )(verb)
+        help=f"For {what}: ask the cluster's coordinator, and follow what it does.",
+    )
 
 
 def queue(verb: Callable[..., Any]) -> Callable[..., Any]:

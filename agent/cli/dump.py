@@ -43,7 +43,7 @@ from agent.settings import Settings
     multiple=True,
     help="Root of a process tree; repeat it to cut several trees at one moment.",
 )
-@arguments.follow
+@arguments.follow("on this host, or in the namespace,")
 @click.option("--stop", is_flag=True, help="End the processes once the image is committed.")
 @click.option("--name", help="Group of the image [default: program and pid of the first root].")
 @click.option(
@@ -68,7 +68,7 @@ from agent.settings import Settings
     help="Give up after this time [default: 10m].",
 )
 @arguments.pace
-@arguments.coordinator
+@arguments.coordinator("a JobSet, a group or a pod with --follow")
 @arguments.queue
 @pass_invocation
 def verb(
@@ -91,7 +91,8 @@ def verb(
     """Capture the process trees below each PID, or in a cluster the containers of a pod, of all
     pods of a JobSet or of all pods that a selector means, as one image and print its name.
 
-    The processes stand still while they are captured and go on while the image is compressed and
+    Memory is copied while the processes run, so that they stand still only for what they wrote
+    last; where that cannot be, for all of it. They go on while what was held back is compressed and
     written. If anything fails, or on Ctrl-C, they go on and nothing is stored.
     """
     of_a_host = {"--name": name, "--include": include}

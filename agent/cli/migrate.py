@@ -46,7 +46,7 @@ from agent.cli.invocation import Invocation, Verb, pass_invocation
     metavar="SPAN",
     help="Give the dump, and the restore, up after this time [default: 10m each].",
 )
-@arguments.coordinator
+@arguments.coordinator("a JobSet")
 @arguments.queue
 @pass_invocation
 def verb(

@@ -32,7 +32,7 @@ from agent.model import plan as model_plan
     multiple=True,
     help="Root of a process tree; may be repeated.",
 )
-@arguments.follow
+@arguments.follow("on this host, or in the namespace,")
 @click.option(
     "-l",
     "--selector",
@@ -47,7 +47,7 @@ from agent.model import plan as model_plan
     help="Note for so long which memory the processes write: the stop is then what it would be.",
 )
 @arguments.containers
-@arguments.coordinator
+@arguments.coordinator("a JobSet, a group or a pod with --follow")
 @pass_invocation
 def verb(
     invocation: Invocation,

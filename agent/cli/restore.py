@@ -71,7 +71,8 @@ _OUTPUT_MODE = 0o600
     "--lazy/--eager",
     default=False,
     show_default=True,
-    help="Let the processes run at once, while their memory still comes; or all of it first.",
+    help="On this host: let the processes run at once, while their memory still comes; or all of it"
+    " first.",
 )
 @click.option("--stdin", type=click.Path(), help="Replaces the processes' standard input.")
 @click.option("--stdout", type=click.Path(), help="Appended to; replaces standard output.")
@@ -85,7 +86,7 @@ _OUTPUT_MODE = 0o600
     metavar="SPAN",
     help="Give up after this time [default: 10m].",
 )
-@arguments.coordinator
+@arguments.coordinator("a JobSet or a group")
 @arguments.queue
 @pass_invocation
 def verb(

@@ -54,7 +54,7 @@ def _every(value: str) -> float | None:
     multiple=True,
     help="Root of a process tree; repeat it to cut several trees at one moment.",
 )
-@arguments.follow
+@arguments.follow("on this host", "; looked for anew before each dump")
 @click.option("--name", help="Group of the images [default: program and pid of the first root].")
 @click.option(
     "--include",
@@ -74,7 +74,7 @@ def _every(value: str) -> float | None:
 @click.option("--keep-last", type=click.IntRange(min=1), help="Remove older images of the group.")
 @arguments.containers
 @arguments.pace
-@arguments.coordinator
+@arguments.coordinator("a JobSet")
 @pass_invocation
 def verb(
     invocation: Invocation,
@@ -95,8 +95,9 @@ def verb(
     again, each time for what was written since, and print a line for each image, until they end or
     Ctrl-C. All pods of a JobSet are dumped again and again at one instant.
 
-    Between two dumps the kernel notes what the processes write. A dump that fails is told on
-    stderr, and the next one is made in its turn; the exit status tells of the last one.
+    Between two dumps the kernel notes what the processes write; of a JobSet nothing is kept
+    between them. A dump that fails is told on stderr, and the next one is made in its turn, unless
+    it is the first; the exit status tells of the last one.
     """
     of_a_host = {"--follow": follow, "--name": name, "--include": include}
     of_a_host |= {"--precopy-cpu": precopy_cpu, "--precopy-rate": precopy_rate}

@@ -159,10 +159,11 @@ class CaptureOptions:
     on. ``precopy``: copy memory while the member runs and stop it only for the rest, where that
     can be done; with ``kept`` only what was written since the capture before. Unless the member is
     to be killed, that takes at most ``precopy_cpu_percent`` of the cores that this program may use,
-    where the member computes, and ``precopy_bytes_per_s`` of memory (None for no limit), for a
-    quarter of the deadline at most. ``held_bytes`` bounds what is held in memory while it stands
-    still, to be stored when it runs again; with 0 nothing is, otherwise what is more goes to the
-    local disk, within bounds (``criu/spool``).
+    as far as half of what is idle goes, and of one in any case, where the member computes, and
+    ``precopy_bytes_per_s`` of memory (None for no limit), for a quarter of the deadline at most.
+    ``held_bytes`` bounds what is held in memory while it stands still, to be stored when it runs
+    again; with 0 nothing is, otherwise what is more goes to the local disk, within bounds
+    (``criu/spool``).
     """
 
     deadline_s: float = 600.0

@@ -39,8 +39,8 @@ _OF_IDLE = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """``cpu_percent`` of the cores that this program may use, as far as they are idle, and in any
-    case of one; 100 for no limit. ``bytes_per_s`` of memory read, None for no limit.
+    """``cpu_percent`` of the cores that this program may use, as far as half of what is idle goes,
+    and in any case of one; 100 for no limit. ``bytes_per_s`` of memory read, None for no limit.
     """
 
     cpu_percent: int = 100
