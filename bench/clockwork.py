@@ -4,7 +4,8 @@ It holds N bytes that do not compress (with ``--memfd`` in one shared memory obj
 word to 1 % of its pages every second, evenly, and notes its longest pause: the longest time between
 two looks at the clock. With ``--processes`` and ``--threads`` it is a tree: the bytes and the
 writing are shared out among the processes, the threads wait, and only the root looks at the clock.
-``--direct`` keeps a file open for direct I/O, so that its writes cannot be followed.
+``--direct`` reads a file past the page cache every hundredth of a second; ``--asynchronous`` is
+ready for I/O that goes on by itself, so that its writes cannot be followed.
 
 ``DIRECTORY/pause`` is a shared page: at 0 the longest pause in seconds (a double), set back by
 whoever asks; at 8 how often it looked (u64).
@@ -15,8 +16,10 @@ Promises: it looks at the clock at least every millisecond unless it is kept fro
 from __future__ import annotations
 
 import argparse
+import ctypes
 import mmap
 import os
+import platform
 import struct
 import sys
 import threading
@@ -31,6 +34,9 @@ PAUSE, LOOKS = struct.Struct("=d"), struct.Struct("=Q")
 SHARE_PER_S = 0.01
 _PAGE_BYTES = 4096
 _REST_S = 0.0005
+_READ_BYTES = 64 << 10
+_READ_S = 0.01
+_NR_IO_SETUP = {"x86_64": 206, "aarch64": 0}
 
 
 def main(arguments: list[str]) -> None:
@@ -40,13 +46,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--bytes", type=int, required=True)
     parser.add_argument("--memfd", action="store_true")
     parser.add_argument("--direct", action="store_true")
+    parser.add_argument("--asynchronous", action="store_true")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     mortal.end_with_parent()
-    if options.direct:
-        path = os.path.join(options.directory, "direct")
-        os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC)
+    _use_files(options)
     pages = options.bytes // options.processes // _PAGE_BYTES
     is_root = True
     for _ in range(options.processes - 1):
@@ -80,6 +85,30 @@ def main(arguments: list[str]) -> None:
             written += 1
             due -= 1
         time.sleep(_REST_S)
+
+
+def _use_files(options: argparse.Namespace) -> None:
+    if options.direct:
+        path = os.path.join(options.directory, "direct")
+        threading.Thread(target=_read_directly, args=(path,), daemon=True).start()
+    if options.asynchronous:
+        _have_asynchronous_io()
+
+
+def _read_directly(path: str) -> None:
+    with open(path, "wb") as file:
+        file.write(bytes(_READ_BYTES))
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    into = mmap.mmap(-1, _READ_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    while True:
+        os.preadv(descriptor, [into], 0)
+        time.sleep(_READ_S)
+
+
+def _have_asynchronous_io() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(_NR_IO_SETUP[platform.machine()], 1, ctypes.byref(ctypes.c_ulong())):
+        raise OSError(ctypes.get_errno(), "io_setup")
 
 
 def _memory(pages: int, *, shared: bool) -> npt.NDArray[np.uint64]:

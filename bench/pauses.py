@@ -41,7 +41,8 @@ _PAUSES = {
     "8-gib": Case("8 GiB", 8 * _GIB, _FAST, most_s=_most_s(8)),
     "tree": Case("8 processes, 50 threads, 1 GiB", _GIB, _TREE, ("--processes=8", "--threads=50")),
     "memfd": Case("1 GiB in one memfd", _GIB, _SHARED, ("--memfd",)),
-    "untracked": Case("1 GiB that cannot be followed", _GIB, _FALLBACK, ("--direct",)),
+    "direct": Case("1 GiB, with direct I/O", _GIB, _FALLBACK, ("--direct",)),
+    "untracked": Case("1 GiB that cannot be followed", _GIB, _FALLBACK, ("--asynchronous",)),
     "plain": Case("1 GiB, the plain way", _GIB, _NEVER_WORSE, environment=_PLAIN),
 }
 _OTHERS: dict[str, Callable[[machine.Context], report.Section]] = {

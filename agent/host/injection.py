@@ -28,14 +28,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 from agent import errors
-from agent.host import clock, proc
+from agent.host import clock, proc, ptrace
 
-# linux/ptrace.h
-_SINGLESTEP, _GETREGS, _SETREGS, _DETACH, _CONT = 9, 12, 13, 17, 7
-_SEIZE, _INTERRUPT, _GETSIGMASK, _SETSIGMASK, _RSEQ = 0x4206, 0x4207, 0x420A, 0x420B, 0x420F
-_O_SUSPEND_SECCOMP = 1 << 21
-_EVENT_STOP = 128
-_WALL = 0x40000000
 # asm/unistd_64.h
 _NR_CLOSE, _NR_KCMP, _NR_USERFAULTFD, _NR_PIDFD_GETFD = 3, 312, 323, 438
 _KCMP_FILE = 0  # linux/kcmp.h
@@ -53,8 +47,6 @@ _TRIES = 5
 _STEPS = 5
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.ptrace.restype = ctypes.c_long
-_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 _libc.syscall.restype = ctypes.c_long
 
 
@@ -198,12 +190,12 @@ def _stopped(pid: int) -> Iterator[_Thread]:
     # Without its filter, which might kill it for a system call that it does not expect. Not allowed
     # to a program that is filtered itself: then only who has no filter can be helped.
     try:
-        _ptrace(_SEIZE, pid, 0, _O_SUSPEND_SECCOMP)
+        ptrace.call(ptrace.SEIZE, pid, 0, ptrace.O_SUSPEND_SECCOMP)
     except OSError:
         if proc.status(pid).seccomp:
             raise
-        _ptrace(_SEIZE, pid)
-    _ptrace(_INTERRUPT, pid)
+        ptrace.call(ptrace.SEIZE, pid)
+    ptrace.call(ptrace.INTERRUPT, pid)
     deadline = clock.Deadline.after(_STOP_S)
     while not _stands(pid, deadline):
         pass
@@ -211,7 +203,7 @@ def _stopped(pid: int) -> Iterator[_Thread]:
     try:
         yield thread
     finally:
-        _ptrace(_DETACH, pid, 0, thread.owed)
+        ptrace.call(ptrace.DETACH, pid, 0, thread.owed)
 
 
 def _stands(pid: int, deadline: clock.Deadline) -> bool:
@@ -219,7 +211,7 @@ def _stands(pid: int, deadline: clock.Deadline) -> bool:
     seen: list[int] = []
 
     def waited() -> bool:
-        found, status = os.waitpid(pid, _WALL | os.WNOHANG)
+        found, status = os.waitpid(pid, ptrace.WALL | os.WNOHANG)
         seen[:] = [status]
         return bool(found)
 
@@ -229,13 +221,13 @@ def _stands(pid: int, deadline: clock.Deadline) -> bool:
     if not os.WIFSTOPPED(status):
         raise errors.NotFound(f"process {pid} has ended", pid=pid)
     number = os.WSTOPSIG(status)
-    if status >> 16 != _EVENT_STOP:
+    if status >> 16 != ptrace.EVENT_STOP:
         # A signal is about to be delivered: it is, and our stop comes after it.
-        _ptrace(_CONT, pid, 0, number)
+        ptrace.call(ptrace.CONT, pid, 0, number)
         return False
     if number != signal.SIGTRAP:
         # A stop by job control began meanwhile; it stays stopped when we have let go.
-        _ptrace(_DETACH, pid)
+        ptrace.call(ptrace.DETACH, pid)
         raise InjectionRefused(f"process {pid} was stopped", pid=pid)
     return True
 
@@ -247,7 +239,7 @@ class _Thread:
         self._pid = pid
         self.owed = 0
         self._saved = _Registers()
-        _ptrace(_GETREGS, pid, 0, ctypes.addressof(self._saved))
+        ptrace.call(ptrace.GETREGS, pid, 0, ctypes.addressof(self._saved))
         if self._saved.cs != _USER_CS:
             raise InjectionRefused(f"process {pid} runs 32-bit code", pid=pid)
 
@@ -257,7 +249,7 @@ class _Thread:
         """
         found = _RseqConfiguration()
         try:
-            _ptrace(_RSEQ, self._pid, ctypes.sizeof(found), ctypes.addressof(found))
+            ptrace.call(ptrace.RSEQ, self._pid, ctypes.sizeof(found), ctypes.addressof(found))
         except OSError:
             return True
         if not found.pointer:
@@ -291,29 +283,29 @@ class _Thread:
     def _undisturbed(self) -> Iterator[None]:
         """No handler of a signal runs between our steps; then everything is as before."""
         mask = ctypes.c_uint64()
-        _ptrace(_GETSIGMASK, self._pid, 8, ctypes.addressof(mask))
+        ptrace.call(ptrace.GETSIGMASK, self._pid, 8, ctypes.addressof(mask))
         blocked = ctypes.c_uint64(2**64 - 1)
-        _ptrace(_SETSIGMASK, self._pid, 8, ctypes.addressof(blocked))
+        ptrace.call(ptrace.SETSIGMASK, self._pid, 8, ctypes.addressof(blocked))
         try:
             yield
         finally:
             # rax and orig_rax say that a call was interrupted: the kernel restarts it.
-            _ptrace(_SETREGS, self._pid, 0, ctypes.addressof(self._saved))
-            _ptrace(_SETSIGMASK, self._pid, 8, ctypes.addressof(mask))
+            ptrace.call(ptrace.SETREGS, self._pid, 0, ctypes.addressof(self._saved))
+            ptrace.call(ptrace.SETSIGMASK, self._pid, 8, ctypes.addressof(mask))
 
     def _call(self, instruction: int, number: int, argument: int) -> int:
         registers = _Registers.from_buffer_copy(self._saved)
         registers.rip, registers.rax, registers.rdi = instruction, number, argument
         registers.orig_rax = _NOT_INTERRUPTED
-        _ptrace(_SETREGS, self._pid, 0, ctypes.addressof(registers))
+        ptrace.call(ptrace.SETREGS, self._pid, 0, ctypes.addressof(registers))
         for _ in range(_STEPS):
-            _ptrace(_SINGLESTEP, self._pid)
-            _, status = os.waitpid(self._pid, _WALL)
+            ptrace.call(ptrace.SINGLESTEP, self._pid)
+            _, status = os.waitpid(self._pid, ptrace.WALL)
             if not os.WIFSTOPPED(status):
                 raise errors.NotFound(f"process {self._pid} has ended", pid=self._pid)
             if status >> 16 == 0 and os.WSTOPSIG(status) != signal.SIGTRAP:
                 self.owed = os.WSTOPSIG(status)
-            _ptrace(_GETREGS, self._pid, 0, ctypes.addressof(registers))
+            ptrace.call(ptrace.GETREGS, self._pid, 0, ctypes.addressof(registers))
             if registers.rip == instruction + len(_SYSCALL):
                 break
         else:
@@ -324,10 +316,6 @@ class _Thread:
         if -4096 < result < 0:
             raise OSError(-result, os.strerror(-result))
         return result
-
-
-def _ptrace(request: int, pid: int, address: int = 0, data: int = 0) -> None:
-    _checked(_libc.ptrace(request, pid, address, data))
 
 
 def _checked(result: int) -> int:

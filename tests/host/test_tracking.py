@@ -23,6 +23,7 @@ from agent.host import clock, injection, moves, proc
 from agent.host.pagemap import Pagemap
 from agent.model.streams import PAGE_BYTES, AddressSpace
 from tests.host.image import MemoryImage
+from tests.host.slowfile import SlowFile
 
 # Does each line of its input, and says what came of it. ``move`` answers 0 if it could.
 _PROGRAM = """
@@ -40,6 +41,16 @@ def fill(at, size, byte): ctypes.memset(room + at * M, byte, size * M)
 def move(at, size, to): return libc.mremap(room + at * M, size * M, size * M, 3, room + to * M) != room + to * M
 def protect(at, size, how): libc.mprotect(room + at * M, size * M, how)
 def fork(): return os.fork() or time.sleep(1000)
+def follow_not(): # by asynchronous I/O
+    globals().update(ring=ctypes.c_ulong())
+    libc.syscall(206, 1, ctypes.byref(ring))
+def follow(): libc.syscall(207, ring)
+def direct(path): globals().update(fd=os.open(path, os.O_RDONLY | os.O_DIRECT))
+def read(at): threading.Thread(target=lambda: libc.pread(fd, P(room + at * M), L(4096), L(0))).start()
+def read_on(at):
+    def work():
+        while libc.pread(fd, P(room + at * M), L(1 << 16), L(0)) > 0: pass
+    threading.Thread(target=work).start()
 def spawn(fifo):
     # Until somebody opens the fifo, the child is between its birth and execve: in the same memory.
     actions, argv = ctypes.create_string_buffer(256), (ctypes.c_char_p * 2)(b"true")
@@ -219,25 +230,88 @@ def kind_and_bytes(copy: Precopy, program: Program) -> tuple[dict[str, int], int
     return copy.kinds, copy.cut_bytes
 
 
-def test_who_could_not_be_tracked_is_tried_again_with_the_next_copy(
-    program: Program, tmp_path: pathlib.Path
-) -> None:
+def test_who_could_not_be_tracked_is_tried_again_with_the_next_copy(program: Program) -> None:
     """A watch may last for days."""
     program.do("map(2, 16)")
     program.do("fill(2, 16, 1)")
-    path = tmp_path / "direct"
-    opened = f"globals().update(fd=os.open('{path}', os.O_RDWR | os.O_CREAT | os.O_DIRECT)) or 0"
     with contextlib.closing(Precopy(MemoryImage(), clock.Deadline.after(60))) as copy:
         # Before it is met, and while it is tracked.
         for _ in range(2):
-            program.do(opened)
+            program.do("follow_not()")
             kinds, cut_bytes = kind_and_bytes(copy, program)
             assert cut_bytes >= 16 << 20
             assert copy.reasons
-            program.do("os.close(fd)")
+            program.do("follow()")
             kinds, cut_bytes = kind_and_bytes(copy, program)
             assert (kinds, copy.reasons) == ({"write-protect": 1}, [])
             assert cut_bytes < 8 << 20
+
+
+@pytest.fixture
+def slow(program: Program, tmp_path: pathlib.Path) -> Iterator[SlowFile]:
+    """A file that the program reads from past the page cache."""
+    made = SlowFile(tmp_path, b"Z")
+    try:
+        program.do("map(2, 16)")
+        program.do("fill(2, 16, 1)")
+        program.do(f"direct({str(made.path)!r})")
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize("answered", ["while it waits", "when it has given up"])
+def test_what_a_direct_read_brings_after_the_first_look_is_copied(
+    program: Program, slow: SlowFile, answered: str
+) -> None:
+    image = MemoryImage()
+    with contextlib.closing(Precopy(image, clock.Deadline.after(60))) as copy:
+        copy.round(program.pid)
+        # It begins after the page was taken on, which is noted, and goes on when it is again.
+        program.do("read(4)")
+        assert slow.asked.wait(10)
+        if answered == "while it waits":
+            threading.Timer(0.1, slow.answer).start()
+        copy.round(program.pid)
+        slow.answer()
+        assert clock.wait_until(
+            lambda: program.first_bytes(4, 1)[:1] == b"Z", clock.Deadline.after(10)
+        )
+        program.stop()
+        copy.finish(copy.cut([program.pid]), HeldSink(image, 0))
+    assert copy.kinds == {"write-protect": 1}
+    assert copied(image, program, 2, 16) == program.first_bytes(2, 16)
+
+
+def test_who_reads_directly_from_what_does_not_answer_is_not_followed(
+    program: Program, slow: SlowFile
+) -> None:
+    program.do("read(4)")
+    assert slow.asked.wait(10)
+    with contextlib.closing(Precopy(MemoryImage(), clock.Deadline.after(60))) as copy:
+        copy.round(program.pid)
+        assert copy.reasons == [f"process {program.pid}: its direct I/O takes long"]
+
+
+def test_who_reads_directly_all_the_time_is_followed(
+    program: Program, tmp_path: pathlib.Path
+) -> None:
+    program.do("map(2, 60)")
+    program.do("fill(2, 60, 1)")
+    path = tmp_path / "direct"
+    path.write_bytes(b"Z" * (1 << 16))
+    program.do(f"direct({str(path)!r})")
+    for at in (4, 6, 8):
+        program.do(f"read_on({at})")
+    image = MemoryImage()
+    with contextlib.closing(Precopy(image, clock.Deadline.after(60))) as copy:
+        for _ in range(4):
+            copy.round(program.pid)
+        program.stop()
+        copy.finish(copy.cut([program.pid]), HeldSink(image, 0))
+    assert (copy.kinds, copy.reasons) == ({"write-protect": 1}, [])
+    assert copied(image, program, 2, 60) == program.first_bytes(2, 60)
+    assert copy.cut_bytes < 32 << 20
 
 
 def test_mappings_that_could_not_be_followed_are_tried_again_with_the_next_copy(

@@ -8,6 +8,8 @@ Does not: read memory.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -92,24 +94,38 @@ def _ranges(rows: Iterable[tuple[int, int]]) -> Ranges:
     return np.array(list(rows), dtype=np.int64).reshape(-1, 2)
 
 
-def escapes(pid: int) -> str:
-    """By what pages of the process may change without a write through its page table: devices and
-    kernel threads that work on pages pinned before; "" if by nothing.
+@dataclasses.dataclass(frozen=True)
+class Escapes:
+    """By what pages of a process may change without a write through its page table. ``reason``: by
+    devices and kernel threads that work on pages pinned before, at any time; "" if by none.
+    ``direct``: by reads past the page cache, while they last.
+    """
+
+    reason: str
+    direct: bool = False
+
+
+def escapes(pid: int) -> Escapes:
+    """What there is of it now.
 
     Raises:
         errors.NotFound: the process has ended.
     """
     if proc.pinned_bytes(pid):
-        return "it has memory pinned for a device"
+        return Escapes("it has memory pinned for a device")
     if any(each.path == "/[aio]" for each in proc.maps(pid)):
-        return "it uses asynchronous I/O"
+        return Escapes("it uses asynchronous I/O")
+    direct = False
     for number in proc.descriptors(pid):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if proc.descriptor_flags(pid, number) & _O_DIRECT:
-                return "it has a file open for direct I/O"
             if proc.descriptor_link(pid, number).startswith(_WRITERS):
-                return "it uses a device or io_uring that writes memory by itself"
-    return ""
+                return Escapes("it uses a device or io_uring that writes memory by itself")
+            direct = direct or _reads_directly(proc.descriptor_flags(pid, number))
+    return Escapes("", direct)
+
+
+def _reads_directly(flags: int) -> bool:
+    return bool(flags & _O_DIRECT) and flags & os.O_ACCMODE != os.O_WRONLY
 
 
 def private_id(pid: int) -> int:

@@ -5,9 +5,13 @@ came since. What came to lie in a mapping before it was taken on counts as writt
 mappings, those of a program that was just executed, everything of a process that was just forked.
 
 Promises: what ``base.Tracker`` promises, for processes whose pages nobody but they themselves and
-system calls on their behalf write; ``areas.escapes`` is asked before and after each round.
+system calls on their behalf write; ``areas.escapes`` is asked before and after each round. A direct
+read gets hold of its pages as a write does, which is noted, and changes them until it returns. So
+what a round takes on is read when no call goes on that began before (``host/underway``); at the cut
+none does, since every thread stands outside the kernel.
 Does not: notice a direct I/O that began before a round looked at its page, ended after that page
-was read, and whose file was opened and closed between two looks at the process's descriptors.
+was read, and whose file was opened and closed between two looks at the process's descriptors; nor
+one of another process that shares the memory and is not its child by vfork.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import numpy as np
 
 from agent import errors
 from agent.engines.tracking import areas
-from agent.host import injection, pagemap, proc
+from agent.host import clock, injection, pagemap, proc, underway
 from agent.host.moves import Moves
 from agent.host.pagemap import Pagemap, Ranges, WriteProtection
 
@@ -27,6 +31,8 @@ from agent.host.pagemap import Pagemap, Ranges, WriteProtection
 _PIECE_BYTES = 64 << 20
 # A process may move mappings while these are let go.
 _TRIES = 3
+# How long direct reads may take; a disk that is slow answers within some tens of milliseconds.
+_DIRECT_S = 0.5
 
 
 class Protected:
@@ -40,21 +46,38 @@ class Protected:
     kind = "write-protect"
 
     def __init__(self, who: proc.Identity, moves: Moves) -> None:
-        self.reason = areas.escapes(who.pid)
+        found = areas.escapes(who.pid)
+        self.reason, self._direct = found.reason, found.direct
+        self._who = who
+        if self._direct and not self._reads_over():
+            self.reason = "its direct I/O takes long"
         if self.reason:
             raise injection.InjectionRefused(f"process {who.pid}: {self.reason}", pid=who.pid)
-        self._who = who
         self._made = injection.userfaultfd(who)
         self._protection = WriteProtection(self._made.descriptor)
         self._moves, self._closed = moves, False
         moves.add(self._made.descriptor)
-        # Where mappings came to lie whose pages have not been given out there.
+        # What must be given out once more: where mappings came to lie whose pages have not been
+        # given out there, and pages that a direct read may have changed after they were.
         self._arrived = pagemap.none()
         self._refused: set[tuple[int, int]] = set()
 
     def round(self) -> Iterator[Ranges]:
         """Pages of mappings that were not followed, and pages written since."""
         self._look_for_escapes()
+        direct = self._direct
+        # All is taken before any of it is read.
+        pieces = list(self._taken()) if direct else self._taken()
+        over = not direct or self._reads_over()
+        given = [pagemap.none()]
+        for piece in pieces:
+            given.append(piece)
+            yield piece
+        self._look_for_escapes()
+        if not over or self._direct != direct:
+            self._arrived = pagemap.union(self._arrived, *given)
+
+    def _taken(self) -> Iterator[Ranges]:
         # Opened anew: the process may execute other programs.
         pages = Pagemap(self._who.pid)
         try:
@@ -84,7 +107,6 @@ class Protected:
                     yield pagemap.union(taken, pagemap.clip(untold, piece), arrived)
         finally:
             pages.close()
-        self._look_for_escapes()
 
     def unchanged(self, areas: Ranges) -> Ranges:
         """Pages of followed mappings that are not noted as written; the process stands still."""
@@ -108,7 +130,8 @@ class Protected:
         """
         self._refused.clear()
         if self.reason:
-            self.reason = areas.escapes(self._who.pid)
+            self.reason = ""
+            self._look_for_escapes()
         return not self.reason
 
     def close(self) -> None:
@@ -159,7 +182,14 @@ class Protected:
 
     def _look_for_escapes(self) -> None:
         if not self.reason:
-            self.reason = areas.escapes(self._who.pid)
+            found = areas.escapes(self._who.pid)
+            self.reason = found.reason
+            # One that was closed may still be read from.
+            self._direct = self._direct or found.direct
+
+    def _reads_over(self) -> bool:
+        """Wait until no direct read goes on that goes on now; whether that was soon."""
+        return underway.over(self._who.pid, clock.Deadline.after(_DIRECT_S))
 
 
 def _within(spans: list[list[int]], start: int, end: int) -> bool:

@@ -1,0 +1,172 @@
+"""Whether the system calls that were under way in a process have ended.
+
+A read past the page cache (O_DIRECT) writes into pages that it got hold of when it began, until it
+returns, and no page table tells when. Once every thread has been seen outside such a call, none
+that had begun before goes on.
+
+A thread that sleeps says in which call. One that computes, or waits for a disk, is interrupted by
+ptrace: it stands only when it is out of the kernel, and runs on within a fraction of a millisecond.
+Nobody who sleeps interruptibly is interrupted: some calls then fail with EINTR.
+
+Promises: "over" is proven; what is not known is not. All threads run on, whatever happens.
+Does not: know of calls that go on after they returned (asynchronous I/O), nor of other processes
+that share the memory, but for a child in vfork(2). Only for x86-64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import threading
+
+from agent import errors
+from agent.host import clock, proc, ptrace
+
+# include/linux/sched.h, the 9th field of /proc/PID/stat: a thread of the kernel's that does what a
+# process asked for by io_uring. It never leaves the kernel.
+_PF_IO_WORKER = 0x10
+# asm/unistd_64.h: who sleeps in one of these has no hold of pages to write to them: write, poll,
+# pwrite64, writev, select, pause, nanosleep, connect, accept, wait4, fsync, fdatasync,
+# rt_sigtimedwait, rt_sigsuspend, futex, semtimedop, restart_syscall, clock_nanosleep, epoll_wait,
+# waitid, pselect6, ppoll, epoll_pwait, accept4, pwritev, pwritev2, epoll_pwait2, futex_waitv.
+_HARMLESS = frozenset(
+    (
+        *(1, 7, 18, 20, 23, 34, 35, 42, 43, 61, 74, 75, 128, 130, 202, 219, 220, 230, 232, 247),
+        *(270, 271, 281, 288, 296, 328, 441, 449),
+    )
+)
+# read, pread64, readv, recvfrom, recvmsg, recvmmsg, preadv, preadv2: only of files are they not.
+_READS = frozenset((0, 17, 19, 45, 47, 295, 299, 327))
+# Who is seen running so often in a row probably computes.
+_LOOKS = 4
+_LOOK_S = 0.001
+_POLL_S = 0.0002
+
+
+class _Seen(enum.Enum):
+    """What a look at a thread told."""
+
+    OVER = enum.auto()
+    BUSY = enum.auto()
+    ASLEEP = enum.auto()
+
+
+def over(pid: int, deadline: clock.Deadline) -> bool:
+    """Wait until every call that a thread of ``pid`` is in now, and that may write to its memory
+    behind the page table, has returned; whether that could be seen in time.
+
+    Raises:
+        errors.NotFound: the process has ended.
+    """
+    outcome: list[bool | BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(_over(pid, deadline))
+        except BaseException as exc:  # noqa: BLE001 - carried to the caller
+            outcome.append(exc)
+
+    # With this thread everything ends that it traces.
+    thread = threading.Thread(target=run, name="underway")
+    thread.start()
+    thread.join()
+    (found,) = outcome
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def _over(pid: int, deadline: clock.Deadline) -> bool:
+    known: set[int] = set()
+    while not (_are_all(pid, known)):
+        threads = set(proc.threads(pid))
+        if deadline.expired or not _all_over(pid, threads - known, deadline):
+            return False
+        known |= threads
+    return True
+
+
+def _are_all(pid: int, known: set[int]) -> bool:
+    """Whether there is no other thread. A list can lack some, if one ends while it is made; but
+    not if who is in it was there before and after as many were counted.
+    """
+    before = set(proc.threads(pid))
+    count = proc.stat(pid).threads
+    return before <= known and len(before) == count and set(proc.threads(pid)) == before
+
+
+def _all_over(pid: int, tids: set[int], deadline: clock.Deadline) -> bool:
+    left, asked, looks = set(tids), set[int](), 0
+    while True:
+        for tid in sorted(left):
+            if tid in asked:
+                if _stood(tid):
+                    left.discard(tid)
+                continue
+            seen = _look(pid, tid)
+            if seen is _Seen.OVER:
+                left.discard(tid)
+            elif seen is _Seen.BUSY and looks >= _LOOKS and _ask(tid):
+                asked.add(tid)
+        if not left:
+            return True
+        if deadline.expired:
+            return False
+        looks += 1
+        pause_s = _POLL_S if asked else _LOOK_S
+        clock.wait_until(lambda: False, deadline.sooner(pause_s), every_s=pause_s)
+
+
+def _look(pid: int, tid: int) -> _Seen:
+    try:
+        thread = proc.stat(tid)
+        if thread.state in "TtZX":
+            return _Seen.OVER
+        if thread.flags & _PF_IO_WORKER:
+            return _Seen.ASLEEP
+        with open(f"/proc/{pid}/task/{tid}/syscall", encoding="ascii") as file:
+            told = file.read().split()
+    except (errors.NotFound, FileNotFoundError, ProcessLookupError):
+        return _Seen.OVER  # it has ended
+    except PermissionError:
+        return _Seen.ASLEEP
+    if told[0] == "running":
+        return _Seen.BUSY
+    number = int(told[0])
+    # -1: in none, but a fault.
+    if number == -1 or number in _HARMLESS:
+        return _Seen.OVER
+    if thread.state == "D":
+        return _Seen.BUSY
+    if number in _READS:
+        with contextlib.suppress(OSError):
+            if not proc.descriptor_link(pid, int(told[1], 16)).startswith("/"):
+                return _Seen.OVER
+    return _Seen.ASLEEP
+
+
+def _ask(tid: int) -> bool:
+    """Have it stop when it leaves the kernel; whether it will."""
+    try:
+        ptrace.call(ptrace.SEIZE, tid)
+        ptrace.call(ptrace.INTERRUPT, tid)
+    except OSError:
+        return False  # it is traced by somebody, or has ended: the next look tells
+    return True
+
+
+def _stood(tid: int) -> bool:
+    """Whether it has stopped, or ended; it runs on."""
+    try:
+        found, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
+    except ChildProcessError:
+        return True
+    if not found:
+        return False
+    if os.WIFSTOPPED(status):
+        # A stop that is not ours is a signal's, which is delivered.
+        owed = 0 if status >> 16 else os.WSTOPSIG(status)
+        with contextlib.suppress(ProcessLookupError):
+            ptrace.call(ptrace.DETACH, tid, 0, owed)
+    return True
