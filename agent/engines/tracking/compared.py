@@ -12,9 +12,10 @@ Does not: know where the bytes come from.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -34,8 +35,8 @@ _STEP_PIECES = _STEP_BYTES // PIECE_BYTES
 _READERS = 2
 
 # Fills a buffer with what the space holds from an address on, where there are the pages that are
-# named, and says which of these could be read; safe from several threads. The rest of the buffer
-# may be anything, best the same each time.
+# named, and says which of these could be read, by the same object if all; safe from several
+# threads. The rest of the buffer may be anything, best the same each time.
 Read = Callable[[memoryview, int, Ranges], Ranges]
 
 
@@ -53,6 +54,8 @@ class Compared:
         self._buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         # What the last look found changed.
         self.changed_bytes = 0
+        # Steps all of whose pages exist, and were had when this look began.
+        self._plain: frozenset[int] = frozenset()
 
     def recall(self, sink: MemberSink, epoch: str) -> None:
         """Begin another copy, in ``sink``, with what it takes over of ``epoch``."""
@@ -74,8 +77,9 @@ class Compared:
         """Draft of the ``existing`` pages what is not as it was drafted; say how many bytes."""
         had, self._have = self._have, pagemap.none()  # until it went well
         total, found = 0, [pagemap.none()]
+        steps = self._steps(existing, had)
         with _buffers(self._buffers):
-            for step in self._steps(existing):
+            for step in steps:
                 deadline.check("copying memory ahead")
                 if pace is not None:
                     pace.wait(_STEP_BYTES)
@@ -93,25 +97,29 @@ class Compared:
             errors.ShortStopFailed: something cannot be read.
         """
         had, self._have = self._have, pagemap.none()
-        with _buffers(self._buffers), ThreadPoolExecutor(_READERS, "compare") as pool:
+        steps = iter(self._steps(existing, had))
+
+        def work() -> tuple[int, int]:
+            read_bytes = drafted_bytes = 0
             try:
-                done = list(
-                    pool.map(
-                        lambda step: self._step(step, existing, had, read, sink),
-                        self._steps(existing),
-                    )
-                )
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        if sum(pagemap.size_bytes(there) for there, _ in done) != pagemap.size_bytes(existing):
+                for step in steps:
+                    there, size_bytes = self._step(step, existing, had, read, sink)
+                    read_bytes += pagemap.size_bytes(there)
+                    drafted_bytes += size_bytes
+            finally:
+                collections.deque(steps, 0)  # if this one failed, the others need not go on
+            return read_bytes, drafted_bytes
+
+        with _buffers(self._buffers), ThreadPoolExecutor(_READERS, "compare") as pool:
+            done = [each.result() for each in [pool.submit(work) for _ in range(_READERS)]]
+        if sum(read_bytes for read_bytes, _ in done) != pagemap.size_bytes(existing):
             raise errors.ShortStopFailed(
                 f"memory of {self.space.kind} {self.space.id} cannot be read"
             )
         self._have = existing
-        return sum(size_bytes for _, size_bytes in done)
+        return sum(drafted_bytes for _, drafted_bytes in done)
 
-    def _steps(self, existing: Ranges) -> list[int]:
+    def _steps(self, existing: Ranges, had: Ranges) -> list[int]:
         """Which steps hold a page; of the others nothing is known any more."""
         found: set[int] = set()
         for low, high in existing.tolist():
@@ -120,7 +128,9 @@ class Compared:
             del self._tags[step]
         for step in found - self._tags.keys():
             self._tags[step] = np.zeros((_STEP_PIECES, 2), dtype=np.uint64)
-        return sorted(found)
+        steps = sorted(found)
+        self._plain = _inside(steps, existing) & _inside(steps, had)
+        return steps
 
     def _step(
         self, step: int, existing: Ranges, had: Ranges, read: Read, sink: MemberSink
@@ -130,7 +140,7 @@ class Compared:
         """
         start = step * _STEP_BYTES
         whole = np.array([[start, start + _STEP_BYTES]], dtype=np.int64)
-        wanted = pagemap.clip(whole, existing)
+        wanted = whole if step in self._plain else pagemap.clip(whole, existing)
         first = int(wanted[0, 0] - start) // PIECE_BYTES
         pieces = slice(first, -(-int(wanted[-1, 1] - start) // PIECE_BYTES))
         low = start + first * PIECE_BYTES
@@ -139,7 +149,14 @@ class Compared:
             data = buffer[: (pieces.stop - first) * PIECE_BYTES]
             there = read(data, low, wanted)
             same = self._same(step, pieces, data)
-            missing = pagemap.without(there, pagemap.clip(pagemap.clip(whole, had), same))
+            # Nearly always there is no more to do: the rest takes longer than reading does.
+            if there is whole and same.all():
+                return there, 0
+            if there is whole:
+                missing = _ranges(~same, low)
+            else:
+                had_same = pagemap.clip(pagemap.clip(whole, had), _ranges(same, low))
+                missing = pagemap.without(there, had_same)
             size_bytes = _moved_up(data, low, missing)
             if size_bytes:
                 rows = missing.tolist()
@@ -149,15 +166,29 @@ class Compared:
         finally:
             self._buffers.put(buffer)
 
-    def _same(self, step: int, pieces: slice, data: memoryview) -> Ranges:
+    def _same(self, step: int, pieces: slice, data: memoryview) -> npt.NDArray[np.bool_]:
         """Which pieces are what they were when this was asked last."""
         known = self._tags[step][pieces]
         tags = self._fingerprinter.of(data)
         same: npt.NDArray[np.bool_] = (tags == known).all(axis=1)
         known[:] = tags
-        first = step * _STEP_BYTES + pieces.start * PIECE_BYTES
-        starts = first + np.flatnonzero(same) * PIECE_BYTES
-        return pagemap.union(np.stack([starts, starts + PIECE_BYTES], axis=1).astype(np.int64))
+        return same
+
+
+def _inside(steps: Sequence[int], ranges: Ranges) -> frozenset[int]:
+    """Which steps are whole in one of the ranges."""
+    if not len(ranges):
+        return frozenset()
+    starts = np.array(steps, dtype=np.int64) * _STEP_BYTES
+    at = np.searchsorted(ranges[:, 0], starts, side="right") - 1
+    inside = (at >= 0) & (ranges[at, 1] >= starts + _STEP_BYTES)
+    return frozenset((starts[inside] // _STEP_BYTES).tolist())
+
+
+def _ranges(pieces: npt.NDArray[np.bool_], low: int) -> Ranges:
+    """Where the pieces are, the first of which is at ``low``."""
+    edges = np.flatnonzero(np.diff(pieces, prepend=False, append=False))
+    return low + edges.reshape(-1, 2) * PIECE_BYTES
 
 
 def _moved_up(data: memoryview, low: int, ranges: Ranges) -> int:
