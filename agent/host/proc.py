@@ -140,6 +140,14 @@ class OpenFile:
 
 
 @dataclasses.dataclass(frozen=True)
+class DescriptorInfo:
+    """How a descriptor was opened (the flags of open(2)), and through which mount."""
+
+    flags: int
+    mount_id: int
+
+
+@dataclasses.dataclass(frozen=True)
 class MemoryByKind:
     """/proc/PID/smaps_rollup in bytes; ``pss_*`` share a page between its users."""
 
@@ -389,13 +397,13 @@ def descriptors(pid: int) -> list[int]:
         return sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
 
 
-def descriptor_flags(pid: int, number: int) -> int:
+def descriptor_info(pid: int, number: int) -> DescriptorInfo:
     """How a descriptor was opened; raises ``FileNotFoundError`` if it has been closed."""
+    found = {b"flags": b"0", b"mnt_id": b"0"}
     for line in _read(f"/proc/{pid}/fdinfo/{number}").splitlines()[:3]:
         key, _, value = line.partition(b":")
-        if key == b"flags":
-            return int(value, 8)
-    return 0
+        found[key] = value
+    return DescriptorInfo(int(found[b"flags"], 8), int(found[b"mnt_id"]))
 
 
 def descriptor_link(pid: int, number: int) -> str:

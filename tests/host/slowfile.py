@@ -26,10 +26,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class SlowFile:
-    """``path`` is full of ``content``, one byte again and again."""
+    """``path`` is full of ``content``, one byte again and again. ``uncached``: everybody reads past
+    the page cache.
+    """
 
-    def __init__(self, folder: Path, content: bytes) -> None:
-        self._folder, self._content = folder, content
+    def __init__(self, folder: Path, content: bytes, *, uncached: bool = False) -> None:
+        self._folder, self._content, self._uncached = folder, content, uncached
         self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         options = f"fd={self._fd},rootmode=40000,user_id=0,group_id=0".encode()
         if _libc.mount(b"slow", os.fsencode(folder), b"fuse", 0, options):
@@ -76,7 +78,7 @@ class SlowFile:
             elif command == _GETATTR:
                 self._say(unique, struct.pack("=QII", 0, 0, 0) + self._attributes(node))
             elif command == _OPEN:
-                self._say(unique, bytes(16))
+                self._say(unique, struct.pack("=QII", 0, self._uncached, 0))  # FOPEN_DIRECT_IO
             elif command in (_RELEASE, _FLUSH):
                 self._say(unique, b"")
             elif command not in (_FORGET, _INTERRUPT):

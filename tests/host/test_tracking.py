@@ -45,7 +45,7 @@ def follow_not(): # by asynchronous I/O
     globals().update(ring=ctypes.c_ulong())
     libc.syscall(206, 1, ctypes.byref(ring))
 def follow(): libc.syscall(207, ring)
-def direct(path): globals().update(fd=os.open(path, os.O_RDONLY | os.O_DIRECT))
+def direct(path, flags=os.O_DIRECT): globals().update(fd=os.open(path, os.O_RDONLY | flags))
 def read(at): threading.Thread(target=lambda: libc.pread(fd, P(room + at * M), L(4096), L(0))).start()
 def read_on(at):
     def work():
@@ -247,14 +247,17 @@ def test_who_could_not_be_tracked_is_tried_again_with_the_next_copy(program: Pro
             assert cut_bytes < 8 << 20
 
 
-@pytest.fixture
-def slow(program: Program, tmp_path: pathlib.Path) -> Iterator[SlowFile]:
+@pytest.fixture(params=["as it asks", "as the file system likes"])
+def slow(
+    program: Program, tmp_path: pathlib.Path, request: pytest.FixtureRequest
+) -> Iterator[SlowFile]:
     """A file that the program reads from past the page cache."""
-    made = SlowFile(tmp_path, b"Z")
+    asks = request.param == "as it asks"
+    made = SlowFile(tmp_path, b"Z", uncached=not asks)
     try:
         program.do("map(2, 16)")
         program.do("fill(2, 16, 1)")
-        program.do(f"direct({str(made.path)!r})")
+        program.do(f"direct({str(made.path)!r}, {os.O_DIRECT if asks else 0})")
         yield made
     finally:
         made.close()

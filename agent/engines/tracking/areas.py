@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import numpy as np
 
 from agent import errors
-from agent.host import proc
+from agent.host import mounts, proc
 from agent.host.pagemap import Ranges
 from agent.model import gpus
 
@@ -29,6 +29,8 @@ _WRITERS = (
     *("anon_inode:[io_uring]", "anon_inode:[infiniband", "/dev/infiniband/", "/dev/vfio/"),
     *gpus.DEVICES,
 )
+
+_UNCACHED = frozenset(("fuse", "fuseblk", "virtiofs", "9p", "ceph", "cifs", "smb3"))
 
 
 def eligible(pid: int) -> Ranges:
@@ -98,7 +100,8 @@ def _ranges(rows: Iterable[tuple[int, int]]) -> Ranges:
 class Escapes:
     """By what pages of a process may change without a write through its page table. ``reason``: by
     devices and kernel threads that work on pages pinned before, at any time; "" if by none.
-    ``direct``: by reads past the page cache, while they last.
+    ``direct``: by reads past the page cache, while they last: by O_DIRECT, or as their file system
+    likes.
     """
 
     reason: str
@@ -115,17 +118,24 @@ def escapes(pid: int) -> Escapes:
         return Escapes("it has memory pinned for a device")
     if any(each.path == "/[aio]" for each in proc.maps(pid)):
         return Escapes("it uses asynchronous I/O")
-    direct = False
+    direct, uncached = False, _uncached(pid)
     for number in proc.descriptors(pid):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if proc.descriptor_link(pid, number).startswith(_WRITERS):
                 return Escapes("it uses a device or io_uring that writes memory by itself")
-            direct = direct or _reads_directly(proc.descriptor_flags(pid, number))
+            direct = direct or _reads_directly(proc.descriptor_info(pid, number), uncached)
     return Escapes("", direct)
 
 
-def _reads_directly(flags: int) -> bool:
-    return bool(flags & _O_DIRECT) and flags & os.O_ACCMODE != os.O_WRONLY
+def _reads_directly(info: proc.DescriptorInfo, uncached: Container[int]) -> bool:
+    past = bool(info.flags & _O_DIRECT) or info.mount_id in uncached
+    return past and info.flags & os.O_ACCMODE != os.O_WRONLY
+
+
+def _uncached(pid: int) -> frozenset[int]:
+    """The mounts of file systems that read past the page cache if they like."""
+    kinds = ((each.id, each.kind.partition(".")[0]) for each in mounts.of(pid))
+    return frozenset(number for number, kind in kinds if kind in _UNCACHED)
 
 
 def private_id(pid: int) -> int:
