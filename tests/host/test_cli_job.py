@@ -234,6 +234,26 @@ def test_an_interrupted_dump_leaves_the_job_running_and_no_image(
     assert cli.run("dump", "--pid", str(job.pid), "--name", "count").stdout
 
 
+def test_a_dump_that_fills_the_local_disk_is_given_up_either_way_and_the_job_goes_on(
+    cli: Cli, job: Job, tmp_path: pathlib.Path
+) -> None:
+    """CRIU writes its description of the job when that stands still; this one finds no room."""
+    work = tmp_path / "work"
+    work.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k,mode=700", "tmpfs", work], check=True)
+    try:
+        failed = cli.run("dump", "--pid", str(job.pid), "--name", "count", status=4)
+        assert "the plain way is taken" in failed.stderr
+        assert "No space left on device" in failed.stderr
+        assert "free space in the work directory" in failed.stderr
+        assert job.counts_on()
+        assert cli.document("list")["items"] == []
+    finally:
+        subprocess.run(["umount", work], check=True)
+    cli.run("dump", "--pid", str(job.pid), "--name", "count")
+    assert cli.document("verify", "--all")["good"]
+
+
 @pytest.mark.parametrize("verb", ["plan", "dump"])
 def test_a_job_cannot_plan_or_dump_itself_from_inside(cli: Cli, verb: str) -> None:
     inside = (
