@@ -160,8 +160,7 @@ def _mounts(known: dict[str, Any], container: Container) -> Iterator[str]:
         if path not in there:
             yield f"nothing is mounted at {path}, where the image had a volume"
     try:
-        travelling = mountpoints.volumes(container)
-        mountpoints.upper(container)
+        travelling = mountpoints.look(container).volumes
     except errors.TargetUnsuitable as exc:
         yield exc.message
         return

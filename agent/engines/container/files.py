@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, cast
 
 from agent import errors
@@ -60,15 +60,15 @@ def look_ahead(
     """
     found = {}
     with contextlib.suppress(errors.Refused):
-        points = mountpoints.points(container)
-        upper = mountpoints.upper(container)
-        if upper:
-            with _directory(upper) as fd:
-                found[ROOTFS_DIFF] = Ahead(fd, spool, deadline, without=points, whiteouts=True)
-        volumes = mountpoints.volumes(container)
-        for number, path in enumerate(sorted(volumes)):
-            with mountpoints.opened_volume(container, init, path) as fd:
-                inner = _below(volumes[path].point, points)
+        there = mountpoints.look(container)
+        if there.upper:
+            with _directory(there.upper) as fd:
+                found[ROOTFS_DIFF] = Ahead(
+                    fd, spool, deadline, without=there.points, whiteouts=True
+                )
+        for number, (path, mount) in enumerate(sorted(there.volumes.items())):
+            with mountpoints.opened_volume(container, init, path, mount) as fd:
+                inner = _below(mount.point, there.points)
                 found[volume_tar(number)] = Ahead(fd, spool, deadline, without=inner)
     return found
 
@@ -80,36 +80,35 @@ def collect(
     sink: MemberSink,
     deadline: clock.Deadline,
     ahead: Mapping[str, Ahead],
+    there: mountpoints.Mounted,
 ) -> dict[str, Any]:
     """Store the files of a container whose processes stand still; the facts about them. ``stem``
     is the one that hold made, if it did. What is known ``ahead`` must be there until the sink has
-    read it, which can be when the processes run again.
+    read it, which can be when the processes run again; ``there`` is of when they stood still.
 
     Raises:
         errors.DumpFailed: one cannot be read.
         errors.VolumeError: from the sink.
     """
     found: dict[str, Any] = {"rootfs": None, "volumes": []}
-    upper = mountpoints.upper(container)
-    if upper:
-        with _directory(upper) as fd:
+    if there.upper:
+        with _directory(there.upper) as fd:
             packed = pack.Pack(
                 *(fd, deadline),
-                without=mountpoints.points(container),
+                without=there.points,
                 whiteouts=True,
                 known=ahead.get(ROOTFS_DIFF),
             )
             found["rootfs"] = _store(ROOTFS_DIFF, packed, sink)
     if stem is not None:
         _store_hold(stem, sink)
-    volumes = mountpoints.volumes(container)
-    for number, path in enumerate(sorted(volumes)):
-        with mountpoints.opened_volume(container, init, path) as fd:
-            inner = _below(volumes[path].point, mountpoints.points(container))
+    for number, (path, mount) in enumerate(sorted(there.volumes.items())):
+        with mountpoints.opened_volume(container, init, path, mount) as fd:
+            inner = _below(mount.point, there.points)
             name = volume_tar(number)
             packed = pack.Pack(fd, deadline, without=inner, known=ahead.get(name))
             about = _store(name, packed, sink)
-            read_only = volumes[path].read_only
+            read_only = mount.read_only
             found["volumes"].append({"destination": path, "read_only": read_only, **about})
     return found
 
@@ -181,7 +180,7 @@ def _store(name: str, packed: pack.Pack, sink: MemberSink) -> dict[str, Any]:
     }
 
 
-def _below(path: str, points: set[str]) -> set[str]:
+def _below(path: str, points: Collection[str]) -> set[str]:
     """Those of the mount points that lie in the volume at ``path``, relative to it."""
     prefix = path.strip("/") + "/"
     return {point.removeprefix(prefix) for point in points if point.startswith(prefix)}
@@ -214,7 +213,7 @@ def put_back(
     Raises:
         errors.RestoreFailed: they cannot be written.
     """
-    points = mountpoints.points(container)
+    there = mountpoints.look(container)
     _put_hold(init, source)
     for about, whiteouts in _parts(known):
         name = about["name"]
@@ -225,19 +224,19 @@ def put_back(
             fd = os.open(container.rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 unpack.apply(
-                    name, pieces, _limits(about), fd, deadline, whiteouts=True, mounts=points
+                    name, pieces, _limits(about), fd, deadline, whiteouts=True, mounts=there.points
                 )
             finally:
                 os.close(fd)
             continue
         path = about["destination"]
-        mount = mountpoints.volumes(container)[path]
-        with mountpoints.opened_volume(container, init, path) as fd:
+        mount = there.volumes[path]
+        with mountpoints.opened_volume(container, init, path, mount) as fd:
             info = os.fstat(fd)
             place = info.st_dev, info.st_ino
             if mount.read_only or place in filled:
                 continue
-            inner = _below(mount.point, points)
+            inner = _below(mount.point, there.points)
             unpack.clear(name, pieces, _limits(about), fd, deadline, mounts=inner)
             pieces = source.file_content(name)
             limits = _limits(about)

@@ -7,9 +7,10 @@ Does not: read or write files.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from agent import errors
 from agent.host import confine, mounts, proc
@@ -19,13 +20,33 @@ from agent.model.container import Container
 _KERNELS = ("/proc", "/sys", "/dev")
 
 
-def upper(container: Container) -> str:
-    """The directory that holds what the container changed in its root file system.
+@dataclasses.dataclass(frozen=True)
+class Mounted:
+    """A container's mounts at one moment. ``upper`` is the directory that holds what it changed in
+    its root file system ("": nothing), ``volumes`` the mounts whose content travels, by
+    destination, and ``points`` where anything is mounted, relative to its root.
+    """
+
+    upper: str
+    volumes: Mapping[str, mounts.Mount]
+    points: frozenset[str]
+
+
+def look(container: Container) -> Mounted:
+    """What is mounted in the container now: some milliseconds on a busy node.
 
     Raises:
-        errors.TargetUnsuitable: there is none that can be read.
+        errors.TargetUnsuitable: the directory cannot be read, a volume is missing, or the workload
+            mounted something by itself.
+        errors.NotFound: it has ended.
     """
-    root = _root(container)
+    table = mounts.of(container.pid)
+    points = frozenset(mount.point.strip("/") for mount in table if mount.point != "/")
+    return Mounted(_upper(container, table), _volumes(container, table), points)
+
+
+def _upper(container: Container, table: Sequence[mounts.Mount]) -> str:
+    root = _root(container, table)
     found = root.option("upperdir")
     if root.read_only and not found:
         return ""
@@ -43,19 +64,7 @@ def upper(container: Container) -> str:
     return found
 
 
-def points(container: Container) -> set[str]:
-    """Where something is mounted in the container, relative to its root."""
-    table = mounts.of(container.pid)
-    return {mount.point.strip("/") for mount in table if mount.point != "/"}
-
-
-def volumes(container: Container) -> dict[str, mounts.Mount]:
-    """The mounts whose content travels, by destination.
-
-    Raises:
-        errors.TargetUnsuitable: one is missing, or the workload mounted something by itself.
-    """
-    table = mounts.of(container.pid)
+def _volumes(container: Container, table: Sequence[mounts.Mount]) -> dict[str, mounts.Mount]:
     # The last one at a point covers the others.
     by_point = {mount.point: mount for mount in table}
     named = _named(container)
@@ -107,29 +116,30 @@ def _named(container: Container) -> dict[str, str]:
     return found
 
 
-def _root(container: Container) -> mounts.Mount:
-    roots = [mount for mount in mounts.of(container.pid) if mount.point == "/"]
+def _root(container: Container, table: Sequence[mounts.Mount]) -> mounts.Mount:
+    roots = [mount for mount in table if mount.point == "/"]
     if not roots:
         raise errors.NotFound(f"container {container.name} has ended", pid=container.pid)
     return roots[-1]
 
 
 @contextlib.contextmanager
-def opened_volume(container: Container, init: proc.Identity, path: str) -> Iterator[int]:
-    """A descriptor of the volume mounted at ``path`` in the container.
+def opened_volume(
+    container: Container, init: proc.Identity, path: str, mount: mounts.Mount
+) -> Iterator[int]:
+    """A descriptor of the volume at ``path`` in the container, which is ``mount``.
 
     Raises:
         errors.TargetUnsuitable: something else is there.
         errors.NotFound: the container has ended.
     """
-    wanted = volumes(container)[path].id
     with confine.root_of(init) as root:
         try:
             fd = confine.open_inside(root, path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as exc:
             raise _elsewhere(container, path) from exc
     try:
-        if _mount_id(fd) != wanted:
+        if _mount_id(fd) != mount.id:
             raise _elsewhere(container, path)
         yield fd
     finally:

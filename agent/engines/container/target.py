@@ -64,8 +64,7 @@ def find(container: Container) -> Target:
         )
     root = _root(container)
     inner = proc.identity(root) if inside.number(root) == 1 else init
-    mountpoints.upper(container)
-    mountpoints.volumes(container)
+    mountpoints.look(container)
     _refuse_orphans(init, root, groups)
     tree = []
     for pid in proc.tree(root):

@@ -24,7 +24,7 @@ from typing import Any
 
 from agent import errors
 from agent.engines.base import CaptureOptions
-from agent.engines.container import facts, files, holding, inside, target
+from agent.engines.container import facts, files, holding, inside, mountpoints, target
 from agent.engines.container.ahead import Ahead
 from agent.engines.container.bundle import Bundle
 from agent.engines.criu import conflicts, journal, preflight, recovery, rpc
@@ -63,6 +63,7 @@ class ContainerTree:
         self._hold: hold.Held | None = None
         self._spool: Spool | None = None
         self._ahead: dict[str, Ahead] = {}
+        self._there: mountpoints.Mounted | None = None
         self.tree: Sequence[proc.Identity] = found.tree
         self.criu = bundle.criu
 
@@ -136,6 +137,8 @@ class ContainerTree:
 
     def gather(self, pids: Sequence[int], states: Mapping[int, str]) -> dict[str, Any]:
         """The facts of the tree and of what surrounds it."""
+        # Beside CRIU: looked at when it is through, the tree would stand still for that.
+        self._there = mountpoints.look(self._target.container)
         return facts.gather(self._target, pids, states, self._bundle.criu)
 
     def collect(
@@ -148,9 +151,12 @@ class ContainerTree:
         """
         self._refuse_strays(pids)
         container, init = self._target.container, self._target.init
+        there = self._there or mountpoints.look(container)
         found = {
             "threads": [[pid, tids] for pid, tids in sorted(facts.threads(images).items())],
-            **files.collect(container, init, self._stem(), sink, self._deadline, self._ahead),
+            **files.collect(
+                container, init, self._stem(), sink, self._deadline, self._ahead, there
+            ),
         }
         if self._hold is not None:
             self._hold.check()
