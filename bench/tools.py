@@ -7,6 +7,7 @@ Does not: tune anybody; the options are those of the brief of this bench, the sa
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import json
 import os
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import agent
 from bench import programs
 
 _CRIU_NET = ("--tcp-established", "--network-lock", "nftables")
@@ -52,9 +54,12 @@ def tree_bytes(directory: str) -> int:
 
 
 class Agent:
-    """``ckpt-agent`` on one store, with ``environment`` besides this program's own."""
+    """``ckpt-agent`` on one store, with ``environment`` besides this program's own. Its bytecode is
+    there, as it is where it was installed: here nobody may have been allowed to keep it.
+    """
 
     def __init__(self, store: str, environment: Mapping[str, str] | None = None) -> None:
+        compileall.compile_dir(os.path.dirname(agent.__file__), quiet=1)
         self.store = store
         self.environment = dict(environment or {})
 
