@@ -120,15 +120,23 @@ class BlockTable:
 
 class BlockSource:
     """The blocks of the packs that one member names. Not for several threads at once. Without
-    ``ahead``, each is read when it is wanted, by nobody else.
+    ``ahead``, each is read when it is wanted, by nobody else. ``tables`` are those of the packs
+    whose indexes were read: several may share them.
     """
 
-    def __init__(self, volume: Volume, refs: tuple[PackRef, ...], *, ahead: bool = True) -> None:
+    def __init__(
+        self,
+        volume: Volume,
+        refs: tuple[PackRef, ...],
+        *,
+        ahead: bool = True,
+        tables: dict[int, BlockTable] | None = None,
+    ) -> None:
         threads.switch_often()
         self._volume = volume
         self._refs = refs
         self._ahead = ahead
-        self._tables: dict[int, BlockTable] = {}
+        self.tables: dict[int, BlockTable] = {} if tables is None else tables
         self._cache: collections.OrderedDict[_Key, futures.Future[bytes]] = (
             collections.OrderedDict()
         )
@@ -180,7 +188,9 @@ class BlockSource:
                     from_block, to_block - from_block + 1, len(starts)
                 )
         jobs = [(n, int(b)) for n, mask in enumerate(needed) for b in np.flatnonzero(mask)]
-        pool = futures.ThreadPoolExecutor(threads.workers(), "ckpt-check")
+        # Twice as many: a digest takes no time against what a disk does (measured, 0.6 GB that
+        # were not cached: 1.1 s with two reads at a time, 0.5 s with four).
+        pool = futures.ThreadPoolExecutor(2 * threads.workers(), "ckpt-check")
         try:
             return sum(pool.map(self._verify_block, jobs))
         finally:
@@ -188,13 +198,13 @@ class BlockSource:
 
     def _verify_block(self, key: _Key) -> int:
         number, block = key
-        return len(self._tables[number].read(self._volume, block))
+        return len(self.tables[number].read(self._volume, block))
 
     def _table(self, number: int) -> BlockTable:
-        if number not in self._tables:
+        if number not in self.tables:
             index = catalog.read_pack_index(self._volume, self._refs[number])
-            self._tables[number] = BlockTable(self._refs[number], index)
-        return self._tables[number]
+            self.tables[number] = BlockTable(self._refs[number], index)
+        return self.tables[number]
 
     def _windows(self, table: pagetable.Table) -> Iterator[_Cuts]:
         """Cut a table into windows of few pages and few blocks."""
@@ -253,7 +263,7 @@ class BlockSource:
         # What could not be read may be there the next time.
         if block is None or block.cancelled() or (block.done() and block.exception()):
             number, at = key
-            block = pool.submit(self._tables[number].load, self._volume, at)
+            block = pool.submit(self.tables[number].load, self._volume, at)
             self._cache[key] = block
             if len(self._cache) > _CACHED_BLOCKS:
                 self._cache.popitem(last=False)

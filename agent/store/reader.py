@@ -63,16 +63,21 @@ class MemberReader:
     """The source of one member; see ``model.streams.MemberSource``."""
 
     def __init__(
-        self, volume: Volume, found: manifest.MemberManifest, *, ahead: bool = True
+        self,
+        volume: Volume,
+        found: manifest.MemberManifest,
+        *,
+        ahead: bool = True,
+        tables: dict[int, blocks.BlockTable] | None = None,
     ) -> None:
         self._volume = volume
         self._manifest = found
         self._part = layout.member_name(found.group, found.epoch, found.member)
         self._pack_pages = [ref.pages for ref in found.packs]
-        self._blocks = blocks.BlockSource(volume, found.packs, ahead=ahead)
+        self._blocks = blocks.BlockSource(volume, found.packs, ahead=ahead, tables=tables)
         self._spaces = dict(found.spaces)
         self._metadata = dict(found.metadata)
-        self._checked = False
+        self._checked = self._present = False
         self._last_table: tuple[AddressSpace, pagetable.Table] | None = None
         self._files = {entry.path: stream for entry, stream in found.files}
 
@@ -149,17 +154,20 @@ class MemberReader:
         self._checked = True
 
     def present(self) -> None:
-        """Verify manifests and indexes, and that every pack is there in its full length."""
+        """Verify manifests and indexes, and that every pack is there in its full length; once."""
+        if self._present:
+            return
         for table in self._spaces.values():
             self._blocks.find(self._table(table))
         for stream in self._streams():
             self._blocks.find(self._stream_table(stream))
+        self._present = True
 
     def beside(self) -> MemberReader:
         """Another reader of the same member, for another thread; for little at a time, without
         reading ahead.
         """
-        return MemberReader(self._volume, self._manifest, ahead=False)
+        return MemberReader(self._volume, self._manifest, ahead=False, tables=self._blocks.tables)
 
     def _streams(self) -> list[manifest.Stream]:
         streams = (*self._metadata.values(), *self._files.values())

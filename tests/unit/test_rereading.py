@@ -149,3 +149,23 @@ def test_a_store_whose_volume_fails_for_a_moment_gives_what_it_holds(ahead: bool
     assert len(failed) == 3
     assert b"".join(data for _, data in found) == b"".join(map(images.page, numbers))
     assert [address for address, _ in found] == sorted({address for address, _ in found})
+
+
+def test_another_reader_of_a_member_reads_no_index_again() -> None:
+    reads: list[str] = []
+
+    def plan(number: int, method: str, name: str) -> Fault | None:
+        if method == "read":
+            reads.append(name)
+        return None
+
+    store = Store.open(FaultyVolume(MemoryVolume(), plan), create=True)
+    with store.begin(GROUP, now_s=NOW_S) as epoch:
+        images.write(epoch, {MEMBER: images.MemberImage({SPACE: ((0, 0, (1, 2, 3)),)})})
+        summary = epoch.commit({})
+    member = store.read(GROUP, summary.epoch).member(MEMBER)
+    member.present()
+    for _ in range(2):
+        reads.clear()
+        assert len(list(member.beside().read(SPACE, [PageRun(0, 3, 0)]))) == 1
+        assert len(reads) == 1  # the block
