@@ -11,7 +11,7 @@ from agent.engines.base import (
     RestoredTree,
     RestoreOptions,
 )
-from agent.engines.criu import dump, journal, preflight, probe, recovery, restore
+from agent.engines.criu import journal, preflight, probe, recovery, restore
 from agent.model.streams import MemberSink, MemberSource
 
 
@@ -47,6 +47,9 @@ class CriuEngine:
         self, pid: int, sink: MemberSink, cut: Cut, options: CaptureOptions
     ) -> CaptureReport:
         """Capture the tree below ``pid``; see ``agent.engines.base.Engine``."""
+        # Only here: a restore, which somebody waits for, needs none of it.
+        from agent.engines.criu import dump
+
         # First: without them, not even CRIU might be found.
         preflight.privileges()
         return dump.capture(probe.probe(self._criu), self._places, pid, sink, cut, options)
