@@ -18,7 +18,7 @@ from bench.holder import Awakening, Holder, HolderFailed
 from bench.machine import Context, evict, warm
 from bench.report import Section, Target
 
-_LATE, _FIRST, _CRIU = "ckpt-agent restore --lazy", "ckpt-agent restore --eager", "criu restore"
+_LATE, _FIRST, _CRIU = "ckpt-agent restore", "ckpt-agent restore --eager", "criu restore"
 _RUNNING_S, _PEAK_BYTES = 0.3, 256 * MIB
 _HOW = (
     "A tree of a root and 4 workers, killed and restored in place, by each side in turns."
@@ -62,7 +62,7 @@ def compare(context: Context, name: str, title: str, size_bytes: int) -> Section
         criu.dump(holder.pid)
         expected = holder.digests()
         sides = {
-            _LATE: _Side(lambda: agent.restore(image, "--lazy"), agent.store),
+            _LATE: _Side(lambda: agent.restore(image), agent.store),
             _FIRST: _Side(lambda: agent.restore(image, "--eager"), agent.store),
             _CRIU: _Side(criu.restore, criu.images),
         }

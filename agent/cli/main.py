@@ -56,8 +56,8 @@ _COMPLETE_VARIABLE = "_CKPT_AGENT_COMPLETE"
 cli = Verbs(
     name=_PROGRAM,
     help="Checkpoint and restore running process trees. A job is never worse off for being"
-    " checkpointed: a dump that fails leaves it running, and a damaged image is refused before any"
-    " process starts.",
+    " checkpointed: a dump that fails leaves it running, and no process is ever shown a byte that"
+    " was not verified.",
     params=[
         click.Option(
             ["--version"],

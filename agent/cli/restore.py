@@ -15,6 +15,8 @@ from agent.model import jobset, podfollow
 from agent.node.restore import Progress, RestoreOutcome
 from agent.settings import Settings
 
+# Less memory than this takes no longer to come before the processes run.
+_LATE_FROM_BYTES = 64 << 20
 # What a new file for a tree's output may be read by: its owner, as a log with unknown content.
 _OUTPUT_MODE = 0o600
 
@@ -68,11 +70,9 @@ _OUTPUT_MODE = 0o600
     " other is kept aside), or keep what is there.",
 )
 @click.option(
-    "--lazy/--eager",
-    default=False,
-    show_default=True,
-    help="On this host: let the processes run at once, while their memory still comes; or all of it"
-    " first.",
+    "--eager",
+    is_flag=True,
+    help="Let all memory come before the processes run, as it always does in a cluster.",
 )
 @click.option("--stdin", type=click.Path(), help="Replaces the processes' standard input.")
 @click.option("--stdout", type=click.Path(), help="Appended to; replaces standard output.")
@@ -100,7 +100,7 @@ def verb(
     isolate: bool,
     wait: bool,
     files: str,
-    lazy: bool,
+    eager: bool,
     stdin: str | None,
     stdout: str | None,
     stderr: str | None,
@@ -111,12 +111,14 @@ def verb(
 ) -> int:
     """Bring IMAGE back: a name that dump printed, or a group for its newest image.
 
-    The image is read and verified whole before any process starts. Everything in the way is
-    named at once, and nothing is changed then. In a cluster say where: --node or --pod.
+    Everything in the way is named at once, and nothing is changed then. In a cluster say where:
+    --node or --pod.
 
-    With --lazy, memory is only looked for before the processes start; each page is verified when it
-    comes, those first that are waited for. The command stays until all is in. If that cannot be,
-    the processes are ended.
+    On this host large memory may come while the processes run: before they start, the image is
+    verified but for that memory, all of which must be there; then each page is verified before a
+    process sees it, those first that are waited for. The command stays until all is in. If that
+    cannot be, the processes are ended. With --eager, and in a cluster, the image is read and
+    verified whole before any process starts.
 
     jobset/NAME[@EPOCH] brings back all pods of a JobSet at one instant, on the nodes that --node
     names or where the scheduler likes. group/NAME[@EPOCH] brings the pods of a selector back, or
@@ -134,7 +136,6 @@ def verb(
         "--isolate": isolate,
         "--wait": wait,
         "--files": files if files != FilePolicy.REFUSE.value else "",
-        "--lazy": lazy,
         "--stdin": stdin,
         "--stdout": stdout,
         "--stderr": stderr,
@@ -214,12 +215,15 @@ def verb(
             deadline_s=settings.restore_deadline_s,
             accept_changed=accept_changed,
             log_level=settings.criu_log_level,
-            fills=Fills() if lazy else None,
+            fills=None if eager else Fills(_LATE_FROM_BYTES),
         )
         outcome = _restored(invocation, settings, image, options)
     document = documents.restore_report(outcome, isolated=isolate)
-    if not lazy:
-        invocation.say(f"{document['name']} runs after {output.human_s(outcome.running_s)}")
+    whole = ""
+    if outcome.late_bytes:
+        complete_s = outcome.running_s + outcome.late_s
+        whole = f"; all of its memory was there after {output.human_s(complete_s)}"
+    invocation.say(f"{document['name']} runs after {output.human_s(outcome.running_s)}{whole}")
     statuses = _wait(outcome) if wait else []
     for member, status in zip(document["members"], statuses, strict=False):
         member["exitStatus"] = status
@@ -249,11 +253,6 @@ def _restored(
         outcome = wiring.restore(settings, image, options, progress=look)
         if stopped:
             _take_back(outcome)
-    if options.fills is not None:
-        invocation.say(
-            f"it ran after {output.human_s(outcome.running_s)}, with all of its memory after"
-            f" {output.human_s(outcome.running_s + outcome.late_s)}"
-        )
     return outcome
 
 

@@ -230,10 +230,12 @@ class Filling(Protocol):
 
 class Fills:
     """The trees of a restore that run while their memory still comes. Leaving the context ends
-    those that are not complete.
+    those that are not complete. A tree of which less than ``least_bytes`` could come late gets all
+    of it first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, least_bytes: int = 0) -> None:
+        self.least_bytes = least_bytes
         self._fills: list[Filling] = []
 
     def __enter__(self) -> Fills:
@@ -279,7 +281,7 @@ class RestoreOptions:
     ``moved``: addresses of all hosts of a group, old to new, where its members move together;
     connections between them go on, but for the ``halves`` ("local -> remote" as they were): whose
     other end is in no member, since nobody had accepted it yet. ``fills``: let the tree run before
-    its memory is complete, where that can be done, and tell there.
+    its memory is complete, where that can be done and is worth it, and tell there.
     """
 
     isolate: bool = False

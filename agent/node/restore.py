@@ -3,8 +3,8 @@
 Promises: what stands in the way is found at once, for all members, before the image is read; an
 image is verified whole before any process starts, but for memory that the caller lets come later,
 of which all must be there, and every page is verified before a process sees it; what is read is not
-deleted meanwhile; either all members of the epoch run again or none does. A damaged image is
-refused with the newest older good one named.
+deleted meanwhile; either all members of the epoch run again or none does. Whenever an image is
+found to be damaged, nothing of it is left running, and the newest older good one is named.
 Does not: choose the host, or print.
 """
 
@@ -58,7 +58,7 @@ def restore(
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> RestoreOutcome:
     """Bring ``image`` back; with ``options.fills`` its memory is looked for, and verified when it
-    comes. ``progress`` may raise then: what runs is ended.
+    comes, if so much of it may come late. ``progress`` may raise then: what runs is ended.
 
     Raises:
         errors.NotFound: no such image.
@@ -70,29 +70,41 @@ def restore(
     """
     began_s = clock.monotonic_s()
     group, epoch = store.resolve(image)
+    try:
+        return _restored(store, engine, group, epoch, options, began_s, progress)
+    except errors.DataError as exc:
+        _offer_older(store, group, epoch, exc)
+        raise
+
+
+def _restored(
+    store: Store,
+    engine: Engine,
+    group: ids.GroupName,
+    epoch: ids.EpochId,
+    options: RestoreOptions,
+    began_s: float,
+    progress: Callable[[Progress], None],
+) -> RestoreOutcome:
     progress(Progress("verify"))
     with contextlib.ExitStack() as stack:
-        try:
-            reader = store.read(group, epoch)
-            if not stack.enter_context(store.hold(reader)):
-                # It may be deleted at any time: nothing runs that would need it.
-                options = dataclasses.replace(options, fills=None)
-            sources = [(name, reader.member(name)) for name in reader.members]
-            check_all(engine, sources, options, began_s)
-            for _, source in sources:
-                if options.fills is None:
-                    source.check()
-                else:
-                    source.present()
-        except errors.DataError as exc:
-            _offer_older(store, group, epoch, exc)
-            raise
+        reader = store.read(group, epoch)
+        if not stack.enter_context(store.hold(reader)):
+            # It may be deleted at any time: nothing runs that would need it.
+            options = dataclasses.replace(options, fills=None)
+        sources = [(name, reader.member(name)) for name in reader.members]
+        check_all(engine, sources, options, began_s)
+        for _, source in sources:
+            if options.fills is None:
+                source.check()
+            else:
+                source.present()
         verified_s = clock.monotonic_s() - began_s
         progress(Progress("restore"))
         fills = stack.enter_context(options.fills or Fills())
         trees = _restore_all(engine, sources, options)
         running_s = clock.monotonic_s() - began_s
-        if options.fills is not None:
+        if fills.total_bytes:
             _await_filled(fills, trees, progress)
     progress(Progress("done"))
     return RestoreOutcome(
@@ -118,9 +130,11 @@ def _await_filled(
     try:
         filling()
         fills.wait(filling)
-    except BaseException:
+    except BaseException as exc:
         for _, tree in trees:
             tree.kill()
+        if isinstance(exc, errors.DataError | errors.VolumeError):
+            exc.message += "; the processes, which ran already, were ended"
         raise
 
 

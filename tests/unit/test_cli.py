@@ -23,7 +23,7 @@ import yaml
 
 from agent import errors, wiring
 from agent.cli import exits, main
-from agent.engines.base import CaptureReport
+from agent.engines.base import CaptureReport, RestoreOptions
 from agent.model import ids
 from agent.model.streams import AddressSpace, FileEntry, PageRun
 from agent.node.dump import Cancel, DumpOutcome
@@ -615,6 +615,23 @@ def test_restore_reports_the_pid_and_with_wait_ends_as_the_tree_did(
         ran = run("restore", "job", "--wait", "-o", "json")
         assert (ran.status, ran.document()["members"][0]["exitStatus"]) == (9, 9)
         assert "4711" in run("restore", "job").out
+
+
+def test_memory_may_come_late_unless_all_of_it_is_to_come_first(
+    run: Any, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[RestoreOptions] = []
+    with restored_by(monkeypatch, folder, Tree()):
+        stand_in = wiring.restore
+
+        def restore(settings: Any, image: str, options: RestoreOptions, **rest: Any) -> Any:
+            asked.append(options)
+            return stand_in(settings, image, options, **rest)
+
+        monkeypatch.setattr(wiring, "restore", restore)
+        assert run("restore", "job").status == exits.DONE
+        assert run("restore", "job", "--eager").status == exits.DONE
+    assert [options.fills is not None for options in asked] == [True, False]
 
 
 def test_a_signal_while_waiting_reaches_the_tree(

@@ -1,9 +1,9 @@
 """How an image becomes a tree's memory and files: what CRIU reads from a folder, and what is
 poured into the tree once it stands.
 
-Promises: when ``lay_out`` returns, every byte of the image has been read and verified once; with
-``deferring``, everything but memory, which is only known to be there. Memory
-of this program stays bounded; zero pages take no disk; what is poured takes none either.
+Promises: when ``lay_out`` returns, every byte of the image has been read and verified once; but for
+memory that is to come when the tree runs (``deferred``), which is only known to be there. Memory of
+this program stays bounded; zero pages take no disk; what is poured takes none either.
 Does not: start anything.
 """
 
@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from agent import errors
-from agent.engines.criu import images, lazy, pour
+from agent.engines.criu import early, images, lazy, pour
 from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource, PageRun
 
 
 class Feed:
     """Lays one image out in ``folder``; with ``pouring``, memory that can be written into the
-    standing tree is left out there; with ``deferring`` as well, ``fill`` leaves out what can come
-    when the tree runs (``lazy``).
+    standing tree is left out there; with ``defer_bytes`` as well, ``fill`` leaves out what can come
+    when the tree runs (``lazy``), if it is as much as that.
     """
 
     def __init__(
@@ -32,16 +32,17 @@ class Feed:
         folder: str,
         *,
         pouring: bool,
-        deferring: bool = False,
+        defer_bytes: int | None = None,
     ) -> None:
         self._source = source
         self._known = known
         self._folder = folder
         self._pouring = pouring
-        self._deferring = pouring and deferring
+        self._defer_bytes = defer_bytes if pouring else None
         self._family: dict[int, pour.ProcessMemory] = {}
         self._deferred: dict[AddressSpace, lazy.Deferred] = {}
         self._shares: dict[AddressSpace, pour.Split] = {}
+        self._early: early.Early | None = None
 
     def lay_out(self) -> None:
         """Write all images.
@@ -50,7 +51,7 @@ class Feed:
             errors.Corrupt | errors.Missing: the image is damaged.
             errors.RestoreFailed: no room in the folder.
         """
-        if self._deferring:
+        if self._defer_bytes is not None:
             self._source.present()
         elif self._pouring:
             # Poured pages are read when processes stand already: too late to find damage.
@@ -59,6 +60,10 @@ class Feed:
             _write_metadata(self._folder, name, content)
         if self._pouring:
             self._shares = self._split()
+            if self._deferred:
+                self._early = early.Early.of(self._source, self._shares)
+            elif self._defer_bytes is not None:
+                self._source.check()
         stored = set(self._source.spaces())
         for pages_id, space in enumerate(self._spaces(), start=1):
             runs = list(self._source.runs(space)) if space in stored else []
@@ -81,7 +86,15 @@ class Feed:
             errors.Corrupt | errors.Missing: the image was damaged meanwhile.
         """
         pids = {space: host_pid(space.id) for space in self._shares}
+        if self._early is not None:
+            found = self._early.take()
+            return sum(pour.write(found[space], pids[space], check) for space in found)
         return pour.pour_all(self._source, self._shares, pids, check)
+
+    def close(self) -> None:
+        """Read no more ahead; safe to repeat."""
+        if self._early is not None:
+            self._early.close()
 
     @property
     def deferred(self) -> dict[AddressSpace, lazy.Deferred]:
@@ -109,12 +122,17 @@ class Feed:
             for space in self._source.spaces()
             if space.kind == "process" and space.id in family
         }
-        if self._deferring:
-            for space, share in found.items():
-                found[space], deferred = lazy.defer(family[space.id], share)
-                if deferred.runs:
-                    self._deferred[space] = deferred
-        return found
+        if self._defer_bytes is None:
+            return found
+        shares, later = dict(found), {}
+        for space, share in found.items():
+            shares[space], deferred = lazy.defer(family[space.id], share)
+            if deferred.runs:
+                later[space] = deferred
+        if sum(each.size_bytes for each in later.values()) < self._defer_bytes:
+            return found
+        self._deferred = later
+        return shares
 
     def _spaces(self) -> list[AddressSpace]:
         """All address spaces, also those without a page: CRIU wants a page map of each."""

@@ -70,9 +70,7 @@ class Fill:
         self._spaces = [space for space in deferred if deferred[space].runs]
         self._deferred = deferred
         self._patience_s = patience_s
-        self.total_bytes = sum(
-            run.pages * PAGE_BYTES for each in deferred.values() for run in each.runs
-        )
+        self.total_bytes = sum(each.size_bytes for each in deferred.values())
         self.filled_bytes = 0
         self._last_s = clock.monotonic_s()
         self._failure: errors.CkptError | None = None
@@ -189,7 +187,7 @@ class Fill:
         except OSError as exc:
             raise errors.RestoreFailed(
                 f"the program that fills the tree's memory does not listen: {exc}",
-                hint="restore it again, or without --lazy",
+                hint="restore it again, or with --eager",
             ) from exc
         self._channel.settimeout(None)
 

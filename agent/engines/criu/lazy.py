@@ -52,6 +52,11 @@ class Deferred:
     areas: tuple[tuple[int, int], ...]
     runs: tuple[PageRun, ...]
 
+    @property
+    def size_bytes(self) -> int:
+        """How much it is."""
+        return sum(run.pages for run in self.runs) * PAGE_BYTES
+
     @functools.cached_property
     def _starts(self) -> list[int]:
         return [run.address for run in self.runs]
@@ -245,7 +250,7 @@ def ask_for(descriptor: int, deferred: Deferred, pid: int) -> list[PageRun]:
             if problem:
                 raise errors.RestoreFailed(
                     f"memory at {start:#x} cannot be filled later: {os.strerror(problem)}",
-                    hint="restore it without --lazy",
+                    hint="restore it with --eager",
                 )
             # Not before: the kernel may make a huge page of what is there and what is missing, but
             # not any more once it is to ask.

@@ -19,7 +19,7 @@ import collections
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 
 from agent import errors
@@ -33,6 +33,9 @@ _PRIVATE = _FILE_PRIVATE | _ANON_PRIVATE
 _KERNELS_OWN = _VSYSCALL | _VDSO | _VVAR | _AIORING | _SHADOW_STACK | _UPROBES | _PLUGIN
 # include/uapi/asm-generic/mman.h
 _MAP_HUGETLB = 0x40000
+# Where pages belong, what they hold (None: zero), how many, and whether it is zero there already.
+Piece = tuple[int, memoryview | None, int, bool]
+
 # What one thread takes at a time (32 MiB), and how many threads: each holds up to 50 MiB of blocks
 # and pages, and the agent stays below 256 MiB.
 _PART_PAGES, _THREADS = 8192, 3
@@ -78,6 +81,11 @@ class Split:
     criu: tuple[PageRun, ...]
     poured: tuple[PageRun, ...]
     poured_fresh: tuple[PageRun, ...]
+
+    @property
+    def poured_bytes(self) -> int:
+        """How much is poured."""
+        return sum(run.pages for run in (*self.poured, *self.poured_fresh)) * PAGE_BYTES
 
 
 def split(
@@ -132,24 +140,34 @@ def pour(
         errors.RestoreFailed: the kernel refuses the write (code ``pour-refused``); CRIU's own way
             still works.
     """
+    return write(pieces(source, space, share), pid, check)
+
+
+def pieces(source: MemberSource, space: AddressSpace, share: Split) -> Iterator[Piece]:
+    """Read the poured runs of ``space``; raises as ``MemberSource.read``."""
+    for runs, fresh in ((share.poured, False), (share.poured_fresh, True)):
+        if runs:
+            for address, data, pages in source.read(space, runs):
+                yield address, data, pages, fresh
+
+
+def write(found: Iterable[Piece], pid: int, check: Callable[[], None]) -> int:
+    """Write what was found into the process ``pid``; as ``pour``."""
     written = 0
     with _understood(pid):
         memory = standing.StandingMemory(pid)
     with memory:
-        for runs, fresh in ((share.poured, False), (share.poured_fresh, True)):
-            if not runs:
-                continue
-            for address, data, pages in source.read(space, runs):
-                check()
-                with _understood(pid):
-                    if data is not None:
-                        memory.write(address, data)
-                    elif not fresh:
-                        for page in range(pages):
-                            memory.write(address + page * PAGE_BYTES, _ZERO_PAGE)
-                    else:
-                        continue
-                written += pages * PAGE_BYTES
+        for address, data, pages, fresh in found:
+            check()
+            with _understood(pid):
+                if data is not None:
+                    memory.write(address, data)
+                elif not fresh:
+                    for page in range(pages):
+                        memory.write(address + page * PAGE_BYTES, _ZERO_PAGE)
+                else:
+                    continue
+            written += pages * PAGE_BYTES
     return written
 
 

@@ -4,9 +4,10 @@ The images are laid out in a scratch folder, the memory as page files (``feed``)
 files are put back, and CRIU builds the tree. Its ``post-restore`` notification is the gate: all
 processes stand complete, none has run, connections are still locked.
 
-Promises: everything of the image has been read and verified, and everything in the way on this
-host has been reported, before a process is started; a restore that fails leaves none of the tree
-and puts displaced files back.
+Promises: everything of the image has been read and verified, but for memory that may come late,
+and everything in the way on this host has been reported, before a process is started; a restore
+that fails leaves none of the tree and puts displaced files back. Where the quicker ways of bringing
+memory fail before the tree runs, the next one is taken, the last of them CRIU's own.
 Does not: know where the bytes come from.
 """
 
@@ -145,29 +146,36 @@ def run(
 
     ``taken`` are the host's numbers that it will have, with the moment when they were free.
     """
-    for pouring in (True, False):
+    late = None if options.fills is None else options.fills.least_bytes
+    for pouring, defer_bytes in _ways(late):
         with places.operation("restore", taken, about=site.entry()) as operation:
             running = _Restore(
-                operation, places, site, source, known, options, gate, deadline, pouring=pouring
+                *(operation, places, site, source, known, options, gate, deadline),
+                pouring=pouring,
+                defer_bytes=defer_bytes,
             )
             try:
                 return running.run()
-            except pour.PourRefused as exc:
-                running.abandon()
-                site.undo(places, operation)
-                if not pouring:
-                    raise
-                logger.info("pouring refused, using page files", extra={"reason": exc.message})
             except BaseException as exc:
                 running.abandon()
                 site.undo(places, operation)
                 explained = running.explained(exc)
-                if explained is exc:
-                    raise
-                raise explained from exc
+                if not running.another_way(explained):
+                    if explained is exc:
+                        raise
+                    raise explained from exc
+                logger.warning("memory is restored another way: %s", explained)
             finally:
                 recovery.forget_gone_tables(places)
     raise errors.RestoreFailed("no way to restore memory worked")
+
+
+def _ways(late: int | None) -> list[tuple[bool, int | None]]:
+    """How memory may come, the quickest way first: whether it is poured, and from how much on it
+    may come when the tree runs.
+    """
+    ways: list[tuple[bool, int | None]] = [(True, None), (False, None)]
+    return ways if late is None else [(True, late), *ways]
 
 
 def _refuse_conflicts(known: dict[str, Any], source: MemberSource, options: RestoreOptions) -> None:
@@ -199,6 +207,7 @@ class _Restore:
         deadline: clock.Deadline,
         *,
         pouring: bool,
+        defer_bytes: int | None,
     ) -> None:
         self._operation = operation
         self._places = places
@@ -208,9 +217,11 @@ class _Restore:
         self._gate = gate
         self._deadline = deadline
         self._images = operation.folder("images")
+        self._pouring = pouring
         self._feed = feed.Feed(
-            source, known, self._images, pouring=pouring, deferring=options.fills is not None
+            source, known, self._images, pouring=pouring, defer_bytes=defer_bytes
         )
+        self._stands = False
         self._daemon: lazy.Daemon | None = None
         self._fill: filling.Fill | None = None
         self._hold = contextlib.ExitStack()
@@ -218,6 +229,10 @@ class _Restore:
 
     def run(self) -> RestoredTree:
         """Do it."""
+        with contextlib.closing(self._feed):
+            return self._run()
+
+    def _run(self) -> RestoredTree:
         self._feed.lay_out()
         mend.mend(self._images, accept_changed=self._options.accept_changed)
         # An end of a connection may be there before its peer, also of another member's tree.
@@ -258,6 +273,16 @@ class _Restore:
                 "a process ended while it was being restored", hint="try again"
             )
         return exc
+
+    def another_way(self, failure: BaseException) -> bool:
+        """Whether it may work if memory comes otherwise; not once others count on this one."""
+        if self._stands:
+            return False
+        if isinstance(failure, pour.PourRefused):
+            return self._pouring
+        return bool(self._feed.deferred) and isinstance(
+            failure, errors.RestoreFailed | errors.CriuFailed
+        )
 
     @property
     def _log_path(self) -> str:
@@ -305,6 +330,7 @@ class _Restore:
                 for each in descriptors.values():
                     os.close(each)
             self._site.complete(self._images)
+            self._stands = True
             self._gate.restored()
             # All ends of the group are complete now.
             self._hold.close()
@@ -317,7 +343,7 @@ class _Restore:
             if space.id not in descriptors:
                 raise errors.RestoreFailed(
                     f"CRIU does not let process {space.id} wait for its memory",
-                    hint="restore it without --lazy",
+                    hint="restore it with --eager",
                 )
         for process in map(self._feed.process, descriptors):
             lazy.release(descriptors[process.pid], process)
