@@ -74,10 +74,6 @@ class Pagemap:
             start, end, flags=_WP_MATCHING, mask=_WRITTEN, any_of=_PRESENT | _SWAPPED
         )[:, :2]
 
-    def written(self, start: int, end: int) -> Ranges:
-        """As ``take``, but nothing is protected; of mappings that are not registered, all pages."""
-        return self._scan(start, end, mask=_WRITTEN, any_of=_PRESENT | _SWAPPED)[:, :2]
-
     def unguarded(self, start: int, end: int) -> Ranges:
         """Pages that are there, in mappings whose writes are not noted."""
         return self._scan(
@@ -99,19 +95,30 @@ class Pagemap:
         """Pages that hold something: mapped or swapped out, but neither the kernel's zero page nor
         a guard.
         """
-        # Few runs of pages are missing, so looking for those is quicker than listing what is there
-        # with its state.
+        return self._states(start, end, 0)[0]
+
+    def existing_and_written(self, start: int, end: int) -> tuple[Ranges, Ranges]:
+        """What ``existing`` says, and what ``take`` would without protecting anything; of mappings
+        that are not registered, all pages. One look is most of what both take.
+        """
+        return self._states(start, end, _WRITTEN)
+
+    def _states(self, start: int, end: int, written: int) -> tuple[Ranges, Ranges]:
+        # Few runs of pages are missing or written, so looking for those is quicker than listing
+        # what is there with its state.
         guard = _GUARD if knows_guards() else 0
         found = self._scan(
             start,
             end,
             inverted=_PRESENT,
-            any_of=_PRESENT | _PFNZERO | guard,
-            returned=_SWAPPED | _PFNZERO | guard,
+            any_of=_PRESENT | _PFNZERO | guard | written,
+            returned=_PRESENT | _SWAPPED | _PFNZERO | guard | written,
         )
         kind = found[:, 2]
-        gone = found[(kind & _SWAPPED == 0) | (kind & (_PFNZERO | guard) != 0)]
-        return without(np.array([[start, end]], dtype=np.int64), gone[:, :2])
+        there = kind & (_PRESENT | _SWAPPED) != 0
+        gone = found[~there | (kind & (_PFNZERO | guard) != 0)]
+        existing = without(np.array([[start, end]], dtype=np.int64), gone[:, :2])
+        return existing, found[there & (kind & written != 0)][:, :2]
 
     def own(self, start: int, end: int) -> Ranges:
         """As ``existing``, without the pages that are a file's or shared memory's. Takes longer
@@ -179,6 +186,16 @@ def notes_writes(pid: int, number: int) -> bool:
             if key == "API":  # the version, the features and the ioctls
                 return bool(int(value.split(":")[1], 16) & _WP_ASYNC)
     return False
+
+
+def existing(pid: int, areas: Ranges) -> Ranges:
+    """What ``Pagemap.existing`` says of each of these mappings; raises as that."""
+    pages = Pagemap(pid)
+    try:
+        parts = [pages.existing(start, end) for start, end in areas.tolist()]
+    finally:
+        pages.close()
+    return np.concatenate([none(), *parts])
 
 
 class WriteProtection:

@@ -169,6 +169,52 @@ def test_what_is_written_all_the_time_is_copied_at_the_cut_only(program: Program
     assert copied(image, program, 20, 16) == program.first_bytes(20, 16)
 
 
+def test_the_last_rounds_do_not_wait_for_the_store(program: Program) -> None:
+    """What a tree writes meanwhile would be left for its stop."""
+    image = MemoryImage()
+    for line in ("map(2, 8)", "fill(2, 8, 1)"):
+        program.do(line)
+    copy = Precopy(image, clock.Deadline.after(60))
+    held = HeldSink(image, 64 << 20)
+    try:
+        copy.round(program.pid)
+        first = copied(image, program, 2, 8)
+        program.do("fill(2, 8, 2)")
+        held.hold()
+        copy.last_rounds(program.pid, held, lambda: program.do("fill(4, 2, 3)"))
+        program.do("fill(3, 1, 4)")
+        program.stop()
+        copy.finish(copy.cut([program.pid]), held)
+        assert copy.cut_bytes < 2 << 20
+        assert copied(image, program, 2, 8) == first
+        held.drain()
+    finally:
+        copy.close()
+        held.close()
+    assert copied(image, program, 2, 8) == program.first_bytes(2, 8)
+
+
+def test_what_a_number_was_read_by_counts_only_if_it_is_still_the_same_process(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else may have got it in the middle of a quick round."""
+    image = MemoryImage()
+    for line in ("map(2, 8)", "fill(2, 8, 1)"):
+        program.do(line)
+    copy = Precopy(image, clock.Deadline.after(60))
+    try:
+        copy.round(program.pid)
+        alive = [True]
+        with monkeypatch.context() as patched:
+            patched.setattr(proc, "alive", lambda _: alive.pop() if alive else False)
+            copy.round(program.pid, into=image)
+        program.stop()
+        copy.finish(copy.cut([program.pid]), HeldSink(image, 0))
+        assert copy.cut_bytes >= 8 << 20
+    finally:
+        copy.close()
+
+
 def test_memory_is_copied_where_it_was_moved_to(program: Program) -> None:
     """Also over what was copied from there before."""
     image = MemoryImage()

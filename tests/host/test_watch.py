@@ -14,6 +14,7 @@ import pytest
 
 from agent.engines.base import CaptureOptions, Kept
 from agent.engines.criu import hiding, shortstop
+from agent.engines.criu.held import HeldSink
 from agent.engines.criu.shortstop import ShortStop
 from agent.engines.tracking.precopy import Precopy
 from agent.host import clock
@@ -179,5 +180,5 @@ def test_what_was_kept_is_let_go_of_when_the_next_capture_cannot_begin(
         kept.keep(os.getpid(), Precopy(image, deadline))
         kept.committed("one")
         with pytest.raises(OSError, match="too many"):
-            ShortStop(os.getpid(), image, image, deadline, CaptureOptions(kept=kept))
+            ShortStop(os.getpid(), image, HeldSink(image, 0), deadline, CaptureOptions(kept=kept))
     assert threading.active_count() == before

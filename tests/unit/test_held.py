@@ -132,6 +132,21 @@ def test_who_goes_on_giving_pages_of_a_dump_that_was_given_up_is_told(
         assert seen.calls == []
 
 
+def test_what_is_renewed_holds_as_much_again(seen: Seen, tmp_path: Path) -> None:
+    for held in held_sink(seen, 5 * MIB, tmp_path):
+        held.prepare(4 * MIB)
+        held.renew(lambda: None)
+        held.hold()
+        given = filled(held)
+        assert seen.calls == []
+        held.renew(lambda: None)
+        assert seen.calls == given
+        held.hold()
+        filled(held)
+        assert seen.calls == given
+        assert held.spooled_bytes == 0
+
+
 @pytest.mark.parametrize("expected_bytes", [1, 8 * MIB, 64 * MIB])
 @pytest.mark.parametrize("budget_bytes", [8 * MIB, 5 * MIB // 2, 1])
 def test_what_was_prepared_holds_the_same(

@@ -8,7 +8,7 @@ Promises: never more than ``budget_bytes`` of content are held in memory; what d
 a file without a name on the local disk (``spool``), and if there is no room either, is passed on
 at once, in order, at the real sink's pace. Safe from several threads, of which the real sink sees
 one at a time. ``close`` leaves nothing.
-Does not: hold anything before ``hold`` or after ``drain``.
+Does not: hold anything before ``hold``, or after ``drain`` or ``renew`` until it is told again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class HeldSink:
         self._spool = Spool(folder if budget_bytes else None)
         self._lock = threading.Lock()
         self._waiting: list[Callable[[], None]] = []
-        self._held_bytes = 0
+        self._held_bytes = self._prepared_bytes = 0
         self._slabs: list[memoryview] = []
         self._slab = memoryview(b"")
         self._holding = self._refusing = False
@@ -64,12 +64,21 @@ class HeldSink:
 
     def prepare(self, expected_bytes: int, check: Callable[[], None] = lambda: None) -> None:
         """Be quick to hold so much; ``check`` is called between and may raise."""
+        self._prepared_bytes = expected_bytes
         in_memory_bytes = min(expected_bytes, self._budget_bytes)
         for _ in range(0, in_memory_bytes, _SLAB_BYTES):
             check()
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
             self._slabs.append(memoryview(mmap.mmap(-1, _SLAB_BYTES, flags=flags)))
         self._spool.prepare(expected_bytes - in_memory_bytes, check)
+
+    def renew(self, check: Callable[[], None]) -> None:
+        """Pass on what is held, if anything is, and be as quick as before."""
+        with self._lock:
+            if not self._waiting:
+                return
+            self._pass_on(check)
+        self.prepare(self._prepared_bytes, check)
 
     def refuse(self) -> None:
         """Whoever gives pages from now on is told that nobody wants them any more."""

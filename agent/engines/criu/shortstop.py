@@ -18,6 +18,7 @@ import numpy as np
 from agent import errors
 from agent.engines.base import CaptureOptions, Kept
 from agent.engines.criu import codepages, hiding, pageserver
+from agent.engines.criu.held import HeldSink
 from agent.engines.criu.probe import Criu
 from agent.engines.tracking import reading, residue
 from agent.engines.tracking.pace import UNLIMITED, Limits, Pace
@@ -34,8 +35,6 @@ _LEFT_BYTES = 16 << 20
 # A tree whose mappings changed in the moment of the stop may do that all the time: so often it is
 # then stopped a little longer, which costs less than a second stop, the plain way, each time.
 _DOUBTED = 10
-# Rounds between CRIU's start and the freeze: the first takes up what was written meanwhile.
-_LAST_ROUNDS = 2
 
 
 def unsuited(criu: Criu, pids: Sequence[int]) -> str:
@@ -74,7 +73,7 @@ class ShortStop:
         self,
         root: int,
         ahead: MemberSink,
-        held: MemberSink,
+        held: HeldSink,
         deadline: clock.Deadline,
         options: CaptureOptions,
     ) -> None:
@@ -92,6 +91,7 @@ class ShortStop:
             self._hiding = hiding.Hiding()
             stack.pop_all()
         # Who is to end is stopped for longer in any case.
+        self._kill = options.kill
         doubted = kept is not None and kept.doubted(root)
         self._layouts = None if options.kill or doubted else layouts.Layouts()
         self._code = codepages.CodePages()
@@ -132,12 +132,21 @@ class ShortStop:
         self._hiding.release()
 
     def about_to_freeze(self) -> None:
-        """Copy once more what was written meanwhile, if that leaves less."""
+        """Copy once more what was written meanwhile, if that leaves less: into what holds it back,
+        since the store takes longer to take it in than the tree to write as much again.
+        """
+        self._held.renew(self._check)
         self._precopy.look(self._root)
-        for _ in range(_LAST_ROUNDS if self._precopy.shrinks else 0):
-            self._precopy.round(self._root)
+        if not self._kill:
+            self._held.hold()
+        self._precopy.last_rounds(self._root, self._held, self._note_layouts)
+
+    def _note_layouts(self) -> None:
         if self._layouts is not None:
             self._layouts.note(proc.tree(self._root))
+
+    def _check(self) -> None:
+        self._deadline.check("the dump")
 
     def frozen(self, pids: Sequence[int], code: codepages.CodePages) -> None:
         """The tree, now ``pids``, stands still: hide its memory from CRIU and read what is left,

@@ -4,7 +4,7 @@ A copy of a running process's memory is made in rounds. Each round names the pag
 lacks or has in an older version; at the cut, when the process stands still, the tracker says which
 pages the copy is sure to have as they are. What cannot be known counts as written.
 
-Promises: a page that ``unchanged`` names was not written, nor replaced by another, since the
+Promises: a page that ``cut`` names as unchanged was not written, nor replaced by another, since the
 last round that named it gave it out.
 """
 
@@ -34,9 +34,12 @@ class Tracker(Protocol):
             errors.NotFound: the process has ended.
         """
 
-    def unchanged(self, areas: Ranges) -> Ranges:
-        """Of the process, which stands still, the pages in these mappings (a row each) that were
-        not written since they were given out. May name pages that do not exist.
+    def cut(self, areas: Ranges) -> tuple[Ranges, Ranges]:
+        """Of the process, which stands still, the pages that exist in these mappings (a row each),
+        and those that were not written since they were given out, which may name others as well.
+
+        Raises:
+            errors.NotFound: the process has ended.
         """
 
     def again(self) -> bool:

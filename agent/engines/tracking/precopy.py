@@ -26,6 +26,7 @@ from agent.engines.tracking.base import Tracker
 from agent.engines.tracking.compared import Compared, Read
 from agent.engines.tracking.pace import Pace
 from agent.engines.tracking.protected import Protected
+from agent.engines.tracking.reading import Drafts
 from agent.engines.tracking.shared import Found, SharedCopies
 from agent.engines.tracking.untracked import Untracked
 from agent.host import clock, injection, pagemap, proc
@@ -45,6 +46,10 @@ LOOK_S = 0.25
 # What was written while a round took longer than this many of them cannot be compared.
 _COMPARABLE = 2.0
 _MOST_ROUNDS = 8
+# Between CRIU's start and the freeze: the first takes up what was written meanwhile.
+_LAST_ROUNDS = 4
+# What the last rounds take and CRIU takes to start.
+_UNTIL_CUT_S = 0.5
 # Of memory whose writes are not noted, each of which reads all of it.
 _MOST_LOOKS = 3
 # Runs settled in one call.
@@ -96,22 +101,29 @@ class _Copy:
         self._left = pagemap.union(self._left, pagemap.without(self.have, there))
         self.have = pagemap.clip(self.have, there)
 
-    def finish(self, standing: Standing, existing: Ranges, sink: MemberSink) -> int:
-        """Read those of the pages that exist at the cut that are not had as they are; say how many
-        bytes. All of them are had afterwards, and in the next copy those that are sure to be
-        unchanged. Raises errors.ShortStopFailed.
+    def finish(self, standing: Standing, sink: MemberSink) -> tuple[Ranges, int]:
+        """Read those of the pages that exist at the cut that are not had as they are; all that
+        exist, and how many bytes were read. All of them are had afterwards, and in the next copy
+        those that are sure to be unchanged. Raises errors.ShortStopFailed.
         """
-        unchanged = self.tracker.unchanged(standing.areas)
+        existing, unchanged = self.tracker.cut(standing.areas)
         missing = pagemap.without(existing, pagemap.clip(self.have, unchanged))
         self.have = pagemap.clip(existing, unchanged)
         self._left = pagemap.without(existing, self.have)
-        return reading.whole(standing.who, standing.space, missing, sink)
+        return existing, reading.whole(standing.who, standing.space, missing, sink)
 
     def round(
-        self, sink: MemberSink, deadline: clock.Deadline, pace: Pace | None, *, rested: bool
+        self,
+        sink: Drafts,
+        deadline: clock.Deadline,
+        pace: Pace | None,
+        *,
+        rested: bool,
+        quick: bool = False,
     ) -> int:
         """Read what the tracker asks for, and what was left; say how many bytes. ``rested``: only
-        what was left and has not been written since, the rest is left.
+        what was left and has not been written since, the rest is left. ``quick``: many pages by
+        each system call. Raises errors.NotFound if it has ended.
         """
         given, read = [pagemap.none()], [pagemap.none()]
         had, self.have = self.have, pagemap.none()  # until it went well
@@ -121,11 +133,16 @@ class _Copy:
                 given.append(piece)
                 deadline.check("copying memory ahead")
                 if not rested:
-                    read.append(reading.draft(sink, self.space, memory, piece, pace))
+                    read.append(
+                        reading.draft(sink, self.space, memory, piece, pace, standing=quick)
+                    )
             written = pagemap.union(*given)
             # Written after this look, it is given out again.
             unwritten = pagemap.without(left, written)
-            read.append(reading.draft(sink, self.space, memory, unwritten, pace))
+            read.append(reading.draft(sink, self.space, memory, unwritten, pace, standing=quick))
+        # Quick reading goes by the number: it was its memory if the process still has that number.
+        if quick and not proc.alive(self.who):
+            raise errors.NotFound(f"process {self.who.pid} has ended", pid=self.who.pid)
         self.have = pagemap.union(pagemap.without(had, written), *read)
         self._left = written if rested else pagemap.none()
         return sum(map(pagemap.size_bytes, read))
@@ -142,14 +159,21 @@ class _ComparedCopy(_Copy):
         """See ``_Copy``."""
         self._compared.recall(sink, epoch)
 
-    def finish(self, standing: Standing, existing: Ranges, sink: MemberSink) -> int:
+    def finish(self, standing: Standing, sink: MemberSink) -> tuple[Ranges, int]:
         """See ``_Copy``: all of it is read."""
+        existing, _ = self.tracker.cut(standing.areas)
         with reading.opened(self.who) as memory:
             self._compared.finish(existing, _reading(memory.read_standing), sink)
-        return pagemap.size_bytes(existing)
+        return existing, pagemap.size_bytes(existing)
 
     def round(
-        self, sink: MemberSink, deadline: clock.Deadline, pace: Pace | None, *, rested: bool
+        self,
+        sink: Drafts,
+        deadline: clock.Deadline,
+        pace: Pace | None,
+        *,
+        rested: bool,
+        quick: bool = False,
     ) -> int:
         """See ``_Copy``: nothing, since only a look at all of it tells what was written."""
         return 0
@@ -187,6 +211,8 @@ class Precopy:
         # Whether more rounds leave less; they are stored, whether or not they are written again.
         self.shrinks = True
         self.cut_bytes = self.shared_bytes = 0
+        # By the last round but these: how quickly the tree writes, and since when it may have.
+        self._written_per_s = self._looked_s = 0.0
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -241,6 +267,8 @@ class Precopy:
             span_s, looked_s = clock.monotonic_s() - looked_s, clock.monotonic_s()
             self.round(root, rested=True)
             before, left_bytes = left_bytes, sum(each.left_bytes for each in self._copies.values())
+            self._written_per_s = left_bytes / span_s
+            self._looked_s = looked_s
             if left_bytes <= _ENOUGH_BYTES:
                 break
             if span_s > _COMPARABLE * LOOK_S:
@@ -261,9 +289,26 @@ class Precopy:
                 break
             before = drafted_bytes
 
-    def round(self, root: int, *, rested: bool = False) -> int:
+    def last_rounds(self, root: int, sink: MemberSink, between: Callable[[], object]) -> None:
+        """Copy what was written meanwhile into ``sink``, which is quick, again and again while that
+        leaves less; ``between`` is called before the round that is the last if little is left then.
+        Raises as ``run``.
+        """
+        before = None
+        for number in range(_LAST_ROUNDS if self.shrinks else 0):
+            read_bytes = self.round(root, into=sink)
+            if not number:
+                between()
+            elif read_bytes <= _ENOUGH_BYTES or read_bytes > _SHRINKS_TO * (before or read_bytes):
+                break
+            before = read_bytes
+        if not self.shrinks:
+            between()
+
+    def round(self, root: int, *, rested: bool = False, into: MemberSink | None = None) -> int:
         """Copy once what the trackers ask for, or with ``rested`` only what has not been written
-        since the round before, at the pace; say how many bytes. Raises as ``run``.
+        since the round before, at the pace; quickly ``into`` another sink than the own one, which
+        passes on to that. Say how many bytes. Raises as ``run``.
         """
         began_s = clock.monotonic_s()
         self._root = root
@@ -273,7 +318,13 @@ class Precopy:
                 self._take_back(pid)
                 copy = self._copy(proc.identity(pid))
                 pace = self._pace if rested else None
-                total += copy.round(self._sink, self._deadline, pace, rested=rested)
+                total += copy.round(
+                    into or self._sink,
+                    self._deadline,
+                    pace,
+                    rested=rested,
+                    quick=into is not None,
+                )
         self.rounds.append(Round(total, clock.monotonic_s() - began_s))
         return total
 
@@ -305,10 +356,13 @@ class Precopy:
 
     @property
     def expected_bytes(self) -> int:
-        """How much is likely to be left for the cut, a guess."""
+        """How much is likely to be left for the last rounds and the cut, a guess."""
         compared = [each for each in self._copies.values() if isinstance(each, _ComparedCopy)]
         changed_bytes = self._shared.changed_bytes + sum(each.changed_bytes for each in compared)
-        return 2 * changed_bytes + sum(each.left_bytes for each in self._copies.values())
+        since_s = clock.monotonic_s() - self._looked_s + _UNTIL_CUT_S
+        written_bytes = int(self._written_per_s * since_s)
+        left_bytes = sum(each.left_bytes for each in self._copies.values())
+        return 2 * changed_bytes + left_bytes + written_bytes
 
     def forget_shared(self) -> None:
         """What is begun next builds on an epoch that somebody else read. Of shared memory only its
@@ -336,12 +390,13 @@ class Precopy:
         for each in standing:
             if not len(each.areas):
                 continue  # it has ended, or is small
-            existing = _existing(each)
             copy = self._copies.get(each.who)
             if copy is not None and copy.space == each.space:
-                self.cut_bytes += copy.finish(each, existing, sink)
+                existing, read_bytes = copy.finish(each, sink)
             else:
-                self.cut_bytes += reading.whole(each.who, each.space, existing, sink)
+                existing = pagemap.existing(each.who.pid, each.areas)
+                read_bytes = reading.whole(each.who, each.space, existing, sink)
+            self.cut_bytes += read_bytes
             self._settled[each.space] = existing
 
     def settle(
@@ -408,15 +463,6 @@ class Precopy:
                 found = _ComparedCopy(who, tracker, self._fingerprinter)
             self._copies[who] = found
         return found
-
-
-def _existing(standing: Standing) -> Ranges:
-    pages = pagemap.Pagemap(standing.who.pid)
-    try:
-        parts = [pages.existing(start, end) for start, end in standing.areas.tolist()]
-    finally:
-        pages.close()
-    return np.concatenate([pagemap.none(), *parts])
 
 
 def _reading(pieces: Callable[[list[tuple[int, int]], memoryview], list[int]]) -> Read:

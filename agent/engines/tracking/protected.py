@@ -108,21 +108,29 @@ class Protected:
         finally:
             pages.close()
 
-    def unchanged(self, areas: Ranges) -> Ranges:
-        """Pages of followed mappings that are not noted as written; the process stands still."""
+    def cut(self, areas: Ranges) -> tuple[Ranges, Ranges]:
+        """What exists, and pages of followed mappings that are not noted as written; the process
+        stands still.
+        """
         if self.reason:
-            return pagemap.none()
+            return pagemap.existing(self._who.pid, areas), pagemap.none()
         pages = Pagemap(self._who.pid)
-        found = [pagemap.none()]
+        found, unchanged = [pagemap.none()], [pagemap.none()]
         try:
             for start, end in areas.tolist():
-                if self._followed(pages, start, end):
-                    area = np.array([[start, end]], dtype=np.int64)
-                    found.append(pagemap.without(area, pages.written(start, end)))
+                if not self._followed(pages, start, end):
+                    found.append(pages.existing(start, end))
+                    continue
+                existing, written = pages.existing_and_written(start, end)
+                found.append(existing)
+                unchanged.append(pagemap.without(existing, written))
         finally:
             pages.close()
         self._look_for_arrivals()
-        return pagemap.without(np.concatenate(found), self._arrived)
+        return (
+            np.concatenate(found),
+            pagemap.without(np.concatenate(unchanged), self._arrived),
+        )
 
     def again(self) -> bool:
         """See ``base.Tracker``. While its writes could escape nothing was named as unchanged, so

@@ -33,9 +33,9 @@ class Untracked:
         finally:
             pages.close()
 
-    def unchanged(self, areas: Ranges) -> Ranges:
-        """None."""
-        return pagemap.none()
+    def cut(self, areas: Ranges) -> tuple[Ranges, Ranges]:
+        """All that exist, none unchanged."""
+        return pagemap.existing(self._pid, areas), pagemap.none()
 
     def again(self) -> bool:
         """Perhaps it can be tracked by now."""
