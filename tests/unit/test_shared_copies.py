@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -21,6 +22,7 @@ MIB = 1 << 20
 SIZE_BYTES = 5 * MIB + 100
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mremap.restype = _libc.shmat.restype = ctypes.c_void_p
 
 
 @pytest.fixture
@@ -94,6 +96,153 @@ def test_what_was_taken_away_is_not_stored(memfd: int) -> None:
     assert content == whole(memfd)
     assert size_bytes == 0
     assert image.memory_bytes == 3 * MIB
+
+
+def _fresh(memfd: int, flags: int = 0) -> int:
+    return os.open(f"/proc/self/fd/{memfd}", os.O_RDWR | os.O_CLOEXEC | flags)
+
+
+def _through(memfd: int, write: Callable[[int], object], flags: int = 0) -> None:
+    """By a descriptor that comes and goes."""
+    descriptor = _fresh(memfd, flags)
+    try:
+        write(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _mapped(memfd: int, size_bytes: int = 2 * MIB) -> None:
+    """By a mapping that comes and goes; what is read first is written without a fault."""
+    with mmap.mmap(memfd, size_bytes) as passing:
+        passing[5] ^= 1
+
+
+def _elsewhere(act: Callable[[], object]) -> None:
+    """In a process that nobody follows, and that is gone afterwards."""
+    pid = os.fork()
+    if not pid:
+        try:
+            act()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def _inherited(area: mmap.mmap) -> None:
+    area[7] ^= 1
+
+
+def _spliced(memfd: int) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"spliced")
+    assert os.splice(reading, memfd, 7, offset_dst=4096) == 7
+    os.close(reading)
+    os.close(writing)
+
+
+def _sent(memfd: int) -> None:
+    with open(__file__, "rb") as file:
+        os.lseek(memfd, 9, os.SEEK_SET)
+        assert os.sendfile(memfd, file.fileno(), 0, 100) == 100
+
+
+def _punched(memfd: int) -> None:
+    mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    assert _libc.fallocate(memfd, mode, ctypes.c_long(0), ctypes.c_long(MIB)) == 0
+
+
+def _punched_and_read(memfd: int, area: mmap.mmap) -> None:
+    """The mapping goes on telling that nobody wrote to these pages."""
+    _punched(memfd)
+    assert area[::PAGE_BYTES][:256] == bytes(256)
+
+
+def _moved(area: mmap.mmap) -> None:
+    """By a mapping that no ``mmap`` made."""
+    first = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    twin = _libc.mremap(ctypes.c_void_p(first), ctypes.c_size_t(0), ctypes.c_size_t(MIB), 1)
+    ctypes.memset(twin + 11, ctypes.string_at(twin + 11, 1)[0] ^ 1, 1)
+    assert _libc.munmap(ctypes.c_void_p(twin), ctypes.c_size_t(MIB)) == 0
+
+
+def _cut_and_grown(memfd: int) -> None:
+    os.ftruncate(memfd, 3 * PAGE_BYTES + 5)
+    os.ftruncate(memfd, SIZE_BYTES)
+
+
+_ESCAPES: dict[str, Callable[[int, mmap.mmap], object]] = {
+    "pwrite": lambda memfd, _: os.pwrite(memfd, b"written", 70_000),
+    "pwritev": lambda memfd, _: os.pwritev(memfd, [b"wri", b"tten"], 70_000),
+    "splice": lambda memfd, _: _spliced(memfd),
+    "sendfile": lambda memfd, _: _sent(memfd),
+    "copy": lambda memfd, _: os.copy_file_range(memfd, memfd, 100, 0, 5000),
+    "hole": lambda memfd, _: _punched(memfd),
+    "hole that is read": _punched_and_read,
+    "removed": lambda _, area: area.madvise(mmap.MADV_REMOVE, 0, MIB),
+    "cut and grown": lambda memfd, _: _cut_and_grown(memfd),
+    "mapping": lambda _, area: area.__setitem__(3, area[3] ^ 1),
+    "second mapping": lambda memfd, _: _mapped(memfd),
+    "mapping unseen": lambda memfd, _: _through(memfd, _mapped, os.O_NOATIME),
+    "moved mapping": lambda _, area: _moved(area),
+    "child": lambda _, area: _elsewhere(lambda: _inherited(area)),
+    "outsider's mapping": lambda memfd, _: _elsewhere(lambda: _through(memfd, _mapped)),
+    "outsider's descriptor": lambda memfd, _: _elsewhere(
+        lambda: _through(memfd, lambda descriptor: os.pwrite(descriptor, b"written", 70_000))
+    ),
+}
+
+
+@pytest.mark.parametrize("escape", _ESCAPES)
+def test_whatever_no_page_table_and_no_time_tells_is_found(memfd: int, escape: str) -> None:
+    """What was written once more through the mapping, last, hides what else there was."""
+    os.pwrite(memfd, random.randbytes(SIZE_BYTES), 0)
+    area = mmap.mmap(memfd, 2 * MIB)
+    assert sum(area[::PAGE_BYTES]) > 0
+    copies, image = SharedCopies(Fingerprinter()), MemoryImage()
+    looked(copies, image)
+    before = whole(memfd)
+    _ESCAPES[escape](memfd, area)
+    assert whole(memfd) != before
+    area[MIB + 1] ^= 1
+    content, _ = finished(copies, memfd, image)
+    assert content == whole(memfd)
+
+
+def test_what_is_written_to_a_private_mapping_is_not_the_objects(memfd: int) -> None:
+    os.pwrite(memfd, random.randbytes(SIZE_BYTES), 0)
+    copies, image = SharedCopies(Fingerprinter()), MemoryImage()
+    looked(copies, image)
+    with mmap.mmap(memfd, 2 * MIB, flags=mmap.MAP_PRIVATE) as own:
+        own[5] ^= 1
+        content, size_bytes = finished(copies, memfd, image)
+    assert content == whole(memfd)
+    assert size_bytes == 0
+
+
+def test_what_an_outsider_writes_to_a_segment_is_found() -> None:
+    segment = _libc.shmget(0, ctypes.c_size_t(2 * MIB), 0o600)
+    assert segment >= 0
+    try:
+        address = _libc.shmat(segment, None, 0)
+        ctypes.memset(address, 1, 2 * MIB)
+        (one,) = [each for each in find([os.getpid()]) if "/map_files/" in each.path]
+        copies, image = SharedCopies(Fingerprinter()), MemoryImage()
+        looked(copies, image)
+
+        def attach() -> None:
+            assert _libc.shmdt(ctypes.c_void_p(address)) == 0
+            ctypes.memset(_libc.shmat(segment, None, 0), 2, PAGE_BYTES)
+
+        _elsewhere(attach)
+        assert ctypes.string_at(address, 1) == b"\2"
+        copies.finish(one, HeldSink(image, 0))
+        drafts = image.drafts[one.space]
+        held = b"".join(drafts[at] for at in range(0, 2 * MIB, PAGE_BYTES))
+        assert held == ctypes.string_at(address, 2 * MIB)
+        assert _libc.shmdt(ctypes.c_void_p(address)) == 0
+    finally:
+        _libc.shmctl(segment, 0, None)  # IPC_RMID
 
 
 def test_any_writes_between_any_looks(memfd: int) -> None:

@@ -2,7 +2,12 @@
 
 Anybody who has such an object may write to it, by system calls and through mappings that come and
 go between two looks, so no note of the kernel's tells what is unchanged. Its content does
-(``compared``).
+(``compared``). Write protection of every mapping and the object's times together do not either, as
+seen on Linux 6.18: a first write to a protected page sets ctime as ``write(2)`` does, so that its
+change tells nothing; a memfd's own descriptor makes no inotify event; a page that was punched out
+stays noted as not written, also when it is read back as zeros; and a forked child, or a mapping
+made by ``mremap`` or of a file that is open with O_NOATIME, changes no time if it reads a page
+before it writes there, and leaves nothing when it goes.
 
 Promises: at the cut, every page that an object has then is drafted with the content that it has
 then; objects are known by their file, however many processes have them, and are held open only
