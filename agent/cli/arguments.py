@@ -149,6 +149,18 @@ def one_node(nodes: Sequence[str], flag: str) -> str | None:
     return nodes[0] if nodes else None
 
 
+def roots(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The option that names trees of this host."""
+    return click.option(
+        "--pid",
+        "pids",
+        type=pid,
+        metavar="PID",
+        multiple=True,
+        help="Root of a process tree; repeat it to cut several trees at one moment.",
+    )(verb)
+
+
 def follow(where: str, when: str = "") -> Callable[..., Any]:
     """The option that takes in who is connected with the named trees, ``where`` he is."""
     return click.option(

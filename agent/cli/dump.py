@@ -35,14 +35,7 @@ from agent.settings import Settings
     required=False,
     shell_complete=arguments.complete_pod,
 )
-@click.option(
-    "--pid",
-    "pids",
-    type=arguments.pid,
-    metavar="PID",
-    multiple=True,
-    help="Root of a process tree; repeat it to cut several trees at one moment.",
-)
+@arguments.roots
 @arguments.follow("on this host, or in the namespace,")
 @click.option("--stop", is_flag=True, help="End the processes once the image is committed.")
 @click.option("--name", help="Group of the image [default: program and pid of the first root].")

@@ -46,14 +46,7 @@ def _every(value: str) -> float | None:
     required=False,
     shell_complete=arguments.complete_pod,
 )
-@click.option(
-    "--pid",
-    "pids",
-    type=arguments.pid,
-    metavar="PID",
-    multiple=True,
-    help="Root of a process tree; repeat it to cut several trees at one moment.",
-)
+@arguments.roots
 @arguments.follow("on this host", "; looked for anew before each dump")
 @click.option("--name", help="Group of the images [default: program and pid of the first root].")
 @click.option(

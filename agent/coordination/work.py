@@ -9,6 +9,7 @@ Does not: choose which operation is next (``runner``), or end its record if it f
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -130,39 +131,19 @@ class Work:
         objections.check_rights(session, [create])
         target, watch = asked.target_of(operation), handle.watch
         if target.jobset:
-            done = jobsets.dump(
-                session,
-                target.jobset,
-                now_s=operation.ordered_s,
-                storage=said.storage,
-                stop=said.stop,
-                control=handle.control,
-                watch=watch.state,
-                named=watch.named,
-            )
+            dump = functools.partial(jobsets.dump, session, target.jobset)
         elif target.followed:
-            done = followed.dump(
-                session,
-                target.followed,
-                now_s=operation.ordered_s,
-                storage=said.storage,
-                stop=said.stop,
-                control=handle.control,
-                watch=watch.state,
-                named=watch.named,
-            )
+            dump = functools.partial(followed.dump, session, target.followed)
         else:
-            done = selected.dump(
-                session,
-                target.group,
-                target.selector,
-                now_s=operation.ordered_s,
-                storage=said.storage,
-                stop=said.stop,
-                control=handle.control,
-                watch=watch.state,
-                named=watch.named,
-            )
+            dump = functools.partial(selected.dump, session, target.group, target.selector)
+        done = dump(
+            now_s=operation.ordered_s,
+            storage=said.storage,
+            stop=said.stop,
+            control=handle.control,
+            watch=watch.state,
+            named=watch.named,
+        )
         self.committed(operation.id, done, state=State.SUCCEEDED)
 
     def _restore_selected(

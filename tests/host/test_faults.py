@@ -175,21 +175,24 @@ AGENT = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from agent.host import proc
-from tests.host.conftest import Cut, Gate
+from tests.host.conftest import Cut
 from tests.host.image import MemoryImage
-from tests.host.test_faults import Spoiled
-from agent.engines.base import CaptureOptions, Disposition, RestoreOptions
+from {module} import {sink} as Sink
+from agent.engines.base import CaptureOptions
 from agent.engines.criu.engine import CriuEngine
-from agent.engines.criu import probe, rpc
+from agent.engines.criu import rpc
 
 def die():
     if {with_criu}:
         os.kill(proc.children(os.getpid())[0], signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
+if {group!r}:
+    with open({group!r} + "/cgroup.procs", "w") as file:
+        file.write(str(os.getpid()))
 stage = {stage!r}
 kind, _, at = stage.partition(":")
-sink = Spoiled(kind, int(at), die) if at else MemoryImage()
+sink = Sink(kind, int(at), die) if at else MemoryImage()
 request = rpc.Connection.request
 def spoiled(self, message, handler, deadline):
     def on(name, pid, descriptor):
@@ -200,20 +203,33 @@ def spoiled(self, message, handler, deadline):
 rpc.Connection.request = spoiled
 engine = CriuEngine(work_dir={work!r}, runtime_dir={runtime!r})
 cut = Cut(captured=die if stage == "captured" else lambda: None)
-engine.capture({pid}, sink, cut, CaptureOptions(kill={kill}, held_bytes=0))
+engine.capture({pid}, sink, cut, {options!r})
 """
 
 
 def run_dying_agent(
-    host: Host, target: Target, stage: str, *, kill: bool = False, with_criu: bool = False
+    host: Host,
+    target: Target,
+    options: CaptureOptions,
+    stage: str = "",
+    *,
+    sink: type[Spoiled] = Spoiled,
+    group: str = "",
+    with_criu: bool = False,
 ) -> None:
+    """Have an agent dump that dies at ``stage``, with CRIU maybe, or of the control group that it
+    is in.
+    """
     script = AGENT.format(
         root=str(Path(__file__).parents[2]),
+        module=sink.__module__,
+        sink=sink.__name__,
+        group=group,
         stage=stage,
         work=str(host.work),
         runtime=str(host.runtime),
         pid=target.pid,
-        kill=kill,
+        options=options,
         with_criu=with_criu,
     )
     done = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True)
@@ -226,7 +242,7 @@ def run_dying_agent(
 )
 def test_agent_killed_at_each_stage(host: Host, stage: str, kill: bool) -> None:
     target = host.start(*FEATURES)
-    run_dying_agent(host, target, stage, kill=kill)
+    run_dying_agent(host, target, CaptureOptions(kill=kill, held_bytes=0), stage)
     # CRIU notices by itself that its agent is gone: nobody helps it.
     deadline = time.monotonic() + 10
     while any(proc.status(pid).tracer_pid for pid in proc.tree(target.pid)):
@@ -435,7 +451,8 @@ def test_leftover_tables_and_scratch_of_a_dead_agent_are_removed(host: Host, kil
     """Connections of a tree that runs on are held by a table of ours, else by CRIU's."""
     target = host.start("tcp")
     # CRIU dies with its agent: nobody is left to undo what it did.
-    run_dying_agent(host, target, "captured", kill=kill, with_criu=True)
+    options = CaptureOptions(kill=kill, held_bytes=0)
+    run_dying_agent(host, target, options, "captured", with_criu=True)
     (entry,) = (json.loads(path.read_text()) for path in (host.runtime / "ops").glob("*.json"))
     table = entry["table"] if kill else f"ckpt-agent-{entry['name']}"
     assert table in netfilter.tables("")

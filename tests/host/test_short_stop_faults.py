@@ -24,6 +24,7 @@ from agent.engines.criu import preflight
 from agent.host import cgroups, proc
 from agent.model.streams import AddressSpace, PageRun
 from tests.conftest import NOT_TO_BE_HAD
+from tests.host import test_faults
 from tests.host.conftest import Cut, Host, Target
 from tests.host.image import MemoryImage
 from tests.host.test_faults import STAGES, Spoiled, at_stage, kill_criu
@@ -90,49 +91,8 @@ def test_criu_killed_at_each_stage(host: Host, monkeypatch: pytest.MonkeyPatch) 
     assert_unharmed(host, target)
 
 
-AGENT = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-from tests.host.conftest import Cut
-from tests.host.image import MemoryImage
-from tests.host.test_short_stop_faults import OPTIONS, Drafted
-from agent.engines.criu.engine import CriuEngine
-from agent.engines.criu import rpc
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-if {group!r}:
-    with open({group!r} + "/cgroup.procs", "w") as file:
-        file.write(str(os.getpid()))
-stage = {stage!r}
-kind, _, at = stage.partition(":")
-sink = Drafted(kind, int(at), die) if at else MemoryImage()
-request = rpc.Connection.request
-def spoiled(self, message, handler, deadline):
-    def on(name, pid, descriptor):
-        if name == stage:
-            die()
-        handler(name, pid, descriptor)
-    return request(self, message, on if handler else None, deadline)
-rpc.Connection.request = spoiled
-engine = CriuEngine(work_dir={work!r}, runtime_dir={runtime!r})
-cut = Cut(captured=die if stage == "captured" else lambda: None)
-engine.capture({pid}, sink, cut, OPTIONS)
-"""
-
-
 def run_dying_agent(host: Host, target: Target, stage: str = "", group: str = "") -> None:
-    script = AGENT.format(
-        root=str(Path(__file__).parents[2]),
-        stage=stage,
-        group=group,
-        work=str(host.work),
-        runtime=str(host.runtime),
-        pid=target.pid,
-    )
-    done = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    test_faults.run_dying_agent(host, target, OPTIONS, stage, sink=Drafted, group=group)
     # CRIU notices by itself that its agent is gone, and the kernel that nobody is told any more.
     deadline = time.monotonic() + 10
     while any(proc.status(pid).tracer_pid for pid in proc.tree(target.pid)):
