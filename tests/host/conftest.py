@@ -113,7 +113,7 @@ class Target:
         answer = self.folder / "answer"
         answer.unlink(missing_ok=True)
         os.kill(pid or self.pid, signal.SIGUSR1)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 40
         while not answer.exists():
             assert time.monotonic() < deadline, "the target does not answer"
             time.sleep(0.005)
