@@ -80,7 +80,8 @@ class _Held:
                 self._volume, intents.Intent(attempt, "read", me, *self._image, self._packs)
             )
         except errors.VolumeError as exc:
-            logger.warning(
+            # Of no consequence while nobody deletes it; who minds is told by ``hold``.
+            logger.info(
                 "image %s is not held against being deleted: %s",
                 ids.image_name(*self._image),
                 exc.message,
