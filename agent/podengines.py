@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 
 from agent import errors
 from agent.engines.base import Engine
-from agent.model import plan as model_plan
-from agent.node import plan as node_plan
 from agent.settings import Settings
 
 if TYPE_CHECKING:
     from agent.engines.container.engine import ContainerEngine
+    from agent.model import plan as model_plan
     from agent.model.container import Container
     from agent.model.pods import Pod
     from agent.model.streams import MemberSource
@@ -72,6 +71,8 @@ class PodEngines:
 
     def plan(self, containers: Sequence[Container]) -> model_plan.Plan:
         """What a dump of the containers would take."""
+        from agent.node import plan as node_plan
+
         engine = self._containers(containers)
         by_kubelet = self._prefers_kubelet(containers)
         return node_plan.plan_containers(

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from agent import errors, podengines, wiring
 from agent.host import memory
 from agent.model import storage
-from agent.node import doctor as node_doctor
 from agent.settings import Settings
 
 if TYPE_CHECKING:
@@ -88,6 +87,7 @@ def node(settings: Settings, documents: Documents, stop: threading.Event) -> Non
         storages,
         stores,
     )
+    from agent.node import doctor as node_doctor
     from agent.node import transfers as node_transfers
     from agent.node.operations import Operations
     from agent.node.pods import Pods

@@ -14,25 +14,24 @@ from typing import TYPE_CHECKING
 
 from agent import errors, podengines
 from agent.engines.base import CaptureOptions, Engine, RestoreOptions
-from agent.host import archivefile, proc
-from agent.model import checkup, follow, ids
-from agent.model import plan as model_plan
-from agent.model.archives import Written
-from agent.node import archives as node_archives
-from agent.node import doctor as node_doctor
+from agent.host import proc
+from agent.model import ids
 from agent.node import dump as node_dump
-from agent.node import follow as node_follow
-from agent.node import plan as node_plan
 from agent.node import restore as node_restore
-from agent.node import watch as node_watch
 from agent.settings import Settings
 from agent.store.repository import EpochSummary, Store
 from agent.volumes.base import Volume
 from agent.volumes.directory import DirectoryVolume
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what a verb does not need is not loaded for it
     from agent.cluster.archives import File as ArchiveFile
     from agent.cluster.session import Session
+    from agent.host import archivefile
+    from agent.model import checkup, follow
+    from agent.model import plan as model_plan
+    from agent.model.archives import Written
+    from agent.node import archives as node_archives
+    from agent.node import watch as node_watch
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +140,8 @@ def watch(
     ) -> node_dump.DumpOutcome:
         return node_dump.dump(kept_in, chosen, group, members, options, cancel=cancel)
 
+    from agent.node import watch as node_watch
+
     return node_watch.watch(
         once,
         pids,
@@ -179,6 +180,9 @@ def export(
     and about how many in all. Raises what ``node.archives.exporting`` does, and
     ``errors.InvalidInput`` if no such file can be written there.
     """
+    from agent.host import archivefile
+    from agent.node import archives as node_archives
+
     done_bytes = 0
     with (
         node_archives.exporting(store(settings), image, member, formats().archived) as chosen,
@@ -198,6 +202,8 @@ def take_in(settings: Settings, path: str, group: str | None) -> EpochSummary:
     """
     with podengines.needing_pycriu():
         from agent.engines.kubelet import intake
+    from agent.node import archives as node_archives
+
     with intake.opened(path) as archive:  # before the store, which is made if there is none
         return node_archives.take_in(store(settings, create=True), archive, group)
 
@@ -219,6 +225,8 @@ def formats() -> node_archives.Formats:
     with podengines.needing_pycriu():
         from agent.engines.kubelet import export as kubelet_export
         from agent.engines.kubelet import intake
+    from agent.node import archives as node_archives
+
     return node_archives.Formats(archived=kubelet_export.Outgoing, opened=intake.of)
 
 
@@ -228,6 +236,8 @@ def plan(
     """What a dump of the trees below ``pids``, or of what was ``followed`` from them, would take.
     Raises what ``node.plan`` does.
     """
+    from agent.node import plan as node_plan
+
     limit_bytes = settings.ghost_limit_bytes
     if followed is not None:
         return node_plan.plan_followed(followed, ghost_limit_bytes=limit_bytes)
@@ -243,11 +253,15 @@ def written(pids: Sequence[int], span_s: float) -> model_plan.Written:
 
 def followed(pids: Sequence[int]) -> follow.Closure:
     """Who must be cut with the trees below ``pids``. Raises what ``node.follow.close`` does."""
+    from agent.node import follow as node_follow
+
     return node_follow.close(pids)
 
 
 def doctor(settings: Settings) -> tuple[checkup.Check, ...]:
     """Whether this host can dump and restore, line by line."""
+    from agent.node import doctor as node_doctor
+
     return node_doctor.examine(
         criu=lambda: criu(settings),
         places=[
@@ -274,6 +288,8 @@ def criu(settings: Settings) -> checkup.Criu:
     """The CRIU that ``settings`` mean. Raises what ``probe`` does."""
     with podengines.needing_pycriu():
         from agent.engines.criu import probe
+    from agent.model import checkup
+
     found = probe.probe(settings.criu)
     return checkup.Criu(found.path, found.version_text, found.lazy_pages)
 

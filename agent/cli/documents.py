@@ -14,15 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 from agent import errors
 from agent.cli.output import Document
-from agent.model import checkup, follow, ids, plan
-from agent.model.archives import Written
-from agent.model.streams import PAGE_BYTES, FileEntry
-from agent.node.dump import DumpOutcome
-from agent.node.restore import RestoreOutcome
-from agent.store.repository import EpochDiff, EpochSummary, MemberDiff, PruneReport, VerifyReport
+from agent.model import ids
+from agent.model.streams import PAGE_BYTES
 
-if TYPE_CHECKING:  # gRPC is not loaded for verbs on this host
+if TYPE_CHECKING:  # a verb loads what it needs; gRPC is not loaded for verbs on this host
+    from agent.model import checkup, follow, plan
+    from agent.model.archives import Written
+    from agent.model.streams import FileEntry
+    from agent.node.dump import DumpOutcome
+    from agent.node.restore import RestoreOutcome
     from agent.rpc.results import Image
+    from agent.store.repository import (
+        EpochDiff,
+        EpochSummary,
+        MemberDiff,
+        PruneReport,
+        VerifyReport,
+    )
 
 API_VERSION = "ckpt-agent.dev/v1"
 

@@ -7,7 +7,6 @@ import click
 from agent import wiring
 from agent.cli import arguments, documents, exits
 from agent.cli.invocation import Invocation, Verb, pass_invocation
-from agent.model import plan as model_plan
 
 
 @click.command(
@@ -93,6 +92,8 @@ def verb(
     followed = wiring.followed(pids) if follow else None
     found = wiring.plan(settings, pids, followed)
     if measure and not found.blockers:
+        from agent.model import plan as model_plan
+
         found = model_plan.measured(found, wiring.written(found.roots, measure))
     invocation.emit(documents.plan_report(found, followed))
     return exits.REFUSED if found.blockers else exits.DONE

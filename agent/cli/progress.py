@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from agent import errors
 from agent.host import proc
-from agent.node import dump, restore
 
 if TYPE_CHECKING:
     import rich.progress
+
+    from agent.node import dump, restore
 
 _PHASES = {
     "waiting": "waiting for the placeholder",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,11 +14,12 @@ from agent.cli import arguments, documents, exits, interrupts, output
 from agent.cli.invocation import Invocation, Verb, pass_invocation
 from agent.engines.base import CaptureOptions
 from agent.host import clock
-from agent.model import follow as model_follow
-from agent.node.dump import DumpOutcome
-from agent.node.watch import Stop
 from agent.settings import Settings
 from agent.store.retention import Retention
+
+if TYPE_CHECKING:
+    from agent.model import follow as model_follow
+    from agent.node.dump import DumpOutcome
 
 _AUTO = "auto"
 
@@ -152,6 +154,8 @@ def _watch(
     *,
     follow: bool,
 ) -> int:
+    from agent.node.watch import Stop
+
     stop = Stop()
 
     def stop_asked(number: int) -> None:
