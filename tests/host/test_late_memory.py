@@ -159,3 +159,24 @@ def test_where_memory_cannot_come_late_all_of_it_comes_first(
     os.kill(tree.pid, 0)
     tree.kill()
     host.assert_clean()
+
+
+def test_once_others_count_on_it_a_restore_that_fails_is_not_tried_again(
+    host: Host, filled: Filled
+) -> None:
+    image = host.dump(filled)
+    host.kill(filled)
+    asked: list[str] = []
+
+    def refuse() -> None:
+        asked.append("restored")
+        raise errors.RestoreFailed("another member failed")
+
+    source = Looked(image)
+    with pytest.raises(errors.RestoreFailed, match="another member failed"):
+        host.engine.restore(source, RestoreOptions(fills=Fills()), Gate(restored=refuse))
+    assert asked == ["restored"]
+    assert not source.verified.is_set()
+    assert not proc.exists(filled.pid)
+    until(lambda: not keepers())
+    host.assert_clean()
