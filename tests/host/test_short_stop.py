@@ -22,7 +22,7 @@ import pytest
 from agent import errors
 from agent.engines.base import CaptureOptions, FilePolicy, Kept, RestoreOptions
 from agent.engines.criu import hiding, shortstop
-from agent.engines.tracking import areas
+from agent.engines.tracking import areas, protected
 from agent.host import layouts, proc
 from agent.model import ids
 from agent.model.streams import PAGE_BYTES, AddressSpace
@@ -328,6 +328,43 @@ def test_a_job_that_goes_on_is_copied_slowly_and_one_that_ends_is_not(host: Host
     ends = dataclasses.replace(slowly, precopy_bytes_per_s=1 << 20, kill=True)
     how = host.capture(target.pid, MemoryImage(), Cut(), ends).engine_facts["stop"]
     assert (how["path"], how["held_back_s"]) == ("precopy", 0)
+
+
+def test_what_is_read_past_the_page_cache_meanwhile_is_stored_as_it_came(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protected, "_DIRECT_S", 20.0)  # the disk may be busy
+    (tmp_path / "read").write_bytes(random.Random(1).randbytes(4 << 20))
+    script = (
+        "import mmap, os, random, sys, threading, time\n"
+        "area = memoryview(mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))\n"
+        "area[:] = b'x' * len(area)\n"
+        "fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)\n"
+        "def read():\n"
+        "    while True:\n"
+        "        at = random.randrange(500) << 16\n"
+        "        os.preadv(fd, [area[at:at + (1 << 16)]], random.randrange(60) << 16)\n"
+        "        time.sleep(0.01)\n"
+        "for _ in range(3): threading.Thread(target=read).start()\n"
+        "print('stands', flush=True)\n"
+    )
+    reader = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "read")],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        env=os.environ | {"GLIBC_TUNABLES": "glibc.pthread.rseq=0"},
+    )
+    host.popens.append(reader)
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == b"stands\n"
+    for _ in range(4):
+        image = MemoryImage()
+        frozen: list[Frozen] = []
+        cut = Cut(captured=looked_at(reader.pid, frozen))
+        how = host.capture(reader.pid, image, cut, OPTIONS).engine_facts["stop"]
+        assert (how["path"], how["tracked"]) == ("precopy", {"write-protect": 1}), how
+        frozen[0].assert_equal(image)
+    reader.stdout.close()
 
 
 def test_what_can_be_written_behind_the_page_table_is_not_tracked(host: Host) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from agent.engines.criu.held import HeldSink
-from agent.engines.tracking import rate
+from agent.engines.tracking import protected, rate
 from agent.engines.tracking.precopy import Precopy
 from agent.engines.tracking.protected import Protected
 from agent.host import clock, injection, moves, proc
@@ -343,8 +343,9 @@ def test_who_reads_directly_from_what_does_not_answer_is_not_followed(
 
 
 def test_who_reads_directly_all_the_time_is_followed(
-    program: Program, tmp_path: pathlib.Path
+    program: Program, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(protected, "_DIRECT_S", 20.0)  # the disk may be busy
     program.do("map(2, 60)")
     program.do("fill(2, 60, 1)")
     path = tmp_path / "direct"
