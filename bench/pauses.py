@@ -12,7 +12,6 @@ Does not: leave anything but the report.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
@@ -20,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from bench import holder, machine, programs, report, restoring, short_stop, slowdown, tools
 from bench.short_stop import Case
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", default="bench", help="folder of pauses.md and pauses.json")
     options = parser.parse_args(arguments)
     job.become_reaper()
-    sections = _known(options.out)
+    sections = report.known(Path(options.out, "pauses.json"))
     command = shlex.join(["python", "-m", "bench.pauses", *arguments])
     for name in options.only or cases:
         load = os.getloadavg()[0]
@@ -93,20 +93,6 @@ def _measured(context: machine.Context, name: str) -> report.Section:
 
 def _say(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
-
-
-def _known(out: str) -> dict[str, report.Section]:
-    """What earlier runs measured."""
-    path = os.path.join(out, "pauses.json")
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        found = json.load(file)["sections"]
-    sections = {}
-    for each in found:
-        targets = [report.Target(**target) for target in each.pop("targets")]
-        sections[each["name"]] = report.Section(**each, targets=targets)
-    return sections
 
 
 def _write(out: str, sections: dict[str, report.Section], facts: dict[str, str]) -> None:

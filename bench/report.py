@@ -1,6 +1,6 @@
 """The report: sections of figures, what must be reached, what was slower; Markdown and JSON.
 
-Promises: pure; Markdown and JSON tell the same figures; a target that was missed is called missed.
+Promises: Markdown and JSON tell the same figures; a target that was missed is called missed.
 Does not: round anything in the JSON.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 # A bar inside a cell of a Markdown table.
@@ -80,6 +81,17 @@ def document(sections: Sequence[Section], command: str, facts: dict[str, Any]) -
         },
         indent=1,
     )
+
+
+def known(path: Path) -> dict[str, Section]:
+    """The sections of a document that an earlier run left at ``path``, by name; none without."""
+    if not path.exists():
+        return {}
+    sections = {}
+    for each in json.loads(path.read_text())["sections"]:
+        targets = [Target(**target) for target in each.pop("targets")]
+        sections[each["name"]] = Section(**each, targets=targets)
+    return sections
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,5 +1,7 @@
 """Measure on the running test cluster: ``python -m bench.incluster [--pairs N] [--memory-mib N]``.
 
+With ``--only SECTION`` a run renews these sections of the report and leaves the others.
+
 Promises: the report tells the command that made it; a missed target is in the report, not an error.
 Does not: leave anything in the cluster but the agents.
 """
@@ -16,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import figures, machine, report
+from bench import figures, machine, oncluster, report
 from bench.figures import Samples
-from bench.incluster import workload
+from bench.incluster import pause, workload
 from tests.cluster import deployed
 from tests.cluster.cluster import Cluster
 
@@ -27,7 +29,7 @@ _POD = "clock"
 _IDLE_PODS = 50
 _IDLE_S = 60.0
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_PROGRAM = (sys.executable, "-c", "from agent.cli.main import main; main()")
+_SECTIONS = ("dump", "pause", "move", "idle")
 
 
 class _Bench:
@@ -35,44 +37,36 @@ class _Bench:
         self.cluster = cluster
         self.pairs = pairs
         self.memory_mib = memory_mib
+        self._started = False
+
+    def section(self, name: str) -> report.Section:
+        """Measure one."""
+        if name == "idle":
+            return self.idle()
+        if name == "pause":
+            return pause.measure(self.cluster, _NAMESPACE, self.pairs, self.memory_mib)
+        if not self._started:
+            body = workload.pod(_POD, "n1", self.memory_mib)
+            workload.start(self.cluster, _NAMESPACE, body)
+            self._started = True
+        return self.dumps() if name == "dump" else self.moves()
 
     def ckpt(self, *arguments: str) -> dict[str, Any]:
         """Run the program as a person does."""
-        environment = {"CKPT_AGENT_OUTPUT": "json", "PYTHONPATH": str(deployed.CHECKOUT)}
-        done = self.cluster.run_in_control_plane(
-            *_PROGRAM,
-            *arguments,
-            "-n",
-            _NAMESPACE,
-            "--quiet",
-            environment=environment,
-            timeout_s=600,
-        )
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        return oncluster.ckpt(self.cluster, _NAMESPACE, *arguments)
 
     def kubelet_call(self) -> float:
         """The kubelet's checkpoint alone; seconds. Its archive is removed."""
-        path = f"/api/v1/nodes/n1/proxy/checkpoint/{_NAMESPACE}/{_POD}/main"
-        began = time.monotonic()
-        said = self.cluster.kubectl("create", "--raw", path, "-f", "-", stdin="{}", timeout_s=300)
-        took_s = time.monotonic() - began
-        for item in json.loads(said)["items"]:
-            (self.cluster.node("n1").root / item.lstrip("/")).unlink()
-        return took_s
+        return oncluster.kubelet_checkpoint(self.cluster, "n1", f"{_NAMESPACE}/{_POD}/main")
 
     def stopped(self, engine: str) -> tuple[float, dict[str, Any]]:
         """One dump: the longest stop that the job saw, and the report."""
         since_s = time.time()
         document = self.ckpt("dump", f"pod/{_POD}", "--engine", engine)
-        time.sleep(0.5)
-        seen = workload.gaps(self.cluster, _NAMESPACE, _POD, since_s)
-        return max((gap.length_s for gap in seen), default=0.0), document
+        return workload.longest_s(self.cluster, _NAMESPACE, _POD, since_s), document
 
     def dumps(self) -> report.Section:
         """Both engines and the bare kubelet, in turns, on one pod."""
-        body = workload.pod(_POD, "n1", self.memory_mib)
-        workload.start(self.cluster, _NAMESPACE, body)
         first_s, _ = self.stopped("container")  # the first epoch writes everything
         self.stopped("kubelet")
         calls, durable, by_kubelet, by_container, reported = [], [], [], [], []
@@ -94,7 +88,7 @@ class _Bench:
         return report.Section(
             "dump",
             f"Dumping a container of {self.memory_mib} MiB",
-            "One pod under hold, one log line for each gap of its own clock over 10 ms; the bare"
+            "One pod under hold, which watches its own clock and writes to nothing; the bare"
             " kubelet call, a dump by the kubelet engine and one by the container engine in turns.",
             ("what", "seconds"),
             [
@@ -240,6 +234,7 @@ def _resident_bytes(pid: int) -> int:
 def main(arguments: list[str]) -> int:
     """Measure all and write ``bench/incluster/report.md`` and ``report.json``."""
     parser = argparse.ArgumentParser(prog="python -m bench.incluster", description=__doc__)
+    parser.add_argument("--only", action="append", choices=_SECTIONS, help="repeatable")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--memory-mib", type=int, default=1024)
     parser.add_argument("--out", default="bench/incluster", help="folder of the report")
@@ -249,7 +244,11 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("no cluster runs: scripts/cluster up\n")
         return 1
     deployed.deploy(cluster)
+    out = Path(options.out)
+    sections = report.known(out / "report.json")
+    command = shlex.join(["python", "-m", "bench.incluster", *arguments])
     facts = machine.facts(str(cluster.state))
+    load = facts.pop("load before")
     machine.warm(3 * options.memory_mib << 20)
     cluster.kubectl("create", "namespace", _NAMESPACE)
     try:
@@ -259,13 +258,15 @@ def main(arguments: list[str]) -> int:
             30,
         )
         bench = _Bench(cluster, options.pairs, options.memory_mib)
-        sections = [bench.dumps(), bench.moves(), bench.idle()]
+        for name in options.only or _SECTIONS:
+            sections[name] = bench.section(name)
+            sections[name].notes.append(f"`{command}`, load before {load}")
     finally:
         cluster.kubectl("delete", "namespace", _NAMESPACE, "--timeout=120s", timeout_s=150)
-    command = shlex.join(["python", "-m", "bench.incluster", *arguments])
-    out = Path(options.out)
-    (out / "report.md").write_text(report.markdown(sections, command, facts))
-    (out / "report.json").write_text(report.document(sections, command, facts))
+    chosen = [sections[name] for name in _SECTIONS if name in sections]
+    command = "python -m bench.incluster"
+    (out / "report.md").write_text(report.markdown(chosen, command, facts))
+    (out / "report.json").write_text(report.document(chosen, command, facts))
     return 0
 
 
