@@ -1,5 +1,8 @@
 """Which pages a process has, and which of them it wrote: PAGEMAP_SCAN and write protection.
 
+Before Linux 6.7 there is neither: which pages a process has is read page by page then
+(``pageentries``), and all of them count as written.
+
 A userfaultfd of the process with asynchronous write protection lets the kernel itself note the
 first write to a page after each reset, without asking anybody (Linux 6.7). A *range* is a row of
 ``start, end`` addresses; ranges are ascending and do not overlap.
@@ -13,6 +16,7 @@ or to a file or shared memory by another way than this mapping.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import os
@@ -22,6 +26,7 @@ import numpy as np
 from numpy import typing as npt
 
 from agent import errors
+from agent.host import pageentries
 
 Ranges = npt.NDArray[np.int64]
 
@@ -150,6 +155,11 @@ class Pagemap:
         most_pages: int = 0,
     ) -> Ranges:
         """Ranges and their categories, shape (n, 3)."""
+        if not scans():
+            try:
+                return pageentries.scan(self._fd, start, end, inverted, mask, any_of, returned)
+            except ProcessLookupError as exc:
+                raise errors.NotFound("the process has ended", pid=self._pid) from exc
         found = []
         while start < end:
             stop = min(end, start + _PIECE_BYTES)
@@ -259,8 +269,25 @@ class WriteProtection:
 
 
 @functools.cache
+def scans() -> bool:
+    """Whether this kernel knows PAGEMAP_SCAN."""
+    argument = bytearray(struct.pack("=12Q", 96, 0, 0, PAGE_BYTES, 0, 0, 0, 0, 0, 0, 0, 0))
+    descriptor = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(descriptor, _PAGEMAP_SCAN, argument)
+    except OSError as exc:
+        return exc.errno != errno.ENOTTY
+    else:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+@functools.cache
 def knows_guards() -> bool:
     """Whether this kernel has guard pages."""
+    if not scans():
+        return False
     own = Pagemap(os.getpid())
     try:
         own._scan(0, PAGE_BYTES, any_of=_GUARD)

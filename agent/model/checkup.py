@@ -199,7 +199,7 @@ def _kernel(kernel: Kernel, root: bool) -> Iterator[Check]:
         kernel.pagemap_scan,
         _seen(kernel.pagemap_scan, root),
         "degraded",
-        "finding a process's pages takes longer, and so does the stop",
+        "memory is not copied ahead: a job stands still while all of its memory is read",
         _NEWER_KERNEL,
     )
     better = kernel.wp_async and kernel.pagemap_scan

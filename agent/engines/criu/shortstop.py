@@ -41,6 +41,9 @@ def unsuited(criu: Criu, pids: Sequence[int]) -> str:
     """Why a short stop is not to be tried; "" if it is."""
     if resident_bytes(pids) < _SMALLEST_BYTES:
         return "there is little memory"
+    if not pagemap.scans():
+        # Nor would CRIU ask in the way in which memory is hidden from it.
+        return "this kernel does not know PAGEMAP_SCAN (Linux 6.7 does)"
     return hiding.usable(criu, pids)
 
 

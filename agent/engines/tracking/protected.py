@@ -46,6 +46,9 @@ class Protected:
     kind = "write-protect"
 
     def __init__(self, who: proc.Identity, moves: Moves) -> None:
+        if not pagemap.scans():
+            # Older than both, and nothing has been done to the process yet.
+            raise errors.EnvironmentUnfit("this kernel cannot note writes to memory by itself")
         found = areas.escapes(who.pid)
         self.reason, self._direct = found.reason, found.direct
         self._who = who
