@@ -43,7 +43,7 @@ class Layouts:
 
     def __init__(self) -> None:
         self._known: dict[int, dict[bytes, bytes]] = {}
-        self._parsed: dict[int, tuple[bytes, list[proc.Mapping]]] = {}
+        self._before: dict[int, tuple[bytes, Layout]] = {}
         self._told: dict[int, list[bytes]] = {}
 
     def note(self, pids: Iterable[int]) -> None:
@@ -52,24 +52,33 @@ class Layouts:
             with contextlib.suppress(errors.NotFound):
                 self._known[pid] = _flags(pid)
                 raw = proc.text(pid, "maps")
-                self._parsed[pid] = raw, proc.mappings(pid, raw)
+                self._before[pid] = raw, self._layout(pid, raw)
+
+    def noted(self, pid: int) -> Layout | None:
+        """Of a process as it was noted; None if it was not."""
+        return self._before[pid][1] if pid in self._before else None
 
     def now(self, pid: int) -> Layout:
-        """Of a process that stands still.
+        """Of a process that stands still; what was noted itself, where nothing has changed.
 
         Raises:
             errors.NotFound: there is no such process.
         """
         raw = proc.text(pid, "maps")
-        before, mappings = self._parsed.get(pid, (b"", []))
-        if raw != before:
-            mappings = proc.mappings(pid, raw)
+        before, layout = self._before.get(pid, (b"", None))
+        if layout is None or raw != before:
+            layout = self._layout(pid, raw)
+        if layout.smaps is not None:
+            self._told[pid] = raw.splitlines(keepends=True)
+        return layout
+
+    def _layout(self, pid: int, raw: bytes) -> Layout:
+        mappings = proc.mappings(pid, raw)
         known = self._known.get(pid, {})
         lines = raw.splitlines(keepends=True)
         # Who has ended has none.
         if not lines or not all(line in known for line in lines):
             return Layout(mappings, None, frozenset())
-        self._told[pid] = lines
         flags = frozenset().union(
             *(known[line].split()[1:] for line in lines if not _kernels(line))
         )
@@ -96,7 +105,7 @@ def first_executable(pid: int) -> int | None:
     Raises:
         errors.NotFound: there is no such process.
     """
-    for line in proc.text(pid, "maps").splitlines():
+    for line in proc.lines(pid, "maps"):
         addresses, perms, _ = line.split(b" ", 2)
         if b"x" in perms:
             return int(addresses.partition(b"-")[0], 16)

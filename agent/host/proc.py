@@ -332,6 +332,12 @@ def text(pid: int, name: str) -> bytes:
         return _read(f"/proc/{pid}/{name}")
 
 
+def lines(pid: int, name: str) -> Iterator[bytes]:
+    """The lines of /proc/PID/NAME; the kernel makes little more of it than is asked for."""
+    with _process(pid), open(f"/proc/{pid}/{name}", "rb") as file:
+        yield from file
+
+
 def mappings(pid: int, raw: bytes) -> list[Mapping]:
     """What ``raw``, which was in /proc/PID/maps, says."""
     found = []

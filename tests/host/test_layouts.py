@@ -45,6 +45,7 @@ def test_smaps_are_told_as_the_kernel_tells_them(program: subprocess.Popen[bytes
     known = layouts.Layouts()
     known.note([program.pid])
     layout = known.now(program.pid)
+    assert layout is known.noted(program.pid), "what is made of it before the stop is for nothing"
     assert layout.smaps is not None
     assert _told(layout.smaps) == _told(proc.text(program.pid, "smaps"))
     assert list(layout.mappings) == proc.maps(program.pid)

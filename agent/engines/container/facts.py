@@ -22,11 +22,15 @@ from agent.model.container import LAYOUT
 
 
 def gather(
-    target: Target, pids: Iterable[int], states: Mapping[int, str], criu: Criu
+    target: Target,
+    pids: Iterable[int],
+    states: Mapping[int, str],
+    criu: Criu,
+    maps: facts.Maps,
 ) -> dict[str, Any]:
-    """The facts of the tree ``pids``, which stands still."""
+    """The facts of the tree ``pids``, which stands still; ``maps`` tells mappings."""
     pids = list(pids)
-    known = facts.gather(pids, states, criu)
+    known = facts.gather(pids, states, criu, maps)
     numbers = {0: 0}
     for pid in pids:
         with contextlib.suppress(errors.NotFound):

@@ -28,6 +28,7 @@ from agent.engines.container import facts, files, holding, inside, mountpoints, 
 from agent.engines.container.ahead import Ahead
 from agent.engines.container.bundle import Bundle
 from agent.engines.criu import conflicts, journal, preflight, recovery, rpc
+from agent.engines.criu.facts import Maps
 from agent.engines.criu.spool import Spool
 from agent.host import cgroups, clock, endpoints, hold, namespaces, proc, sockets, subprocesses
 from agent.model import cut
@@ -135,11 +136,11 @@ class ContainerTree:
     def memory_flows(self, operation: journal.Operation) -> None:
         """Nothing to do."""
 
-    def gather(self, pids: Sequence[int], states: Mapping[int, str]) -> dict[str, Any]:
+    def gather(self, pids: Sequence[int], states: Mapping[int, str], maps: Maps) -> dict[str, Any]:
         """The facts of the tree and of what surrounds it."""
         # Beside CRIU: looked at when it is through, the tree would stand still for that.
         self._there = mountpoints.look(self._target.container)
-        return facts.gather(self._target, pids, states, self._bundle.criu)
+        return facts.gather(self._target, pids, states, self._bundle.criu, maps)
 
     def collect(
         self, images: str, pids: Sequence[int], options: CaptureOptions, sink: MemberSink

@@ -321,7 +321,8 @@ class _Capture:
             if self._short is not None:
                 self._short.frozen(self._pids, self._code)
             pids, states = self._pids, self._states
-            self._gatherer = Beside("facts", lambda: self._subject.gather(pids, states))
+            maps = proc.maps if self._short is None else self._short.mappings
+            self._gatherer = Beside("facts", lambda: self._subject.gather(pids, states, maps))
         elif stage == "post-dump":
             self._on_captured()
 

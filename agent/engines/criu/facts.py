@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from agent import errors
@@ -24,12 +24,18 @@ _PSEUDO = ("/proc/", "/sys/", "/dev/", "/memfd:", "/SYSV", "/anon_hugepage", "/[
 _PIPE = re.compile(r"pipe:\[(\d+)\]")
 
 
-def gather(pids: Iterable[int], states: Mapping[int, str], criu: Criu) -> dict[str, Any]:
+# Tells a process's mappings; raises errors.NotFound.
+Maps = Callable[[int], Sequence[proc.Mapping]]
+
+
+def gather(
+    pids: Iterable[int], states: Mapping[int, str], criu: Criu, maps: Maps = proc.maps
+) -> dict[str, Any]:
     """The facts of the tree, root first; processes that end meanwhile are left out.
 
     ``states`` are the kernel's letters from before the freeze, which hides them.
     """
-    tree = _Tree(states)
+    tree = _Tree(states, maps)
     for pid in pids:
         with contextlib.suppress(errors.NotFound):
             tree.add(pid)
@@ -47,8 +53,9 @@ def gather(pids: Iterable[int], states: Mapping[int, str], criu: Criu) -> dict[s
 class _Tree:
     """What is known of the processes seen so far."""
 
-    def __init__(self, states: Mapping[int, str]) -> None:
+    def __init__(self, states: Mapping[int, str], maps: Maps) -> None:
         self._states = states
+        self._maps = maps
         self._processes: list[dict[str, Any]] = []
         self._files: dict[str, dict[str, Any]] = {}
         self._writable: set[str] = set()
@@ -60,6 +67,8 @@ class _Tree:
 
     def add(self, pid: int) -> None:
         """Look at one process; raises ``errors.NotFound`` if it is gone."""
+        # First: whoever tells them has something to do that CRIU waits for.
+        mappings = self._maps(pid)
         self._processes.append(_process(pid, self._states.get(pid, "?")))
         opened = proc.open_files(pid)
         if self._stdio is None:
@@ -70,7 +79,7 @@ class _Tree:
         self._known_sockets = {**(self._other_sockets or {}), **connected}
         for file in opened:
             self._add_open(pid, file)
-        for mapping in proc.maps(pid):
+        for mapping in mappings:
             self._add_mapped(pid, mapping)
 
     def _add_open(self, pid: int, file: proc.OpenFile) -> None:

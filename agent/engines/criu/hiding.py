@@ -25,6 +25,7 @@ import errno
 import os
 import platform
 import struct
+import threading
 from collections.abc import Iterable, Mapping
 
 from agent import errors
@@ -58,6 +59,8 @@ _KNOWN_CRIU = ((4, 2), (4, 3))
 _PROC, _FOLDERS, _PAGEMAPS = 600, range(601, 801), range(801, 1001)
 # AT_FDCWD, as the filter sees it.
 _HERE, _WORD = -100 & 0xFFFFFFFF, 0xFFFFFFFF
+# What is hidden is told in milliseconds; who is not told goes on and sends everything.
+_TOLD_S = 10.0
 # Longer than every path in a process's folder that is looked for.
 _PATH_BYTES = 32
 
@@ -88,6 +91,9 @@ class Hiding:
         # How often CRIU has opened a process's pagemap, and how many descriptors it was given.
         self._opened: collections.Counter[int] = collections.Counter()
         self._given = 0
+        self._only: int | None = None
+        self._told = threading.Event()
+        self._told.set()
         self._supervisor = Supervisor(
             picking(
                 Pick(OPENAT, {0: _HERE, 2: os.O_PATH | os.O_DIRECTORY}),
@@ -120,11 +126,30 @@ class Hiding:
 
     def close(self) -> None:
         """End, after CRIU has; safe to repeat."""
+        self._told.set()
         self._supervisor.close()
 
     def release(self) -> None:
         """CRIU has been started."""
         self._supervisor.release()
+
+    def only(self, number: int | None) -> None:
+        """The tree has one process, of this number by CRIU, or several. CRIU keeps the folder open
+        that it looked at last: that of the only process then is the one which it opens to freeze.
+        """
+        self._only = number
+
+    def expect(self) -> None:
+        """What is to be hidden is told soon: a question about it waits until ``told``."""
+        self._told.clear()
+
+    def told(self) -> None:
+        """Nothing more is to be expected."""
+        self._told.set()
+
+    def wait(self) -> None:
+        """Wait until that is so."""
+        self._told.wait(_TOLD_S)
 
     def hide(
         self,
@@ -147,6 +172,7 @@ class Hiding:
         return self._of_a_mapping(call) if call.call == IOCTL else self._opening(call)
 
     def _of_an_object(self, call: Call) -> int | None:
+        self.wait()
         if not self._objects:
             return None
         key = shared.key_of(call.path(call.arguments[0]))
@@ -161,6 +187,7 @@ class Hiding:
         number, name = _of_a_process(call.link(descriptor))
         if name != "pagemap":
             return None
+        self.wait()
         areas = self._hidden.get(number, ())
         if not any(low <= start and end <= high for low, high in areas):
             return None
@@ -178,7 +205,12 @@ class Hiding:
                 return None
             return _opened(f"/proc/{call.pid}/root/proc", os.O_DIRECTORY, _PROC)
         if folder == _PROC:
-            if not name.isdigit():
+            # Its own folder it looks at while it is not yet told what is hidden.
+            if not name.isdigit() or int(name) == call.pid:
+                return None
+            self.wait()
+            # Nothing more is asked about a folder from which nothing is given: a thread's, say.
+            if int(name) not in self._smaps and int(name) != self._only:
                 return None
             path = os.path.join(call.path(_PROC), name.decode())
             return _opened(path, os.O_DIRECTORY, self._next(call, _FOLDERS))

@@ -90,9 +90,11 @@ class HostTree:
         if self._criu_locks and operation.entry.criu is not None:
             operation.note_table(recovery.table_of(operation.entry.criu.pid))
 
-    def gather(self, pids: Sequence[int], states: Mapping[int, str]) -> dict[str, Any]:
+    def gather(
+        self, pids: Sequence[int], states: Mapping[int, str], maps: facts.Maps
+    ) -> dict[str, Any]:
         """The facts of the tree."""
-        return facts.gather(pids, states, self.criu)
+        return facts.gather(pids, states, self.criu, maps)
 
     def collect(
         self, images: str, pids: Sequence[int], options: CaptureOptions, sink: MemberSink

@@ -20,7 +20,7 @@ from agent.engines.base import CaptureOptions, Kept
 from agent.engines.criu import codepages, hiding, pageserver
 from agent.engines.criu.held import HeldSink
 from agent.engines.criu.probe import Criu
-from agent.engines.tracking import reading, residue
+from agent.engines.tracking import areas, reading, residue
 from agent.engines.tracking.pace import UNLIMITED, Limits, Pace
 from agent.engines.tracking.precopy import Precopy, Standing
 from agent.engines.tracking.shared import Found
@@ -30,6 +30,8 @@ from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSink, PageRun
 
 # Below this a plain dump stops a tree for no longer than the preparations take.
 _SMALLEST_BYTES = 16 << 20
+# In small mappings of a process, none of which are copied ahead.
+_APART_BYTES = 3 << 20
 # What is left for the stop of a tree that is followed.
 _LEFT_BYTES = 16 << 20
 # A tree whose mappings changed in the moment of the stop may do that all the time: so often it is
@@ -99,10 +101,13 @@ class ShortStop:
         self._layouts = None if options.kill or doubted else layouts.Layouts()
         self._code = codepages.CodePages()
         self._found: dict[int, layouts.Layout] = {}
+        # Worked out before the stop, for who changes nothing of its mappings until then.
+        self._ahead: dict[int, tuple[layouts.Layout, residue.Parts | None]] = {}
         self._parts: dict[AddressSpace, residue.Parts] = {}
         self._residue: dict[AddressSpace, Ranges] = {}
         self._residue_read_bytes = 0
         self._sent: dict[AddressSpace, list[PageRun]] = {}
+        self._pids: Sequence[int] = ()
         self._standing: list[Standing] = []
         self._shared: list[Found] = []
         self._shared_spaces: frozenset[AddressSpace] = frozenset()
@@ -118,7 +123,7 @@ class ShortStop:
     @property
     def expected_bytes(self) -> int:
         """How much is likely to be left for the stop."""
-        return _LEFT_BYTES + self._precopy.expected_bytes
+        return _LEFT_BYTES + self._precopy.expected_bytes + _APART_BYTES * self._precopy.processes
 
     @property
     def under(self) -> list[str]:
@@ -145,28 +150,52 @@ class ShortStop:
         self._precopy.last_rounds(self._root, self._held, self._note_layouts)
 
     def _note_layouts(self) -> None:
+        pids = proc.tree(self._root)
+        self._hiding.only(areas.private_id(pids[0]) if len(pids) == 1 else None)
         if self._layouts is not None:
-            self._layouts.note(proc.tree(self._root))
+            self._layouts.note(pids)
+            for pid in pids:
+                layout = self._layouts.noted(pid)
+                if layout is not None:
+                    self._ahead[pid] = layout, _private(layout)
 
     def _check(self) -> None:
         self._deadline.check("the dump")
 
     def frozen(self, pids: Sequence[int], code: codepages.CodePages) -> None:
         """The tree, now ``pids``, stands still: hide its memory from CRIU and read what is left,
-        with ``code`` as it is now.
+        with ``code`` as it is now, while CRIU goes on.
         """
-        self._standing = self._precopy.cut(pids, self._mappings)
-        self._shared = self._precopy.cut_shared(pids)
-        self._shared_spaces = frozenset(each.space for each in self._shared)
-        self._hiding.hide(self._standing, self._shared, self._whole())
+        self._pids = pids
         self._code = code
+        # CRIU looks at the whole machine first, and asks for the tree's memory only then.
+        self._hiding.expect()
         self._reader.start()
+
+    def mappings(self, pid: int) -> Sequence[proc.Mapping]:
+        """Those that the process has in the stop; raises errors.NotFound."""
+        self._hiding.wait()
+        found = self._found.get(pid)
+        return proc.maps(pid) if found is None else found.mappings
+
+    def _hide(self) -> None:
+        try:
+            self._standing = self._precopy.cut(self._pids, self._mappings)
+            self._shared = self._precopy.cut_shared(self._pids)
+            self._shared_spaces = frozenset(each.space for each in self._shared)
+            self._hiding.hide(self._standing, self._shared, self._whole())
+        finally:
+            self._hiding.told()
 
     def _mappings(self, pid: int) -> Sequence[proc.Mapping]:
         if self._layouts is None:
             return proc.maps(pid)
         self._found[pid] = layout = self._layouts.now(pid)
         return layout.mappings
+
+    def _residue_of(self, pid: int, layout: layouts.Layout) -> residue.Parts | None:
+        before, parts = self._ahead.get(pid, (None, None))
+        return parts if layout is before else _private(layout)
 
     def _whole(self) -> dict[int, bytes]:
         """The smaps of processes all of whose private memory is read here."""
@@ -175,7 +204,7 @@ class ShortStop:
             layout = self._found.get(each.who.pid)
             if layout is None:
                 continue
-            if layout.smaps is not None and (parts := residue.parts(layout, each.areas)):
+            if layout.smaps is not None and (parts := self._residue_of(each.who.pid, layout)):
                 self._parts[each.space] = parts
                 found[each.space.id] = layout.smaps
         return found
@@ -264,7 +293,10 @@ class ShortStop:
             self._hiding.close()
 
     def _ours(self, space: AddressSpace) -> bool:
-        return space.kind == "process" or space in self._shared_spaces
+        if space.kind == "process":
+            return True
+        self._hiding.wait()
+        return space in self._shared_spaces
 
     def _read_residue(self) -> None:
         sink = self._code.drafts(self._held)
@@ -276,11 +308,17 @@ class ShortStop:
 
     def _read(self) -> None:
         try:
+            self._hide()
             self._precopy.finish_shared(self._shared, self._held)
             self._precopy.finish(self._standing, self._held)
             self._read_residue()
         except BaseException as exc:  # noqa: BLE001 - carried to the thread that asks, by finish
             self._failure = exc
+
+
+def _private(layout: layouts.Layout) -> residue.Parts | None:
+    """The private memory that is not copied ahead."""
+    return residue.parts(layout, areas.eligible_of(layout.mappings))
 
 
 def _besides(sent: list[PageRun], pages: Ranges) -> list[PageRun]:

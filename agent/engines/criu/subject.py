@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from agent.engines.base import CaptureOptions
-from agent.engines.criu import journal, rpc
+from agent.engines.criu import facts, journal, rpc
 from agent.engines.criu.probe import Criu
 from agent.host import proc
 from agent.model.streams import MemberSink
@@ -57,8 +57,12 @@ class Subject(Protocol):
     def memory_flows(self, operation: journal.Operation) -> None:
         """The first pages arrive."""
 
-    def gather(self, pids: Sequence[int], states: Mapping[int, str]) -> dict[str, Any]:
-        """The facts of the tree, from /proc; called in a thread while memory is streamed."""
+    def gather(
+        self, pids: Sequence[int], states: Mapping[int, str], maps: facts.Maps
+    ) -> dict[str, Any]:
+        """The facts of the tree, from /proc and, its mappings, from ``maps``; called in a thread
+        while memory is streamed.
+        """
 
     def collect(
         self, images: str, pids: Sequence[int], options: CaptureOptions, sink: MemberSink

@@ -223,6 +223,11 @@ class Precopy:
         return found
 
     @property
+    def processes(self) -> int:
+        """How many are copied."""
+        return len(self._copies)
+
+    @property
     def pace(self) -> Pace | None:
         """What it is held back by."""
         return self._pace
