@@ -213,7 +213,10 @@ class Filling(Protocol):
     """A tree that runs while its memory still comes."""
 
     total_bytes: int
-    filled_bytes: int
+
+    @property
+    def filled_bytes(self) -> int:
+        """How much of it has come."""
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until all of it is in, or the tree has ended; False if that takes longer.

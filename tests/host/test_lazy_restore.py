@@ -40,40 +40,32 @@ class Held(MemorySource):
         self.failure: errors.CkptError | None = None
         self.failures: list[errors.CkptError] = []
 
-    def read(
-        self, space: AddressSpace, runs: Sequence[PageRun] | None = None
-    ) -> Iterator[tuple[int, memoryview | None, int]]:
-        pages = sum(run.pages for run in runs or ())
-        for piece in super().read(space, runs):
-            # The rest of all is asked for in one call; what is waited for, and small memory, not.
-            if pages > 4096:
-                self.let_go.wait(60)
-                self.fail()
-                if self.failure is not None:
-                    raise self.failure
-            yield piece
+    def beside(self) -> MemorySource:
+        if threading.current_thread().name == "fill-stream":
+            self.let_go.wait(60)
+        return Late(self, self._image)
 
     def fail(self) -> None:
         """Each of ``failures`` once."""
         if self.failures:
             raise self.failures.pop()
 
-    def beside(self) -> MemorySource:
-        return Waited(self._image, self.fail)
 
+class Late(MemorySource):
+    """What is read when the tree runs already."""
 
-class Waited(MemorySource):
-    """Gives what is waited for."""
-
-    def __init__(self, image: MemoryImage, fail: Callable[[], None]) -> None:
+    def __init__(self, held: Held, image: MemoryImage) -> None:
         super().__init__(image)
-        self._fail = fail
+        self._held = held
 
     def read(
         self, space: AddressSpace, runs: Sequence[PageRun] | None = None
     ) -> Iterator[tuple[int, memoryview | None, int]]:
-        self._fail()
-        yield from super().read(space, runs)
+        for piece in super().read(space, runs):
+            self._held.fail()
+            if self._held.failure is not None:
+                raise self._held.failure
+            yield piece
 
 
 class Filled(Target):

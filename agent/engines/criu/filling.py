@@ -1,18 +1,20 @@
 """Brings the memory of a tree that runs already.
 
 ``Fill`` hands the tree's userfaultfds to the ``keeper``, a program of its own, and sends it the
-pages: those that a process waits for first, beside them all others in their order, with the
-store's read-ahead.
+pages: those that a process waits for first, beside them all others, by several threads, each of
+which reads, verifies and decompresses what it has taken (``pending``).
 
 Promises: what a process finds in its memory has been verified and belongs there. A tree whose
 memory cannot be completed is ended, whoever fails or dies (see ``keeper``), never left running with
-holes; a volume that fails for a moment ends no tree. Memory is bounded: 16 MiB besides the store's.
-Does not: choose what comes late; ``lazy`` does.
+holes; a volume that fails for a moment ends no tree. Memory is bounded: 16 MiB and a byte a page,
+besides what three readers of the store hold.
+Does not: choose what comes late (``lazy``), or what comes first (``pending``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import os
 import queue
@@ -23,17 +25,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import agent
 from agent import errors
-from agent.engines.criu import journal, keeper, lazy, rereading
+from agent.engines.criu import journal, keeper, lazy, pending, rereading
 from agent.host import clock, proc, subprocesses
 from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource, PageRun
 
-# What is copied in one step while nobody else is served, and what comes along with a page that
-# somebody waits for.
-_PIECE_BYTES, _WINDOW_BYTES = 1 << 20, 1 << 20
+# What is copied in one step while nobody else is served.
+_PIECE_BYTES = 1 << 20
 _PIECES, _ANSWERS = 12, 4
-# How long a piece of the rest makes room for what somebody waits for: it must not starve, also
-# where a process reads all of its memory from the start.
-_ROOM_S = 0.002
+# How many threads send what nobody waits for yet, beside the one for what somebody does. Each holds
+# up to 50 MiB of blocks and pages, and the agent stays below 256 MiB.
+_SENDERS = 2
 # Zero pages in so long a row are told of, so that nobody asks for each; more often costs more.
 _ZERO_PAGES = 16
 _POLL_S = 0.2
@@ -66,17 +67,18 @@ class Fill:
         tree: Sequence[proc.Identity],
         patience_s: float,
     ) -> None:
-        self._source, self._beside = source, source.beside()
+        self._source = source
         self._spaces = [space for space in deferred if deferred[space].runs]
         self._deferred = deferred
+        self._senders = min(_SENDERS, len(os.sched_getaffinity(0)))
+        self._pending = pending.Pending([deferred[s].runs for s in self._spaces], self._senders)
         self._patience_s = patience_s
         self.total_bytes = sum(each.size_bytes for each in deferred.values())
-        self.filled_bytes = 0
         self._last_s = clock.monotonic_s()
         self._failure: errors.CkptError | None = None
         self._complete = self._left = False
         self._over = threading.Event()
-        self._asked, self._quiet = 0, threading.Condition()
+        self._whole = threading.Lock()
         self._questions: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         self._pieces: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -90,13 +92,19 @@ class Fill:
             self.give_up()
             raise
 
+    @property
+    def filled_bytes(self) -> int:
+        """See ``agent.engines.base.Filling``."""
+        return self._pending.sent_pages * PAGE_BYTES
+
     def begin(self) -> None:
         """The tree runs next: send its pages."""
-        for name, work in (
+        works: list[tuple[str, Callable[[], None]]] = [
             ("fill-hear", self._hear),
-            ("fill-stream", self._stream),
             ("fill-answer", self._answer),
-        ):
+            *(("fill-stream", functools.partial(self._stream, n)) for n in range(self._senders)),
+        ]
+        for name, work in works:
             thread = threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -255,7 +263,6 @@ class Fill:
                     (self._pieces if mine else self._answers).put(place)
                     self._last_s = clock.monotonic_s()
                 elif kind == keeper.QUESTION:
-                    self._question(1)
                     self._questions.put(keeper.ADDRESS.unpack(content))
                 elif kind == keeper.COMPLETE:
                     self._complete = True
@@ -268,33 +275,57 @@ class Fill:
             self._over.set()
             self._questions.put(None)
 
-    def _stream(self) -> None:
-        for number, space in enumerate(self._spaces):
-            for address, data, pages in self._read(self._source, space, self._deferred[space].runs):
-                if data is not None:
-                    with self._quiet:
-                        self._quiet.wait_for(lambda: self._asked == 0, _ROOM_S)
-                    self._send(self._channel, number, address, data, self._pieces)
-                elif pages >= _ZERO_PAGES:
-                    self._channel.send(_zero(number, address, pages))
-                if self._over.is_set():
-                    return
-                self.filled_bytes += pages * PAGE_BYTES
-        self._channel.send(keeper.WHOLE)
+    def _stream(self, sender: int) -> None:
+        reader = self._source.beside()
+        while (share := self._pending.take(sender)) is not None:
+            self._bring(reader, share, self._channel, self._pieces)
 
     def _answer(self) -> None:
+        reader = self._source.beside()
+        for number, space in enumerate(self._spaces):
+            for start, pages in self._deferred[space].holes(_ZERO_PAGES):
+                self._urgent.send(_zero(number, start, pages))
         while (question := self._questions.get()) is not None:
             number, address = question
-            space = self._spaces[number]
-            low = address // _WINDOW_BYTES * _WINDOW_BYTES
-            runs = self._deferred[space].within(low, low + _WINDOW_BYTES)
-            for at, data, pages in self._read(self._beside, space, runs) if runs else ():
-                if data is not None:
-                    self._send(self._urgent, number, at, data, self._answers)
-                elif pages >= _ZERO_PAGES:
-                    self._urgent.send(_zero(number, at, pages))
-            self._urgent.send(keeper.ANSWERED + keeper.ADDRESS.pack(number, address))
-            self._question(-1)
+            found = self._pending.ask(number, address)
+            if isinstance(found, pending.Share):
+                self._bring(reader, found, self._urgent, self._answers)
+            elif found is not None:
+                # Behind what was sent, which may not have been taken in yet.
+                self._tell(self._channel, number, address, found)
+
+    def _bring(
+        self,
+        reader: MemberSource,
+        share: pending.Share,
+        channel: socket.socket,
+        places: queue.SimpleQueue[int],
+    ) -> None:
+        """Send a share, and what was asked meanwhile; and when that was the last one, say so."""
+        space = self._spaces[share.number]
+        for address, data, pages in self._read(reader, space, share.runs):
+            if data is not None:
+                self._send(channel, share.number, address, data, places)
+            else:
+                self._pending.zero(share, address, pages)
+                if pages >= _ZERO_PAGES:
+                    channel.send(_zero(share.number, address, pages))
+            if self._over.is_set():
+                raise _Over
+        for address, answer in self._pending.finish(share):
+            self._tell(channel, share.number, address, answer)
+        if self._pending.complete and self._whole.acquire(blocking=False):
+            # Where all places are free again, the keeper has taken in whatever was sent.
+            for each, count in ((self._pieces, _PIECES), (self._answers, _ANSWERS)):
+                for _ in range(count):
+                    self._free(each)
+            self._channel.send(keeper.WHOLE)
+
+    def _tell(
+        self, channel: socket.socket, number: int, address: int, answer: pending.Answer
+    ) -> None:
+        kind = keeper.ANSWERED if answer is pending.Answer.ZERO else keeper.SENT
+        channel.send(kind + keeper.ADDRESS.pack(number, address))
 
     def _read(
         self, source: MemberSource, space: AddressSpace, runs: Sequence[PageRun]
@@ -304,11 +335,6 @@ class Fill:
     def _pause(self, pause_s: float) -> None:
         if self._over.wait(pause_s):
             raise _Over
-
-    def _question(self, more: int) -> None:
-        with self._quiet:
-            self._asked += more
-            self._quiet.notify_all()
 
     def _send(
         self,

@@ -56,10 +56,11 @@ START = (
 # The first byte of each message, and what follows. From the agent, what somebody waits for by a
 # socket of its own: the mappings of an address space (with a userfaultfd) as pairs of addresses; a
 # process (with a pidfd); that this was all; pages: address space, address, length and where in the
-# shared memory, and zero pages likewise; that a question has been answered by pages; that all of
-# the image was sent. That no more comes is said by the end of the channel.
+# shared memory, and zero pages likewise; that a question has been answered, by pages or because
+# they are zero; that what was asked for was sent before, so that nothing may be made zero for it;
+# that all of the image was sent. That no more comes is said by the end of the channel.
 VIEW, PROCESS, BEGIN, DATA, ZERO = b"V", b"P", b"B", b"D", b"Z"
-ANSWERED, WHOLE = b"A", b"W"
+ANSWERED, SENT, WHOLE = b"A", b"S", b"W"
 SPACE, RANGE, PIECE = struct.Struct("=I"), struct.Struct("=QQ"), struct.Struct("=IQQQ")
 # To the agent: ready; a question: address space and address; a piece was taken in, by its place;
 # everything is complete; the tree was ended, and why.
@@ -217,6 +218,8 @@ class Keeper:
             self._forget(*PIECE.unpack(content))
         elif kind == ANSWERED:
             self._answered(*ADDRESS.unpack(content))
+        elif kind == SENT:
+            self._sent(*ADDRESS.unpack(content))
         elif kind == VIEW:
             (space,) = SPACE.unpack(content[: SPACE.size])
             ranges = RANGE.iter_unpack(content[SPACE.size :])
@@ -246,6 +249,11 @@ class Keeper:
                 self._zero(view, address)  # or it is there by now
             elif self._lives(view):
                 uffd.wake(view.fd, address)
+
+    def _sent(self, space: int, origin: int) -> None:
+        for view, address in self._questions.pop((space, origin), ()):
+            if self._lives(view):
+                uffd.wake(view.fd, address)  # if it is not there, it will be asked for again
 
     def _add(self, fd: int, space: int, segments: list[tuple[int, int, int]]) -> None:
         if len(self._views) >= self._most:

@@ -74,6 +74,17 @@ class Deferred:
                 found.append(PageRun(low, (high - low) // PAGE_BYTES, run.flags))
         return found
 
+    def holes(self, least_pages: int) -> Iterator[tuple[int, int]]:
+        """What of the mappings is in no run: address and pages, if so many are in a row."""
+        least_bytes = least_pages * PAGE_BYTES
+        for start, end in self.areas:
+            for run in self.within(start, end):
+                if run.address - start >= least_bytes:
+                    yield start, (run.address - start) // PAGE_BYTES
+                start = run.address + run.pages * PAGE_BYTES
+            if end - start >= least_bytes:
+                yield start, (end - start) // PAGE_BYTES
+
 
 def defer(process: pour.ProcessMemory, share: pour.Split) -> tuple[pour.Split, Deferred]:
     """Share out what would be poured into fresh memory: what still is, and what comes later."""
