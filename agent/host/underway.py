@@ -141,7 +141,7 @@ def _look(pid: int, tid: int) -> _Seen:
         return _Seen.BUSY
     if number in _READS:
         with contextlib.suppress(OSError):
-            if not proc.descriptor_link(pid, int(told[1], 16)).startswith("/"):
+            if not proc.descriptor_link(tid, int(told[1], 16)).startswith("/"):
                 return _Seen.OVER
     return _Seen.ASLEEP
 

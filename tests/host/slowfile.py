@@ -17,7 +17,7 @@ SIZE_BYTES = 1 << 20
 _HEADER = struct.Struct("=IIQQIIII")
 _ANSWER = struct.Struct("=IiQ")
 # linux/fuse.h
-_LOOKUP, _FORGET, _GETATTR, _OPEN, _READ = 1, 2, 3, 14, 15
+_LOOKUP, _FORGET, _GETATTR, _OPEN, _READ, _STATFS = 1, 2, 3, 14, 15, 17
 _RELEASE, _FLUSH, _INIT, _INTERRUPT = 18, 25, 26, 36
 _ROOT, _FILE = 1, 2
 _FORCE, _DETACH = 1, 2  # sys/mount.h: MNT_FORCE ends the connection, whoever has files open
@@ -79,6 +79,8 @@ class SlowFile:
                 self._say(unique, struct.pack("=QII", 0, 0, 0) + self._attributes(node))
             elif command == _OPEN:
                 self._say(unique, struct.pack("=QII", 0, self._uncached, 0))  # FOPEN_DIRECT_IO
+            elif command == _STATFS:
+                self._say(unique, struct.pack("=5Q4I24x", 0, 0, 0, 0, 0, 4096, 255, 4096, 0))
             elif command in (_RELEASE, _FLUSH):
                 self._say(unique, b"")
             elif command not in (_FORGET, _INTERRUPT):

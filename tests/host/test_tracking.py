@@ -293,18 +293,35 @@ def test_who_could_not_be_tracked_is_tried_again_with_the_next_copy(program: Pro
             assert cut_bytes < 8 << 20
 
 
-@pytest.fixture(params=["as it asks", "as the file system likes"])
+@pytest.fixture(
+    params=["as it asks", "as the file system likes", "by a mount that is gone", "by an overlay"]
+)
 def slow(
     program: Program, tmp_path: pathlib.Path, request: pytest.FixtureRequest
 ) -> Iterator[SlowFile]:
     """A file that the program reads from past the page cache."""
     asks = request.param == "as it asks"
-    made = SlowFile(tmp_path, b"Z", uncached=not asks)
+    folder, other, empty = (tmp_path / name for name in ("folder", "other", "empty"))
+    for each in (folder, other, empty):
+        each.mkdir()
+    made = SlowFile(folder, b"Z", uncached=not asks)
     try:
         program.do("map(2, 16)")
         program.do("fill(2, 16, 1)")
-        program.do(f"direct({str(made.path)!r}, {os.O_DIRECT if asks else 0})")
-        yield made
+        with contextlib.ExitStack() as stack:
+            path = made.path
+            if request.param.startswith("by"):
+                bind, overlay = ["--bind", folder], ["-t", "overlay", "overlay"]
+                overlay += ["-o", f"lowerdir={folder}:{empty}"]
+                kind = overlay if request.param == "by an overlay" else bind
+                subprocess.run(["mount", *kind, other], check=True, timeout=20)
+                unmount = ["umount", "--lazy", other]
+                stack.callback(lambda: subprocess.run(unmount, check=True, timeout=20))
+                path = other / path.name
+            program.do(f"direct({str(path)!r}, {os.O_DIRECT if asks else 0})")
+            if request.param == "by a mount that is gone":
+                stack.close()
+            yield made
     finally:
         made.close()
 

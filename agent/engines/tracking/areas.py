@@ -2,20 +2,21 @@
 
 Promises: only memory that belongs to one process and to no file: what is shared or backed by a
 file can change without the process's page table showing it.
-Does not: read memory.
+Does not: read memory; know of other processes that write to this one (process_vm_writev, ptrace),
+nor of an io_uring that has neither a descriptor nor a mapping.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
 from agent import errors
-from agent.host import mounts, proc
+from agent.engines.tracking.directly import Directly
+from agent.host import proc
 from agent.host.pagemap import Ranges
 from agent.model import gpus
 
@@ -23,14 +24,11 @@ from agent.model import gpus
 SMALLEST_BYTES = 1 << 20
 # Below it nothing can be mapped (vm.mmap_min_addr).
 _LOWEST = 1 << 16
-_O_DIRECT = 0o40000
 # Descriptors through which devices or the kernel write into pages that they have pinned.
 _WRITERS = (
     *("anon_inode:[io_uring]", "anon_inode:[infiniband", "/dev/infiniband/", "/dev/vfio/"),
     *gpus.DEVICES,
 )
-
-_UNCACHED = frozenset(("fuse", "fuseblk", "virtiofs", "9p", "ceph", "cifs", "smb3"))
 
 
 def eligible(pid: int) -> Ranges:
@@ -118,24 +116,13 @@ def escapes(pid: int) -> Escapes:
         return Escapes("it has memory pinned for a device")
     if any(each.path == "/[aio]" for each in proc.maps(pid)):
         return Escapes("it uses asynchronous I/O")
-    direct, uncached = False, _uncached(pid)
+    direct, directly = False, Directly(pid)
     for number in proc.descriptors(pid):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if proc.descriptor_link(pid, number).startswith(_WRITERS):
                 return Escapes("it uses a device or io_uring that writes memory by itself")
-            direct = direct or _reads_directly(proc.descriptor_info(pid, number), uncached)
+            direct = direct or directly.reads(number)
     return Escapes("", direct)
-
-
-def _reads_directly(info: proc.DescriptorInfo, uncached: Container[int]) -> bool:
-    past = bool(info.flags & _O_DIRECT) or info.mount_id in uncached
-    return past and info.flags & os.O_ACCMODE != os.O_WRONLY
-
-
-def _uncached(pid: int) -> frozenset[int]:
-    """The mounts of file systems that read past the page cache if they like."""
-    kinds = ((each.id, each.kind.partition(".")[0]) for each in mounts.of(pid))
-    return frozenset(number for number, kind in kinds if kind in _UNCACHED)
 
 
 def private_id(pid: int) -> int:

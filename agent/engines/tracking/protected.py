@@ -11,7 +11,11 @@ what a round takes on is read when no call goes on that began before (``host/und
 none does, since every thread stands outside the kernel.
 Does not: notice a direct I/O that began before a round looked at its page, ended after that page
 was read, and whose file was opened and closed between two looks at the process's descriptors; nor
-one of another process that shares the memory and is not its child by vfork.
+one of another process that shares the memory and is not its child by vfork. Nor notice what
+takes hold of pages, which is noted, and writes to them only when they have been taken on again and
+read: process_vm_writev(2), for up to 4 MiB while it copies or waits for what it copies;
+PTRACE_POKEDATA and writes to /proc/PID/mem, by whomever; reads of sockets that decrypt into the
+reader's memory (kTLS, AF_ALG). Rounds that read what has rested leave them the time in between.
 """
 
 from __future__ import annotations
