@@ -315,7 +315,7 @@ def slow(
                 overlay += ["-o", f"lowerdir={folder}:{empty}"]
                 kind = overlay if request.param == "by an overlay" else bind
                 subprocess.run(["mount", *kind, other], check=True, timeout=20)
-                unmount = ["umount", "--lazy", other]
+                unmount = ["umount", "--lazy", os.fspath(other)]
                 stack.callback(lambda: subprocess.run(unmount, check=True, timeout=20))
                 path = other / path.name
             program.do(f"direct({str(path)!r}, {os.O_DIRECT if asks else 0})")
