@@ -188,6 +188,17 @@ def test_every_page_is_right_whatever_the_tree_does_while_they_come(
     host.assert_clean()
 
 
+def test_what_was_there_and_is_let_go_of_unseen_is_zero(
+    host: Host, dumped: tuple[MemoryImage, Filled]
+) -> None:
+    image, target = dumped
+    with Run(host, image) as run:
+        target.ask("discarded")
+        run.complete()
+        target.ask("some", "moved", "forgotten", "all")
+        run.tree.kill()
+
+
 def test_what_moves_to_where_another_thread_has_just_moved_away_from_is_right(
     host: Host, dumped: tuple[MemoryImage, Filled]
 ) -> None:

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import socket
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -29,8 +30,17 @@ _changes = st.lists(
 )
 
 
-@given(_changes, _places, _spans)
+@pytest.mark.parametrize("many", [0, 64])
+@given(changes=_changes, at=_places, span=_spans)
 def test_pages_are_looked_for_where_they_went(
+    many: int, changes: list[tuple[str, int, int, int]], at: int, span: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeper, "_MANY", many)
+        _look_for_pages_where_they_went(changes, at, span)
+
+
+def _look_for_pages_where_they_went(
     changes: list[tuple[str, int, int, int]], at: int, span: int
 ) -> None:
     view = View(
@@ -76,14 +86,39 @@ def test_what_moved_to_where_something_else_has_just_left_is_still_missing() -> 
     assert view.segments == [(away, away + length, here)]
 
 
+class _Unwalked(list[tuple[int, int, int]]):
+    """May only be searched."""
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        raise AssertionError("a piece is looked for by walking through all segments")
+
+
+def test_where_memory_is_sparse_a_piece_is_found_without_walking_through_all_of_it() -> None:
+    pages = 4096
+    view = View(-1, 0, [(0, 2 * pages * PAGE_BYTES, 0)])
+    for page in range(0, 2 * pages, 2):
+        view.cut(page * PAGE_BYTES, (page + 1) * PAGE_BYTES)
+    assert len(view.segments) == pages
+    view.segments = _Unwalked(view.segments)
+    at = 1001 * PAGE_BYTES
+    assert view.first(at - PAGE_BYTES, at) is None
+    assert view.first(at - PAGE_BYTES, at + PAGE_BYTES) == (at, at, PAGE_BYTES)
+
+
+# The kernel looks for the mapping first, and then whether mappings change; it tells of the move
+# when the one who moves it comes to that. Before that, others may have moved.
+_GONE, _CHANGING = (errno.ENOENT, 0), (errno.EAGAIN, -errno.EAGAIN)
+
+
+@pytest.mark.parametrize(
+    ("before", "quiet"), [([_GONE], 1), ([_CHANGING, _GONE], 2), ([_CHANGING] * 3 + [_GONE], 4)]
+)
 def test_a_page_that_moves_when_it_comes_is_filled_where_it_went(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, before: list[tuple[int, int]], quiet: int
 ) -> None:
     here, there = 16 * PAGE_BYTES, 64 * PAGE_BYTES
-    # The kernel looks for the mapping first, and then whether mappings change; it tells of the
-    # move when the one who moves it comes to that.
-    answers = [(errno.ENOENT, 0), (errno.EAGAIN, -errno.EAGAIN), (0, PAGE_BYTES)]
-    told = [[], [(0x14, here, there, PAGE_BYTES)], []]
+    answers = [*before, _CHANGING, (0, PAGE_BYTES)]
+    told = [*([] for _ in range(quiet)), [(0x14, here, there, PAGE_BYTES)], []]
     tried = []
 
     def call(fd: int, request: int, *words: int) -> tuple[int, int]:
@@ -101,7 +136,8 @@ def test_a_page_that_moves_when_it_comes_is_filled_where_it_went(
         (view,) = first._views.values()
         first._fill(view, here, PAGE_BYTES, 0)
         first._drop(view)
-    assert tried == [here, here, there]
+    assert tried == [*[here] * (len(before) + 1), there]
+    assert view.origin(there) is None  # it is there; who lets go of it finds zeros
 
 
 def test_where_no_memory_comes_for_a_page_of_zeros_it_is_said(

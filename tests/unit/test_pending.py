@@ -84,6 +84,7 @@ def test_what_was_sent_is_never_answered_as_zero_and_sent_again_when_asked_for_a
     assert pending.ask(0, 22 * PAGE_BYTES) is Answer.SENT
     again = pending.ask(0, 22 * PAGE_BYTES)
     assert isinstance(again, Share)
+    assert not pending.complete  # or it would be zero when all others have come
     assert again.runs == [PageRun(22 * PAGE_BYTES, 1, 4)]
     assert pending.finish(again) == [(22 * PAGE_BYTES, Answer.SENT)]
     assert pending.sent_pages == 8

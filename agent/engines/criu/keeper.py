@@ -70,6 +70,8 @@ MESSAGE_BYTES = 1 << 17
 
 # So many address spaces are held before those that have ended are looked for.
 _VIEWS = 64
+# Where so many segments change at once, sorting all anew is quicker than one after the other.
+_MANY = 64
 # linux/sched.h, asm/unistd.h
 _CLONE_FILES = 0x400
 _NR_CLONE = {"x86_64": 56, "aarch64": 220}
@@ -82,13 +84,15 @@ _TOLD_S = 10.0
 
 class View:
     """One address space: which of its addresses are to hold what of which image's. ``segments`` are
-    (start, end, address in the image), ascending.
+    (start, end, address in the image), ascending; there may be hundreds of thousands.
     """
 
     def __init__(self, fd: int, space: int, segments: list[tuple[int, int, int]]) -> None:
         self.fd = fd
         self.space = space
         self.segments = segments
+        # The same, by what belongs there: each address of the image belongs to one place at most.
+        self._origins = sorted(map(_by_origin, segments))
         self._left: list[tuple[int, int]] = []
 
     def origin(self, address: int) -> int | None:
@@ -103,12 +107,12 @@ class View:
         """Where the first of these bytes of the image belong that still do anywhere: (address,
         address in the image, how many).
         """
-        found = None
-        for start, stop, begins in self.segments:
+        at = bisect.bisect_right(self._origins, (origin, sys.maxsize, 0)) - 1
+        for begins, start, stop in self._origins[max(0, at) : at + 2]:
             low, high = max(origin, begins), min(end, begins + stop - start)
-            if low < high and (found is None or low < found[1]):
-                found = (start + low - begins, low, high - low)
-        return found
+            if low < high:
+                return (start + low - begins, low, high - low)
+        return None
 
     def cut(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """Nothing belongs here any more; what did."""
@@ -121,7 +125,7 @@ class View:
                 a, b = max(a, low), min(b, high)
                 if a < b:
                     into.append((a, b, origin + a - low))
-        self.segments[first:last] = kept
+        self._exchange(first, last, kept)
         return removed
 
     def move(self, start: int, to: int, length: int) -> None:
@@ -129,8 +133,8 @@ class View:
         self._left.append((start, start + length))
         moved = self.cut(start, start + length)
         self.cut(to, to + length)
-        for low, high, origin in moved:
-            bisect.insort(self.segments, (low - start + to, high - start + to, origin))
+        at = bisect.bisect_left(self.segments, (to, 0, 0))
+        self._exchange(at, at, [(a - start + to, b - start + to, origin) for a, b, origin in moved])
 
     def unmap(self, start: int, end: int) -> None:
         """Nothing is mapped here any more. Where something moved away that is told as well, but
@@ -141,6 +145,22 @@ class View:
             self._left.remove((start, end))
         else:
             self.cut(start, end)
+
+    def _exchange(self, first: int, last: int, others: list[tuple[int, int, int]]) -> None:
+        """Put ``others`` in the place of some segments."""
+        gone = self.segments[first:last]
+        self.segments[first:last] = others
+        if len(gone) + len(others) > _MANY:
+            self._origins = sorted(map(_by_origin, self.segments))
+            return
+        for each in gone:
+            del self._origins[bisect.bisect_left(self._origins, _by_origin(each))]
+        for each in others:
+            bisect.insort(self._origins, _by_origin(each))
+
+
+def _by_origin(segment: tuple[int, int, int]) -> tuple[int, int, int]:
+    return segment[2], segment[0], segment[1]
 
 
 class Keeper:
@@ -317,30 +337,36 @@ class Keeper:
     def _fill(self, view: View, origin: int, length: int, source: int) -> None:
         """Copy a piece of the image to wherever it belongs."""
         at, end = origin, origin + length
-        size, tries = length, 0
+        size, tries, absent = length, 0, 0
         while self._lives(view) and (found := view.first(at, end)) is not None:
             address, at, whole = found
             size = min(size, whole)
             problem, copied = uffd.call(
                 view.fd, uffd.COPY, address, source + at - origin, size, 0, 0
             )
+            # Only if it is missing twice in a row, while nothing is told, is there no such mapping.
+            absent = absent + 1 if problem == errno.ENOENT else 0
             if problem in (0, errno.EAGAIN) and copied > 0:
+                # What is missing there from now on, the process has let go of.
+                view.cut(address, address + copied)
                 at += copied
                 size, tries = length, 0
             elif problem == errno.EEXIST:
+                view.cut(address, address + uffd.PAGE_BYTES)
                 uffd.wake(view.fd, address)
                 at += uffd.PAGE_BYTES
             elif problem == errno.ENOENT and size > uffd.PAGE_BYTES:
                 # A piece must lie in one mapping: they may have been split since.
-                size = size // uffd.PAGE_BYTES // 2 * uffd.PAGE_BYTES
+                size, absent = size // uffd.PAGE_BYTES // 2 * uffd.PAGE_BYTES, 0
             elif problem == errno.ENOENT:
                 # What moves this moment was looked up where it is no more: the next try says so.
-                tries = 0 if self._listen(view) else tries + 1
-                if tries > 1:
+                if self._listen(view):
+                    absent = 0
+                elif absent > 1:
                     at += uffd.PAGE_BYTES
-                    size, tries = length, 0
+                    size, absent = length, 0
             else:
-                tries += 1
+                tries += problem == errno.ENOMEM
                 self._put_off(view, problem, tries)
 
     def _put_off(self, view: View, problem: int, tries: int) -> None:

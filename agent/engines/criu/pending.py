@@ -132,6 +132,7 @@ class Pending:
             if state == _State.TOLD:
                 # It looked again and is not there. That must not be; so it is sent again, since
                 # whatever the cause, nobody is to wait for ever or find zeros.
+                self._left += 1
                 return Share(number, at, at + 1, self._cut(number, at, at + 1), [address], True)
             share = self._claim(self._back(number, at), _ASKED_PAGES, at)
             share.asked.append(address)
@@ -148,12 +149,12 @@ class Pending:
     def finish(self, share: Share) -> list[tuple[int, Answer]]:
         """All of a share has been sent: the addresses that were asked for, with the answers."""
         with self._lock:
+            self._left -= share.last - share.first
             if not share.again:
                 mine = self._states[share.first : share.last]
                 self._states[share.first : share.last] = mine.replace(
                     bytes([_State.TAKEN]), bytes([_State.SENT])
                 )
-                self._left -= share.last - share.first
                 self._taken.remove(share)
             return [(address, self._answer(share.number, address)) for address in share.asked]
 

@@ -139,6 +139,23 @@ class Memory:
         assert _libc.madvise(self.at[3] + 100 * PAGE, 1000 * PAGE, mmap.MADV_DONTNEED) == 0
         return wrong(self.at[3], 3, (100, 101, 600, 1099), bytes(PAGE))
 
+    def discarded(self):
+        """Pages that were there, let go of in ways which the kernel tells nobody: by guard pages
+        (Linux 6.13), and in a child.
+        """
+        at, page = self.at[1] + 700 * PAGE, pattern(1, 700)
+        said = wrong(self.at[1], 1, [700])
+        if _libc.madvise(at, PAGE, 102) == 0:  # MADV_GUARD_INSTALL
+            assert _libc.madvise(at, PAGE, 103) == 0  # MADV_GUARD_REMOVE
+            said += wrong(self.at[1], 1, [700], bytes(PAGE))
+        ctypes.memmove(at, page, PAGE)
+        assert _libc.madvise(at, PAGE, 18) == 0  # MADV_WIPEONFORK
+        if (child := os.fork()) == 0:
+            os._exit(1 if wrong(self.at[1], 1, [700], bytes(PAGE)) else 0)
+        assert _libc.madvise(at, PAGE, 19) == 0  # MADV_KEEPONFORK
+        status = os.waitpid(child, 0)[1]
+        return said + ([("child", status)] if status else [])
+
     def forked(self):
         """A child that finds all of it, and one that outlives its parent."""
         child = os.fork()
