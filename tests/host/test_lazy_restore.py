@@ -284,6 +284,21 @@ def test_a_store_that_fails_ends_the_tree(
     host.assert_clean()
 
 
+def test_a_tree_that_has_ended_is_not_read_for(
+    host: Host, dumped: tuple[MemoryImage, Filled], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, target = dumped
+    monkeypatch.setattr(filling, "_LEFT_S", 0.1)
+    with Run(host, image) as run:
+        target.ask("some")
+        os.kill(run.tree.pid, signal.SIGKILL)
+        (fill,) = run.fills._fills
+        until(lambda: fill.wait(0.1))
+        assert fill.filled_bytes < fill.total_bytes
+        run.assert_ended()
+    host.assert_clean()
+
+
 def test_a_store_that_fails_for_a_moment_ends_nobody(
     host: Host, dumped: tuple[MemoryImage, Filled]
 ) -> None:

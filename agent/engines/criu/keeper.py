@@ -174,6 +174,7 @@ class Keeper:
         self._memory = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._entry = entry
         self._views: dict[int, View] = {}
+        self._processes: set[int] = set()
         self._questions: dict[tuple[int, int], list[tuple[View, int]]] = {}
         self._again: list[tuple[View, int]] = []
         self._poll = select.epoll()
@@ -212,6 +213,11 @@ class Keeper:
             os.close(self._second)
             os.waitpid(self._second_pid, 0)
             self._make_second()
+        for ended in ready & self._processes:
+            # Its descriptor stays, by which ``end_tree`` knows whom it was to end.
+            self._processes.remove(ended)
+            self._poll.unregister(ended)
+            self._drop_gone()
         for view in [self._views[fd] for fd in ready & self._views.keys()]:
             self._listen(view)
         waiting, self._again = self._again, []
@@ -244,6 +250,9 @@ class Keeper:
             (space,) = SPACE.unpack(content[: SPACE.size])
             ranges = RANGE.iter_unpack(content[SPACE.size :])
             self._add(descriptors[0], space, [(low, high, low) for low, high in ranges])
+        elif kind == PROCESS:
+            self._processes.add(descriptors[0])
+            self._poll.register(descriptors[0], select.EPOLLIN)
         elif kind == BEGIN:
             self._begun = True
             self._channel.send(READY)
@@ -278,8 +287,7 @@ class Keeper:
     def _add(self, fd: int, space: int, segments: list[tuple[int, int, int]]) -> None:
         if len(self._views) >= self._most:
             # A tree may fork again and again, while nothing is filled that would tell who ended.
-            for view in [each for each in self._views.values() if uffd.gone(each.fd)]:
-                self._drop(view)
+            self._drop_gone()
             self._most = max(_VIEWS, 2 * len(self._views))
         os.set_blocking(fd, False)
         self._views[fd] = View(fd, space, segments)
@@ -287,6 +295,10 @@ class Keeper:
 
     def _lives(self, view: View) -> bool:
         return self._views.get(view.fd) is view  # and not another one of the same number
+
+    def _drop_gone(self) -> None:
+        for view in [each for each in self._views.values() if uffd.gone(each.fd)]:
+            self._drop(view)
 
     def _drop(self, view: View) -> None:
         del self._views[view.fd]
