@@ -213,6 +213,17 @@ def stat(pid: int) -> Stat:
         return _parse_stat(_read(f"/proc/{pid}/stat"))
 
 
+def thread_stat(pid: int, tid: int) -> Stat:
+    """As ``stat``, of one thread alone: of a process, the kernel counts all of its threads each
+    time.
+
+    Raises:
+        errors.NotFound: it has ended.
+    """
+    with _process(tid):
+        return _parse_stat(_read(f"/proc/{pid}/task/{tid}/stat"))
+
+
 def identity(pid: int) -> Identity:
     """Number and start of a process that exists now."""
     return stat(pid).identity

@@ -6,7 +6,8 @@ that had begun before goes on.
 
 A thread that sleeps says in which call. One that computes, or waits for a disk, is interrupted by
 ptrace: it stands only when it is out of the kernel, and runs on within a fraction of a millisecond.
-Nobody who sleeps interruptibly is interrupted: some calls then fail with EINTR.
+Nobody who is seen to sleep interruptibly is interrupted: some calls then fail with EINTR. That can
+still happen to who falls asleep just then, as it does when CRIU stops a tree.
 
 Promises: "over" is proven; what is not known is not. All threads run on, whatever happens.
 Does not: know of calls that go on after they returned (asynchronous I/O), nor of other processes
@@ -40,6 +41,8 @@ _HARMLESS = frozenset(
 _READS = frozenset((0, 17, 19, 45, 47, 295, 299, 327))
 # Who is seen running so often in a row probably computes.
 _LOOKS = 4
+# More do not run at once on most machines, and each is asked about again and again.
+_AT_ONCE = 16
 _LOOK_S = 0.001
 _POLL_S = 0.0002
 
@@ -99,16 +102,17 @@ def _are_all(pid: int, known: set[int]) -> bool:
 def _all_over(pid: int, tids: set[int], deadline: clock.Deadline) -> bool:
     left, asked, looks = set(tids), set[int](), 0
     while True:
-        for tid in sorted(left):
-            if tid in asked:
-                if _stood(tid):
-                    left.discard(tid)
-                continue
+        for tid in sorted(left - asked):
+            if deadline.expired:
+                return False
             seen = _look(pid, tid)
             if seen is _Seen.OVER:
                 left.discard(tid)
-            elif seen is _Seen.BUSY and looks >= _LOOKS and _ask(tid):
+            elif seen is _Seen.BUSY and looks >= _LOOKS and len(asked) < _AT_ONCE and _ask(tid):
                 asked.add(tid)
+            # Who stands is let go before the next one is looked at.
+            left -= _stood_of(asked)
+        left -= _stood_of(asked)
         if not left:
             return True
         if deadline.expired:
@@ -118,9 +122,16 @@ def _all_over(pid: int, tids: set[int], deadline: clock.Deadline) -> bool:
         clock.wait_until(lambda: False, deadline.sooner(pause_s), every_s=pause_s)
 
 
+def _stood_of(asked: set[int]) -> set[int]:
+    """Those who have stopped or ended since they were asked to: they are not any more."""
+    stood = {tid for tid in asked if _stood(tid)}
+    asked -= stood
+    return stood
+
+
 def _look(pid: int, tid: int) -> _Seen:
     try:
-        thread = proc.stat(tid)
+        thread = proc.thread_stat(pid, tid)
         if thread.state in "TtZX":
             return _Seen.OVER
         if thread.flags & _PF_IO_WORKER:

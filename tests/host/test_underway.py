@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +92,20 @@ def test_who_waits_for_a_file_past_the_page_cache_is_not_through(tmp_path: Path)
         slow.close()
         reader.kill()
         reader.communicate()
+
+
+def test_no_more_threads_are_looked_at_than_there_is_time_for(
+    program: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+
+    def look(pid: int, tid: int) -> object:
+        del pid
+        looked.append(tid)
+        time.sleep(0.2)
+        return underway._Seen.BUSY
+
+    monkeypatch.setattr(underway, "_look", look)
+    assert len(proc.threads(program.pid)) > 5
+    assert not underway.over(program.pid, clock.Deadline.after(0.1))
+    assert len(looked) <= 1
