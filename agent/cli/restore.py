@@ -114,7 +114,7 @@ def verb(
     Everything in the way is named at once, and nothing is changed then. In a cluster say where:
     --node or --pod.
 
-    On this host large memory may come while the processes run: before they start, the image is
+    On this host large memory may come while the processes run: before they run, the image is
     verified but for that memory, all of which must be there; then each page is verified before a
     process sees it, those first that are waited for. The command stays until all is in. If that
     cannot be, the processes are ended. With --eager, and in a cluster, the image is read and

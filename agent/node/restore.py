@@ -1,8 +1,8 @@
 """This host's half of a restore: read, verify, bring every member back at one instant.
 
 Promises: what stands in the way is found at once, for all members, before the image is read; an
-image is verified whole before any process starts, but for memory that the caller lets come later,
-of which all must be there, and every page is verified before a process sees it; what is read is not
+image is verified whole before any process starts; if the caller lets memory come later, all of it
+must be there then, and every page is verified before a process sees it; what is read is not
 deleted meanwhile; either all members of the epoch run again or none does. Whenever an image is
 found to be damaged, nothing of it is left running, and the newest older good one is named.
 Does not: choose the host, or print.
@@ -37,8 +37,9 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class RestoreOutcome:
-    """A running tree for every member. ``running_s`` is from the request; ``late_bytes`` of memory
-    came in the ``late_s`` after that.
+    """A running tree for every member. ``verified_s`` is from the request until the image was
+    verified whole, or found there where memory may come late; ``running_s`` until all run;
+    ``late_bytes`` of memory came in the ``late_s`` after that.
     """
 
     epoch: EpochSummary

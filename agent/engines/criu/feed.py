@@ -1,9 +1,10 @@
 """How an image becomes a tree's memory and files: what CRIU reads from a folder, and what is
 poured into the tree once it stands.
 
-Promises: when ``lay_out`` returns, every byte of the image has been read and verified once; but for
-memory that is to come when the tree runs (``deferred``), which is only known to be there. Memory of
-this program stays bounded; zero pages take no disk; what is poured takes none either.
+Promises: when ``lay_out`` returns, every byte of the image has been read and verified once; where
+memory is to come when the tree runs (``deferred``), that and what ``fill`` pours is only known to
+be there, and verified when it is read. Memory of this program stays bounded; zero pages take no
+disk; what is poured takes none either.
 Does not: start anything.
 """
 

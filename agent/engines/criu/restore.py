@@ -4,10 +4,11 @@ The images are laid out in a scratch folder, the memory as page files (``feed``)
 files are put back, and CRIU builds the tree. Its ``post-restore`` notification is the gate: all
 processes stand complete, none has run, connections are still locked.
 
-Promises: everything of the image has been read and verified, but for memory that may come late,
-and everything in the way on this host has been reported, before a process is started; a restore
-that fails leaves none of the tree and puts displaced files back. Where the quicker ways of bringing
-memory fail before the tree runs, the next one is taken, the last of them CRIU's own.
+Promises: everything in the way on this host has been reported, and everything of the image been
+read and verified, before a process is started; where memory comes late, all other memory is
+verified before one runs. A restore that fails leaves none of the tree and puts displaced files
+back. Where the quicker ways of bringing memory fail before the tree runs, the next one is taken,
+the last of them CRIU's own.
 Does not: know where the bytes come from.
 """
 
