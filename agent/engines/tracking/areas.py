@@ -119,9 +119,10 @@ def escapes(pid: int) -> Escapes:
     direct, directly = False, Directly(pid)
     for number in proc.descriptors(pid):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if proc.descriptor_link(pid, number).startswith(_WRITERS):
+            link = proc.descriptor_link(pid, number)
+            if link.startswith(_WRITERS):
                 return Escapes("it uses a device or io_uring that writes memory by itself")
-            direct = direct or directly.reads(number)
+            direct = direct or directly.reads(number, link)
     return Escapes("", direct)
 
 

@@ -43,21 +43,22 @@ class Directly:
         self._pid = pid
         self._cached: frozenset[int] | None = None
 
-    def reads(self, number: int) -> bool:
-        """Whether reads through this descriptor may go past the page cache.
+    def reads(self, number: int, link: str) -> bool:
+        """Whether reads through this descriptor, which is ``link``, may go past the page cache.
 
         Raises:
             FileNotFoundError | ProcessLookupError: it has been closed.
             errors.NotFound: the process has ended.
         """
+        # What begins otherwise is no file: a pipe, a socket, an object of the kernel's.
+        if not link.startswith("/"):
+            return False
         info = proc.descriptor_info(self._pid, number)
         if info.flags & os.O_ACCMODE == os.O_WRONLY:
             return False
         if info.flags & _O_DIRECT:
             return True
-        link = proc.descriptor_link(self._pid, number)
-        # What begins otherwise is no file: a pipe, a socket, an object of the kernel's.
-        if not link.startswith("/") or link.startswith(_MEMORY):
+        if link.startswith(_MEMORY):
             return False
         if self._cached is None:
             self._cached = _cached(mounts.of(self._pid))
