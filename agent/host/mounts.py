@@ -7,6 +7,7 @@ Does not: mount or unmount anything.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 from agent import errors
@@ -43,13 +44,19 @@ def of(pid: int | str) -> list[Mount]:
     """
     try:
         with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.read().splitlines()
+            text = file.read()
     except (FileNotFoundError, ProcessLookupError) as exc:
         raise errors.NotFound(f"there is no process {pid}", pid=pid) from exc
     except OSError as exc:
         # What the kernel says of a process that has ended but was not reaped.
         raise errors.NotFound(f"process {pid} has no mounts: {exc.strerror}", pid=pid) from exc
-    return [_mount(line) for line in lines]
+    return list(_table(text))
+
+
+# Processes have few tables between them, which hardly ever change and can have thousands of lines.
+@functools.lru_cache(maxsize=4)
+def _table(text: str) -> tuple[Mount, ...]:
+    return tuple(_mount(line) for line in text.splitlines())
 
 
 def _mount(line: str) -> Mount:
