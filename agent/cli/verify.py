@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from agent import wiring
+from agent import errors, wiring
 from agent.cli import arguments, documents, exits, progress
 from agent.cli.invocation import Invocation, Verb, pass_invocation
 from agent.model import ids
@@ -40,7 +40,13 @@ def verb(invocation: Invocation, image: str | None, everything: bool, storage: s
     for group, epoch in wanted:
         name = ids.image_name(group, epoch)
         with progress.for_reading(invocation.quiet, name) as show:
-            reports.append((name, store.verify(group, epoch, show)))
+            try:
+                reports.append((name, store.verify(group, epoch, show)))
+            except errors.NotFound:
+                if image is not None:
+                    raise
+                # Removed since it was listed, as a watch does that keeps the last ones.
+                invocation.say(f"{name} was deleted meanwhile")
     if not reports:
         invocation.say("no images")
     name = reports[0][0] if image else str(settings.store)

@@ -243,7 +243,11 @@ def _offer_older(
     """Add the newest older good image to ``damage``; reading it whole is what makes it good."""
     older = [summary for summary in store.epochs(group) if summary.epoch < epoch]
     for summary in reversed(older):
-        if summary.damage is None and store.verify(group, summary.epoch).good:
+        try:
+            good = summary.damage is None and store.verify(group, summary.epoch).good
+        except errors.NotFound:
+            continue  # it was deleted meanwhile
+        if good:
             name = ids.image_name(group, summary.epoch)
             damage.facts["older_good"] = name
             damage.hint = f"the newest older good image is {name}"

@@ -376,6 +376,26 @@ def test_verify_names_each_damaged_part_and_is_status_5(
     assert run("verify", images[0]).status == exits.DATA
 
 
+def test_what_is_deleted_while_all_images_are_verified_hides_no_damage_of_others(
+    run: Any, images: list[str], folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(folder)
+    verify, looked = Store.verify, []
+
+    def meanwhile(store: Store, group: Any, epoch: Any, *rest: Any) -> Any:
+        looked.append(epoch)
+        if len(looked) == len(images):
+            store.delete(group, epoch)
+        return verify(store, group, epoch, *rest)
+
+    monkeypatch.setattr(Store, "verify", meanwhile)
+    ran = run("verify", "--all", "-o", "json")
+    assert ran.status == exits.DATA
+    assert f"{images[-1]} was deleted meanwhile" in ran.err
+    names = [item["name"] for item in ran.document()["items"]]
+    assert names == images[:-1]
+
+
 def test_an_image_with_a_damaged_manifest_is_listed_as_such(
     run: Any, images: list[str], folder: pathlib.Path
 ) -> None:

@@ -8,16 +8,18 @@ import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from agent import errors
+from agent.engines.base import Engine, RestoreOptions
 from agent.host import clock
 from agent.model import ids
 from agent.model.streams import MemberSource
-from agent.node import archives
+from agent.node import archives, restore
 from agent.store import holding, intents, layout
-from agent.store.repository import EpochSummary, MemberReader, Store
+from agent.store.repository import EpochSummary, MemberReader, Store, VerifyReport
 from agent.store.retention import Retention
 from agent.volumes.base import Volume
 from agent.volumes.directory import DirectoryVolume
@@ -105,6 +107,25 @@ def test_what_is_deleted_while_it_is_verified_is_not_called_damaged(
         assert list(volume.list(layout.SUSPECTS)) == []
         if step >= len(verified.calls):
             break
+
+
+def test_an_older_image_that_is_deleted_meanwhile_is_not_offered_for_a_damaged_one(
+    store: Store, volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oldest, older, newest = (dump(store, images.simple(n), NOW_S + n) for n in (1, 2, 3))
+    volume.delete(layout.member_name(GROUP, newest.epoch, MEMBER))
+    verify = Store.verify
+
+    def meanwhile(store: Store, group: ids.GroupName, epoch: ids.EpochId) -> VerifyReport:
+        if epoch == older.epoch:
+            store.delete(group, epoch)
+        return verify(store, group, epoch)
+
+    monkeypatch.setattr(Store, "verify", meanwhile)
+    engine = cast("Engine", None)  # asked only when the image is found whole
+    with pytest.raises(errors.DataError) as caught:
+        restore.restore(store, engine, ids.image_name(GROUP, newest.epoch), RestoreOptions())
+    assert caught.value.facts["older_good"] == ids.image_name(GROUP, oldest.epoch)
 
 
 def test_what_is_exported_is_not_deleted(store: Store, volume: Volume) -> None:
