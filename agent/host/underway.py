@@ -41,8 +41,8 @@ _HARMLESS = frozenset(
 _READS = frozenset((0, 17, 19, 45, 47, 295, 299, 327))
 # Who is seen running so often in a row probably computes.
 _LOOKS = 4
-# More do not run at once on most machines, and each is asked about again and again.
-_AT_ONCE = 16
+# More hardly ever run, or wait for a disk, at once, and each is asked about again and again.
+_AT_ONCE = 128
 _LOOK_S = 0.001
 _POLL_S = 0.0002
 
