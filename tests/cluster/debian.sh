@@ -24,8 +24,8 @@ need_program() { # PROGRAM=PACKAGE...: installs from the machine's own suite wha
   [ ${#missing[@]} -gt 0 ] || return 0
   command -v apt-get >/dev/null || die "missing here: ${missing[*]}" "install them and repeat"
   say "installing ${missing[*]}"
-  apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  apt-get update -qq -o Acquire::Retries=6
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Acquire::Retries=6 --no-install-recommends "${missing[@]}" >/dev/null
 }
 
 unpack_packages() { # SUITE DIRECTORY PACKAGE...: packages of another suite, unpacked, without dependencies
@@ -33,7 +33,7 @@ unpack_packages() { # SUITE DIRECTORY PACKAGE...: packages of another suite, unp
   apt=$(mktemp -d); mkdir -p "$apt/"{etc,state/lists/partial,cache/archives/partial} "$into"; : > "$apt/status"
   # A testing suite's Release file may have expired; its signature is still checked.
   echo "deb [check-valid-until=no signed-by=$DEBIAN_KEYS] $(debian_mirror) $suite main" > "$apt/etc/sources.list"
-  local opts=(-qq -o "Dir::State=$apt/state" -o "Dir::State::status=$apt/status" -o "Dir::Cache=$apt/cache"
+  local opts=(-qq -o Acquire::Retries=6 -o "Dir::State=$apt/state" -o "Dir::State::status=$apt/status" -o "Dir::Cache=$apt/cache"
     -o "Dir::Etc::sourcelist=$apt/etc/sources.list" -o Dir::Etc::sourceparts=/dev/null
     -o Dir::Etc::preferencesparts=/dev/null -o APT::Sandbox::User=root)
   apt-get "${opts[@]}" update

@@ -27,16 +27,8 @@ def install(programs: Mapping[str, str]) -> None:
         }
         if not missing:
             return
-        command = [
-            "apt-get",
-            "-o",
-            "DPkg::Lock::Timeout=60",
-            "install",
-            "-y",
-            "-qq",
-            "--no-install-recommends",
-            *missing,
-        ]
+        # A mirror or a resolver that is away for a moment is asked again for about a minute.
+        apt = ["apt-get", "-qq", "-o", "Acquire::Retries=6", "-o", "DPkg::Lock::Timeout=60"]
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for each in (["apt-get", "update", "-qq"], command):
-            subprocess.run(each, check=True, stdout=subprocess.DEVNULL, env=environment)
+        for each in (["update"], ["install", "-y", "--no-install-recommends", *missing]):
+            subprocess.run([*apt, *each], check=True, stdout=subprocess.DEVNULL, env=environment)
