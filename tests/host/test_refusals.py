@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import stat
 import struct
 import subprocess
@@ -21,7 +22,7 @@ from agent.engines.base import CaptureOptions, RestoreOptions
 from agent.engines.criu import preflight
 from agent.engines.criu.engine import CriuEngine
 from agent.engines.kubelet.engine import KubeletEngine
-from agent.host import proc, system
+from agent.host import clock, proc, system
 from agent.model.container import Container
 from agent.node.plan import plan_dump
 from tests.conftest import NOT_TO_BE_HAD
@@ -169,6 +170,25 @@ def test_a_process_that_uses_userfaultfd_is_refused_unfrozen_by_every_engine(
     engine = KubeletEngine(cast("Any", None), "team", "pod-1", [container])
     with pytest.raises(errors.TargetUnsuitable, match="uses userfaultfd"):
         engine.capture(popen.pid, MemoryImage(), Cut(), CaptureOptions())
+
+
+@pytest.mark.parametrize("who", ["root", "child"])
+def test_a_process_without_its_main_thread_is_refused_unfrozen(host: Host, who: str) -> None:
+    popen, number = holder(
+        host,
+        "import signal,threading\n"
+        "signal.signal(signal.SIGUSR1,lambda *_:ctypes.CDLL(None).syscall(60,0))\n"
+        f"fd=os.{'getpid' if who == 'root' else 'fork'}()\n"
+        "if fd in (0,os.getpid()): threading.Thread(target=time.sleep,args=(1000,)).start()\n"
+        "if not fd: time.sleep(1000)",
+    )
+    deadline = clock.Deadline.after(20)
+    assert clock.wait_until(lambda: proc.stat(number).threads == 2, deadline)
+    os.kill(number, signal.SIGUSR1)
+    assert clock.wait_until(lambda: proc.stat(number).state == "Z", deadline)
+    refusal = refused(host, popen.pid)
+    assert isinstance(refusal, errors.TargetUnsuitable)
+    assert f"the main thread of process {number}" in refusal.message
 
 
 def test_what_a_dump_puts_into_a_process_for_an_instant_is_no_use_of_userfaultfd(

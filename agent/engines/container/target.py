@@ -188,6 +188,7 @@ def described(pids: Iterable[int]) -> str:
 
 def _refuse_process(pid: int, inner: proc.Identity) -> None:
     stat = proc.stat(pid)
+    preflight.refuse_headless(stat)
     if stat.state in "ZX":
         return
     status = proc.status(pid)

@@ -11,12 +11,14 @@ import os
 from collections.abc import Collection
 
 from agent import errors
-from agent.host import multicast, pagemap, proc
+from agent.host import clock, multicast, pagemap, proc
 from agent.model import gpus
 from agent.model.hooks import RELEASE_GPU, TEARDOWN_RDMA
 
 # The kernel's names for verbs (uverbs0) and the connection manager (rdma_cm).
 RDMA_DEVICES = "/dev/infiniband/"
+# How long the threads of a process may take that ends.
+_ENDING_S = 0.2
 # As an object, and as the device that makes one.
 _USERFAULTFDS = ("anon_inode:[userfaultfd]", "/dev/userfaultfd")
 # include/uapi/linux/capability.h. CRIU reads and writes other processes (SYS_PTRACE), their files
@@ -57,6 +59,7 @@ def target(pid: int) -> list[proc.Identity]:
             hint="only programs can be dumped",
             pid=pid,
         )
+    refuse_headless(root)
     if root.state in "ZX":
         raise errors.TargetUnsuitable(
             f"process {pid} ({root.comm}) has ended and waits for its parent",
@@ -85,6 +88,7 @@ def target(pid: int) -> list[proc.Identity]:
 
 def _suitable(pid: int, ours: dict[str, int]) -> None:
     stat = proc.stat(pid)
+    refuse_headless(stat)
     if stat.state in "ZX":
         return  # its parent has not asked for its status yet; CRIU keeps it as it is
     status = proc.status(pid)
@@ -109,6 +113,28 @@ def _suitable(pid: int, ours: dict[str, int]) -> None:
     refuse_gpus(pid)
     refuse_multicast(pid)
     refuse_userfaultfds(pid)
+
+
+def refuse_headless(stat: proc.Stat) -> None:
+    """Refuse a process whose main thread has ended while others go on: CRIU would when all stand
+    still, and what the process has is not to be seen by its number.
+
+    Raises:
+        errors.NotFound: the process has ended.
+        errors.TargetUnsuitable: it is one.
+    """
+    if stat.state not in "ZX":
+        return
+    # One that is just ending looks like that for a moment.
+    if not clock.wait_until(
+        lambda: proc.stat(stat.pid).threads <= 1, clock.Deadline.after(_ENDING_S)
+    ):
+        raise errors.TargetUnsuitable(
+            f"the main thread of process {stat.pid} ({stat.comm}) has ended while others go on,"
+            " which CRIU cannot capture",
+            hint="let the main thread wait for the others",
+            pid=stat.pid,
+        )
 
 
 def refuse_userfaultfds(pid: int) -> None:
