@@ -24,11 +24,11 @@ MEANING = {
     INTERNAL: "internal error: a defect of ckpt-agent",
     USAGE: "wrong usage",
     REFUSED: "refused; nothing was touched",
-    FAILED: "failed and undone; the job is as it was before",
+    FAILED: "failed; a job that ran is as it was, of a restored one nothing runs",
     DATA: "an image is damaged or parts of it are missing",
     VOLUME: "the store's volume failed, is full or is not there",
     ENVIRONMENT: "CRIU, the kernel or privileges do not suffice, or the cluster does not answer",
     MOVE_INCOMPLETE: "a move stopped midway; the image is committed, the message says what goes on",
-    INTERRUPTED: "interrupted; the job goes on",
+    INTERRUPTED: "interrupted; a job that was dumped goes on, of a restored one nothing runs",
     PIPE_CLOSED: "nobody reads standard output any more",
 }
