@@ -101,6 +101,11 @@ class Calls:
                     hint="does it hang, or is its node cut off? its pods go on by themselves",
                 ) from exc
             raise found from exc
+        except ValueError as exc:
+            # All that gRPC says of a channel that another thread has closed just before.
+            raise errors.Unreachable(
+                f"{self.peer} is not asked any more: {exc}", hint="what asked it has ended"
+            ) from exc
 
     def _events(self, call: Any, cancel: threading.Event | None) -> Iterator[Any]:
         """The events of a stream; cancelled when ``cancel`` is set, or when left early."""

@@ -47,6 +47,15 @@ def test_the_token_is_asked_for_at_each_call(ours: Authority, agents: nodeagent.
         assert agent.images("ns") == []
 
 
+def test_who_is_asked_when_the_connection_was_closed_meanwhile_cannot_be_reached(
+    ours: Authority, agents: nodeagent.Cluster
+) -> None:
+    with connected(agents, ours, ours) as agent:
+        assert agent.images("ns") == []
+    with pytest.raises(errors.Unreachable, match="not asked any more"):
+        agent.images("ns")
+
+
 @pytest.mark.parametrize("wrong", ["authority", "name"])
 def test_nothing_is_said_to_an_agent_that_is_not_the_one_meant(
     ours: Authority, agents: nodeagent.Cluster, wrong: str
