@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
 import re
 from collections.abc import Iterator
@@ -145,19 +144,6 @@ class DescriptorInfo:
 
     flags: int
     mount_id: int
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryByKind:
-    """/proc/PID/smaps_rollup in bytes; ``pss_*`` share a page between its users."""
-
-    rss: int
-    pss: int
-    pss_anon: int
-    pss_file: int
-    pss_shmem: int
-    private_dirty: int
-    swap: int
 
 
 @contextlib.contextmanager
@@ -463,31 +449,6 @@ def exe(pid: int) -> str:
         except FileNotFoundError:
             stat(pid)
             return ""
-
-
-def memory(pid: int) -> MemoryByKind:
-    """Memory by kind; all zero for a zombie. Walks the page tables: about 30 ms a GiB."""
-    values: dict[str, int] = {}
-    with _process(pid):
-        try:
-            lines = _read(f"/proc/{pid}/smaps_rollup").decode().splitlines()[1:]
-        except OSError as exc:
-            if exc.errno != errno.ESRCH:
-                raise
-            stat(pid)  # a zombie has no memory to walk but still a name
-            lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        values[key] = int(value.split()[0]) << 10
-    return MemoryByKind(
-        rss=values.get("Rss", 0),
-        pss=values.get("Pss", 0),
-        pss_anon=values.get("Pss_Anon", 0),
-        pss_file=values.get("Pss_File", 0),
-        pss_shmem=values.get("Pss_Shmem", 0),
-        private_dirty=values.get("Private_Dirty", 0),
-        swap=values.get("Swap", 0),
-    )
 
 
 @dataclasses.dataclass(frozen=True)
