@@ -48,7 +48,9 @@ class Cluster:
     # Called instead of giving an operation up that is asked to.
     deaf: Callable[[], None] | None = None
     changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
-    # Of a replica, by name: ends its calls as its death would.
+    # Set once somebody watches an operation: what made it was answered.
+    watched: threading.Event = dataclasses.field(default_factory=threading.Event)
+    # Of a replica, by name: ends its calls as its death would; none goes on when it returns.
     ends: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)
     healths: dict[str, openly.Health] = dataclasses.field(default_factory=dict)
 
@@ -146,6 +148,7 @@ class _Servicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     def WatchOperation(self, request: Any, context: Any) -> Iterator[api.Operation]:
         self._begin("Watch", request, context)
+        self._cluster.watched.set()
         found, seen = self._found(request, context), 0
         while context.is_active():
             with self._cluster.changed:
@@ -220,7 +223,7 @@ def running(cluster: Cluster, name: str, authority: Authority) -> Iterator[str]:
     cluster.lead(cluster.leader)
     port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, certificate)]))
     server.start()
-    cluster.ends[name] = lambda: server.stop(0)
+    cluster.ends[name] = lambda: server.stop(0).wait(30)
     try:
         yield f"127.0.0.1:{port}"
     finally:

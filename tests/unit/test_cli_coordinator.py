@@ -211,6 +211,7 @@ def test_a_replica_that_dies_is_followed_by_the_next(
     run: Any, cluster: coordinator.Cluster, world: World
 ) -> None:
     def dies() -> None:
+        assert cluster.watched.wait(30)
         cluster.leader = "b"
         cluster.ends["a"]()
         del world.api.pods["ckpt-agent", "coordinator-a"]

@@ -88,6 +88,7 @@ def test_it_goes_on_with_the_replica_that_takes_over(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def dies() -> None:
+        assert cluster.watched.wait(30)
         cluster.lead("b")
         cluster.ends["a"]()
 
