@@ -262,7 +262,7 @@ def main(arguments: list[str]) -> int:
             sections[name] = bench.section(name)
             sections[name].notes.append(f"`{command}`, load before {load}")
     finally:
-        cluster.kubectl("delete", "namespace", _NAMESPACE, "--timeout=120s", timeout_s=150)
+        oncluster.delete_all(cluster, _NAMESPACE)
     chosen = [sections[name] for name in _SECTIONS if name in sections]
     command = "python -m bench.incluster"
     (out / "report.md").write_text(report.markdown(chosen, command, facts))

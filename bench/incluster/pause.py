@@ -16,6 +16,7 @@ from typing import Any
 from bench import oncluster
 from bench.figures import Samples
 from bench.incluster import workload
+from bench.machine import warm
 from bench.report import Section, Target
 from tests.cluster.cluster import Cluster
 
@@ -32,7 +33,7 @@ _HOW = (
     " `ckpt-agent dump pod/NAME` of a pod with the label and of one without; `runc checkpoint"
     " --leave-running` of the first, which is how container runtimes call `criu dump`, to tmpfs;"
     " and the kubelet's own checkpoint of it, which is the same through containerd, to the node's"
-    " disk, and packs an archive. Memory was touched before."
+    " disk, and packs an archive. Memory was touched before each."
 )
 
 
@@ -101,6 +102,7 @@ def measure(cluster: Cluster, namespace: str, pairs: int, memory_mib: int) -> Se
     with _tmpfs(cluster):
         for number in range(pairs):
             for name in turns if number % 2 == 0 else reversed(turns):
+                warm(2 * memory_mib << 20)
                 found[name].append(pods.paused(*turns[name]))
     ways = [pods.way(each["name"]) | {"stop_s": each["stopSeconds"]} for each in made[-2:]]
     return _told(
