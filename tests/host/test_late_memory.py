@@ -5,24 +5,28 @@ fails.
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent import errors
-from agent.engines.base import CaptureOptions, Fills, RestoreOptions
-from agent.engines.criu import lazy
-from agent.host import proc
+from agent.engines.base import CaptureOptions, Disposition, Fills, RestoreOptions
+from agent.engines.criu import lazy, pour, sites
+from agent.host import proc, subprocesses
 from agent.model import ids
 from agent.node import dump as node_dump
 from agent.node import restore as node_restore
 from agent.store import blocks, catalog
 from agent.store.repository import Store
 from agent.volumes.directory import DirectoryVolume
-from tests.host.conftest import TARGETS, Gate, Host
+from tests.host.conftest import TARGETS, Cut, Gate, Host
 from tests.host.image import MemoryImage, MemorySource
 from tests.host.test_epochs import flip
 from tests.host.test_lazy_restore import Filled, keepers, until
@@ -135,7 +139,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     def refuse(descriptor: int, deferred: lazy.Deferred, pid: int) -> None:
         asked.append(pid)
-        raise errors.RestoreFailed("the kernel refuses")
+        raise lazy.LateRefused("the kernel refuses")
 
     monkeypatch.setattr(lazy, "ask_for", refuse)
     yield asked
@@ -158,6 +162,169 @@ def test_where_memory_cannot_come_late_all_of_it_comes_first(
     filled.ask("some", "moved", "forgotten", "all")
     os.kill(tree.pid, 0)
     tree.kill()
+    host.assert_clean()
+
+
+def test_where_memory_cannot_be_poured_it_is_read_once_more_only(
+    host: Host, filled: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = host.dump(filled)
+    host.kill(filled)
+    met: list[str] = []
+
+    def refuse(*_: object) -> int:
+        met.append("poured")
+        raise pour.PourRefused("not allowed")
+
+    monkeypatch.setattr(pour, "pour", refuse)
+    monkeypatch.setattr(pour, "write", refuse)
+    source = Looked(image)
+    tree = host.engine.restore(source, RestoreOptions(fills=Fills()), Gate())
+    host.trees.append(tree)
+    assert met == ["poured"]
+    assert not source.verified.is_set()
+    filled.ask("some", "moved", "forgotten", "all")
+    tree.kill()
+    host.assert_clean()
+
+
+TAKE = """
+import os, sys, time
+number = int(sys.argv[1])
+while True:
+    with open("/proc/sys/kernel/ns_last_pid", "w") as counter:
+        counter.write(str(number - 1))
+    if not (child := os.fork()):
+        time.sleep(600 if os.getpid() == number else 0)
+        os._exit(0)
+    if child == number:
+        break
+"""
+
+
+def before_criu(monkeypatch: pytest.MonkeyPatch, what: Callable[[], None]) -> list[str]:
+    """Let ``what`` happen when nothing stood in the way; returns an entry an attempt."""
+    attempts: list[str] = []
+    configure = sites.InPlace.configure
+
+    def spoiled(site: sites.InPlace, opts: Any) -> None:
+        attempts.append("asked")
+        if len(attempts) == 1:
+            what()
+        configure(site, opts)
+
+    monkeypatch.setattr(sites.InPlace, "configure", spoiled)
+    return attempts
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_number_that_is_taken_is_told_at_once_unless_it_is_free_again(
+    host: Host, filled: Filled, monkeypatch: pytest.MonkeyPatch, stays: bool
+) -> None:
+    image = host.dump(filled)
+    host.kill(filled)
+    undo = sites.InPlace.undo
+
+    def undone(site: sites.InPlace, *args: Any) -> None:
+        if not stays:
+            subprocesses.signal_quietly(filled.pid)
+        undo(site, *args)
+
+    def take() -> None:
+        subprocess.run([sys.executable, "-c", TAKE, str(filled.pid)], check=True)
+
+    monkeypatch.setattr(sites.InPlace, "undo", undone)
+    monkeypatch.setattr(sites, "_DEATH_S", 0.5 if stays else 5.0)
+    attempts = before_criu(monkeypatch, take)
+    fills, source = Fills(), Looked(image)
+    if stays:
+        with pytest.raises(errors.CriuFailed, match="File exists"):
+            host.engine.restore(source, RestoreOptions(fills=fills), Gate())
+        assert attempts == ["asked"]
+        os.kill(filled.pid, 9)
+    else:
+        with fills:
+            tree = host.engine.restore(source, RestoreOptions(fills=fills), Gate())
+            host.trees.append(tree)
+            assert attempts == ["asked", "asked"]
+            assert fills.total_bytes
+            fills.wait(lambda: None)
+            filled.ask("some", "moved", "forgotten", "all")
+            tree.kill()
+    assert not source.verified.is_set()
+    host.assert_clean()
+
+
+def prefaced(host: Host, preface: str, *words: str) -> Filled:
+    """The same tree, which does this before anything else, ``words`` being ``sys.argv``."""
+    folder = host.folder / "target"
+    folder.mkdir()
+    script = f"import sys\n{preface}\nsys.argv = ['filled', sys.argv[-1]]\n"
+    script += f"exec(open({str(TARGETS / 'filled.py')!r}).read())"
+    target = Filled(folder, host.popen([sys.executable, "-c", script, *words, str(folder)]).pid)
+    assert target.said() == "right"
+    return target
+
+
+def test_a_failure_that_has_nothing_to_do_with_late_memory_is_told_before_memory_is_read(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    listen = "import socket; at = socket.create_server(('127.0.0.1', int(sys.argv[1])))"
+    target = prefaced(host, listen, str(port))
+    image = host.dump(target)
+    host.kill(target)
+    taken: list[socket.socket] = []
+    attempts = before_criu(
+        monkeypatch, lambda: taken.append(socket.create_server(("127.0.0.1", port)))
+    )
+    source = Looked(image)
+    with pytest.raises(errors.CriuFailed, match="bind"):
+        host.engine.restore(source, RestoreOptions(fills=Fills()), Gate())
+    taken[0].close()
+    assert attempts == ["asked"]
+    assert not source.verified.is_set()
+    host.assert_clean()
+
+
+ECHO = """
+import socket, threading
+def echo(peer):
+    while said := peer.recv(100):
+        peer.sendall(said.upper())
+peer = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+threading.Thread(target=echo, args=(peer,), daemon=True).start()
+"""
+
+
+def test_a_peer_that_speaks_between_two_attempts_is_heard_by_the_second(
+    host: Host, refused: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        target = prefaced(host, ECHO, str(server.getsockname()[1]))
+        peer = server.accept()[0]
+    with peer:
+        peer.settimeout(20)
+        peer.sendall(b"one")
+        assert peer.recv(100) == b"ONE"
+        image = MemoryImage()
+        cut = Cut(disposition=Disposition.KILL)
+        host.capture(target.pid, image, cut, CaptureOptions(kill=True))
+        host.popens[0].wait()
+        undo = sites.InPlace.undo
+
+        def undone(site: sites.InPlace, *args: Any) -> None:
+            undo(site, *args)
+            peer.sendall(b"two")  # to nobody: a reset would end the connection
+            time.sleep(0.3)
+
+        monkeypatch.setattr(sites.InPlace, "undo", undone)
+        tree = host.engine.restore(MemorySource(image), RestoreOptions(fills=Fills()), Gate())
+        host.trees.append(tree)
+        assert peer.recv(100) == b"TWO"
+        target.ask("some", "moved", "forgotten", "all")
+        tree.kill()
     host.assert_clean()
 
 

@@ -68,3 +68,23 @@ def test_any_bytes_are_a_log(raw: bytes) -> None:
 
 def test_a_log_that_was_never_opened_is_empty() -> None:
     assert log.read("/nonexistent/log") == log.Log((), ())
+
+
+@pytest.mark.parametrize(
+    ("line", "late", "number"),
+    [
+        ("Error (criu/uffd.c:1): Unable to open an userfaultfd descriptor", True, False),
+        ("Error (criu/pie/restorer.c:1): lazy-pages: register 7 failed: rc:-22", True, False),
+        ("Error (criu/kerndat.c:1): Lazy pages are not available", True, False),
+        ("Error (criu/cr-restore.c:1): Can't fork for 7: File exists", False, True),
+        ("9: Error (criu/pie/restorer.c:1): Unable to create a thread: -17", False, True),
+        ("9: Error (criu/pie/restorer.c:1): Unable to create a thread: -11", False, False),
+        ("Error (criu/sk-inet.c:1): Can't bind inet socket: Address already in use", False, False),
+    ],
+)
+def test_what_another_attempt_may_help_against_is_known(
+    line: str, late: bool, number: bool
+) -> None:
+    failure = log.failure("restore", log.parse(line.encode()))
+    assert log.blames_lazy_mode(failure) is late
+    assert log.blames_numbers(failure) is number

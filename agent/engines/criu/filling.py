@@ -55,7 +55,7 @@ class Fill:
     may pass without a page before it is given up.
 
     Raises:
-        errors.RestoreFailed: the keeper cannot be had; nothing of it is left.
+        lazy.LateRefused: the keeper cannot be had; nothing of it is left.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class Fill:
         try:
             self._introduce(descriptors, tree)
         except OSError as exc:
-            raise errors.RestoreFailed(
+            raise lazy.LateRefused(
                 f"the program that fills the tree's memory does not listen: {exc}",
                 hint="restore it again, or with --eager",
             ) from exc
@@ -218,7 +218,10 @@ class Fill:
             )
         self._channel.send(keeper.BEGIN)
         if self._channel.recv(1) != keeper.READY:
-            raise _keeper_lost()
+            raise lazy.LateRefused(
+                "the program that fills the tree's memory ended before it began",
+                hint="restore it again, or with --eager",
+            )
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:

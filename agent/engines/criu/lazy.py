@@ -45,6 +45,12 @@ _MAP_GROWSDOWN, _MAP_LOCKED = 0x100, 0x2000
 _MADV_DONTFORK, _MADV_WIPEONFORK = 1 << 10, 1 << 18
 
 
+class LateRefused(errors.RestoreFailed):
+    """Memory cannot come when the tree runs already; it may come before."""
+
+    code = "late-memory-refused"
+
+
 @dataclasses.dataclass(frozen=True)
 class Deferred:
     """What comes later of one process: its mappings as (start, end), and the runs in them."""
@@ -248,7 +254,7 @@ def ask_for(descriptor: int, deferred: Deferred, pid: int) -> list[PageRun]:
     for which it will not, since something is there.
 
     Raises:
-        errors.RestoreFailed: the kernel refuses.
+        LateRefused: the kernel refuses.
     """
     there = []
     pages = Pagemap(pid)
@@ -259,7 +265,7 @@ def ask_for(descriptor: int, deferred: Deferred, pid: int) -> list[PageRun]:
                 descriptor, uffd.UFFDIO_REGISTER, start, length, uffd.MODE_MISSING, 0
             )
             if problem:
-                raise errors.RestoreFailed(
+                raise LateRefused(
                     f"memory at {start:#x} cannot be filled later: {os.strerror(problem)}",
                     hint="restore it with --eager",
                 )

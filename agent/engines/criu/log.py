@@ -20,6 +20,11 @@ _LINE_CHARACTERS = 300
 # A log of level 4 can have megabytes; causes stand near its end.
 _READ_BYTES = 256 << 10
 
+# A process or a thread could not have its number (17 is EEXIST).
+_TAKEN = r"Can't fork for \d+: File exists|Unable to create a thread: -17"
+# What is said where memory is to come late; by the name of the source file, or of the socket.
+_LAZY = re.compile(r"uffd|userfault|[Ll]azy")
+
 # (pattern over the error lines, what to do about it); the first that matches is shown.
 _HINTS = (
     # A ring's descriptor cannot be handed over by a socket, which is how CRIU gets descriptors.
@@ -49,7 +54,7 @@ _HINTS = (
         "the terminal of the tree belongs to somebody else; start the program with its own",
     ),
     (
-        r"Can't fork for \d+: File exists|pid \d+ .*(exists|in use)|PID.*mismatch",
+        rf"{_TAKEN}|pid \d+ .*(exists|in use)|PID.*mismatch",
         "a pid of the tree is in use here; use --isolate",
     ),
     (
@@ -147,6 +152,21 @@ def failure(action: str, log: Log, errmsg: str = "", **facts: object) -> errors.
         log_tail=list(log.tail),
         **facts,
     )
+
+
+def blames_lazy_mode(failure: BaseException) -> bool:
+    """Whether CRIU failed at letting processes wait for their memory."""
+    return any(_LAZY.search(line) for line in _quoted(failure))
+
+
+def blames_numbers(failure: BaseException) -> bool:
+    """Whether CRIU failed since somebody had a number of the tree's."""
+    return any(re.search(_TAKEN, line) for line in _quoted(failure))
+
+
+def _quoted(failure: BaseException) -> list[str]:
+    quoted = failure.facts.get("log_errors") if isinstance(failure, errors.CriuFailed) else None
+    return quoted if isinstance(quoted, list) else []
 
 
 def died(action: str, status: int | None, path: str, otherwise: str) -> errors.CriuFailed:

@@ -7,16 +7,19 @@ processes stand complete, none has run, connections are still locked.
 Promises: everything in the way on this host has been reported, and everything of the image been
 read and verified, before a process is started; where memory comes late, all other memory is
 verified before one runs. A restore that fails leaves none of the tree and puts displaced files
-back. Where the quicker ways of bringing memory fail before the tree runs, the next one is taken,
-the last of them CRIU's own.
+back. Where a quicker way of bringing memory is what fails before the tree runs, a plainer one is
+taken, the last of them CRIU's own; any other failure is told at once. A number that somebody had
+only for a moment is tried again, once.
 Does not: know where the bytes come from.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -147,13 +150,12 @@ def run(
 
     ``taken`` are the host's numbers that it will have, with the moment when they were free.
     """
-    late = None if options.fills is None else options.fills.least_bytes
-    for pouring, defer_bytes in _ways(late):
+    way = _Way.FIRST if options.fills is None else _Way.LATE
+    again = True
+    while True:
         with places.operation("restore", taken, about=site.entry()) as operation:
             running = _Restore(
-                *(operation, places, site, source, known, options, gate, deadline),
-                pouring=pouring,
-                defer_bytes=defer_bytes,
+                *(operation, places, site, source, known, options, gate, deadline), way
             )
             try:
                 return running.run()
@@ -161,22 +163,29 @@ def run(
                 running.abandon()
                 site.undo(places, operation)
                 explained = running.explained(exc)
-                if not running.another_way(explained):
+                plainer = running.plainer(explained)
+                free = not any(proc.exists(who.pid) for who in taken)
+                if plainer is None and again and free and running.collided(explained):
+                    plainer, again = way, False
+                if plainer is None:
                     if explained is exc:
                         raise
                     raise explained from exc
-                logger.warning("memory is restored another way: %s", explained)
+                how = "once more" if plainer is way else "another way"
+                logger.warning("memory is restored %s: %s", how, explained)
+                way = plainer
             finally:
                 recovery.forget_gone_tables(places)
-    raise errors.RestoreFailed("no way to restore memory worked")
 
 
-def _ways(late: int | None) -> list[tuple[bool, int | None]]:
-    """How memory may come, the quickest way first: whether it is poured, and from how much on it
-    may come when the tree runs.
+class _Way(enum.Enum):
+    """How memory comes: what can when the tree runs, all of it into the standing tree, or through
+    page files.
     """
-    ways: list[tuple[bool, int | None]] = [(True, None), (False, None)]
-    return ways if late is None else [(True, late), *ways]
+
+    LATE = enum.auto()
+    FIRST = enum.auto()
+    FILES = enum.auto()
 
 
 def _refuse_conflicts(known: dict[str, Any], source: MemberSource, options: RestoreOptions) -> None:
@@ -206,9 +215,7 @@ class _Restore:
         options: RestoreOptions,
         gate: Gate,
         deadline: clock.Deadline,
-        *,
-        pouring: bool,
-        defer_bytes: int | None,
+        way: _Way,
     ) -> None:
         self._operation = operation
         self._places = places
@@ -218,9 +225,13 @@ class _Restore:
         self._gate = gate
         self._deadline = deadline
         self._images = operation.folder("images")
-        self._pouring = pouring
+        self._way = way
         self._feed = feed.Feed(
-            source, known, self._images, pouring=pouring, defer_bytes=defer_bytes
+            source,
+            known,
+            self._images,
+            pouring=way is not _Way.FILES,
+            defer_bytes=options.fills.least_bytes if options.fills and way is _Way.LATE else None,
         )
         self._stands = False
         self._daemon: lazy.Daemon | None = None
@@ -275,15 +286,26 @@ class _Restore:
             )
         return exc
 
-    def another_way(self, failure: BaseException) -> bool:
-        """Whether it may work if memory comes otherwise; not once others count on this one."""
+    def plainer(self, failure: BaseException) -> _Way | None:
+        """The way of bringing memory by which it may work, since this one is what failed; none once
+        others count on this one.
+        """
         if self._stands:
-            return False
+            return None
         if isinstance(failure, pour.PourRefused):
-            return self._pouring
-        return bool(self._feed.deferred) and isinstance(
-            failure, errors.RestoreFailed | errors.CriuFailed
-        )
+            return _Way.FILES if self._way is not _Way.FILES else None
+        if not self._feed.deferred:
+            return None
+        # Where a CRIU crashed is not known; one that was killed would be killed again.
+        crashed = self._criu_status not in (None, 128 + signal.SIGKILL)
+        late = isinstance(failure, lazy.LateRefused) or log.blames_lazy_mode(failure)
+        return _Way.FIRST if crashed or late else None
+
+    def collided(self, failure: BaseException) -> bool:
+        """Whether somebody had a number of the tree's, perhaps for a moment only: all of the host
+        take numbers, also what CRIU itself starts.
+        """
+        return not self._stands and log.blames_numbers(failure)
 
     @property
     def _log_path(self) -> str:
@@ -342,7 +364,7 @@ class _Restore:
         deferred = self._feed.deferred
         for space in deferred:
             if space.id not in descriptors:
-                raise errors.RestoreFailed(
+                raise lazy.LateRefused(
                     f"CRIU does not let process {space.id} wait for its memory",
                     hint="restore it with --eager",
                 )
