@@ -171,6 +171,7 @@ class Holder:
                     answers.append(answer)
                     continue
             time.sleep(_POLL_S)
+        os.unlink(os.path.join(self._directory, "request.json"))
         return answers
 
 

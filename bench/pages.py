@@ -3,7 +3,8 @@
 A root and its workers hold a stated mix: network weights, optimizer state, Python objects,
 program text, text files, zero pages, incompressible bytes. They are told what to do by a request
 in ``DIRECTORY/request.json`` and SIGUSR1 to the root, and answer in ``answer-N.json``; no file is
-open in between, so that nothing but memory is in an image.
+open in between, so that nothing but memory is in an image. Who asked removes the request when all
+have answered: a tree restored from before it would answer again, and read all of its memory for it.
 
 Promises: no page is there twice on purpose; a page made dirty keeps the kind of content it had;
 ``beat-N`` is touched every few milliseconds as long as worker N runs.
@@ -167,12 +168,12 @@ class Worker:
             np.put_along_axis(words, at, new, axis=1)
         pages[chosen] = part
 
-    def answer(self, request: dict[str, Any]) -> None:
+    def answer(self, request: dict[str, Any] | None) -> None:
         """Do what ``request`` says and write the answer, whole or not at all. A request that was
         answered already is left alone: CPython's sigtimedwait can return as if a signal had come
         when it was interrupted, as it is by a dump, and its time was over meanwhile.
         """
-        if request["serial"] == self._answered:
+        if request is None or request["serial"] == self._answered:
             return
         self._answered = request["serial"]
         said: dict[str, Any] = {"serial": request["serial"]}
@@ -202,10 +203,13 @@ def _noise(draw: Draw, region: Bytes) -> None:
         part[:] = draw.integers(0, 1 << 64, len(part), dtype=np.uint64)
 
 
-def _request(directory: str) -> dict[str, Any]:
-    with open(os.path.join(directory, "request.json")) as file:
-        request: dict[str, Any] = json.load(file)
-        return request
+def _request(directory: str) -> dict[str, Any] | None:
+    try:
+        with open(os.path.join(directory, "request.json")) as file:
+            request: dict[str, Any] = json.load(file)
+            return request
+    except FileNotFoundError:
+        return None
 
 
 def _work(directory: str, number: int, workers: int, size_bytes: int) -> None:
