@@ -1,4 +1,5 @@
-"""Another process's open files: a copy of one of its descriptors, by pidfd_getfd.
+"""Another process's open files: a copy of one of its descriptors, by pidfd_getfd, and which of its
+threads have others than it shows.
 
 Promises: the copy shares the open file with the process, and is closed with the context.
 Does not: close or change anything in the process.
@@ -8,9 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import platform
 from collections.abc import Iterator
 
+from agent.host import proc
+
+NR_KCMP = {"x86_64": 312, "aarch64": 272}
+KCMP_FILES = 2  # linux/kcmp.h
 # System call numbers are the same on every architecture since Linux 5.1.
 _PIDFD_GETFD = 438
 
@@ -36,3 +43,24 @@ def borrowed(pid: int, number: int) -> Iterator[int]:
         yield copy
     finally:
         os.close(copy)
+
+
+def apart(pid: int) -> list[int]:
+    """The threads of a process with a table of descriptors of their own (``unshare(CLONE_FILES)``),
+    which neither /proc/PID/fd nor CRIU looks at, ascending; none on a kernel that cannot compare.
+
+    Raises:
+        errors.NotFound: there is no such process.
+    """
+    number = NR_KCMP.get(platform.machine())
+    if number is None:
+        return []
+    found = []
+    for tid in proc.threads(pid):
+        if tid == pid:
+            continue
+        order: int = _libc.syscall(number, pid, tid, KCMP_FILES, 0, 0)
+        # Below zero it is not known; who has ended meanwhile has none.
+        if order and not (order < 0 and ctypes.get_errno() in (errno.ESRCH, errno.ENOSYS)):
+            found.append(tid)
+    return found

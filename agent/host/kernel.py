@@ -19,11 +19,11 @@ import struct
 import tempfile
 from collections.abc import Iterator
 
+from agent.host.descriptors import KCMP_FILES, NR_KCMP
 from agent.model import checkup
 
 # asm/unistd.h; pidfd_getfd and clone3 have the same number on every architecture.
 _NR_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
-_NR_KCMP = {"x86_64": 312, "aarch64": 272}
 _NR_PIDFD_GETFD = 438
 _NR_CLONE3 = 435
 
@@ -200,12 +200,12 @@ def _pidfd() -> bool:
 
 def _kcmp() -> bool:
     """Whether descriptors can be compared across processes (CONFIG_KCMP)."""
-    number = _NR_KCMP.get(platform.machine())
+    number = NR_KCMP.get(platform.machine())
     if number is None:
         return False
     ctypes.set_errno(0)
     pid = os.getpid()
-    result = _libc.syscall(number, pid, pid, 2, 0, 0)  # KCMP_FILES, linux/kcmp.h
+    result = _libc.syscall(number, pid, pid, KCMP_FILES, 0, 0)
     return result == 0 or ctypes.get_errno() not in (errno.ENOSYS, 0)
 
 

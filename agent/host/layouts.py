@@ -25,6 +25,8 @@ _HEX, _FLAGS = b"0123456789abcdef", b"VmFlags:"
 # What changes when writes to a mapping begin or cease to be noted (Documentation/filesystems/proc):
 # userfaultfd's three kinds and soft-dirty.
 _NOTED = frozenset((b"um", b"uw", b"ui", b"sd"))
+# Somebody is asked for what is not there: the kernel tells of userfaultfds in this way only.
+FILLED = frozenset((b"um", b"ui"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,15 @@ class Layouts:
         except errors.NotFound:
             return True  # nobody can tell any more, and nothing happened in all the time before
         return all(_kept(known[line]) == _kept(found.get(line, known[line])) for line in lines)
+
+
+def flags(pid: int) -> frozenset[bytes]:
+    """All that occur in the process's mappings now; a walk through its pages.
+
+    Raises:
+        errors.NotFound: there is no such process.
+    """
+    return frozenset().union(*(line.split()[1:] for line in _flags(pid).values()))
 
 
 def first_executable(pid: int) -> int | None:

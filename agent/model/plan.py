@@ -52,6 +52,8 @@ class Process:
     namespaces: Mapping[str, int] = dataclasses.field(default_factory=dict)
     descriptors: tuple[Descriptor, ...] = ()
     mappings: tuple[str, ...] = ()
+    # Threads that do not share its descriptors.
+    threads_apart: tuple[int, ...] = ()
 
     @property
     def captured_bytes(self) -> int:
@@ -285,6 +287,17 @@ def _of_observer(processes: Sequence[Process], observer: Observer) -> Iterator[F
             )
 
 
+def _of_threads(process: Process, label: str) -> Iterator[Finding]:
+    if process.threads_apart:
+        yield Finding(
+            "threads-apart",
+            label,
+            f"thread {', '.join(map(str, process.threads_apart[:3]))} has descriptors of its own,"
+            " which CRIU does not capture",
+            "let it share those of its process (no unshare(CLONE_FILES) in a thread)",
+        )
+
+
 def _of_process(process: Process, roots: Sequence[int], observer: Observer) -> Iterator[Finding]:
     label = _label(process)
     if process.kernel_thread:
@@ -304,6 +317,7 @@ def _of_process(process: Process, roots: Sequence[int], observer: Observer) -> I
             f"process {process.tracer} traces it, and only one tracer is possible",
             "end the debugger or strace",
         )
+    yield from _of_threads(process, label)
     for kind in ("pid", "mnt"):
         if process.namespaces.get(kind) != observer.namespaces.get(kind):
             yield Finding(

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Collection, Sequence
 
 from agent import errors
-from agent.host import kernel, proc, sockets
+from agent.host import descriptors, kernel, proc, sockets
 from agent.model import follow, plan
 from agent.model.container import Container
 from agent.model.hooks import RELEASE_GPU, TEARDOWN_RDMA
@@ -120,6 +120,7 @@ def _process(pid: int, *, required: bool) -> plan.Process | None:
             if gone
             else tuple(_descriptor(pid, file) for file in proc.open_files(pid)),
             mappings=tuple(dict.fromkeys(m.path for m in proc.maps(pid) if m.path)),
+            threads_apart=() if gone else tuple(descriptors.apart(pid)),
         )
     except errors.NotFound:
         if required:

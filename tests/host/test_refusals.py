@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -22,6 +23,7 @@ from agent.engines.base import CaptureOptions, RestoreOptions
 from agent.engines.criu import preflight
 from agent.engines.criu.engine import CriuEngine
 from agent.engines.kubelet.engine import KubeletEngine
+from agent.engines.tracking import areas
 from agent.host import clock, proc, system
 from agent.model.container import Container
 from agent.node.plan import plan_dump
@@ -170,6 +172,75 @@ def test_a_process_that_uses_userfaultfd_is_refused_unfrozen_by_every_engine(
     engine = KubeletEngine(cast("Any", None), "team", "pod-1", [container])
     with pytest.raises(errors.TargetUnsuitable, match="uses userfaultfd"):
         engine.capture(popen.pid, MemoryImage(), Cut(), CaptureOptions())
+
+
+def test_a_thread_with_descriptors_of_its_own_is_refused_unfrozen_by_every_engine(
+    host: Host,
+) -> None:
+    popen, number = holder(
+        host,
+        "import threading\n"
+        "ready=threading.Barrier(3)\n"
+        "def run(apart):\n"
+        "    if apart: assert ctypes.CDLL(None).unshare(0x400)==0\n"
+        "    apart and tids.append(threading.get_native_id());ready.wait();time.sleep(1000)\n"
+        "tids=[]\n"
+        "for each in (0,1): threading.Thread(target=run,args=(each,)).start()\n"
+        "ready.wait();(fd,)=tids",
+    )
+    refusal = refused(host, popen.pid)
+    assert isinstance(refusal, errors.TargetUnsuitable)
+    assert f"thread {number} of process {popen.pid}" in refusal.message
+    found = plan_dump([popen.pid], ghost_limit_bytes=1 << 20)
+    assert [each.code for each in found.blockers] == ["threads-apart"]
+    assert areas.escapes(popen.pid).reason == "one of its threads has descriptors of its own"
+    container = Container("c" * 64, "main", popen.pid, "")
+    engine = KubeletEngine(cast("Any", None), "team", "pod-1", [container])
+    with pytest.raises(errors.TargetUnsuitable, match="descriptors of its own"):
+        engine.capture(popen.pid, MemoryImage(), Cut(), CaptureOptions())
+
+
+_HANDED_OUT = """
+import array, mmap, socket
+size = 32 << 20
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+at = libc.mmap(None, size, 3, 0x22, -1, 0)
+other = ctypes.cast(libc.mmap(None, size, 3, 0x22, -1, 0), ctypes.POINTER(ctypes.c_char))
+for page in range(0, size, 4096): other[page] = b"x"
+fd = libc.syscall(323, os.O_CLOEXEC)
+fcntl.ioctl(fd, 0xC018AA3F, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))
+fcntl.ioctl(fd, 0xC020AA00, bytearray(struct.pack("QQQQ", at, size, 1, 0)))
+away = socket.socket(socket.AF_UNIX)
+away.connect(sys.argv[1] + ".socket")
+socket.send_fds(away, [b"."], [fd])
+os.close(fd); away.close()
+"""
+
+
+@pytest.mark.parametrize(
+    "options", [CaptureOptions(), CaptureOptions(precopy=True), CaptureOptions(kill=True)]
+)
+def test_a_process_whose_memory_another_one_fills_is_refused_unfrozen(
+    host: Host, options: CaptureOptions
+) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(host.folder / "number.socket"))
+        server.listen()
+        popen, _ = holder(host, _HANDED_OUT)
+        filler, _ = server.accept()
+        _, (descriptor,), _, _ = socket.recv_fds(filler, 1, 1)
+        filler.close()
+    try:
+        preflight.refuse_userfaultfds(popen.pid)
+        with pytest.raises(errors.TargetUnsuitable, match="is filled by another process"):
+            host.capture(popen.pid, MemoryImage(), options=options)
+    finally:
+        os.close(descriptor)
+    # Nobody does any more.
+    host.capture(popen.pid, MemoryImage(), options=CaptureOptions(precopy=options.precopy))
+    assert popen.poll() is None
+    host.assert_clean()
 
 
 @pytest.mark.parametrize("who", ["root", "child"])

@@ -358,6 +358,7 @@ def test_a_job_that_fills_memory_of_its_own_by_userfaultfd_is_not_disturbed(
     with pytest.raises(errors.TargetUnsuitable, match="uses userfaultfd"):
         host.capture(pid, MemoryImage(), options=OPTIONS)
     monkeypatch.setattr(preflight, "refuse_userfaultfds", lambda pid: None)
+    monkeypatch.setattr(preflight, "refuse_filled", lambda pid, flags: None)
     for number in range(2):
         image = Drafted("draft", 1, lambda: (folder / f"touch-{number}").touch())  # noqa: B023
         with pytest.raises(errors.ShortStopFailed, match="userfaultfd"):

@@ -210,6 +210,7 @@ def _refuse_process(pid: int, inner: proc.Identity) -> None:
         )
     preflight.refuse_multicast(pid)
     preflight.refuse_userfaultfds(pid)
+    preflight.refuse_apart(pid)
     lacking = rights.missing([status.uid], status.caps_held)
     if lacking:
         raise _unsuitable(

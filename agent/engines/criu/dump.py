@@ -40,7 +40,7 @@ from agent.engines.criu import (
 from agent.engines.criu.beside import Beside
 from agent.engines.criu.probe import Criu
 from agent.engines.criu.subject import Subject
-from agent.host import clock, deadman, proc
+from agent.host import clock, deadman, layouts, proc
 from agent.model.streams import AddressSpace, MemberSink, PageRun
 
 LOG = "dump.log"
@@ -257,6 +257,10 @@ class _Capture:
             self._short = shortstop.ShortStop(
                 self._root.pid, self._sink, self._held, self._deadline, self._options
             )
+        if self._short is None or not self._short.knows_flags:
+            for pid in self._pids:
+                with contextlib.suppress(errors.NotFound):
+                    preflight.refuse_filled(pid, layouts.flags(pid))
 
     @property
     def _expected_bytes(self) -> int:

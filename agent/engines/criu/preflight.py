@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection
 
 from agent import errors
-from agent.host import clock, multicast, pagemap, proc
+from agent.host import clock, descriptors, layouts, multicast, pagemap, proc
 from agent.model import gpus
 from agent.model.hooks import RELEASE_GPU, TEARDOWN_RDMA
 
@@ -113,6 +113,7 @@ def _suitable(pid: int, ours: dict[str, int]) -> None:
     refuse_gpus(pid)
     refuse_multicast(pid)
     refuse_userfaultfds(pid)
+    refuse_apart(pid)
 
 
 def refuse_headless(stat: proc.Stat) -> None:
@@ -162,6 +163,42 @@ def refuse_userfaultfds(pid: int) -> None:
             " memory on demand, post-copy migration)",
             pid=pid,
             descriptors=numbers,
+        )
+
+
+def refuse_filled(pid: int, flags: Collection[bytes]) -> None:
+    """Refuse a process with mappings of these ``flags`` (``host.layouts``) if somebody outside of
+    it fills its memory: what has not come yet would be taken for zero.
+
+    Raises:
+        errors.TargetUnsuitable: somebody does.
+    """
+    if not layouts.FILLED.isdisjoint(flags):
+        raise errors.TargetUnsuitable(
+            f"memory of process {pid} ({_comm(pid)}) is filled by another process (userfaultfd),"
+            " which CRIU cannot capture",
+            hint="let that end before the dump, or switch off what it is needed for (filling"
+            " memory on demand, post-copy migration)",
+            pid=pid,
+        )
+
+
+def refuse_apart(pid: int) -> None:
+    """Refuse a process whose threads do not all share its descriptors: CRIU looks at those of the
+    main thread only, and gives them to all.
+
+    Raises:
+        errors.NotFound: the process has ended.
+        errors.TargetUnsuitable: some do not; they are named.
+    """
+    threads = descriptors.apart(pid)
+    if threads:
+        raise errors.TargetUnsuitable(
+            f"thread {', '.join(map(str, threads[:3]))} of process {pid} ({_comm(pid)}) has"
+            " descriptors of its own, which CRIU does not capture",
+            hint="let it share those of its process (no unshare(CLONE_FILES) in a thread)",
+            pid=pid,
+            threads=threads,
         )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from agent import errors
 from agent.engines.base import CaptureOptions, Kept
-from agent.engines.criu import codepages, hiding, pageserver
+from agent.engines.criu import codepages, hiding, pageserver, preflight
 from agent.engines.criu.held import HeldSink
 from agent.engines.criu.probe import Criu
 from agent.engines.tracking import areas, reading, residue
@@ -130,6 +130,13 @@ class ShortStop:
         """What CRIU must be started by."""
         return self._hiding.under
 
+    @property
+    def knows_flags(self) -> bool:
+        """Whether the flags of the tree's mappings are looked at before the stop; who has them that
+        cannot be captured is then refused (``preflight.refuse_filled``).
+        """
+        return self._layouts is not None
+
     def copy_ahead(self) -> None:
         """Copy the tree, which runs; then be ready for CRIU to start."""
         self._precopy.run(self._root)
@@ -157,6 +164,7 @@ class ShortStop:
             for pid in pids:
                 layout = self._layouts.noted(pid)
                 if layout is not None:
+                    preflight.refuse_filled(pid, layout.flags)
                     self._ahead[pid] = layout, _private(layout)
 
     def _check(self) -> None:

@@ -36,7 +36,7 @@ from agent.engines.criu.facts import cpu_flags
 from agent.engines.kubelet import client, holdfirst, ingest, leftovers, pause, reports, resume
 from agent.engines.kubelet.archive import Archive
 from agent.engines.kubelet.tarindex import corrupt
-from agent.host import addresses, clock, proc, system
+from agent.host import addresses, clock, layouts, proc, system
 from agent.model.container import Container
 from agent.model.cut import End
 from agent.model.streams import MemberSink, MemberSource
@@ -265,13 +265,16 @@ def _check_clock(container: Container) -> None:
 def _check_processes(container: Container) -> None:
     """Refuse a container with a process that somebody stopped (SIGSTOP): runc 1.3 then never ends
     its checkpoint, and the container is held all the while. One that uses a GPU, RDMA still, or a
-    userfaultfd would be held in vain.
+    userfaultfd, whose memory somebody else fills, or whose threads have descriptors of their own
+    would be held in vain.
     """
     for pid in proc.tree(container.pid):
         with contextlib.suppress(errors.NotFound):
             preflight.refuse_gpus(pid)
             preflight.refuse_rdma(pid)
             preflight.refuse_userfaultfds(pid)
+            preflight.refuse_apart(pid)
+            preflight.refuse_filled(pid, layouts.flags(pid))
             if proc.stat(pid).state == "T":
                 raise errors.TargetUnsuitable(
                     f"process {pid} ({proc.stat(pid).comm}) is stopped, which a kubelet's"

@@ -16,7 +16,7 @@ import numpy as np
 
 from agent import errors
 from agent.engines.tracking.directly import Directly
-from agent.host import proc
+from agent.host import descriptors, proc
 from agent.host.pagemap import Ranges
 from agent.model import gpus
 
@@ -116,6 +116,8 @@ def escapes(pid: int) -> Escapes:
         return Escapes("it has memory pinned for a device")
     if any(each.path == "/[aio]" for each in proc.maps(pid)):
         return Escapes("it uses asynchronous I/O")
+    if descriptors.apart(pid):
+        return Escapes("one of its threads has descriptors of its own")
     direct, directly = False, Directly(pid)
     for number in proc.descriptors(pid):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):

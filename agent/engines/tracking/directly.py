@@ -4,8 +4,8 @@ where it was asked to (O_DIRECT), and where the file system does as it likes (FU
 Promises: what is not known counts: kinds of file systems that are not listed here, mounts that the
 process does not see (detached, of another mount namespace, outside its root), and overlays of what
 is one of these, or may be.
-Does not: touch a file system, whose server may not answer; know descriptors of a thread that does
-not share those of its process, nor devices.
+Does not: touch a file system, whose server may not answer; know devices, nor descriptors of a
+thread that does not share those of its process.
 """
 
 from __future__ import annotations
