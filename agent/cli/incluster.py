@@ -81,7 +81,15 @@ def verify(invocation: Invocation, settings: Settings, image: str | None, storag
         else:
             detail = session.any_agent(lambda agent: agent.image(namespace, image, storage))
             found = results.Listing([detail.image], {})
-        reports = [(each, _verified(invocation, session, each)) for each in found.images]
+        reports = []
+        for each in found.images:
+            try:
+                reports.append((each, _verified(invocation, session, each)))
+            except errors.NotFound:
+                if image is not None:
+                    raise
+                # Removed since it was listed, by another command or to keep the last ones only.
+                invocation.say(f"{documents.image_name(each)} was deleted meanwhile")
         if not reports:
             invocation.say(f"no images in namespace {namespace}")
         name = documents.image_name(reports[0][0]) if image else namespace

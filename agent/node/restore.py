@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from agent import errors
@@ -240,17 +240,34 @@ class _Gate:
 def _offer_older(
     store: Store, group: ids.GroupName, epoch: ids.EpochId, damage: errors.DataError
 ) -> None:
-    """Add the newest older good image to ``damage``; reading it whole is what makes it good."""
-    older = [summary for summary in store.epochs(group) if summary.epoch < epoch]
-    for summary in reversed(older):
+    """Add the newest older good image to ``damage``; reading it whole is what makes it good. The
+    damage is told in any case, also where the volume fails now.
+    """
+    damage.facts["older_good"] = ""
+    try:
+        older = [summary for summary in store.epochs(group) if summary.epoch < epoch]
+        name = _newest_good(store, group, reversed(older))
+    except errors.VolumeError as exc:
+        damage.hint = (
+            damage.hint or f"whether an older image is whole cannot be read: {exc.message}"
+        )
+        return
+    if name:
+        damage.facts["older_good"] = name
+        damage.hint = f"the newest older good image is {name}"
+    elif not older:
+        damage.hint = damage.hint or "there is no older image of this group"
+    else:
+        damage.hint = damage.hint or "no older image of this group is whole"
+
+
+def _newest_good(store: Store, group: ids.GroupName, summaries: Iterable[EpochSummary]) -> str:
+    """The name of the first of these images that is whole; "" if none is."""
+    for summary in summaries:
         try:
             good = summary.damage is None and store.verify(group, summary.epoch).good
         except errors.NotFound:
             continue  # it was deleted meanwhile
         if good:
-            name = ids.image_name(group, summary.epoch)
-            damage.facts["older_good"] = name
-            damage.hint = f"the newest older good image is {name}"
-            return
-    damage.facts["older_good"] = ""
-    damage.hint = damage.hint or "no older image of this group is whole"
+            return ids.image_name(group, summary.epoch)
+    return ""

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,12 +23,13 @@ import pytest
 import yaml
 
 from agent import errors, wiring
-from agent.cli import exits, main
+from agent.cli import documents, exits, incluster, main
 from agent.engines.base import CaptureReport, RestoreOptions
 from agent.model import ids
 from agent.model.streams import AddressSpace, FileEntry, PageRun
 from agent.node.dump import Cancel, DumpOutcome
 from agent.node.restore import RestoreOutcome
+from agent.rpc import results
 from agent.settings import KEYS, OUTPUTS
 from agent.store.repository import Store
 from agent.volumes.directory import DirectoryVolume
@@ -394,6 +396,32 @@ def test_what_is_deleted_while_all_images_are_verified_hides_no_damage_of_others
     assert f"{images[-1]} was deleted meanwhile" in ran.err
     names = [item["name"] for item in ran.document()["items"]]
     assert names == images[:-1]
+
+
+def test_what_is_deleted_while_all_images_of_a_namespace_are_verified_hides_no_damage_of_others(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = [
+        results.Image("job", f"2026010{day}-000000-00000a", 0.0, (), 0, 0, 0, 0, 0, None, "default")
+        for day in (1, 2)
+    ]
+    names = [documents.image_name(each) for each in there]
+
+    class Agent:
+        def listing(self, *_: object) -> results.Listing:
+            return results.Listing(there, {})
+
+        def verify(self, _: str, name: str, *__: object, **___: object) -> results.VerifyOutcome:
+            if name == names[0]:
+                raise errors.NotFound("there is no such image")
+            return results.VerifyOutcome(False, 1, (("packs/1", "torn"),))
+
+    session = types.SimpleNamespace(namespace="team", any_agent=lambda ask: ask(Agent()))
+    monkeypatch.setattr(incluster, "connected", lambda _: contextlib.nullcontext(session))
+    ran = run("verify", "--all", "-n", "team", "-o", "json")
+    assert ran.status == exits.DATA
+    assert f"{names[0]} was deleted meanwhile" in ran.err
+    assert [item["name"] for item in ran.document()["items"]] == names[1:]
 
 
 def test_an_image_with_a_damaged_manifest_is_listed_as_such(

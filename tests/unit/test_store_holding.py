@@ -128,6 +128,35 @@ def test_an_older_image_that_is_deleted_meanwhile_is_not_offered_for_a_damaged_o
     assert caught.value.facts["older_good"] == ids.image_name(GROUP, oldest.epoch)
 
 
+def damaged(store: Store, epoch: ids.EpochId) -> errors.DataError:
+    """What a restore of this image, a part of which is missing, says."""
+    store.volume.delete(layout.member_name(GROUP, epoch, MEMBER))
+    engine = cast("Engine", None)  # asked only when the image is found whole
+    with pytest.raises(errors.DataError) as caught:
+        restore.restore(store, engine, ids.image_name(GROUP, epoch), RestoreOptions())
+    assert caught.value.facts["older_good"] == ""
+    return caught.value
+
+
+def test_damage_is_told_also_where_the_volume_fails_in_the_search_for_an_older_image(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, newest = (dump(store, images.simple(n), NOW_S + n) for n in (1, 2))
+
+    def fail(*_: object) -> VerifyReport:
+        raise errors.VolumeGone("the volume went away")
+
+    monkeypatch.setattr(Store, "verify", fail)
+    found = damaged(store, newest.epoch)
+    assert "the volume went away" in found.hint
+
+
+def test_that_there_is_no_older_image_is_not_called_damage(store: Store) -> None:
+    oldest, newest = (dump(store, images.simple(n), NOW_S + n).epoch for n in (1, 2))
+    assert damaged(store, oldest).hint == "there is no older image of this group"
+    assert damaged(store, newest).hint == "no older image of this group is whole"
+
+
 def test_what_is_exported_is_not_deleted(store: Store, volume: Volume) -> None:
     image = ids.image_name(GROUP, dump(store, images.simple()).epoch)
 
