@@ -23,12 +23,12 @@ _NO_FILES, _FILES = 4, 0
 
 
 def main() -> None:
-    """The entry point ``kubectl-ckpt``."""
+    """``kubectl-ckpt``, loaded."""
     program.execute(sys.argv[1:], _invocation(), _NAME)
 
 
 def complete() -> None:
-    """The entry point ``kubectl_complete-ckpt``: the words so far, the last one unfinished."""
+    """``kubectl_complete-ckpt``, loaded: the words so far, the last one unfinished."""
     *words, unfinished = sys.argv[1:] or [""]
     found = shell_completion.ShellComplete(
         program.cli, {"obj": _invocation()}, _NAME, ""

@@ -101,7 +101,7 @@ def _version(ctx: click.Context) -> None:
 
 
 def main() -> None:
-    """The entry point of the installed program."""
+    """The installed program, loaded."""
     execute(sys.argv[1:], Invocation())
 
 
@@ -116,7 +116,7 @@ def execute(arguments: Sequence[str], invocation: Invocation, name: str = _PROGR
             raise KeyboardInterrupt
 
     # Whoever started the program may have it ignored.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, stop)
     status = run(arguments, invocation=invocation, name=name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +24,7 @@ import pytest
 import yaml
 
 from agent import errors, wiring
-from agent.cli import documents, exits, incluster, main
+from agent.cli import documents, exits, incluster, main, output
 from agent.engines.base import CaptureReport, RestoreOptions
 from agent.model import ids
 from agent.model.streams import AddressSpace, FileEntry, PageRun
@@ -705,7 +706,7 @@ def test_a_signal_during_a_restore_ends_what_was_restored(
 
 
 def program() -> list[str]:
-    return [sys.executable, "-c", "from agent.cli.main import main; main()"]
+    return [sys.executable, "-c", "from agent.cli.start import main; main()"]
 
 
 def test_a_terminal_gets_a_bar_on_stderr_and_stdout_stays_clean(images: list[str]) -> None:
@@ -797,6 +798,28 @@ def test_without_pycriu_doctor_says_so_and_the_store_can_be_read(images: list[st
     assert "scripts/setup" in lines["criu"]["cure"]
     refused = subprocess.run([*command, "restore", images[0]], capture_output=True, timeout=60)
     assert refused.returncode == exits.ENVIRONMENT
+
+
+@pytest.mark.parametrize("entry", ["ckpt-agent", "kubectl-ckpt", "kubectl_complete-ckpt"])
+def test_an_interruption_while_modules_are_loaded_is_told_in_one_line(
+    tmp_path: pathlib.Path, entry: str
+) -> None:
+    project = tomllib.loads((_DOCS.parent / "pyproject.toml").read_text())
+    module, _, function = project["project"]["scripts"][entry].partition(":")
+    slow = "import sys, time; print('loading', flush=True); time.sleep(60)"
+    (tmp_path / "click.py").write_text(slow)
+    started = subprocess.Popen(
+        [sys.executable, "-c", f"from {module} import {function}; {function}()"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{_DOCS.parent}"},
+    )
+    assert started.stdout is not None
+    assert started.stdout.readline() == b"loading\n"
+    started.send_signal(signal.SIGINT)
+    _, told = started.communicate(timeout=60)
+    said = output.render(documents.error(errors.Interrupted("interrupted")), "table", now_s=0.0)
+    assert (started.returncode, told.decode()) == (exits.INTERRUPTED, said + "\n")
 
 
 def test_head_takes_the_first_name(images: list[str], tmp_path: pathlib.Path) -> None:
