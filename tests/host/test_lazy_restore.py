@@ -299,6 +299,26 @@ def test_a_tree_that_has_ended_is_not_read_for(
     host.assert_clean()
 
 
+def test_time_in_which_the_agent_stood_still_is_not_held_against_the_volume(
+    host: Host, dumped: tuple[MemoryImage, Filled], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, target = dumped
+    monkeypatch.setattr(filling, "_STOOD_S", 0.5)
+    with Run(host, image) as run:
+        target.ask("some")
+        (fill,) = run.fills._fills
+        assert isinstance(fill, filling.Fill)
+        fill._patience_s = 1.0
+        time.sleep(2)  # nobody looks
+        assert not fill.wait(0.01)
+        assert proc.exists(run.tree.pid)
+        with pytest.raises(errors.DeadlineExceeded, match="no memory of the image came"):
+            while not fill.wait(0.01):
+                pass
+        run.assert_ended()
+    host.assert_clean()
+
+
 def test_a_store_that_fails_for_a_moment_ends_nobody(
     host: Host, dumped: tuple[MemoryImage, Filled]
 ) -> None:

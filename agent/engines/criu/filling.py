@@ -42,6 +42,8 @@ _PACKAGES = os.path.dirname(os.path.dirname(agent.__file__))
 # A volume that fails is given so long, while the tree waits: a server that is started anew, a link
 # that was lost. One that is away for longer is more likely gone.
 _AGAIN_S = 30.0
+# Between two looks no more passes but where this program stands still.
+_STOOD_S = 5.0
 _READY_S = 10.0
 _ENDED_S = 60.0
 # A thread that hangs in a read of the volume is not waited for.
@@ -74,7 +76,9 @@ class Fill:
         self._pending = pending.Pending([deferred[s].runs for s in self._spaces], self._senders)
         self._patience_s = patience_s
         self.total_bytes = sum(each.size_bytes for each in deferred.values())
-        self._last_s = clock.monotonic_s()
+        # When the last page came, and when somebody last looked; time in which this program stood
+        # still (Ctrl-Z, SIGSTOP) between two looks counts for nothing.
+        self._last_s = self._looked_s = clock.monotonic_s()
         self._failure: errors.CkptError | None = None
         self._complete = self._left = False
         self._over = threading.Event()
@@ -112,7 +116,11 @@ class Fill:
     def wait(self, timeout_s: float) -> bool:
         """See ``agent.engines.base.Filling``."""
         if not self._over.wait(timeout_s):
-            if clock.monotonic_s() - self._last_s > self._patience_s:
+            now_s = clock.monotonic_s()
+            if now_s - self._looked_s - timeout_s > _STOOD_S:
+                self._last_s = now_s
+            self._looked_s = now_s
+            if now_s - self._last_s > self._patience_s:
                 self._fail(
                     errors.DeadlineExceeded(
                         f"no memory of the image came for {self._patience_s:g} s",
