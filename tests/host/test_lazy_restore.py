@@ -313,8 +313,7 @@ def test_time_in_which_the_agent_stood_still_is_not_held_against_the_volume(
         assert not fill.wait(0.01)
         assert proc.exists(run.tree.pid)
         with pytest.raises(errors.DeadlineExceeded, match="no memory of the image came"):
-            while not fill.wait(0.01):
-                pass
+            until(lambda: fill.wait(0.01))
         run.assert_ended()
     host.assert_clean()
 
