@@ -126,6 +126,7 @@ def _member(name: str, facts: Mapping[str, Any], files: Sequence[FileEntry]) -> 
             "because": _word(stop.get("because")),
             "heldBackSeconds": _seconds(stop.get("held_back_s")),
             "hurried": stop.get("hurried") is True,
+            "unreadBecause": _word(stop.get("unread_because")),
         },
         "processes": [_process_of_facts(process) for process in processes],
         "memory": _memory(totals["anon"], totals["shmem"], totals["swap"], totals["file"]),

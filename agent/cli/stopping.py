@@ -18,6 +18,8 @@ def told(stop: Mapping[str, Any]) -> list[str]:
             line += f", held back for {stop['heldBackSeconds']:.1f} s for the job's speed"
         if stop.get("hurried"):
             line += ", in the end at full speed to be in time"
+        if stop.get("unreadBecause"):
+            line += f", but for what was left for the end since {stop['unreadBecause']}"
         return [line]
     because = f": {stop['because']}" if stop.get("because") else ""
     return [f"Memory copied while it stood still{because}"] if stop.get("path") else []

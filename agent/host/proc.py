@@ -312,6 +312,12 @@ def namespaces(pid: int) -> dict[str, int]:
         return {kind: os.stat(f"/proc/{pid}/ns/{kind}").st_ino for kind in NAMESPACES}
 
 
+def namespace(pid: int, kind: str) -> int:
+    """The inode number of the namespace of that ``kind``."""
+    with _process(pid):
+        return os.stat(f"/proc/{pid}/ns/{kind}").st_ino
+
+
 _MAPS_LINE = re.compile(
     rb"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)"
 )

@@ -9,9 +9,12 @@ ptrace: it stands only when it is out of the kernel, and runs on within a fracti
 Nobody who is seen to sleep interruptibly is interrupted: some calls then fail with EINTR. That can
 still happen to who falls asleep just then, as it does when CRIU stops a tree.
 
+The same is asked of process_vm_writev(2), by which one process writes to another's memory likewise.
+
 Promises: "over" is proven; what is not known is not. All threads run on, whatever happens.
 Does not: know of calls that go on after they returned (asynchronous I/O), nor of other processes
-that share the memory, but for a child in vfork(2). Only for x86-64.
+that share the memory, but for a child in vfork(2); nor whether a process that may not be looked at
+writes to another's what a userfaultfd is to bring. Only for x86-64.
 """
 
 from __future__ import annotations
@@ -39,12 +42,23 @@ _HARMLESS = frozenset(
 )
 # read, pread64, readv, recvfrom, recvmsg, recvmmsg, preadv, preadv2: only of files are they not.
 _READS = frozenset((0, 17, 19, 45, 47, 295, 299, 327))
+# process_vm_writev of x86-64, of i386 and of x32.
+_WRITES_TO_OTHERS = frozenset((311, 348, 0x40000000 | 540))
 # Who is seen running so often in a row probably computes.
 _LOOKS = 4
 # More hardly ever run, or wait for a disk, at once, and each is asked about again and again.
 _AT_ONCE = 128
 _LOOK_S = 0.001
 _POLL_S = 0.0002
+
+
+class Calls(enum.Enum):
+    """Which calls are asked about: those that may write to the caller's own memory behind its page
+    table, or those that write to another's.
+    """
+
+    OWN = enum.auto()
+    TO_OTHERS = enum.auto()
 
 
 class _Seen(enum.Enum):
@@ -55,18 +69,22 @@ class _Seen(enum.Enum):
     ASLEEP = enum.auto()
 
 
-def over(pid: int, deadline: clock.Deadline) -> bool:
-    """Wait until every call that a thread of ``pid`` is in now, and that may write to its memory
-    behind the page table, has returned; whether that could be seen in time.
+def over(
+    pid: int, deadline: clock.Deadline, calls: Calls = Calls.OWN, *, interrupt: bool = True
+) -> bool:
+    """Wait until every one of these calls that a thread of ``pid`` is in now has returned; whether
+    that could be seen in time. Without ``interrupt`` it cannot of a thread that computes on.
 
     Raises:
         errors.NotFound: the process has ended.
     """
+    if not interrupt:
+        return _over(pid, deadline, calls, interrupt=False)
     outcome: list[bool | BaseException] = []
 
     def run() -> None:
         try:
-            outcome.append(_over(pid, deadline))
+            outcome.append(_over(pid, deadline, calls, interrupt=True))
         except BaseException as exc:  # noqa: BLE001 - carried to the caller
             outcome.append(exc)
 
@@ -80,11 +98,12 @@ def over(pid: int, deadline: clock.Deadline) -> bool:
     return found
 
 
-def _over(pid: int, deadline: clock.Deadline) -> bool:
+def _over(pid: int, deadline: clock.Deadline, calls: Calls, *, interrupt: bool) -> bool:
     known: set[int] = set()
     while not (_are_all(pid, known)):
         threads = set(proc.threads(pid))
-        if deadline.expired or not _all_over(pid, threads - known, deadline):
+        new = threads - known
+        if deadline.expired or not _all_over(pid, new, deadline, calls, interrupt=interrupt):
             return False
         known |= threads
     return True
@@ -99,16 +118,19 @@ def _are_all(pid: int, known: set[int]) -> bool:
     return before <= known and len(before) == count and set(proc.threads(pid)) == before
 
 
-def _all_over(pid: int, tids: set[int], deadline: clock.Deadline) -> bool:
+def _all_over(
+    pid: int, tids: set[int], deadline: clock.Deadline, calls: Calls, *, interrupt: bool
+) -> bool:
     left, asked, looks = set(tids), set[int](), 0
+    most = _AT_ONCE if interrupt else 0
     while True:
         for tid in sorted(left - asked):
             if deadline.expired:
                 return False
-            seen = _look(pid, tid)
+            seen = _look(pid, tid, calls)
             if seen is _Seen.OVER:
                 left.discard(tid)
-            elif seen is _Seen.BUSY and looks >= _LOOKS and len(asked) < _AT_ONCE and _ask(tid):
+            elif seen is _Seen.BUSY and looks >= _LOOKS and len(asked) < most and _ask(tid):
                 asked.add(tid)
             # Who stands is let go before the next one is looked at.
             left -= _stood_of(asked)
@@ -129,7 +151,7 @@ def _stood_of(asked: set[int]) -> set[int]:
     return stood
 
 
-def _look(pid: int, tid: int) -> _Seen:
+def _look(pid: int, tid: int, calls: Calls) -> _Seen:
     try:
         thread = proc.thread_stat(pid, tid)
         if thread.state in "TtZX":
@@ -141,14 +163,22 @@ def _look(pid: int, tid: int) -> _Seen:
     except (errors.NotFound, FileNotFoundError, ProcessLookupError):
         return _Seen.OVER  # it has ended
     except PermissionError:
-        return _Seen.ASLEEP
+        # It has more rights than we. Who sleeps interruptibly does not wait for a file.
+        through = calls is Calls.TO_OTHERS and thread.state == "S"
+        return _Seen.OVER if through else _Seen.ASLEEP
     if told[0] == "running":
         return _Seen.BUSY
     number = int(told[0])
+    if calls is Calls.TO_OTHERS:
+        return _Seen.ASLEEP if number in _WRITES_TO_OTHERS else _Seen.OVER
+    return _look_at_own(tid, thread.state, number, told)
+
+
+def _look_at_own(tid: int, state: str, number: int, told: list[str]) -> _Seen:
     # -1: in none, but a fault.
     if number == -1 or number in _HARMLESS:
         return _Seen.OVER
-    if thread.state == "D":
+    if state == "D":
         return _Seen.BUSY
     if number in _READS:
         with contextlib.suppress(OSError):

@@ -275,6 +275,7 @@ class ShortStop:
         return {
             "tracked": self._precopy.kinds,
             "untracked_because": self._precopy.reasons,
+            "unread_because": self._precopy.unread_because,
             "rounds": [[each.read_bytes, round(each.took_s, 4)] for each in self._precopy.rounds],
             "held_back_s": round(self._pace.held_back_s, 3),
             "hurried": self._pace.hurried,

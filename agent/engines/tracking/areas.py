@@ -2,8 +2,8 @@
 
 Promises: only memory that belongs to one process and to no file: what is shared or backed by a
 file can change without the process's page table showing it.
-Does not: read memory; know of other processes that write to this one (process_vm_writev, ptrace),
-nor of an io_uring that has neither a descriptor nor a mapping.
+Does not: read memory; know of other processes that write to this one (``quiet``), nor of an
+io_uring that has neither a descriptor nor a mapping.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ lacks or has in an older version; at the cut, when the process stands still, the
 pages the copy is sure to have as they are. What cannot be known counts as written.
 
 Promises: a page that ``cut`` names as unchanged was not written, nor replaced by another, since the
-last round that named it gave it out.
+last round that named it gave it out, but by who had hold of it by then to write to it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Tracker(Protocol):
     reason: str
 
     def round(self) -> Iterator[Ranges]:
-        """The pages to read now, piece by piece, each to be read before the next is asked for: all
-        that exist in the first round, then those written since they were last given out.
+        """The pages to read once whoever has hold of them has let go (``quiet``), piece by piece:
+        all that exist in the first round, then those written since they were last given out.
 
         Raises:
             errors.NotFound: the process has ended.

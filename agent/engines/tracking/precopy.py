@@ -26,6 +26,7 @@ from agent.engines.tracking.base import Tracker
 from agent.engines.tracking.compared import Compared, Read
 from agent.engines.tracking.pace import Pace
 from agent.engines.tracking.protected import Protected
+from agent.engines.tracking.quiet import Quiet
 from agent.engines.tracking.reading import Drafts
 from agent.engines.tracking.shared import Found, SharedCopies
 from agent.engines.tracking.untracked import Untracked
@@ -52,6 +53,8 @@ _LAST_ROUNDS = 4
 _UNTIL_CUT_S = 0.5
 # Of memory whose writes are not noted, each of which reads all of it.
 _MOST_LOOKS = 3
+# How long whoever has hold of pages may write to them; longer, and they are read later.
+_LET_GO_S, _LET_GO_QUICKLY_S = 0.5, 0.1
 # Runs settled in one call.
 _SETTLED_RUNS = 4096
 
@@ -84,6 +87,9 @@ class _Copy:
         # To be read, whatever the tracker says: given out and not read so far, or known of the
         # cut before and not sure to be as it was.
         self._left = pagemap.none()
+        # What the last ``take`` gave out; and pages given out that somebody may have had hold of
+        # since before then, and may still write to, without a trace.
+        self._given = self._held = pagemap.none()
 
     @property
     def left_bytes(self) -> int:
@@ -108,44 +114,54 @@ class _Copy:
         """
         existing, unchanged = self.tracker.cut(standing.areas)
         missing = pagemap.without(existing, pagemap.clip(self.have, unchanged))
-        self.have = pagemap.clip(existing, unchanged)
+        self.have = pagemap.without(pagemap.clip(existing, unchanged), self._held)
         self._left = pagemap.without(existing, self.have)
         return existing, reading.whole(standing.who, standing.space, missing, sink)
 
-    def round(
-        self,
-        sink: Drafts,
-        deadline: clock.Deadline,
-        pace: Pace | None,
-        *,
-        rested: bool,
-        quick: bool = False,
-    ) -> int:
-        """Read what the tracker asks for, and what was left; say how many bytes. ``rested``: only
-        what was left and has not been written since, the rest is left. ``quick``: many pages by
-        each system call. Raises errors.NotFound if it has ended.
-        """
-        given, read = [pagemap.none()], [pagemap.none()]
+    def take(self, deadline: clock.Deadline) -> None:
+        """Ask the tracker what to read. Raises errors.NotFound if it has ended."""
         had, self.have = self.have, pagemap.none()  # until it went well
         left, self._left = self._left, pagemap.none()
+        given = [pagemap.none()]
+        for piece in self.tracker.round():
+            given.append(piece)
+            deadline.check("copying memory ahead")
+        self._given = pagemap.union(*given)
+        self.have = pagemap.without(had, self._given)
+        self._left = pagemap.union(left, self._given)
+        self._held = pagemap.union(self._held, self._given)
+
+    def waits(self, *, rested: bool) -> bool:
+        """Whether there is something to ``read`` that somebody may have hold of."""
+        return len(pagemap.clip(self._held, self._wanted(rested=rested))) > 0
+
+    @property
+    def held(self) -> bool:
+        """Whether there is something that somebody may have hold of."""
+        return len(self._held) > 0
+
+    def let_go(self) -> None:
+        """Nobody has hold of pages any more who had when they were taken."""
+        self._held = pagemap.none()
+
+    def read(self, sink: Drafts, pace: Pace | None, *, rested: bool, quick: bool) -> int:
+        """Read what is left and nobody may have hold of; say how many bytes. ``rested``: only what
+        the last ``take`` did not give out, so has not been written for a while. ``quick``: many
+        pages by each system call. Raises errors.NotFound if it has ended.
+        """
+        wanted = pagemap.without(self._wanted(rested=rested), self._held)
+        had, self.have = self.have, pagemap.none()  # until it went well
         with reading.opened(self.who) as memory:
-            for piece in self.tracker.round():
-                given.append(piece)
-                deadline.check("copying memory ahead")
-                if not rested:
-                    read.append(
-                        reading.draft(sink, self.space, memory, piece, pace, standing=quick)
-                    )
-            written = pagemap.union(*given)
-            # Written after this look, it is given out again.
-            unwritten = pagemap.without(left, written)
-            read.append(reading.draft(sink, self.space, memory, unwritten, pace, standing=quick))
+            done = reading.draft(sink, self.space, memory, wanted, pace, standing=quick)
         # Quick reading goes by the number: it was its memory if the process still has that number.
         if quick and not proc.alive(self.who):
             raise errors.NotFound(f"process {self.who.pid} has ended", pid=self.who.pid)
-        self.have = pagemap.union(pagemap.without(had, written), *read)
-        self._left = written if rested else pagemap.none()
-        return sum(map(pagemap.size_bytes, read))
+        self.have = pagemap.union(had, done)
+        self._left = pagemap.without(self._left, wanted)
+        return pagemap.size_bytes(done)
+
+    def _wanted(self, *, rested: bool) -> Ranges:
+        return pagemap.without(self._left, self._given) if rested else self._left
 
 
 class _ComparedCopy(_Copy):
@@ -166,16 +182,11 @@ class _ComparedCopy(_Copy):
             self._compared.finish(existing, _reading(memory.read_standing), sink)
         return existing, pagemap.size_bytes(existing)
 
-    def round(
-        self,
-        sink: Drafts,
-        deadline: clock.Deadline,
-        pace: Pace | None,
-        *,
-        rested: bool,
-        quick: bool = False,
-    ) -> int:
+    def take(self, deadline: clock.Deadline) -> None:
         """See ``_Copy``: nothing, since only a look at all of it tells what was written."""
+
+    def read(self, sink: Drafts, pace: Pace | None, *, rested: bool, quick: bool) -> int:
+        """See ``_Copy``: nothing."""
         return 0
 
     def look(self, sink: MemberSink, deadline: clock.Deadline, pace: Pace | None) -> int:
@@ -199,7 +210,7 @@ class Precopy:
         self._sink = sink
         self._deadline = deadline
         self._pace = pace
-        self._moves = Moves()
+        self._moves, self._quiet = Moves(), Quiet()
         self._copies: dict[proc.Identity, _Copy] = {}
         self._fingerprinter = Fingerprinter()
         self._shared = SharedCopies(self._fingerprinter)
@@ -211,6 +222,8 @@ class Precopy:
         # Whether more rounds leave less; they are stored, whether or not they are written again.
         self.shrinks = True
         self.cut_bytes = self.shared_bytes = 0
+        # Why pages were left for the cut though nobody wrote to them, as far as is known.
+        self.unread_because = ""
         # By the last round but these: how quickly the tree writes, and since when it may have.
         self._written_per_s = self._looked_s = 0.0
 
@@ -245,6 +258,7 @@ class Precopy:
         self._settled = {}
         self.rounds, self.shrinks = [], True
         self.cut_bytes = self.shared_bytes = 0
+        self.unread_because = ""
         for who, copy in list(self._copies.items()):
             again = False
             with contextlib.suppress(errors.NotFound):
@@ -317,20 +331,40 @@ class Precopy:
         """
         began_s = clock.monotonic_s()
         self._root = root
-        total = 0
+        copies = []
         for pid in proc.tree(root):
             with contextlib.suppress(errors.NotFound):
                 self._take_back(pid)
-                copy = self._copy(proc.identity(pid))
-                pace = self._pace if rested else None
-                total += copy.round(
+                copies.append(self._copy(proc.identity(pid)))
+        total = 0
+        # Where reading takes long, each is taken only just before it is read.
+        for each in [[copy] for copy in copies] if rested else [copies]:
+            total += self._round(root, each, rested=rested, into=into)
+        self.rounds.append(Round(total, clock.monotonic_s() - began_s))
+        return total
+
+    def _round(
+        self, root: int, copies: Sequence[_Copy], *, rested: bool, into: MemberSink | None
+    ) -> int:
+        taken = []
+        for copy in copies:
+            with contextlib.suppress(errors.NotFound):
+                copy.take(self._deadline)
+                taken.append(copy)
+        if any(copy.waits(rested=rested) for copy in taken):
+            soon = self._deadline.sooner(_LET_GO_S if rested else _LET_GO_QUICKLY_S)
+            if self._quiet.since_now(proc.tree(root), soon):
+                for copy in taken:
+                    copy.let_go()
+        total = 0
+        for copy in taken:
+            with contextlib.suppress(errors.NotFound):
+                total += copy.read(
                     into or self._sink,
-                    self._deadline,
-                    pace,
+                    self._pace if rested else None,
                     rested=rested,
                     quick=into is not None,
                 )
-        self.rounds.append(Round(total, clock.monotonic_s() - began_s))
         return total
 
     def cut(
@@ -397,6 +431,8 @@ class Precopy:
                 continue  # it has ended, or is small
             copy = self._copies.get(each.who)
             if copy is not None and copy.space == each.space:
+                if copy.held:
+                    self.unread_because = self._quiet.doubt
                 existing, read_bytes = copy.finish(each, sink)
             else:
                 existing = pagemap.existing(each.who.pid, each.areas)

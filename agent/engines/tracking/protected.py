@@ -11,11 +11,13 @@ what a round takes on is read when no call goes on that began before (``host/und
 none does, since every thread stands outside the kernel.
 Does not: notice a direct I/O that began before a round looked at its page, ended after that page
 was read, and whose file was opened and closed between two looks at the process's descriptors; nor
-one of another process that shares the memory and is not its child by vfork. Nor notice what
-takes hold of pages, which is noted, and writes to them only when they have been taken on again and
-read: process_vm_writev(2), for up to 4 MiB while it copies or waits for what it copies;
-PTRACE_POKEDATA and writes to /proc/PID/mem, by whomever; reads of sockets that decrypt into the
-reader's memory (kTLS, AF_ALG). Rounds that read what has rested leave them the time in between.
+one of another process that shares the memory and is not its child by vfork. Nor know when another
+process has let go that got hold of pages to write to them (process_vm_writev(2)), which is noted,
+before they were taken: whoever reads must know that (``quiet``). Writes by ptrace and to
+/proc/PID/mem that began before are over when a round has named its pages. Nor notice reads of
+sockets that decrypt into the reader's memory (kTLS, AF_ALG), which take hold of pages, and write to
+them when they have been taken and read; rounds that read what has rested leave these the time in
+between.
 """
 
 from __future__ import annotations
@@ -112,6 +114,10 @@ class Protected:
                     arrived = self._give_arrived(pages, piece)
                     taken = pages.take(*piece[0].tolist())
                     yield pagemap.union(taken, pagemap.clip(untold, piece), arrived)
+            if ours:
+                # Changes nothing but for a moment has the address space to itself, and so waits
+                # for who writes to it by ptrace or /proc/PID/mem.
+                self._protection.register(*ours[0])
         finally:
             pages.close()
 
