@@ -8,7 +8,9 @@ nothing in this line, and happens just then (madvise, mlock), is noticed afterwa
 Promises: ``Layouts.now`` is what /proc/PID/smaps would say of mappings at that moment, unless
 ``changed`` names the process later.
 Does not: tell how many pages a mapping has; notice the change of a mapping that has gone, or has
-been split or joined, by the time of ``changed``.
+been split or joined, by the time of ``changed``; nor flags that were changed between ``note`` and
+``now`` and had been changed back by then: only the walk would tell, and ``now`` says what they were
+some milliseconds before.
 """
 
 from __future__ import annotations
