@@ -1,12 +1,10 @@
-"""The admission service as users deploy it, for its tests."""
+"""What the admission service is asked about: pods that want to be checkpointed."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from agent.model import optin
 from tests.cluster.cluster import Cluster
@@ -16,13 +14,6 @@ PROJECT = "ckpt-agent"
 SERVICE = "ckpt-agent-admission"
 HELD = ["/.ckpt-agent/hold", "auto"]
 COUNTER = ["python3", "-u", "/opt/counter.py"]
-
-
-@pytest.fixture(scope="module")
-def admission(agents: Cluster) -> Cluster:
-    """The cluster, where the API server calls the service and trusts it."""
-    agents.wait_for("the webhook to be called", lambda: called(agents), 60)
-    return agents
 
 
 def called(cluster: Cluster) -> bool:

@@ -549,6 +549,20 @@ class Cluster:
             node.wait_for("kubelet", partial(self._node_ready, name), 90)
         self.wait_for_deployment("coredns", "kube-system")
         self.wait_for_deployment("jobset-controller-manager", "jobset-system")
+        # Its replicas are ready before the way to them is: calls of its webhooks would be refused.
+        self.wait_for("JobSet's webhooks to answer", self._takes_jobsets)
+
+    def _takes_jobsets(self) -> bool:
+        container = {"name": "main", "image": "localhost/np:1"}
+        pod = {"spec": {"restartPolicy": "Never", "containers": [container]}}
+        body = {
+            "apiVersion": "jobset.x-k8s.io/v1alpha2",
+            "kind": "JobSet",
+            "metadata": {"name": "probe", "namespace": "default"},
+            "spec": {"replicatedJobs": [{"name": "job", "template": {"spec": {"template": pod}}}]},
+        }
+        self.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(body))
+        return True
 
     def _node_ready(self, name: str) -> bool:
         try:

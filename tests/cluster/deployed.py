@@ -10,6 +10,7 @@ import hashlib
 import subprocess
 from pathlib import Path
 
+from tests.cluster import admission
 from tests.cluster.cluster import Cluster
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -28,11 +29,13 @@ WORKLOADS = (
 )
 BUILD_S = 1800
 READY_S = 240
+ASKED = 8
 
 
 def deploy(cluster: Cluster) -> None:
     """Builds and loads the image and applies the overlay for test clusters, as far as needed; the
-    admission service, the coordinator and an agent on every node are ready afterwards.
+    admission service, the coordinator and an agent on every node are ready afterwards, and the API
+    server asks the service.
     """
     wanted = sources_digest()
     loaded = _loaded(cluster)
@@ -50,6 +53,12 @@ def deploy(cluster: Cluster) -> None:
             *("rollout", "status", what, "-n", NAMESPACE, f"--timeout={READY_S}s"),
             timeout_s=READY_S + 10,
         )
+    # While it cannot be asked, pods start as they are (failurePolicy): not even an error says so.
+    # One answer says little: each replica has an address of its own, and a call goes to any.
+    asked = range(ASKED)
+    cluster.wait_for(
+        "the webhook to be called", lambda: all(admission.called(cluster) for _ in asked)
+    )
 
 
 def forget(cluster: Cluster) -> None:

@@ -21,7 +21,6 @@ from tests.cluster.admission import (
     PROJECT,
     ROOT,
     SERVICE,
-    admission,
     called,
     create,
     is_held,
@@ -29,15 +28,13 @@ from tests.cluster.admission import (
 )
 from tests.cluster.cluster import Cluster, ClusterError
 
-__all__ = ["admission"]  # a fixture
-
 
 def lines(cluster: Cluster, name: str, namespace: str) -> list[str]:
     return cluster.logs(name, namespace, "-c", "main").splitlines()
 
 
 def test_an_opted_in_pod_starts_under_hold_and_does_its_work(
-    admission: Cluster, cluster: Cluster, namespace: str
+    agents: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     created = create(cluster, pod("job", namespace))
     assert is_held(created)
@@ -52,7 +49,7 @@ def test_an_opted_in_pod_starts_under_hold_and_does_its_work(
 
 
 def test_a_pod_without_the_label_is_not_touched(
-    admission: Cluster, cluster: Cluster, namespace: str
+    agents: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     body = pod("job", namespace)
     body["metadata"]["labels"] = {"app": "job"}
@@ -60,7 +57,7 @@ def test_a_pod_without_the_label_is_not_touched(
 
 
 def test_a_dry_run_shows_the_same_and_leaves_nothing(
-    admission: Cluster, cluster: Cluster, namespace: str
+    agents: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     dry = create(cluster, pod("job", namespace), "--dry-run=server")
     real = create(cluster, pod("job", namespace))
@@ -76,7 +73,7 @@ def test_a_dry_run_shows_the_same_and_leaves_nothing(
 
 
 def test_the_restricted_level_of_pod_security_admits_and_runs_it(
-    admission: Cluster, cluster: Cluster, namespace: str
+    agents: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     cluster.kubectl(
         "label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted"
@@ -98,7 +95,7 @@ def test_the_restricted_level_of_pod_security_admits_and_runs_it(
 
 
 def test_a_pod_that_cannot_be_held_starts_and_says_why(
-    admission: Cluster, cluster: Cluster, namespace: str
+    agents: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     created = create(cluster, pod("job", namespace, shareProcessNamespace=True))
     assert created["spec"]["containers"][0]["command"] == COUNTER
@@ -107,7 +104,7 @@ def test_a_pod_that_cannot_be_held_starts_and_says_why(
 
 
 def test_a_pod_made_from_another_ones_template_is_not_changed_again(
-    admission: Cluster, cluster: Cluster, namespace: str
+    agents: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     first = create(cluster, pod("job", namespace))
     template = {
@@ -126,7 +123,7 @@ def test_a_pod_made_from_another_ones_template_is_not_changed_again(
 
 
 def test_a_pod_of_the_same_template_with_the_reserved_annotation_waits(
-    admission: Cluster, cluster: Cluster, namespace: str
+    agents: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     image = "job@20260131-235959-0a1b2c"
     create(cluster, pod("job", namespace, annotations={optin.RESTORE: image}))
@@ -188,7 +185,7 @@ def sidecar_webhook(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
 
 
 def test_a_container_that_another_webhook_adds_afterwards_is_held_too(
-    admission: Cluster, cluster: Cluster, namespace: str, sidecar_webhook: None
+    agents: Cluster, cluster: Cluster, namespace: str, sidecar_webhook: None
 ) -> None:
     body = pod("job", namespace)
     body["metadata"]["labels"]["sidecar"] = "wanted"
@@ -205,9 +202,7 @@ def test_a_container_that_another_webhook_adds_afterwards_is_held_too(
     assert [c["name"] for c in found["spec"]["initContainers"]] == [optin.INIT_CONTAINER]
 
 
-def test_the_pods_of_a_jobset_are_held(
-    admission: Cluster, cluster: Cluster, namespace: str
-) -> None:
+def test_the_pods_of_a_jobset_are_held(agents: Cluster, cluster: Cluster, namespace: str) -> None:
     jobset = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -271,7 +266,7 @@ def creating(cluster: Cluster) -> Iterator[list[bool]]:
     assert failures == []
 
 
-def test_a_replica_can_end_without_a_pod_being_missed(admission: Cluster, cluster: Cluster) -> None:
+def test_a_replica_can_end_without_a_pod_being_missed(agents: Cluster, cluster: Cluster) -> None:
     with creating(cluster) as held:
         before = {p["metadata"]["uid"] for p in replicas(cluster)}
         cluster.kubectl("rollout", "restart", f"deployment/{SERVICE}", "-n", PROJECT)
@@ -300,7 +295,7 @@ def replicas(cluster: Cluster) -> list[dict[str, Any]]:
 
 
 def test_while_the_service_is_down_pods_start_as_they_are(
-    admission: Cluster, cluster: Cluster, namespace: str
+    agents: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     scale(cluster, 0)
     try:
@@ -321,7 +316,7 @@ def scale(cluster: Cluster, replicas_: int) -> None:
 
 
 @pytest.fixture
-def short_lives(admission: Cluster, cluster: Cluster) -> Iterator[None]:
+def short_lives(agents: Cluster, cluster: Cluster) -> Iterator[None]:
     """Certificates that live for seconds; the usual ones afterwards."""
     lives = {
         "LEAF_LIFETIME": "70s",
@@ -339,9 +334,9 @@ def short_lives(admission: Cluster, cluster: Cluster) -> Iterator[None]:
         new_authority(cluster)
         set_variables(cluster, ["CKPT_AGENT_TRUST_OVERLAP-"])
         # The kubelet brings a changed Secret into pods at once when it looks at them anyway.
-        agents = ["pods", "-n", PROJECT, "-l", "app.kubernetes.io/name=ckpt-agent-node"]
+        of_agents = ["pods", "-n", PROJECT, "-l", "app.kubernetes.io/name=ckpt-agent-node"]
         mark = f"looked-at={time.time():.0f}"
-        cluster.kubectl("annotate", *agents, mark, "--overwrite")
+        cluster.kubectl("annotate", *of_agents, mark, "--overwrite")
 
 
 def set_variables(cluster: Cluster, variables: list[str]) -> None:
@@ -372,7 +367,7 @@ def signer(cluster: Cluster) -> str:
 
 @pytest.mark.slow
 def test_authorities_are_lost_and_replaced_without_a_pod_being_missed(
-    admission: Cluster, cluster: Cluster, short_lives: None
+    agents: Cluster, cluster: Cluster, short_lives: None
 ) -> None:
     bundles: set[bytes] = set()
     signers: set[str] = set()
@@ -398,7 +393,7 @@ def may(cluster: Cluster, verb: str, *what: str) -> bool:
 
 
 def test_the_service_may_do_no_more_than_it_needs(
-    admission: Cluster, cluster: Cluster, namespace: str
+    agents: Cluster, cluster: Cluster, namespace: str
 ) -> None:
     assert may(cluster, "update", "secret/ckpt-agent-ca", "-n", PROJECT)
     for verb, *what in (
