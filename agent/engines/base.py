@@ -284,7 +284,8 @@ class RestoreOptions:
     ``moved``: addresses of all hosts of a group, old to new, where its members move together;
     connections between them go on, but for the ``halves`` ("local -> remote" as they were): whose
     other end is in no member, since nobody had accepted it yet. ``fills``: let the tree run before
-    its memory is complete, where that can be done and is worth it, and tell there.
+    its memory is complete, where that can be done and is worth it, and tell there. ``parties``: so
+    many members are restored by this program at the same time, and share what memory that takes.
     """
 
     isolate: bool = False
@@ -298,6 +299,7 @@ class RestoreOptions:
     moved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     halves: frozenset[str] = frozenset()
     fills: Fills | None = None
+    parties: int = 1
 
 
 class Gate(Protocol):

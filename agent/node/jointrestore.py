@@ -176,7 +176,7 @@ class JointRestore:
             )
             stack.enter_context(found.store.hold(reader))
             engine = self._work.engine_for_restore(pod, containers)
-            sources = [(name, reader.member(name)) for name in members]
+            sources = [(name, reader.member(name, parties=len(members))) for name in members]
             node_restore.check_all(engine, sources, order.options, self._began_s)
             for _, source in sources:
                 self._check()
@@ -203,7 +203,10 @@ class JointRestore:
     def _restore(self, engine: Engine, source: MemberSource) -> RestoredTree:
         allowed_s = self._deadline.remaining_s + _DECIDED_S
         options = dataclasses.replace(
-            self._order.options, deadline_s=allowed_s, halves=self._halves
+            self._order.options,
+            deadline_s=allowed_s,
+            halves=self._halves,
+            parties=len(self._sources),
         )
         try:
             tree = engine.restore(source, options, self._gate)

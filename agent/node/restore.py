@@ -93,7 +93,9 @@ def _restored(
         if not stack.enter_context(store.hold(reader)):
             # It may be deleted at any time: nothing runs that would need it.
             options = dataclasses.replace(options, fills=None)
-        sources = [(name, reader.member(name)) for name in reader.members]
+        parties = len(reader.members)
+        options = dataclasses.replace(options, parties=parties)
+        sources = [(name, reader.member(name, parties=parties)) for name in reader.members]
         check_all(engine, sources, options, began_s)
         for _, source in sources:
             if options.fills is None:

@@ -1,7 +1,7 @@
 """Reading blocks: each once, ahead of time, in parallel, verified.
 
 Promises: a block that is returned matched its digest before it was decompressed; memory is
-bounded: 24 blocks kept, those of two windows, and 8 MiB to put pages together in.
+bounded (``Limits``).
 Does not: know address spaces or files.
 """
 
@@ -24,11 +24,11 @@ from agent.store.digest import digest
 from agent.store.manifest import PackRef
 from agent.volumes.base import Volume
 
-# 24 MiB of blocks that pages keep coming back to: those with what changed last.
-_CACHED_BLOCKS = 24
-# A window of pages is given out while the blocks of the next one are being read.
-_WINDOW_PAGES = 2048
-_WINDOW_BLOCKS = 12
+# What one reader holds where it is alone: 24 MiB of blocks that pages keep coming back to, those
+# with what changed last; a window of pages, which is given out while the blocks of the next one are
+# being read, so that two of them fit into what is kept; and room to put a window together in.
+_KEPT_BLOCKS, _WINDOW_BLOCKS, _WINDOW_PAGES = 24, 12, 2048
+_LEAST_PAGES = 256
 # Runs that are cut into windows at once, to bound temporary arrays.
 _RUNS_AT_ONCE = 1 << 14
 # Among neighbours with a cut of this many pages, copying costs more than small pieces do.
@@ -75,6 +75,26 @@ class _Window:
 
     cuts: _Cuts
     blocks: dict[_Key, futures.Future[bytes]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """How many blocks a reader keeps, two windows' at least; how many blocks and pages a window has
+    at most.
+    """
+
+    kept_blocks: int
+    window_blocks: int
+    window_pages: int
+
+    @classmethod
+    def among(cls, parties: int) -> Limits:
+        """Those of the readers of each of so many members that are read at the same time."""
+        return cls(
+            max(2, _KEPT_BLOCKS // parties),
+            max(1, _WINDOW_BLOCKS // parties),
+            max(_LEAST_PAGES, _WINDOW_PAGES // parties),
+        )
 
 
 class BlockTable:
@@ -130,12 +150,14 @@ class BlockSource:
         refs: tuple[PackRef, ...],
         *,
         ahead: bool = True,
+        limits: Limits | None = None,
         tables: dict[int, BlockTable] | None = None,
     ) -> None:
         threads.switch_often()
         self._volume = volume
         self._refs = refs
         self._ahead = ahead
+        self._limits = limits or Limits.among(1)
         self.tables: dict[int, BlockTable] = {} if tables is None else tables
         self._cache: collections.OrderedDict[_Key, futures.Future[bytes]] = (
             collections.OrderedDict()
@@ -156,11 +178,12 @@ class BlockSource:
             windows = (self._request(pool, cuts) for cuts in self._windows(table))
             window = next(windows, None)
             while window is not None:
-                following = next(windows, None)  # is being read while this one is used
+                # Is being read while this one is used.
+                following = next(windows, None) if self._ahead else None
                 if len(window.cuts.page) > 1 and not len(scratch):
-                    scratch = np.empty((_WINDOW_PAGES, PAGE_BYTES), dtype=np.uint8)
+                    scratch = np.empty((self._limits.window_pages, PAGE_BYTES), dtype=np.uint8)
                 yield from _emit(window, scratch)
-                window = following
+                window = following if self._ahead else next(windows, None)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -215,12 +238,12 @@ class BlockSource:
             at, total = 0, len(cuts.page)
             while at < total:
                 spent = int(ends[at - 1]) if at else 0
-                stop = int(np.searchsorted(ends, spent + _WINDOW_PAGES, side="right"))
-                stop = max(at + 1, min(stop, at + _WINDOW_PAGES))
+                stop = int(np.searchsorted(ends, spent + self._limits.window_pages, side="right"))
+                stop = max(at + 1, min(stop, at + self._limits.window_pages))
                 keys = cuts.pack[at:stop] << 32 | cuts.block[at:stop]
                 _, first_use = np.unique(keys, return_index=True)
-                if len(first_use) > _WINDOW_BLOCKS:
-                    stop = at + int(np.sort(first_use)[_WINDOW_BLOCKS])
+                if len(first_use) > self._limits.window_blocks:
+                    stop = at + int(np.sort(first_use)[self._limits.window_blocks])
                 yield cuts.part(at, stop)
                 at = stop
 
@@ -265,7 +288,7 @@ class BlockSource:
             number, at = key
             block = pool.submit(self.tables[number].load, self._volume, at)
             self._cache[key] = block
-            if len(self._cache) > _CACHED_BLOCKS:
+            if len(self._cache) > self._limits.kept_blocks:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return block

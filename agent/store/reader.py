@@ -44,8 +44,9 @@ class EpochReader:
         self.packs = tuple(self._manifest.packs)
         self.members: tuple[MemberName, ...] = self.summary.members
 
-    def member(self, name: MemberName) -> MemberReader:
-        """Open a member's image.
+    def member(self, name: MemberName, *, parties: int = 1) -> MemberReader:
+        """Open a member's image; of so many that are read at the same time, which share what
+        memory reading takes.
 
         Raises:
             errors.NotFound: the epoch has none of this name.
@@ -56,7 +57,8 @@ class EpochReader:
                 f"epoch {self.summary.epoch} has no member {name}",
                 hint=f"it has {', '.join(self.members)}",
             )
-        return MemberReader(self._volume, catalog.read_member(self._volume, self._manifest, name))
+        found = catalog.read_member(self._volume, self._manifest, name)
+        return MemberReader(self._volume, found, limits=blocks.Limits.among(parties))
 
 
 class MemberReader:
@@ -68,13 +70,17 @@ class MemberReader:
         found: manifest.MemberManifest,
         *,
         ahead: bool = True,
+        limits: blocks.Limits | None = None,
         tables: dict[int, blocks.BlockTable] | None = None,
     ) -> None:
         self._volume = volume
         self._manifest = found
         self._part = layout.member_name(found.group, found.epoch, found.member)
         self._pack_pages = [ref.pages for ref in found.packs]
-        self._blocks = blocks.BlockSource(volume, found.packs, ahead=ahead, tables=tables)
+        self._limits = limits
+        self._blocks = blocks.BlockSource(
+            volume, found.packs, ahead=ahead, limits=limits, tables=tables
+        )
         self._spaces = dict(found.spaces)
         self._metadata = dict(found.metadata)
         self._checked = self._present = False
@@ -167,7 +173,10 @@ class MemberReader:
         """Another reader of the same member, for another thread; for little at a time, without
         reading ahead.
         """
-        return MemberReader(self._volume, self._manifest, ahead=False, tables=self._blocks.tables)
+        tables = self._blocks.tables
+        return MemberReader(
+            self._volume, self._manifest, ahead=False, limits=self._limits, tables=tables
+        )
 
     def _streams(self) -> list[manifest.Stream]:
         streams = (*self._metadata.values(), *self._files.values())

@@ -42,7 +42,7 @@ def runs(*pages: int) -> tuple[PageRun, ...]:
 
 
 def begun(source: Pages, share: pour.Split) -> contextlib.closing[early.Early]:
-    found = early.Early.of(cast("MemberSource", source), {SPACE: share})
+    found = early.Early.of(cast("MemberSource", source), {SPACE: share}, 1)
     assert found is not None
     return contextlib.closing(found)
 
@@ -71,4 +71,4 @@ def test_what_cannot_be_had_is_told_to_who_takes_it() -> None:
 def test_more_than_may_be_held_is_not_read_early() -> None:
     much = PageRun(0, (32 << 20) // PAGE_BYTES + 1, 0)
     share = pour.Split((), (), (much,))
-    assert early.Early.of(cast("MemberSource", Pages()), {SPACE: share}) is None
+    assert early.Early.of(cast("MemberSource", Pages()), {SPACE: share}, 1) is None

@@ -1,7 +1,8 @@
 """Reads what a tree needs before it runs while CRIU still makes the tree.
 
-Promises: what it gives has been verified; it holds a bounded amount (32 MiB), and nothing where
-there is more to read than that; once ``close`` returns nothing of it runs.
+Promises: what it gives has been verified; it holds a bounded amount (32 MiB, or its part of it
+where other members are restored as well), and nothing where there is more to read than that; once
+``close`` returns nothing of it runs.
 Does not: write anything.
 """
 
@@ -28,9 +29,11 @@ class Early:
         self._read = self._pool.submit(self._all)
 
     @classmethod
-    def of(cls, source: MemberSource, shares: Mapping[AddressSpace, pour.Split]) -> Early | None:
-        """Begin, unless it is too much."""
-        if sum(share.poured_bytes for share in shares.values()) > _MOST_BYTES:
+    def of(
+        cls, source: MemberSource, shares: Mapping[AddressSpace, pour.Split], parties: int
+    ) -> Early | None:
+        """Begin, unless it is too much for one of so many members."""
+        if sum(share.poured_bytes for share in shares.values()) > _MOST_BYTES // parties:
             return None
         return cls(source, shares)
 

@@ -23,7 +23,7 @@ from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource, PageRun
 class Feed:
     """Lays one image out in ``folder``; with ``pouring``, memory that can be written into the
     standing tree is left out there; with ``defer_bytes`` as well, ``fill`` leaves out what can come
-    when the tree runs (``lazy``), if it is as much as that.
+    when the tree runs (``lazy``), if it is as much as that. ``parties`` members share memory.
     """
 
     def __init__(
@@ -34,12 +34,14 @@ class Feed:
         *,
         pouring: bool,
         defer_bytes: int | None = None,
+        parties: int = 1,
     ) -> None:
         self._source = source
         self._known = known
         self._folder = folder
         self._pouring = pouring
         self._defer_bytes = defer_bytes if pouring else None
+        self._parties = parties
         self._family: dict[int, pour.ProcessMemory] = {}
         self._deferred: dict[AddressSpace, lazy.Deferred] = {}
         self._shares: dict[AddressSpace, pour.Split] = {}
@@ -62,7 +64,7 @@ class Feed:
         if self._pouring:
             self._shares = self._split()
             if self._deferred:
-                self._early = early.Early.of(self._source, self._shares)
+                self._early = early.Early.of(self._source, self._shares, self._parties)
             elif self._defer_bytes is not None:
                 self._source.check()
         stored = set(self._source.spaces())
@@ -90,7 +92,7 @@ class Feed:
         if self._early is not None:
             found = self._early.take()
             return sum(pour.write(found[space], pids[space], check) for space in found)
-        return pour.pour_all(self._source, self._shares, pids, check)
+        return pour.pour_all(self._source, self._shares, pids, check, self._parties)
 
     def close(self) -> None:
         """Read no more ahead; safe to repeat."""

@@ -7,7 +7,8 @@ which reads, verifies and decompresses what it has taken (``pending``).
 Promises: what a process finds in its memory has been verified and belongs there. A tree whose
 memory cannot be completed is ended, whoever fails or dies (see ``keeper``), never left running with
 holes; a volume that fails for a moment ends no tree. Memory is bounded: 16 MiB and a byte a page,
-besides what three readers of the store hold.
+besides what three readers of the store hold; where several members are filled at once, they share
+that and have fewer threads each.
 Does not: choose what comes late (``lazy``), or what comes first (``pending``).
 """
 
@@ -33,7 +34,7 @@ from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSource, PageRun
 _PIECE_BYTES = 1 << 20
 _PIECES, _ANSWERS = 12, 4
 # How many threads send what nobody waits for yet, beside the one for what somebody does. Each holds
-# up to 50 MiB of blocks and pages, and the agent stays below 256 MiB.
+# up to 34 MiB of blocks and pages (store/blocks.Limits), and the agent stays below 256 MiB.
 _SENDERS = 2
 # Zero pages in so long a row are told of, so that nobody asks for each; more often costs more.
 _ZERO_PAGES = 16
@@ -54,7 +55,7 @@ class Fill:
     """The filling of one tree; see ``agent.engines.base.Filling``.
 
     ``tree`` are its processes on this host, held against dumps until it is complete. ``patience_s``
-    may pass without a page before it is given up.
+    may pass without a page before it is given up. ``parties`` members are filled at the same time.
 
     Raises:
         lazy.LateRefused: the keeper cannot be had; nothing of it is left.
@@ -68,11 +69,14 @@ class Fill:
         descriptors: Mapping[AddressSpace, int],
         tree: Sequence[proc.Identity],
         patience_s: float,
+        parties: int = 1,
     ) -> None:
         self._source = source
         self._spaces = [space for space in deferred if deferred[space].runs]
         self._deferred = deferred
-        self._senders = min(_SENDERS, len(os.sched_getaffinity(0)))
+        self._senders = max(1, min(_SENDERS, len(os.sched_getaffinity(0))) // parties)
+        # So many pieces are on their way at once, and so many of those that somebody waits for.
+        self._most = max(2, _PIECES // parties), max(1, _ANSWERS // parties)
         self._pending = pending.Pending([deferred[s].runs for s in self._spaces], self._senders)
         self._patience_s = patience_s
         self.total_bytes = sum(each.size_bytes for each in deferred.values())
@@ -173,7 +177,8 @@ class Fill:
         descriptors: Mapping[AddressSpace, int],
         tree: Sequence[proc.Identity],
     ) -> None:
-        size = (_PIECES + _ANSWERS) * _PIECE_BYTES
+        pieces, answers = self._most
+        size = (pieces + answers) * _PIECE_BYTES
         memory = os.memfd_create("fill", os.MFD_CLOEXEC)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._urgent, urgent = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -193,9 +198,9 @@ class Fill:
             os.close(memory)
             theirs.close()
             urgent.close()
-        for each in range(_PIECES):
+        for each in range(pieces):
             self._pieces.put(each * _PIECE_BYTES)
-        for each in range(_PIECES, _PIECES + _ANSWERS):
+        for each in range(pieces, pieces + answers):
             self._answers.put(each * _PIECE_BYTES)
         self._channel.settimeout(_READY_S)
         try:
@@ -270,7 +275,7 @@ class Fill:
                 kind, content = said[:1], said[1:]
                 if kind == keeper.TAKEN:
                     (place,) = keeper.PLACE.unpack(content)
-                    mine = place < _PIECES * _PIECE_BYTES
+                    mine = place < self._most[0] * _PIECE_BYTES
                     (self._pieces if mine else self._answers).put(place)
                     self._last_s = clock.monotonic_s()
                 elif kind == keeper.QUESTION:
@@ -327,7 +332,7 @@ class Fill:
             self._tell(channel, share.number, address, answer)
         if self._pending.complete and self._whole.acquire(blocking=False):
             # Where all places are free again, the keeper has taken in whatever was sent.
-            for each, count in ((self._pieces, _PIECES), (self._answers, _ANSWERS)):
+            for each, count in zip((self._pieces, self._answers), self._most, strict=True):
                 for _ in range(count):
                     self._free(each)
             self._channel.send(keeper.WHOLE)

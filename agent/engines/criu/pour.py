@@ -36,8 +36,8 @@ _MAP_HUGETLB = 0x40000
 # Where pages belong, what they hold (None: zero), how many, and whether it is zero there already.
 Piece = tuple[int, memoryview | None, int, bool]
 
-# What one thread takes at a time (32 MiB), and how many threads: each holds up to 50 MiB of blocks
-# and pages, and the agent stays below 256 MiB.
+# What one thread takes at a time (32 MiB), and how many threads: each holds up to 34 MiB of blocks
+# and pages (store/blocks.Limits), and the agent stays below 256 MiB.
 _PART_PAGES, _THREADS = 8192, 3
 
 
@@ -176,9 +176,11 @@ def pour_all(
     shares: Mapping[AddressSpace, Split],
     pids: Mapping[AddressSpace, int],
     check: Callable[[], None],
+    parties: int = 1,
 ) -> int:
     """Pour all of these, each into its process, in parallel: each thread reads, verifies and writes
-    what it has taken. ``check`` is called from each of them; raises as ``pour``.
+    what it has taken. ``check`` is called from each of them; ``parties`` members are restored at
+    the same time. Raises as ``pour``.
     """
     jobs = collections.deque(
         (space, part) for space, share in shares.items() for part in _parts(share)
@@ -199,7 +201,7 @@ def pour_all(
             jobs.clear()
             raise
 
-    most = min(_THREADS, len(jobs), len(os.sched_getaffinity(0)))
+    most = min(max(1, _THREADS // parties), len(jobs), len(os.sched_getaffinity(0)))
     with futures.ThreadPoolExecutor(max(1, most), "pour") as pool:
         done = [pool.submit(work, source.beside()) for _ in range(most)]
     return sum(each.result() for each in done)

@@ -232,6 +232,7 @@ class _Restore:
             self._images,
             pouring=way is not _Way.FILES,
             defer_bytes=options.fills.least_bytes if options.fills and way is _Way.LATE else None,
+            parties=options.parties,
         )
         self._stands = False
         self._daemon: lazy.Daemon | None = None
@@ -385,6 +386,7 @@ class _Restore:
             {space: descriptors[space.id] for space in deferred},
             [proc.identity(self._site.host_pid(number)) for number in self._feed.numbers],
             self._options.deadline_s,
+            self._options.parties,
         )
         self._fill.begin()
 
