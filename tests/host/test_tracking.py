@@ -169,6 +169,29 @@ def test_what_is_written_all_the_time_is_copied_at_the_cut_only(program: Program
     assert copied(image, program, 20, 16) == program.first_bytes(20, 16)
 
 
+def test_who_writes_here_and_there_is_caught_up_with_by_the_last_rounds(program: Program) -> None:
+    """Each look finds as much written as the one before, but in other places."""
+    image = MemoryImage()
+    writer = "lambda: [(fill(2 + n % 60, 1, n % 250), time.sleep(0.025)) for n in range(10**9)]"
+    for line in (
+        *("map(2, 60)", "fill(2, 60, 1)"),
+        f"threading.Thread(target={writer}).start()",
+    ):
+        program.do(line)
+    copy = Precopy(image, clock.Deadline.after(60))
+    try:
+        copy.run(program.pid)
+        assert copy.shrinks
+        rounds = len(copy.rounds)
+        copy.last_rounds(program.pid, HeldSink(image, 0), lambda: None)
+        assert len(copy.rounds) >= rounds + 2
+        program.stop()
+        copy.finish(copy.cut([program.pid]), HeldSink(image, 0))
+        assert copied(image, program, 2, 60) == program.first_bytes(2, 60)
+    finally:
+        copy.close()
+
+
 def test_the_last_rounds_do_not_wait_for_the_store(program: Program) -> None:
     """What a tree writes meanwhile would be left for its stop."""
     image = MemoryImage()

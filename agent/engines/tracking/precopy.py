@@ -42,6 +42,10 @@ log = logging.getLogger(__name__)
 _ENOUGH_BYTES = 4 << 20
 # Rounds that do not get on any more only cost the job time.
 _SHRINKS_TO = 0.8
+# Of what was written in one look, how much is written in the next one too if it is all the time.
+_AGAIN = 0.5
+# The last rounds catch up with who writes no more than this, and what they read can be held.
+_MOST_WRITTEN_PER_S = 128 << 20
 # What is written within this is taken for written all the time: some steps of common trainings.
 LOOK_S = 0.25
 # What was written while a round took longer than this many of them cannot be compared.
@@ -284,7 +288,7 @@ class Precopy:
         for _ in range(_MOST_ROUNDS):
             looked = clock.Deadline.after(LOOK_S)
             span_s, looked_s = clock.monotonic_s() - looked_s, clock.monotonic_s()
-            self.round(root, rested=True)
+            rested_bytes = self.round(root, rested=True)
             before, left_bytes = left_bytes, sum(each.left_bytes for each in self._copies.values())
             self._written_per_s = left_bytes / span_s
             self._looked_s = looked_s
@@ -293,7 +297,9 @@ class Precopy:
             if span_s > _COMPARABLE * LOOK_S:
                 before = None
             if before is not None and left_bytes > _SHRINKS_TO * before:
-                self.shrinks = False
+                # Who writes here and there leaves less to a round that comes sooner.
+                again = rested_bytes < (1 - _AGAIN) * before
+                self.shrinks = not again and self._written_per_s < _MOST_WRITTEN_PER_S
                 break
             rest = self._deadline.sooner(looked.remaining_s)
             clock.wait_until(lambda: False, rest, every_s=LOOK_S)
