@@ -312,7 +312,9 @@ class ShortStop:
         for each in self._standing:
             if each.space in self._parts:
                 pages = residue.pages(each.who.pid, self._parts[each.space])
-                self._residue_read_bytes += reading.whole(each.who, each.space, pages, sink)
+                self._residue_read_bytes += reading.whole(
+                    each.who, each.space, pages, sink, self._precopy.room
+                )
                 self._residue[each.space] = pages
 
     def _read(self) -> None:

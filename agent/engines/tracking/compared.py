@@ -175,6 +175,24 @@ class Compared:
         return same
 
 
+def piecewise(pieces: Callable[[list[tuple[int, int]], memoryview], list[int]]) -> Read:
+    """Reading by what takes pieces of ``address, bytes`` and says how much of each was read."""
+
+    def read(into: memoryview, start: int, wanted: Ranges) -> Ranges:
+        if pagemap.size_bytes(wanted) != len(into):
+            into[:] = bytes(len(into))
+        there = []
+        for low, high in wanted.tolist():
+            (count,) = pieces([(low, high - low)], into[low - start : high - start])
+            there.append((low, low + count // PAGE_BYTES * PAGE_BYTES))
+        rows = np.array(there, dtype=np.int64)
+        if np.array_equal(rows, wanted):
+            return wanted
+        return rows[rows[:, 1] > rows[:, 0]]
+
+    return read
+
+
 def _inside(steps: Sequence[int], ranges: Ranges) -> frozenset[int]:
     """Which steps are whole in one of the ranges."""
     if not len(ranges):

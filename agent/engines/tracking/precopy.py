@@ -23,7 +23,7 @@ import numpy as np
 from agent import errors
 from agent.engines.tracking import areas, reading
 from agent.engines.tracking.base import Tracker
-from agent.engines.tracking.compared import Compared, Read
+from agent.engines.tracking.compared import Compared, piecewise
 from agent.engines.tracking.pace import Pace
 from agent.engines.tracking.protected import Protected
 from agent.engines.tracking.quiet import Quiet
@@ -83,9 +83,10 @@ class Standing:
 class _Copy:
     """The copy of one process."""
 
-    def __init__(self, who: proc.Identity, tracker: Tracker) -> None:
+    def __init__(self, who: proc.Identity, tracker: Tracker, room: memoryview) -> None:
         self.who = who
         self.tracker = tracker
+        self._room = room
         self.space = AddressSpace("process", areas.private_id(who.pid))
         self.have = pagemap.none()
         # To be read, whatever the tracker says: given out and not read so far, or known of the
@@ -120,7 +121,7 @@ class _Copy:
         missing = pagemap.without(existing, pagemap.clip(self.have, unchanged))
         self.have = pagemap.without(pagemap.clip(existing, unchanged), self._held)
         self._left = pagemap.without(existing, self.have)
-        return existing, reading.whole(standing.who, standing.space, missing, sink)
+        return existing, reading.whole(standing.who, standing.space, missing, sink, self._room)
 
     def take(self, deadline: clock.Deadline) -> None:
         """Ask the tracker what to read. Raises errors.NotFound if it has ended."""
@@ -156,7 +157,9 @@ class _Copy:
         wanted = pagemap.without(self._wanted(rested=rested), self._held)
         had, self.have = self.have, pagemap.none()  # until it went well
         with reading.opened(self.who) as memory:
-            done = reading.draft(sink, self.space, memory, wanted, pace, standing=quick)
+            done = reading.draft(
+                *(sink, self.space, memory, wanted, pace), standing=quick, into=self._room
+            )
         # Quick reading goes by the number: it was its memory if the process still has that number.
         if quick and not proc.alive(self.who):
             raise errors.NotFound(f"process {self.who.pid} has ended", pid=self.who.pid)
@@ -171,8 +174,10 @@ class _Copy:
 class _ComparedCopy(_Copy):
     """The copy of a process whose writes are not noted."""
 
-    def __init__(self, who: proc.Identity, tracker: Tracker, fingerprinter: Fingerprinter) -> None:
-        super().__init__(who, tracker)
+    def __init__(
+        self, who: proc.Identity, tracker: Tracker, room: memoryview, fingerprinter: Fingerprinter
+    ) -> None:
+        super().__init__(who, tracker, room)
         self._compared = Compared(self.space, fingerprinter)
 
     def recall(self, sink: MemberSink, epoch: str) -> None:
@@ -183,7 +188,7 @@ class _ComparedCopy(_Copy):
         """See ``_Copy``: all of it is read."""
         existing, _ = self.tracker.cut(standing.areas)
         with reading.opened(self.who) as memory:
-            self._compared.finish(existing, _reading(memory.read_standing), sink)
+            self._compared.finish(existing, piecewise(memory.read_standing), sink)
         return existing, pagemap.size_bytes(existing)
 
     def take(self, deadline: clock.Deadline) -> None:
@@ -197,7 +202,7 @@ class _ComparedCopy(_Copy):
         """Draft what is not as it was drafted; say how many bytes that were."""
         existing = np.concatenate([pagemap.none(), *self.tracker.round()])
         with reading.opened(self.who) as memory:
-            return self._compared.round(existing, _reading(memory.read), sink, deadline, pace)
+            return self._compared.round(existing, piecewise(memory.read), sink, deadline, pace)
 
     @property
     def changed_bytes(self) -> int:
@@ -217,6 +222,8 @@ class Precopy:
         self._moves, self._quiet = Moves(), Quiet()
         self._copies: dict[proc.Identity, _Copy] = {}
         self._fingerprinter = Fingerprinter()
+        # What is read goes through here; whoever reads meanwhile takes another.
+        self.room = reading.room()
         self._shared = SharedCopies(self._fingerprinter)
         # Processes that hold nothing of ours: only who is forked later can.
         self._clean: set[proc.Identity] = set()
@@ -442,7 +449,7 @@ class Precopy:
                 existing, read_bytes = copy.finish(each, sink)
             else:
                 existing = pagemap.existing(each.who.pid, each.areas)
-                read_bytes = reading.whole(each.who, each.space, existing, sink)
+                read_bytes = reading.whole(each.who, each.space, existing, sink, self.room)
             self.cut_bytes += read_bytes
             self._settled[each.space] = existing
 
@@ -504,25 +511,9 @@ class Precopy:
             tracker: Tracker
             try:
                 tracker = Protected(who, self._moves)
-                found = _Copy(who, tracker)
+                found = _Copy(who, tracker, self.room)
             except (injection.InjectionRefused, errors.EnvironmentUnfit) as exc:
                 tracker = Untracked(who.pid, exc.message)
-                found = _ComparedCopy(who, tracker, self._fingerprinter)
+                found = _ComparedCopy(who, tracker, self.room, self._fingerprinter)
             self._copies[who] = found
         return found
-
-
-def _reading(pieces: Callable[[list[tuple[int, int]], memoryview], list[int]]) -> Read:
-    def read(into: memoryview, start: int, wanted: Ranges) -> Ranges:
-        if pagemap.size_bytes(wanted) != len(into):
-            into[:] = bytes(len(into))
-        there = []
-        for low, high in wanted.tolist():
-            (count,) = pieces([(low, high - low)], into[low - start : high - start])
-            there.append((low, low + count // PAGE_BYTES * PAGE_BYTES))
-        rows = np.array(there, dtype=np.int64)
-        if np.array_equal(rows, wanted):
-            return wanted
-        return rows[rows[:, 1] > rows[:, 0]]
-
-    return read

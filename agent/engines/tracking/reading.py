@@ -1,6 +1,9 @@
 """Reading pages of a process into drafts.
 
-Promises: what is held at once is one buffer of ``_BUFFER_BYTES``.
+Memory that is touched for the first time takes several times as long to read into, so who reads
+again and again, or while a process stands still, brings ``room``.
+
+Promises: what is held at once is one buffer of ``ROOM_BYTES``.
 Does not: know which pages.
 """
 
@@ -20,7 +23,7 @@ from agent.host.pagemap import Ranges
 from agent.model.streams import PAGE_BYTES, AddressSpace, PageRun
 
 # As in the page server: few system calls a byte, and it stays in a core's cache.
-_BUFFER_BYTES = 2 << 20
+ROOM_BYTES = 2 << 20
 
 
 class Drafts(Protocol):
@@ -30,15 +33,27 @@ class Drafts(Protocol):
         """As ``MemberSink.draft``."""
 
 
-def whole(who: proc.Identity, space: AddressSpace, ranges: Ranges, sink: Drafts) -> int:
-    """Draft these pages of a process that stands still; say how many bytes they are.
+def room() -> memoryview:
+    """What can be read into again and again; it is touched."""
+    return memoryview(bytearray(b"\xff") * ROOM_BYTES)
+
+
+def whole(
+    who: proc.Identity,
+    space: AddressSpace,
+    ranges: Ranges,
+    sink: Drafts,
+    into: memoryview | None = None,
+) -> int:
+    """Draft these pages of a process that stands still, by ``into``, a ``room``; say how many bytes
+    they are.
 
     Raises:
         errors.ShortStopFailed: some cannot be read.
         errors.NotFound: the process has ended.
     """
     with opened(who) as memory:
-        done = draft(sink, space, memory, ranges, standing=True)
+        done = draft(sink, space, memory, ranges, standing=True, into=into)
     size_bytes = pagemap.size_bytes(ranges)
     if pagemap.size_bytes(done) != size_bytes:
         raise errors.ShortStopFailed(f"memory of process {who.pid} cannot be read", pid=who.pid)
@@ -63,15 +78,17 @@ def draft(
     pace: Pace | None = None,
     *,
     standing: bool = False,
+    into: memoryview | None = None,
 ) -> Ranges:
-    """Draft these pages; return those that could be read."""
+    """Draft these pages, by ``into``, a ``room``; return those that could be read."""
     done = [pagemap.none()]
-    for batch in _batches(ranges):
-        size_bytes = sum(length for _, length in batch)
+    for rows in _batches(ranges):
+        batch = rows.tolist()
+        size_bytes = int(rows[:, 1].sum())
         if pace is not None:
             pace.wait(size_bytes)
-        data = memoryview(bytearray(size_bytes))
-        counts = (memory.read_standing if standing else memory.read)(batch, data)
+        data = memoryview(bytearray(size_bytes)) if into is None else into[:size_bytes]
+        counts = memory.read_standing(rows, data) if standing else memory.read(batch, data)
         runs = []
         whole = sum(counts) == size_bytes
         for (address, length), count in zip(batch, counts, strict=True):
@@ -81,8 +98,8 @@ def draft(
             data = _closed_up(batch, counts, data)
         if runs:
             sink.draft(space, runs, data)
-            rows = [(run.address, run.address + run.pages * PAGE_BYTES) for run in runs]
-            done.append(np.array(rows, dtype=np.int64))
+            there = [(run.address, run.address + run.pages * PAGE_BYTES) for run in runs]
+            done.append(np.array(there, dtype=np.int64))
     return np.concatenate(done)
 
 
@@ -98,19 +115,16 @@ def _closed_up(
     return memoryview(bytearray().join(kept))
 
 
-def _batches(ranges: Ranges) -> Iterator[list[tuple[int, int]]]:
-    """Pieces of ``address, bytes`` of at most a buffer together."""
-    batch: list[tuple[int, int]] = []
-    room = _BUFFER_BYTES
-    for start, end in ranges.tolist():
-        at = start
-        while at < end:
-            length = min(end - at, room)
-            batch.append((at, length))
-            at += length
-            room -= length
-            if not room:
-                yield batch
-                batch, room = [], _BUFFER_BYTES
-    if batch:
-        yield batch
+def _batches(ranges: Ranges) -> Iterator[Ranges]:
+    """Rows of ``address, bytes`` of at most a buffer together."""
+    ends = np.cumsum(ranges[:, 1] - ranges[:, 0])
+    starts = ends - (ranges[:, 1] - ranges[:, 0])
+    for low in range(0, pagemap.size_bytes(ranges), ROOM_BYTES):
+        high = low + ROOM_BYTES
+        first = int(np.searchsorted(ends, low, side="right"))
+        last = int(np.searchsorted(starts, high, side="left"))
+        rows = ranges[first:last].copy()
+        rows[0, 0] += low - starts[first]
+        rows[-1, 1] -= max(0, int(ends[last - 1]) - high)
+        rows[:, 1] -= rows[:, 0]
+        yield rows
