@@ -54,7 +54,9 @@ class HeldSink:
         self._slabs: list[memoryview] = []
         self._slab = memoryview(b"")
         self._holding = self._refusing = False
-        # Whether something could not be held.
+        # Whether anything was held, or passed on, since memory was touched for it.
+        self._used = False
+        # Whether something could not be held, since it was renewed.
         self.overflowed = False
 
     @property
@@ -64,7 +66,7 @@ class HeldSink:
 
     def prepare(self, expected_bytes: int, check: Callable[[], None] = lambda: None) -> None:
         """Be quick to hold so much; ``check`` is called between and may raise."""
-        self._prepared_bytes = expected_bytes
+        self._prepared_bytes, self._used = expected_bytes, False
         in_memory_bytes = min(expected_bytes, self._budget_bytes)
         for _ in range(0, in_memory_bytes, _SLAB_BYTES):
             check()
@@ -73,11 +75,12 @@ class HeldSink:
         self._spool.prepare(expected_bytes - in_memory_bytes, check)
 
     def renew(self, check: Callable[[], None]) -> None:
-        """Pass on what is held, if anything is, and be as quick as before."""
+        """Pass on what is held, if anything is or was, and be as quick as before."""
         with self._lock:
-            if not self._waiting:
+            if not self._used:
                 return
             self._pass_on(check)
+            self.overflowed = False
         self.prepare(self._prepared_bytes, check)
 
     def refuse(self) -> None:
@@ -106,7 +109,7 @@ class HeldSink:
         with self._lock:
             load = self._kept(data)
             if load is not None:
-                self._waiting.append(lambda: self._sink.pages(space, run, load()))
+                self._add(lambda: self._sink.pages(space, run, load()))
             else:
                 self._sink.pages(space, run, data)
 
@@ -115,7 +118,7 @@ class HeldSink:
         with self._lock:
             load = self._kept(data)
             if load is not None:
-                self._waiting.append(lambda: self._sink.draft(space, runs, load()))
+                self._add(lambda: self._sink.draft(space, runs, load()))
             else:
                 self._sink.draft(space, runs, data)
 
@@ -151,6 +154,7 @@ class HeldSink:
 
     def _add(self, call: Callable[[], None]) -> None:
         if self._holding:
+            self._used = True
             self._waiting.append(call)
         else:
             call()
@@ -191,7 +195,7 @@ class HeldSink:
 
     def _pass_on(self, check: Callable[[], None] = lambda: None) -> None:
         waiting, self._waiting = self._waiting, []
-        self._holding = False
+        self._holding, self._used = False, True
         self._held_bytes = 0
         self._slabs, self._slab = [], memoryview(b"")
         waiting.reverse()

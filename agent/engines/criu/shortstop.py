@@ -155,6 +155,11 @@ class ShortStop:
         if not self._kill:
             self._held.hold()
         self._precopy.last_rounds(self._root, self._held, self._note_layouts)
+        if self._held.overflowed:
+            # What the stop holds would go to memory that nobody has touched.
+            self._held.renew(self._check)
+            self._held.hold()
+            self._precopy.round(self._root, into=self._held)
 
     def _note_layouts(self) -> None:
         pids = proc.tree(self._root)
