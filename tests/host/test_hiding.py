@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from agent.engines.criu import hiding
-from agent.engines.tracking.precopy import Standing
+from agent.engines.tracking.copies import Standing
 from agent.host import pagemap, proc
 from agent.model.streams import AddressSpace
 

@@ -32,7 +32,7 @@ from agent import errors
 from agent.engines.criu.probe import Criu
 from agent.engines.tracking import shared
 from agent.engines.tracking.areas import SMALLEST_BYTES
-from agent.engines.tracking.precopy import Standing
+from agent.engines.tracking.copies import Standing
 from agent.host import pagemap, proc
 from agent.host.supervision import (
     IOCTL,

@@ -21,8 +21,9 @@ from agent.engines.criu import codepages, hiding, pageserver, preflight
 from agent.engines.criu.held import HeldSink
 from agent.engines.criu.probe import Criu
 from agent.engines.tracking import areas, reading, residue
+from agent.engines.tracking.copies import Standing
 from agent.engines.tracking.pace import UNLIMITED, Limits, Pace
-from agent.engines.tracking.precopy import Precopy, Standing
+from agent.engines.tracking.precopy import Precopy
 from agent.engines.tracking.shared import Found
 from agent.host import clock, layouts, pagemap, proc
 from agent.host.pagemap import Ranges

@@ -23,11 +23,10 @@ import numpy as np
 from agent import errors
 from agent.engines.tracking import areas, reading
 from agent.engines.tracking.base import Tracker
-from agent.engines.tracking.compared import Compared, piecewise
+from agent.engines.tracking.copies import ComparedCopy, Copy, Standing
 from agent.engines.tracking.pace import Pace
 from agent.engines.tracking.protected import Protected
 from agent.engines.tracking.quiet import Quiet
-from agent.engines.tracking.reading import Drafts
 from agent.engines.tracking.shared import Found, SharedCopies
 from agent.engines.tracking.untracked import Untracked
 from agent.host import clock, injection, pagemap, proc
@@ -42,7 +41,7 @@ log = logging.getLogger(__name__)
 _ENOUGH_BYTES = 4 << 20
 # Rounds that do not get on any more only cost the job time.
 _SHRINKS_TO = 0.8
-# Of what was written in one look, how much is written in the next one too if it is all the time.
+# Of what was written in one look, how much was in the one before, if it is all the time.
 _AGAIN = 0.5
 # The last rounds catch up with who writes no more than this, and what they read can be held.
 _MOST_WRITTEN_PER_S = 128 << 20
@@ -71,145 +70,6 @@ class Round:
     took_s: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Standing:
-    """A process at the cut. ``areas`` are the mappings that are copied here, a row each."""
-
-    who: proc.Identity
-    space: AddressSpace
-    areas: Ranges
-
-
-class _Copy:
-    """The copy of one process."""
-
-    def __init__(self, who: proc.Identity, tracker: Tracker, room: memoryview) -> None:
-        self.who = who
-        self.tracker = tracker
-        self._room = room
-        self.space = AddressSpace("process", areas.private_id(who.pid))
-        self.have = pagemap.none()
-        # To be read, whatever the tracker says: given out and not read so far, or known of the
-        # cut before and not sure to be as it was.
-        self._left = pagemap.none()
-        # What the last ``take`` gave out; and pages given out that somebody may have had hold of
-        # since before then, and may still write to, without a trace.
-        self._given = self._held = pagemap.none()
-
-    @property
-    def left_bytes(self) -> int:
-        """How much was given out and has not been read."""
-        return pagemap.size_bytes(self._left)
-
-    def recall(self, sink: MemberSink, epoch: str) -> None:
-        """Begin another copy, in ``sink``, with what it takes over of ``epoch``, which the last one
-        became.
-        """
-        runs = sink.recall(epoch, self.space)
-        there = np.array(
-            [(run.address, run.address + run.pages * PAGE_BYTES) for run in runs], dtype=np.int64
-        ).reshape(-1, 2)
-        self._left = pagemap.union(self._left, pagemap.without(self.have, there))
-        self.have = pagemap.clip(self.have, there)
-
-    def finish(self, standing: Standing, sink: MemberSink) -> tuple[Ranges, int]:
-        """Read those of the pages that exist at the cut that are not had as they are; all that
-        exist, and how many bytes were read. All of them are had afterwards, and in the next copy
-        those that are sure to be unchanged. Raises errors.ShortStopFailed.
-        """
-        existing, unchanged = self.tracker.cut(standing.areas)
-        missing = pagemap.without(existing, pagemap.clip(self.have, unchanged))
-        self.have = pagemap.without(pagemap.clip(existing, unchanged), self._held)
-        self._left = pagemap.without(existing, self.have)
-        return existing, reading.whole(standing.who, standing.space, missing, sink, self._room)
-
-    def take(self, deadline: clock.Deadline) -> None:
-        """Ask the tracker what to read. Raises errors.NotFound if it has ended."""
-        had, self.have = self.have, pagemap.none()  # until it went well
-        left, self._left = self._left, pagemap.none()
-        given = [pagemap.none()]
-        for piece in self.tracker.round():
-            given.append(piece)
-            deadline.check("copying memory ahead")
-        self._given = pagemap.union(*given)
-        self.have = pagemap.without(had, self._given)
-        self._left = pagemap.union(left, self._given)
-        self._held = pagemap.union(self._held, self._given)
-
-    def waits(self, *, rested: bool) -> bool:
-        """Whether there is something to ``read`` that somebody may have hold of."""
-        return len(pagemap.clip(self._held, self._wanted(rested=rested))) > 0
-
-    @property
-    def held(self) -> bool:
-        """Whether there is something that somebody may have hold of."""
-        return len(self._held) > 0
-
-    def let_go(self) -> None:
-        """Nobody has hold of pages any more who had when they were taken."""
-        self._held = pagemap.none()
-
-    def read(self, sink: Drafts, pace: Pace | None, *, rested: bool, quick: bool) -> int:
-        """Read what is left and nobody may have hold of; say how many bytes. ``rested``: only what
-        the last ``take`` did not give out, so has not been written for a while. ``quick``: many
-        pages by each system call. Raises errors.NotFound if it has ended.
-        """
-        wanted = pagemap.without(self._wanted(rested=rested), self._held)
-        had, self.have = self.have, pagemap.none()  # until it went well
-        with reading.opened(self.who) as memory:
-            done = reading.draft(
-                *(sink, self.space, memory, wanted, pace), standing=quick, into=self._room
-            )
-        # Quick reading goes by the number: it was its memory if the process still has that number.
-        if quick and not proc.alive(self.who):
-            raise errors.NotFound(f"process {self.who.pid} has ended", pid=self.who.pid)
-        self.have = pagemap.union(had, done)
-        self._left = pagemap.without(self._left, wanted)
-        return pagemap.size_bytes(done)
-
-    def _wanted(self, *, rested: bool) -> Ranges:
-        return pagemap.without(self._left, self._given) if rested else self._left
-
-
-class _ComparedCopy(_Copy):
-    """The copy of a process whose writes are not noted."""
-
-    def __init__(
-        self, who: proc.Identity, tracker: Tracker, room: memoryview, fingerprinter: Fingerprinter
-    ) -> None:
-        super().__init__(who, tracker, room)
-        self._compared = Compared(self.space, fingerprinter)
-
-    def recall(self, sink: MemberSink, epoch: str) -> None:
-        """See ``_Copy``."""
-        self._compared.recall(sink, epoch)
-
-    def finish(self, standing: Standing, sink: MemberSink) -> tuple[Ranges, int]:
-        """See ``_Copy``: all of it is read."""
-        existing, _ = self.tracker.cut(standing.areas)
-        with reading.opened(self.who) as memory:
-            self._compared.finish(existing, piecewise(memory.read_standing), sink)
-        return existing, pagemap.size_bytes(existing)
-
-    def take(self, deadline: clock.Deadline) -> None:
-        """See ``_Copy``: nothing, since only a look at all of it tells what was written."""
-
-    def read(self, sink: Drafts, pace: Pace | None, *, rested: bool, quick: bool) -> int:
-        """See ``_Copy``: nothing."""
-        return 0
-
-    def look(self, sink: MemberSink, deadline: clock.Deadline, pace: Pace | None) -> int:
-        """Draft what is not as it was drafted; say how many bytes that were."""
-        existing = np.concatenate([pagemap.none(), *self.tracker.round()])
-        with reading.opened(self.who) as memory:
-            return self._compared.round(existing, piecewise(memory.read), sink, deadline, pace)
-
-    @property
-    def changed_bytes(self) -> int:
-        """What the last look found changed."""
-        return self._compared.changed_bytes
-
-
 class Precopy:
     """The copies of a tree's processes, in ``sink``."""
 
@@ -220,7 +80,7 @@ class Precopy:
         self._deadline = deadline
         self._pace = pace
         self._moves, self._quiet = Moves(), Quiet()
-        self._copies: dict[proc.Identity, _Copy] = {}
+        self._copies: dict[proc.Identity, Copy] = {}
         self._fingerprinter = Fingerprinter()
         # What is read goes through here; whoever reads meanwhile takes another.
         self.room = reading.room()
@@ -295,7 +155,7 @@ class Precopy:
         for _ in range(_MOST_ROUNDS):
             looked = clock.Deadline.after(LOOK_S)
             span_s, looked_s = clock.monotonic_s() - looked_s, clock.monotonic_s()
-            rested_bytes = self.round(root, rested=True)
+            self.round(root, rested=True)
             before, left_bytes = left_bytes, sum(each.left_bytes for each in self._copies.values())
             self._written_per_s = left_bytes / span_s
             self._looked_s = looked_s
@@ -305,11 +165,17 @@ class Precopy:
                 before = None
             if before is not None and left_bytes > _SHRINKS_TO * before:
                 # Who writes here and there leaves less to a round that comes sooner.
-                again = rested_bytes < (1 - _AGAIN) * before
-                self.shrinks = not again and self._written_per_s < _MOST_WRITTEN_PER_S
+                wanders = self._again < _AGAIN
+                self.shrinks = wanders and self._written_per_s < _MOST_WRITTEN_PER_S
                 break
             rest = self._deadline.sooner(looked.remaining_s)
             clock.wait_until(lambda: False, rest, every_s=LOOK_S)
+
+    @property
+    def _again(self) -> float:
+        """Of what was written by the last round, how much had been by the one before."""
+        given_bytes = sum(each.given_bytes for each in self._copies.values())
+        return sum(each.again_bytes for each in self._copies.values()) / max(given_bytes, 1)
 
     def _compare(self, root: int) -> None:
         before = None
@@ -357,7 +223,7 @@ class Precopy:
         return total
 
     def _round(
-        self, root: int, copies: Sequence[_Copy], *, rested: bool, into: MemberSink | None
+        self, root: int, copies: Sequence[Copy], *, rested: bool, into: MemberSink | None
     ) -> int:
         taken = []
         for copy in copies:
@@ -402,14 +268,14 @@ class Precopy:
         for pid in pids:
             with contextlib.suppress(errors.NotFound):
                 copy = self._copy(proc.identity(pid))
-                if isinstance(copy, _ComparedCopy):
+                if isinstance(copy, ComparedCopy):
                     total += copy.look(self._sink, self._deadline, pace)
         return total
 
     @property
     def expected_bytes(self) -> int:
         """How much is likely to be left for the last rounds and the cut, a guess."""
-        compared = [each for each in self._copies.values() if isinstance(each, _ComparedCopy)]
+        compared = [each for each in self._copies.values() if isinstance(each, ComparedCopy)]
         changed_bytes = self._shared.changed_bytes + sum(each.changed_bytes for each in compared)
         since_s = clock.monotonic_s() - self._looked_s + _UNTIL_CUT_S
         written_bytes = int(self._written_per_s * since_s)
@@ -505,15 +371,15 @@ class Precopy:
         else:
             self._clean.add(who)
 
-    def _copy(self, who: proc.Identity) -> _Copy:
+    def _copy(self, who: proc.Identity) -> Copy:
         found = self._copies.get(who)
         if found is None:
             tracker: Tracker
             try:
                 tracker = Protected(who, self._moves)
-                found = _Copy(who, tracker, self.room)
+                found = Copy(who, tracker, self.room)
             except (injection.InjectionRefused, errors.EnvironmentUnfit) as exc:
                 tracker = Untracked(who.pid, exc.message)
-                found = _ComparedCopy(who, tracker, self.room, self._fingerprinter)
+                found = ComparedCopy(who, tracker, self.room, self._fingerprinter)
             self._copies[who] = found
         return found
