@@ -24,7 +24,6 @@ import os
 import platform
 import signal
 import struct
-import threading
 from collections.abc import Callable, Iterator
 
 from agent import errors
@@ -133,25 +132,10 @@ _Action = Callable[["_Thread", int, int], Made]
 def _injected(who: proc.Identity, action: _Action) -> Made:
     if platform.machine() != "x86_64":
         raise InjectionRefused(f"not known how on {platform.machine()}")
-    outcome: list[Made | BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(_with_stopped(who, action))
-        except BaseException as exc:  # noqa: BLE001 - carried to the caller
-            outcome.append(exc)
-
-    # The kernel lets go of everything that a thread traces when the thread ends: whatever happens
-    # in here, nothing stays traced.
-    thread = threading.Thread(target=run, name="inject")
-    thread.start()
-    thread.join()
-    (found,) = outcome
-    if isinstance(found, OSError):
-        raise InjectionRefused(f"process {who.pid}: {found.strerror}", pid=who.pid) from found
-    if isinstance(found, BaseException):
-        raise found
-    return found
+    try:
+        return ptrace.by_thread("inject", lambda: _with_stopped(who, action))
+    except OSError as exc:
+        raise InjectionRefused(f"process {who.pid}: {exc.strerror}", pid=who.pid) from exc
 
 
 def _with_stopped(who: proc.Identity, action: _Action) -> Made:

@@ -1,13 +1,18 @@
 """The door to ptrace(2).
 
-Promises: a call that fails raises OSError.
-Does not: wait for anything. The kernel lets go of all that a thread traces when that thread ends.
+Promises: a call that fails raises OSError; nothing stays traced of what was done ``by_thread``.
+Does not: wait for who is traced.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 # linux/ptrace.h
 SINGLESTEP, GETREGS, SETREGS, DETACH, CONT = 9, 12, 13, 17, 7
@@ -27,3 +32,24 @@ def call(request: int, tid: int, address: int = 0, data: int = 0) -> None:
     if _libc.ptrace(request, tid, address, data) < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def by_thread(name: str, work: Callable[[], _T]) -> _T:
+    """Do ``work`` in a thread of this name, which traces for it, and wait for its end; what it
+    raises is raised here. The kernel lets go of all that a thread traces when that ends.
+    """
+    done: list[_T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as exc:  # noqa: BLE001 - carried to the caller
+            failed.append(exc)
+
+    thread = threading.Thread(target=run, name=name)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return done[0]

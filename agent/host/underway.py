@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
-import threading
 
 from agent import errors
 from agent.host import clock, proc, ptrace
@@ -80,22 +79,7 @@ def over(
     """
     if not interrupt:
         return _over(pid, deadline, calls, interrupt=False)
-    outcome: list[bool | BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(_over(pid, deadline, calls, interrupt=True))
-        except BaseException as exc:  # noqa: BLE001 - carried to the caller
-            outcome.append(exc)
-
-    # With this thread everything ends that it traces.
-    thread = threading.Thread(target=run, name="underway")
-    thread.start()
-    thread.join()
-    (found,) = outcome
-    if isinstance(found, BaseException):
-        raise found
-    return found
+    return ptrace.by_thread("underway", lambda: _over(pid, deadline, calls, interrupt=True))
 
 
 def _over(pid: int, deadline: clock.Deadline, calls: Calls, *, interrupt: bool) -> bool:

@@ -101,12 +101,13 @@ def cli(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     return Cli(tmp_path)
 
 
-@pytest.fixture
-def job(tmp_path: pathlib.Path) -> Iterator[Job]:
+@contextlib.contextmanager
+def started(script: str, tmp_path: pathlib.Path) -> Iterator[Job]:
+    """A Python program that has counted to FOLDER/count, FOLDER being its argument."""
     folder = tmp_path / "job"
     folder.mkdir()
     with subprocess.Popen(
-        [sys.executable, "-c", _JOB, str(folder)],
+        [sys.executable, "-c", script, str(folder)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -120,6 +121,12 @@ def job(tmp_path: pathlib.Path) -> Iterator[Job]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
         assert until(lambda: not alive(process.pid))
+
+
+@pytest.fixture
+def job(tmp_path: pathlib.Path) -> Iterator[Job]:
+    with started(_JOB, tmp_path) as made:
+        yield made
 
 
 def kill(job: Job) -> None:

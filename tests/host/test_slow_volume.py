@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import pathlib
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.conftest import NOT_TO_BE_HAD
-from tests.host.test_cli_job import Cli, alive, cli, until
+from tests.host.test_cli_job import Cli, Job, cli, started, until
 
 __all__ = ["cli"]
 
@@ -96,42 +94,18 @@ def disk(tmp_path: pathlib.Path) -> Iterator[Disk]:
         made.close()
 
 
-class Job:
-    """It, running."""
-
-    def __init__(self, folder: pathlib.Path, pid: int) -> None:
-        self.folder, self.pid = folder, pid
-
-    def count(self) -> int:
-        return int((self.folder / "count").read_text())
-
-    def check(self) -> None:
-        """All that it holds is of one instant."""
-        (self.folder / "answer").unlink(missing_ok=True)
-        (self.folder / "ask").touch()
-        assert until((self.folder / "answer").exists)
-        assert (self.folder / "answer").read_text().endswith(" []")
-
-
 @pytest.fixture
 def job(tmp_path: pathlib.Path) -> Iterator[Job]:
-    folder = tmp_path / "job"
-    folder.mkdir()
-    with subprocess.Popen(
-        [sys.executable, "-c", _JOB, str(folder)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
-        assert until((folder / "count").exists)
-        yield Job(folder, process.pid)
-        process.kill()
-        process.wait()
-        # A restored tree has the same number but is nobody's child here.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-        assert until(lambda: not alive(process.pid))
+    with started(_JOB, tmp_path) as made:
+        yield made
+
+
+def check(job: Job) -> None:
+    """All that it holds is of one instant."""
+    (job.folder / "answer").unlink(missing_ok=True)
+    (job.folder / "ask").touch()
+    assert until((job.folder / "answer").exists)
+    assert (job.folder / "answer").read_text().endswith(" []")
 
 
 def most_memory_bytes(pid: int) -> int:
@@ -172,11 +146,11 @@ def test_the_time_between_two_epochs_grows_where_the_volume_is_slower_than_the_j
     # The job was quicker than the volume, and what it wrote was kept nowhere meanwhile.
     assert written_bytes > 2 * sum(each["storedBytes"] for each in images)
     assert most_bytes < _MOST_MEMORY_BYTES < written_bytes
-    job.check()
+    check(job)
     os.kill(job.pid, signal.SIGKILL)
     os.waitpid(job.pid, 0)
     cli.run("restore", images[-1]["name"])
-    job.check()
+    check(job)
 
 
 def begun_s(image: dict[str, Any]) -> float:
