@@ -19,8 +19,9 @@ from agent.engines.criu.held import HeldSink
 from agent.engines.tracking import protected, rate
 from agent.engines.tracking.precopy import Precopy
 from agent.engines.tracking.protected import Protected
-from agent.host import clock, injection, moves, proc
+from agent.host import clock, injection, moves, proc, underway
 from agent.host.pagemap import Pagemap
+from agent.host.underway import Calls
 from agent.model.streams import PAGE_BYTES, AddressSpace
 from tests.host.image import MemoryImage
 from tests.host.slowfile import SlowFile
@@ -380,6 +381,41 @@ def test_who_reads_directly_from_what_does_not_answer_is_not_followed(
     with contextlib.closing(Precopy(MemoryImage(), clock.Deadline.after(60))) as copy:
         copy.round(program.pid)
         assert copy.reasons == [f"process {program.pid}: its direct I/O takes long"]
+
+
+def test_a_direct_read_that_does_not_end_is_waited_for_only_once(
+    program: Program, slow: SlowFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many processes with such reads would hold up every round, one after another."""
+    waits: list[float] = []
+    over = underway.over
+
+    def noted(
+        pid: int, deadline: clock.Deadline, calls: Calls = Calls.OWN, *, interrupt: bool = True
+    ) -> bool:
+        if calls is Calls.OWN:
+            waits.append(deadline.remaining_s)
+        return over(pid, deadline, calls, interrupt=interrupt)
+
+    image = MemoryImage()
+    with contextlib.closing(Precopy(image, clock.Deadline.after(60))) as copy:
+        copy.round(program.pid)
+        program.do("fill(6, 1, 7)")
+        program.do("read(4)")
+        assert slow.asked.wait(10)
+        monkeypatch.setattr(underway, "over", noted)
+        for _ in range(3):
+            copy.round(program.pid)
+        slow.answer()
+        assert clock.wait_until(
+            lambda: program.first_bytes(4, 1)[:1] == b"Z", clock.Deadline.after(10)
+        )
+        first, *others = waits
+        assert others
+        assert max(others) < first / 10
+        program.stop()
+        copy.finish(copy.cut([program.pid]), HeldSink(image, 0))
+    assert copied(image, program, 2, 16) == program.first_bytes(2, 16)
 
 
 def test_who_reads_directly_all_the_time_is_followed(

@@ -39,6 +39,8 @@ _PIECE_BYTES = 64 << 20
 _TRIES = 3
 # How long direct reads may take; a disk that is slow answers within some tens of milliseconds.
 _DIRECT_S = 0.5
+# Of who has not ended them in that time, so that many such processes do not hold up every round.
+_DIRECT_AGAIN_S = 0.01
 
 
 class Protected:
@@ -58,6 +60,7 @@ class Protected:
         found = areas.escapes(who.pid)
         self.reason, self._direct = found.reason, found.direct
         self._who = who
+        self._patience_s = _DIRECT_S
         if self._direct and not self._reads_over():
             self.reason = "its direct I/O takes long"
         if self.reason:
@@ -210,7 +213,9 @@ class Protected:
 
     def _reads_over(self) -> bool:
         """Wait until no direct read goes on that goes on now; whether that was soon."""
-        return underway.over(self._who.pid, clock.Deadline.after(_DIRECT_S))
+        over = underway.over(self._who.pid, clock.Deadline.after(self._patience_s))
+        self._patience_s = _DIRECT_S if over else _DIRECT_AGAIN_S
+        return over
 
 
 def _within(spans: list[list[int]], start: int, end: int) -> bool:
