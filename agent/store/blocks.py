@@ -191,7 +191,7 @@ class BlockSource:
         """See to it that every pack that the table needs is there in its full length, and its index
         verified; raises as ``pieces``.
         """
-        for number in np.unique(table.pack[table.pack >= 0]):
+        for number in _distinct(table.pack[table.pack >= 0]):
             self._table(int(number))
 
     def verify(self, tables: Iterable[pagetable.Table]) -> int:

@@ -57,6 +57,8 @@ class Fill:
     ``tree`` are its processes on this host, held against dumps until it is complete. ``patience_s``
     may pass without a page before it is given up. ``parties`` members are filled at the same time.
 
+    The keeper takes a moment to start; ``begin`` waits for it.
+
     Raises:
         lazy.LateRefused: the keeper cannot be had; nothing of it is left.
     """
@@ -106,7 +108,17 @@ class Fill:
         return self._pending.sent_pages * PAGE_BYTES
 
     def begin(self) -> None:
-        """The tree runs next: send its pages."""
+        """The tree runs next: send its pages.
+
+        Raises:
+            lazy.LateRefused: the keeper cannot be had; nothing of it is left.
+        """
+        try:
+            self._hear_ready()
+        except BaseException:
+            self.give_up()
+            raise
+        self._last_s = self._looked_s = clock.monotonic_s()
         works: list[tuple[str, Callable[[], None]]] = [
             ("fill-hear", self._hear),
             ("fill-answer", self._answer),
@@ -203,19 +215,13 @@ class Fill:
         for each in range(pieces, pieces + answers):
             self._answers.put(each * _PIECE_BYTES)
         self._channel.settimeout(_READY_S)
-        try:
+        with _listened_to():
             self._introduce(descriptors, tree)
-        except OSError as exc:
-            raise lazy.LateRefused(
-                f"the program that fills the tree's memory does not listen: {exc}",
-                hint="restore it again, or with --eager",
-            ) from exc
-        self._channel.settimeout(None)
 
     def _introduce(
         self, descriptors: Mapping[AddressSpace, int], tree: Sequence[proc.Identity]
     ) -> None:
-        """Tell the keeper all that it needs to know, and hear that it is ready."""
+        """Tell the keeper all that it needs to know."""
         for who in tree:
             pidfd = os.pidfd_open(who.pid)
             try:
@@ -230,11 +236,15 @@ class Fill:
                 [descriptors[space]],
             )
         self._channel.send(keeper.BEGIN)
-        if self._channel.recv(1) != keeper.READY:
-            raise lazy.LateRefused(
-                "the program that fills the tree's memory ended before it began",
-                hint="restore it again, or with --eager",
-            )
+
+    def _hear_ready(self) -> None:
+        with _listened_to():
+            if self._channel.recv(1) != keeper.READY:
+                raise lazy.LateRefused(
+                    "the program that fills the tree's memory ended before it began",
+                    hint="restore it again, or with --eager",
+                )
+        self._channel.settimeout(None)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
@@ -377,6 +387,18 @@ class Fill:
 
 class _Over(Exception):
     """Nothing is to be sent any more."""
+
+
+@contextlib.contextmanager
+def _listened_to() -> Iterator[None]:
+    """What the keeper's channel says becomes ours."""
+    try:
+        yield
+    except OSError as exc:
+        raise lazy.LateRefused(
+            f"the program that fills the tree's memory does not listen: {exc}",
+            hint="restore it again, or with --eager",
+        ) from exc
 
 
 def _zero(number: int, address: int, pages: int) -> bytes:

@@ -371,23 +371,25 @@ class _Restore:
                 )
         for process in map(self._feed.process, descriptors):
             lazy.release(descriptors[process.pid], process)
+        if deferred:
+            # It takes about as long to start as what must be there takes to be written.
+            self._fill = filling.Fill(
+                self._places,
+                self._source,
+                deferred,
+                {space: descriptors[space.id] for space in deferred},
+                [proc.identity(self._site.host_pid(number)) for number in self._feed.numbers],
+                self._options.deadline_s,
+                self._options.parties,
+            )
         self._feed.fill(self._site.host_pid, lambda: self._deadline.check("the restore"))
-        if not deferred:
+        if self._fill is None:
             return
         for space, each in deferred.items():
             pid = self._site.host_pid(space.id)
             self._bring_robust(space, each, pid)
             there = lazy.ask_for(descriptors[space.id], each, pid)
             self._feed.pour_early(space, there, pid)
-        self._fill = filling.Fill(
-            self._places,
-            self._source,
-            deferred,
-            {space: descriptors[space.id] for space in deferred},
-            [proc.identity(self._site.host_pid(number)) for number in self._feed.numbers],
-            self._options.deadline_s,
-            self._options.parties,
-        )
         self._fill.begin()
 
     def _bring_robust(self, space: AddressSpace, deferred: lazy.Deferred, pid: int) -> None:
