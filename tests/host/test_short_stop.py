@@ -22,7 +22,7 @@ import pytest
 from agent import errors
 from agent.engines.base import CaptureOptions, FilePolicy, Kept, RestoreOptions
 from agent.engines.criu import hiding, shortstop
-from agent.engines.tracking import areas, protected
+from agent.engines.tracking import areas, precopy, protected
 from agent.host import layouts, proc
 from agent.model import ids
 from agent.model.streams import PAGE_BYTES, AddressSpace
@@ -334,6 +334,7 @@ def test_what_is_read_past_the_page_cache_meanwhile_is_stored_as_it_came(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protected, "_DIRECT_S", 20.0)  # the disk may be busy
+    monkeypatch.setattr(precopy, "_LET_GO_S", 20.0)
     (tmp_path / "read").write_bytes(random.Random(1).randbytes(4 << 20))
     script = (
         "import mmap, os, random, sys, threading, time\n"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from agent.engines.criu.held import HeldSink
-from agent.engines.tracking import protected, rate
+from agent.engines.tracking import precopy, protected, rate
 from agent.engines.tracking.precopy import Precopy
 from agent.engines.tracking.protected import Protected
 from agent.host import clock, injection, moves, proc, underway
@@ -422,6 +422,7 @@ def test_who_reads_directly_all_the_time_is_followed(
     program: Program, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protected, "_DIRECT_S", 20.0)  # the disk may be busy
+    monkeypatch.setattr(precopy, "_LET_GO_S", 20.0)
     program.do("map(2, 60)")
     program.do("fill(2, 60, 1)")
     path = tmp_path / "direct"

@@ -23,8 +23,10 @@ from agent import errors
 from agent.host import clock, pins, proc, underway
 from agent.host.underway import Calls
 
-# Those who hold pages for a moment only, but often, leave such an instant within this.
+# Those who hold pages for a moment only, but often, leave such an instant within this, mostly.
 _PINS_S = 0.005
+# How many times as long all who may write to the tree are looked at.
+_LOOK_AT_ALL = 4
 _CAP_SYS_PTRACE = 1 << 19  # linux/capability.h
 
 
@@ -41,11 +43,16 @@ class Quiet:
         """Wait until all who have hold of pages of ``pids``, a tree, at this moment have let go;
         whether that could be seen in time.
         """
-        self.doubt = ""
-        if not self._pins.none(deadline.sooner(_PINS_S)):
-            writer = _writing(pids, deadline)
-            if writer is not None and not self._pins.none(deadline):
+        self.doubt, span_s = "", _PINS_S
+        # In turns, and longer each time: either may be hopeless.
+        while not self._pins.none(deadline.sooner(span_s)):
+            writer = _writing(pids, deadline.sooner(_LOOK_AT_ALL * span_s))
+            if writer is None:
+                break
+            if deadline.expired:
                 self.doubt = f"process {writer} may be writing to the memory of others"
+                break
+            span_s *= 2
         return not self.doubt
 
 
