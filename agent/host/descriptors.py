@@ -14,10 +14,12 @@ import os
 import platform
 from collections.abc import Iterator
 
+from agent import errors
 from agent.host import proc
 
 NR_KCMP = {"x86_64": 312, "aarch64": 272}
 KCMP_FILES = 2  # linux/kcmp.h
+_PF_EXITING = 0x4  # include/linux/sched.h
 # System call numbers are the same on every architecture since Linux 5.1.
 _PIDFD_GETFD = 438
 
@@ -48,6 +50,7 @@ def borrowed(pid: int, number: int) -> Iterator[int]:
 def apart(pid: int) -> list[int]:
     """The threads of a process with a table of descriptors of their own (``unshare(CLONE_FILES)``),
     which neither /proc/PID/fd nor CRIU looks at, ascending; none on a kernel that cannot compare.
+    Who is ending has none: it gives up its table some time before its number.
 
     Raises:
         errors.NotFound: there is no such process.
@@ -63,4 +66,12 @@ def apart(pid: int) -> list[int]:
         # Below zero it is not known; who has ended meanwhile has none.
         if order and not (order < 0 and ctypes.get_errno() in (errno.ESRCH, errno.ENOSYS)):
             found.append(tid)
-    return found
+    # Whoever is not ending now was not when it was compared.
+    return [] if found and _ends(pid, pid) else [tid for tid in found if not _ends(pid, tid)]
+
+
+def _ends(pid: int, tid: int) -> bool:
+    try:
+        return bool(proc.thread_stat(pid, tid).flags & _PF_EXITING)
+    except errors.NotFound:
+        return True

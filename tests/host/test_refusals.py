@@ -24,7 +24,7 @@ from agent.engines.criu import preflight
 from agent.engines.criu.engine import CriuEngine
 from agent.engines.kubelet.engine import KubeletEngine
 from agent.engines.tracking import areas
-from agent.host import clock, proc, system
+from agent.host import clock, proc, ptrace, system
 from agent.model.container import Container
 from agent.node.plan import plan_dump
 from tests.conftest import NOT_TO_BE_HAD
@@ -198,6 +198,30 @@ def test_a_thread_with_descriptors_of_its_own_is_refused_unfrozen_by_every_engin
     engine = KubeletEngine(cast("Any", None), "team", "pod-1", [container])
     with pytest.raises(errors.TargetUnsuitable, match="descriptors of its own"):
         engine.capture(popen.pid, MemoryImage(), Cut(), CaptureOptions())
+
+
+def test_a_thread_that_is_ending_is_not_taken_for_one_with_descriptors_of_its_own(
+    host: Host,
+) -> None:
+    popen, number = holder(
+        host,
+        "import threading\n"
+        "started=threading.Event()\n"
+        "def run(): started.set();time.sleep(0.5)\n"
+        "thread=threading.Thread(target=run);thread.start();started.wait();fd=thread.native_id",
+    )
+    ptrace.call(ptrace.SEIZE, number)  # its number stays until it is waited for
+
+    def has_ended() -> bool:
+        return proc.thread_stat(popen.pid, number).state == "Z"
+
+    try:
+        assert clock.wait_until(has_ended, clock.Deadline.after(20.0))
+        assert number in proc.threads(popen.pid)
+        preflight.refuse_apart(popen.pid)
+        assert not areas.escapes(popen.pid).reason
+    finally:
+        os.waitpid(number, ptrace.WALL)
 
 
 _HANDED_OUT = """
