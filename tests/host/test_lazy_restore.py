@@ -318,6 +318,27 @@ def test_time_in_which_the_agent_stood_still_is_not_held_against_the_volume(
     host.assert_clean()
 
 
+def test_a_tree_that_is_seldom_looked_at_since_there_are_many_is_given_up_all_the_same(
+    host: Host, dumped: tuple[MemoryImage, Filled], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, target = dumped
+    monkeypatch.setattr(filling, "_STOOD_S", 0.1)
+    with Run(host, image) as run:
+        target.ask("some")
+        (fill,) = run.fills._fills
+        assert isinstance(fill, filling.Fill)
+        fill._patience_s = 1.0
+
+        def look() -> bool:
+            time.sleep(0.2)  # others are
+            return fill.wait(0.01)
+
+        with pytest.raises(errors.DeadlineExceeded, match="no memory of the image came"):
+            until(look)
+        run.assert_ended()
+    host.assert_clean()
+
+
 def test_a_store_that_fails_for_a_moment_ends_nobody(
     host: Host, dumped: tuple[MemoryImage, Filled]
 ) -> None:

@@ -43,7 +43,7 @@ _PACKAGES = os.path.dirname(os.path.dirname(agent.__file__))
 # A volume that fails is given so long, while the tree waits: a server that is started anew, a link
 # that was lost. One that is away for longer is more likely gone.
 _AGAIN_S = 30.0
-# Between two looks no more passes but where this program stands still.
+# Between two looks no more passes but where this program stands still, or many trees are filled.
 _STOOD_S = 5.0
 _READY_S = 10.0
 _ENDED_S = 60.0
@@ -82,8 +82,8 @@ class Fill:
         self._pending = pending.Pending([deferred[s].runs for s in self._spaces], self._senders)
         self._patience_s = patience_s
         self.total_bytes = sum(each.size_bytes for each in deferred.values())
-        # When the last page came, and when somebody last looked; time in which this program stood
-        # still (Ctrl-Z, SIGSTOP) between two looks counts for nothing.
+        # When the last page came, and when somebody last looked. Of the time between two looks only
+        # so much counts, since this program may have stood still (Ctrl-Z, SIGSTOP).
         self._last_s = self._looked_s = clock.monotonic_s()
         self._failure: errors.CkptError | None = None
         self._complete = self._left = False
@@ -133,8 +133,9 @@ class Fill:
         """See ``agent.engines.base.Filling``."""
         if not self._over.wait(timeout_s):
             now_s = clock.monotonic_s()
-            if now_s - self._looked_s - timeout_s > _STOOD_S:
-                self._last_s = now_s
+            stood_s = now_s - self._looked_s - timeout_s - _STOOD_S
+            if stood_s > 0:
+                self._last_s = min(now_s, self._last_s + stood_s)
             self._looked_s = now_s
             if now_s - self._last_s > self._patience_s:
                 self._fail(
