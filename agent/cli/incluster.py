@@ -86,7 +86,7 @@ def verify(invocation: Invocation, settings: Settings, image: str | None, storag
             try:
                 reports.append((each, _verified(invocation, session, each)))
             except errors.NotFound:
-                if image is not None:
+                if image is not None or _listed(session, each):
                     raise
                 # Removed since it was listed, by another command or to keep the last ones only.
                 invocation.say(f"{documents.image_name(each)} was deleted meanwhile")
@@ -97,6 +97,14 @@ def verify(invocation: Invocation, settings: Settings, image: str | None, storag
         invocation.emit(document)
         read = _read_all(invocation, document)
         return read if document["good"] else exits.DATA
+
+
+def _listed(session: Session, image: results.Image) -> bool:
+    """Whether there may still be such an image: something else was not found then."""
+    found = session.any_agent(
+        lambda agent: agent.listing(session.namespace, image.group, image.storage)
+    )
+    return bool(found.unread) or any(each.epoch == image.epoch for each in found.images)
 
 
 def _verified(

@@ -399,27 +399,33 @@ def test_what_is_deleted_while_all_images_are_verified_hides_no_damage_of_others
     assert names == images[:-1]
 
 
+@pytest.mark.parametrize("deleted", [True, False])
 def test_what_is_deleted_while_all_images_of_a_namespace_are_verified_hides_no_damage_of_others(
-    run: Any, monkeypatch: pytest.MonkeyPatch
+    run: Any, monkeypatch: pytest.MonkeyPatch, deleted: bool
 ) -> None:
     there = [
         results.Image("job", f"2026010{day}-000000-00000a", 0.0, (), 0, 0, 0, 0, 0, None, "default")
         for day in (1, 2)
     ]
     names = [documents.image_name(each) for each in there]
+    listings = iter([there, there[1:] if deleted else there])
 
     class Agent:
         def listing(self, *_: object) -> results.Listing:
-            return results.Listing(there, {})
+            return results.Listing(next(listings), {})
 
         def verify(self, _: str, name: str, *__: object, **___: object) -> results.VerifyOutcome:
             if name == names[0]:
-                raise errors.NotFound("there is no such image")
+                raise errors.NotFound("there is no such image, or something else")
             return results.VerifyOutcome(False, 1, (("packs/1", "torn"),))
 
     session = types.SimpleNamespace(namespace="team", any_agent=lambda ask: ask(Agent()))
     monkeypatch.setattr(incluster, "connected", lambda _: contextlib.nullcontext(session))
     ran = run("verify", "--all", "-n", "team", "-o", "json")
+    if not deleted:  # what could not be verified is not said to be gone
+        assert ran.status == exits.REFUSED
+        assert "or something else" in ran.err
+        return
     assert ran.status == exits.DATA
     assert f"{names[0]} was deleted meanwhile" in ran.err
     assert [item["name"] for item in ran.document()["items"]] == names[1:]
