@@ -34,7 +34,8 @@ FILLED = frozenset((b"um", b"ui"))
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The mappings of a process; ``smaps`` has of each its line and its flags, and is None if they
-    are not known; ``flags`` are all that occur, but in the kernel's own mappings.
+    are not known; ``flags`` are all that occur, or, where ``smaps`` is None, occurred a moment
+    before, but in the kernel's own mappings.
     """
 
     mappings: Sequence[proc.Mapping]
@@ -81,11 +82,12 @@ class Layouts:
         known = self._known.get(pid, {})
         lines = raw.splitlines(keepends=True)
         # Who has ended has none.
-        if not lines or not all(line in known for line in lines):
-            return Layout(mappings, None, frozenset())
+        whole = bool(lines) and all(line in known for line in lines)
         flags = frozenset().union(
-            *(known[line].split()[1:] for line in lines if not _kernels(line))
+            *(known[line].split()[1:] for line in (lines if whole else known) if not _kernels(line))
         )
+        if not whole:
+            return Layout(mappings, None, flags)
         return Layout(mappings, b"".join(line + known[line] for line in lines), flags)
 
     def changed(self) -> list[int]:

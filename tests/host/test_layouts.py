@@ -72,3 +72,22 @@ def test_a_process_with_a_mapping_that_came_meanwhile_is_not_told_of() -> None:
             assert known.now(started.pid).smaps is None
         finally:
             started.kill()
+
+
+def test_flags_are_known_also_of_a_process_that_changes_its_mappings_all_the_time(
+    program: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = proc.text
+
+    def one_more(pid: int, name: str) -> bytes:
+        more = b"10000-11000 rw-p 00000000 00:00 0 \n" if name == "maps" else b""
+        return more + text(pid, name)
+
+    monkeypatch.setattr(proc, "text", one_more)
+    known = layouts.Layouts()
+    known.note([program.pid])
+    layout = known.noted(program.pid)
+    assert layout is not None
+    assert layout.smaps is None
+    # Who has some that cannot be captured is refused by them.
+    assert layout.flags >= {b"rd", b"wr", b"ex"}
