@@ -8,13 +8,14 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import pytest
 
 from agent.engines.criu.held import HeldSink
 from agent.engines.tracking import precopy
 from agent.engines.tracking.precopy import Precopy
+from agent.engines.tracking.quiet import Quiet
 from agent.host import clock, pins, proc
 from agent.model.streams import PAGE_BYTES, AddressSpace, PageRun
 from tests.host.image import MemoryImage
@@ -218,6 +219,30 @@ def test_a_tree_that_computes_is_seen_to_write_to_nobody(
     copy.round(program.pid, into=HeldSink(image, 0))
     cut(copy, program, image)
     assert copy.cut_bytes < 8 << 20
+
+
+def test_what_is_waited_for_in_vain_in_a_round_is_hardly_waited_for_by_the_other_processes(
+    program: Program, image: MemoryImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program.do("len([os.fork() or time.sleep(1000) for _ in range(2)])")
+    waited_s: list[float] = []
+
+    def since_now(_: Quiet, __: Collection[int], deadline: clock.Deadline) -> bool:
+        waited_s.append(deadline.remaining_s)
+        return False
+
+    monkeypatch.setattr(Quiet, "since_now", since_now)
+    monkeypatch.setattr(precopy, "_LET_GO_S", 20.0)
+    with contextlib.closing(Precopy(image, clock.Deadline.after(60))) as made:
+        made.round(program.pid, rested=True)
+        assert not waited_s
+        for _ in range(2):
+            made.round(program.pid, rested=True)
+            first_s, *others_s = waited_s
+            assert first_s > 10
+            assert len(others_s) == 2
+            assert max(others_s) <= precopy._LET_GO_AGAIN_S
+            waited_s.clear()
 
 
 def test_pins_are_seen_while_somebody_has_hold_of_pages(program: Program, source: SlowFile) -> None:

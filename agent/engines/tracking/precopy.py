@@ -58,6 +58,8 @@ _UNTIL_CUT_S = 0.5
 _MOST_LOOKS = 3
 # How long whoever has hold of pages may write to them; longer, and they are read later.
 _LET_GO_S, _LET_GO_QUICKLY_S = 0.5, 0.1
+# Of the other processes in a round in which that was in vain: who hinders it is often the same.
+_LET_GO_AGAIN_S = 0.01
 # Runs settled in one call.
 _SETTLED_RUNS = 4096
 
@@ -215,28 +217,36 @@ class Precopy:
             with contextlib.suppress(errors.NotFound):
                 self._take_back(pid)
                 copies.append(self._copy(proc.identity(pid)))
-        total = 0
+        total, soon_s = 0, _LET_GO_S if rested else _LET_GO_QUICKLY_S
         # Where reading takes long, each is taken only just before it is read.
         for each in [[copy] for copy in copies] if rested else [copies]:
-            total += self._round(root, each, rested=rested, into=into)
+            taken, known = self._taken(root, each, soon_s, rested=rested)
+            soon_s = soon_s if known else _LET_GO_AGAIN_S
+            total += self._read(taken, rested=rested, into=into)
         self.rounds.append(Round(total, clock.monotonic_s() - began_s))
         return total
 
-    def _round(
-        self, root: int, copies: Sequence[Copy], *, rested: bool, into: MemberSink | None
-    ) -> int:
+    def _taken(
+        self, root: int, copies: Sequence[Copy], soon_s: float, *, rested: bool
+    ) -> tuple[list[Copy], bool]:
+        """Those of ``copies`` that could be taken, and whether nobody has hold any more of what is
+        to be read of them, as far as that is known within ``soon_s``.
+        """
         taken = []
         for copy in copies:
             with contextlib.suppress(errors.NotFound):
                 copy.take(self._deadline)
                 taken.append(copy)
-        if any(copy.waits(rested=rested) for copy in taken):
-            soon = self._deadline.sooner(_LET_GO_S if rested else _LET_GO_QUICKLY_S)
-            if self._quiet.since_now(proc.tree(root), soon):
-                for copy in taken:
-                    copy.let_go()
+        if not any(copy.waits(rested=rested) for copy in taken):
+            return taken, True
+        known = self._quiet.since_now(proc.tree(root), self._deadline.sooner(soon_s))
+        for copy in taken if known else ():
+            copy.let_go()
+        return taken, known
+
+    def _read(self, copies: Sequence[Copy], *, rested: bool, into: MemberSink | None) -> int:
         total = 0
-        for copy in taken:
+        for copy in copies:
             with contextlib.suppress(errors.NotFound):
                 total += copy.read(
                     into or self._sink,
