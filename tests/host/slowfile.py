@@ -6,6 +6,7 @@ before; closing it leaves no mount and nobody who waits.
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import errno
 import os
@@ -37,7 +38,7 @@ class SlowFile:
         if _libc.mount(b"slow", os.fsencode(folder), b"fuse", 0, options):
             raise OSError(ctypes.get_errno(), "mount")
         self.path = folder / "file"
-        self._waiting: list[tuple[int, int]] = []
+        self._waiting: collections.deque[tuple[int, int]] = collections.deque()
         self.asked = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -45,8 +46,8 @@ class SlowFile:
     def answer(self) -> None:
         """Let all that wait have what they asked for."""
         self.asked.clear()
-        waiting, self._waiting = self._waiting, []
-        for unique, size_bytes in waiting:
+        while self._waiting:  # more may come meanwhile
+            unique, size_bytes = self._waiting.popleft()
             self._say(unique, self._content * size_bytes)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Iterator
 
 import pytest
@@ -53,6 +54,7 @@ class Writer:
         while self._popen.poll() is None:
             self._source.answer()
             deadline.check("the writer")
+            time.sleep(0.001)
         assert self._popen.returncode == 0
 
     def close(self) -> None:
