@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,27 +130,54 @@ while True:
 """
 
 
-def test_a_tree_that_changes_its_mappings_all_the_time_is_not_stopped_twice_each_time(
-    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = host.folder / "times"
-    job = host.popen([sys.executable, "-c", _CHANGING, str(said)])
+class Changing:
+    """That program, running."""
 
-    def wait_for(times: int) -> None:
+    def __init__(self, host: Host) -> None:
+        self._said = host.folder / "times"
+        self.job = host.popen([sys.executable, "-c", _CHANGING, str(self._said)])
+        self._wait_for(0)
+
+    def change(self) -> None:
+        times = int(self._said.read_text())
+        self.job.send_signal(signal.SIGUSR1)
+        self._wait_for(times + 1)
+
+    def _wait_for(self, times: int) -> None:
         until = time.monotonic() + 20
-        while not said.exists() or int(said.read_text()) < times:
+        while not self._said.exists() or int(self._said.read_text()) < times:
             assert time.monotonic() < until
             time.sleep(0.005)
 
+
+def test_mappings_that_change_while_what_was_held_is_passed_on_do_not_stop_a_tree_twice(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changing = Changing(host)
+    last_rounds = Precopy.last_rounds
+
+    def overflow(self: Precopy, root: int, sink: HeldSink, between: Callable[[], None]) -> None:
+        last_rounds(self, root, sink, between)
+        sink.overflowed = True
+        changing.change()
+
+    monkeypatch.setattr(Precopy, "last_rounds", overflow)
+    host.capture(changing.job.pid, MemoryImage(), options=CaptureOptions(precopy=True))
+    assert changing.job.poll() is None
+    host.assert_clean()
+
+
+def test_a_tree_that_changes_its_mappings_all_the_time_is_not_stopped_twice_each_time(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changing = Changing(host)
+    job = changing.job
     about_to_freeze = ShortStop.about_to_freeze
 
     def change(self: ShortStop) -> None:
         about_to_freeze(self)
-        times = int(said.read_text())
-        job.send_signal(signal.SIGUSR1)
-        wait_for(times + 1)
+        changing.change()
 
-    wait_for(0)
     monkeypatch.setattr(ShortStop, "about_to_freeze", change)
     monkeypatch.setattr(shortstop, "_DOUBTED", 2)
     store = Store.open(DirectoryVolume(str(tmp_path / "store"), create=True), create=True)

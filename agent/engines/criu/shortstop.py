@@ -160,6 +160,8 @@ class ShortStop:
             # What the stop holds would go to memory that nobody has touched.
             self._held.renew(self._check)
             self._held.hold()
+            # That took long; what was seen before may have changed.
+            self._note_layouts()
             self._precopy.round(self._root, into=self._held)
 
     def _note_layouts(self) -> None:
