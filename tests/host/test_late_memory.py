@@ -18,7 +18,7 @@ import pytest
 
 from agent import errors
 from agent.engines.base import CaptureOptions, Disposition, Fills, RestoreOptions
-from agent.engines.criu import lazy, pour, sites
+from agent.engines.criu import lazy, pour, rpc, sites
 from agent.host import proc, subprocesses
 from agent.model import ids
 from agent.node import dump as node_dump
@@ -162,6 +162,29 @@ def test_where_memory_cannot_come_late_all_of_it_comes_first(
     filled.ask("some", "moved", "forgotten", "all")
     os.kill(tree.pid, 0)
     tree.kill()
+    host.assert_clean()
+
+
+def test_an_interruption_that_comes_when_criu_has_died_is_not_met_by_another_attempt(
+    host: Host, filled: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = host.dump(filled)
+    host.kill(filled)
+    close, closed = lazy.Daemon.close, []
+
+    def gone(*_: object) -> None:
+        raise rpc.Gone("it died")
+
+    def interrupted(daemon: lazy.Daemon) -> None:
+        close(daemon)
+        if not closed:
+            closed.append(daemon)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(rpc.Connection, "request", gone)
+    monkeypatch.setattr(lazy.Daemon, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        host.engine.restore(MemorySource(image), RestoreOptions(fills=Fills()), Gate())
     host.assert_clean()
 
 

@@ -297,8 +297,10 @@ class _Restore:
             return _Way.FILES if self._way is not _Way.FILES else None
         if not self._feed.deferred:
             return None
-        # Where a CRIU crashed is not known; one that was killed would be killed again.
-        crashed = self._criu_status not in (None, 128 + signal.SIGKILL)
+        # Where a CRIU crashed is not known; one that was killed would be killed again. Who was
+        # interrupted meanwhile wants no other way.
+        died = isinstance(failure, errors.CriuFailed) and self._criu_status is not None
+        crashed = died and self._criu_status != 128 + signal.SIGKILL
         late = isinstance(failure, lazy.LateRefused) or log.blames_lazy_mode(failure)
         return _Way.FIRST if crashed or late else None
 
