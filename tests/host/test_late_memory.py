@@ -170,7 +170,8 @@ def test_an_interruption_that_comes_when_criu_has_died_is_not_met_by_another_att
 ) -> None:
     image = host.dump(filled)
     host.kill(filled)
-    close, closed = lazy.Daemon.close, []
+    close = lazy.Daemon.close
+    closed: list[lazy.Daemon] = []
 
     def gone(*_: object) -> None:
         raise rpc.Gone("it died")
