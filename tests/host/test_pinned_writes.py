@@ -210,6 +210,54 @@ def test_who_computes_outside_the_tree_and_may_write_leaves_all_for_the_stop(
     assert copy.unread_because.startswith(f"process {busy.pid} ")
 
 
+# Becomes another user of a user namespace that belongs to user 1000.
+_OWNED = """
+import ctypes, os
+os.setgroups([]); os.setresgid(1000, 1000, 1000); os.setresuid(1000, 1000, 1000)
+assert ctypes.CDLL(None).unshare(0x10000000) == 0
+print("up", flush=True)
+input()
+os.setgid(0); os.setuid(0)
+print("up", flush=True)
+input()
+"""
+_OWNER = """
+import os
+os.setgroups([]); os.setresgid(1000, 1000, 1000); os.setresuid(1000, 1000, 1000)
+print("up", flush=True)
+while True: pass
+"""
+
+
+@pytest.mark.usefixtures("pinned")
+def test_whom_a_tree_s_user_namespace_belongs_to_may_write_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with contextlib.ExitStack() as stack:
+        started = []
+        for script in (_OWNED, _OWNER):
+            command = [sys.executable, "-c", script]
+            popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            stack.enter_context(popen)
+            stack.callback(popen.kill)
+            assert popen.stdout is not None
+            assert popen.stdout.readline() == b"up\n"
+            started.append(popen)
+        target, owner = started
+        assert target.stdin is not None
+        assert target.stdout is not None
+        for name in ("uid_map", "gid_map"):
+            pathlib.Path(f"/proc/{target.pid}/{name}").write_text("0 100000 1")
+        target.stdin.write(b"\n")
+        target.stdin.flush()
+        assert target.stdout.readline() == b"up\n"
+        assert proc.status(target.pid).uid != proc.status(owner.pid).uid
+        only(monkeypatch, target.pid, owner.pid)
+        asked = Quiet()
+        assert not asked.since_now([target.pid], clock.Deadline.after(0.2))
+        assert asked.doubt.startswith(f"process {owner.pid} ")
+
+
 @pytest.mark.usefixtures("pinned")
 def test_a_tree_that_computes_is_seen_to_write_to_nobody(
     program: Program, copy: Precopy, image: MemoryImage, monkeypatch: pytest.MonkeyPatch

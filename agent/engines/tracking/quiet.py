@@ -74,17 +74,21 @@ class _Rights:
 
     def __init__(self, pids: Collection[int]) -> None:
         self._uids, self._spaces, self._depth = set[int](), set[int](), 0
+        # Whoever a user namespace belongs to has every right in it, without any capability.
+        self._owned, users = False, proc.namespace(os.getpid(), "user")
         for pid in pids:
             with contextlib.suppress(errors.NotFound):
                 target = proc.status(pid)
                 self._uids.add(target.uid)
                 self._depth = max(self._depth, len(target.ns_pids))
                 self._spaces.add(proc.namespace(pid, "pid"))
+                self._owned |= proc.namespace(pid, "user") != users
 
     def write(self, pid: int) -> bool:
         """Whether this one may: it has a number for one of them, and the right."""
         who = proc.status(pid)
-        if who.uid not in self._uids and not who.caps_effective & _CAP_SYS_PTRACE:
+        able = self._owned or who.caps_effective & _CAP_SYS_PTRACE
+        if who.uid not in self._uids and not able:
             return False
         if proc.stat(pid).kernel_thread or len(who.ns_pids) > self._depth:
             return False
