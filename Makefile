@@ -24,6 +24,7 @@ check: setup ## linters, types, layers
 
 parts: setup
 	@tests/cluster/build
+	@tests/vm/build
 
 test: check parts ## all tests: unit and property, with the real CRIU, on a real cluster
 	@scripts/test

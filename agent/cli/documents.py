@@ -124,6 +124,11 @@ def _member(name: str, facts: Mapping[str, Any], files: Sequence[FileEntry]) -> 
         "stop": {
             "path": _word(stop.get("path")),
             "because": _word(stop.get("because")),
+            "tracked": {
+                kind: _number(processes)
+                for kind, processes in _mapping(stop.get("tracked")).items()
+            },
+            "trackedBecause": _words(stop.get("untracked_because")),
             "heldBackSeconds": _seconds(stop.get("held_back_s")),
             "hurried": stop.get("hurried") is True,
             "unreadBecause": _word(stop.get("unread_because")),
@@ -194,6 +199,10 @@ def _number(value: object) -> int:
 
 def _seconds(value: object) -> float:
     return value if isinstance(value, float) else 0.0
+
+
+def _words(value: object) -> list[str]:
+    return [_word(each) for each in value] if isinstance(value, list) else []
 
 
 def _word(value: object) -> str:

@@ -19,6 +19,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 
+from agent.host import softdirty
 from agent.host.descriptors import KCMP_FILES, NR_KCMP
 from agent.model import checkup
 
@@ -35,7 +36,6 @@ _UFFD_FEATURE_WP_ASYNC = 1 << 15
 # linux/fs.h: PAGEMAP_SCAN is _IOWR('f', 16, struct pm_scan_arg of 96 bytes).
 _PAGEMAP_SCAN = 0xC0606610
 _PAGE_IS_PRESENT = 1 << 3
-_PAGEMAP_SOFT_DIRTY = 1 << 55
 
 # linux/netlink.h, linux/netfilter/nf_tables.h: ask for the generation of the rule set.
 _NETLINK_NETFILTER = 12
@@ -71,7 +71,7 @@ def probe() -> checkup.Kernel:
         userfaultfd=features is not None,
         wp_async=bool((features or 0) & _UFFD_FEATURE_WP_ASYNC),
         pagemap_scan=_pagemap_scan(),
-        soft_dirty=_soft_dirty(),
+        soft_dirty_unusable=softdirty.unusable(),
         nf_tables=_nf_tables(),
         ptrace_scope=_ptrace_scope(),
         time_namespaces=os.path.exists("/proc/self/ns/time"),
@@ -143,22 +143,6 @@ def _pagemap_scan() -> bool:
         finally:
             os.close(fd)
         return found == 1 and regions[0] == address
-
-
-def _soft_dirty() -> bool:
-    """Whether a page that was just written carries the soft-dirty bit after a reset."""
-    with _touched_page() as address:
-        try:
-            _write("/proc/self/clear_refs", b"4")
-            ctypes.memset(address, 2, 1)
-            fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            entry = os.pread(fd, 8, address // mmap.PAGESIZE * 8)
-        finally:
-            os.close(fd)
-        return len(entry) == 8 and bool(int.from_bytes(entry, "little") & _PAGEMAP_SOFT_DIRTY)
 
 
 def _nf_tables() -> bool:
@@ -243,11 +227,3 @@ def _read(path: str) -> str:
             return stream.read()
     except OSError:
         return ""
-
-
-def _write(path: str, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, data)
-    finally:
-        os.close(fd)

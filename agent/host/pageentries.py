@@ -18,7 +18,7 @@ from numpy import typing as npt
 PAGE_BYTES = 4096
 
 # Documentation/admin-guide/mm/pagemap.rst
-PRESENT, SWAPPED, FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
+PRESENT, SWAPPED, FILE, SOFT_DIRTY = (np.uint64(1 << bit) for bit in (63, 62, 61, 55))
 # What page of memory, or which place of which swap space; 0 for those who may not know.
 FRAME = np.uint64((1 << 55) - 1)
 

@@ -26,7 +26,7 @@ class Kernel:
     userfaultfd: bool
     wp_async: bool
     pagemap_scan: bool
-    soft_dirty: bool
+    soft_dirty_unusable: str
     nf_tables: bool
     ptrace_scope: int | None
     time_namespaces: bool
@@ -191,7 +191,9 @@ def _kernel(kernel: Kernel, root: bool) -> Iterator[Check]:
         kernel.userfaultfd and kernel.wp_async,
         f"userfaultfd {_seen(kernel.userfaultfd, root)}, WP_ASYNC {_seen(kernel.wp_async, root)}",
         "degraded",
-        "memory cannot be tracked while a job runs: each dump reads all of it",
+        "what is written while memory is copied ahead is all read in the stop"
+        if not kernel.soft_dirty_unusable
+        else "memory cannot be tracked while a job runs: each dump reads all of it",
         _NEWER_KERNEL,
     )
     yield _check(
@@ -199,16 +201,16 @@ def _kernel(kernel: Kernel, root: bool) -> Iterator[Check]:
         kernel.pagemap_scan,
         _seen(kernel.pagemap_scan, root),
         "degraded",
-        "memory is not copied ahead: a job stands still while all of its memory is read",
+        "finding a process's pages takes longer, and so does the stop",
         _NEWER_KERNEL,
     )
     better = kernel.wp_async and kernel.pagemap_scan
     yield _check(
         "kernel-soft-dirty",
-        kernel.soft_dirty or better,
-        "not there, not needed beside WP_ASYNC and PAGEMAP_SCAN"
-        if better and not kernel.soft_dirty
-        else _seen(kernel.soft_dirty, root),
+        better or not kernel.soft_dirty_unusable,
+        f"{kernel.soft_dirty_unusable}; not needed beside WP_ASYNC and PAGEMAP_SCAN"
+        if better and kernel.soft_dirty_unusable
+        else kernel.soft_dirty_unusable or "usable",
         "degraded",
         "neither way of tracking written pages is there: each dump reads all memory",
         "use a kernel with CONFIG_MEM_SOFT_DIRTY, or >= 6.7",

@@ -30,8 +30,11 @@ from agent.engines.base import (
 )
 from agent.engines.criu import engine as criu_engine
 from agent.engines.criu import probe
-from agent.host import netfilter, proc
+from agent.engines.tracking import precopy
+from agent.host import netfilter, pagemap, proc, softdirty
+from tests.conftest import NOT_TO_BE_HAD
 from tests.host.image import MemoryImage, MemorySource
+from tests.host.mappings import Program
 
 TARGETS = Path(__file__).parent / "targets"
 
@@ -311,3 +314,30 @@ def boxes(tmp_path: Path) -> Iterator[Any]:
 
     with boxes_in(tmp_path) as found:
         yield found
+
+
+@pytest.fixture
+def program() -> Iterator[Program]:
+    made = Program()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(params=["write-protect", "soft-dirty", "none"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A way of tracking, by the name of its kind: none other is taken."""
+    wanted: str = request.param
+    if wanted == "soft-dirty" and softdirty.unusable():
+        pytest.skip(f"{NOT_TO_BE_HAD}{softdirty.unusable()}; tests/vm has a kernel that does")
+    if wanted == "write-protect" and not pagemap.scans():
+        pytest.skip(f"{NOT_TO_BE_HAD}this kernel cannot note writes by itself")
+
+    def refuse(*_: object) -> None:
+        raise errors.EnvironmentUnfit("not in this test")
+
+    for kind, name in (("write-protect", "Protected"), ("soft-dirty", "SoftDirty")):
+        if kind != wanted:
+            monkeypatch.setattr(precopy, name, refuse)
+    return wanted

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import pytest
 
 from agent import errors
-from agent.engines.criu import probe, shortstop
 from agent.engines.tracking.protected import Protected
 from agent.host import injection, pagemap, proc
 from agent.host.moves import Moves
@@ -82,12 +81,3 @@ def test_nothing_is_put_into_a_process_for_a_kernel_that_would_note_nothing(
     moves = Moves()
     with contextlib.closing(moves), pytest.raises(errors.EnvironmentUnfit):
         Protected(proc.identity(os.getpid()), moves)
-
-
-def test_a_kernel_that_must_be_asked_page_by_page_means_the_plain_way(
-    area: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = [os.getpid()]
-    assert shortstop.resident_bytes(own) > 16 << 20
-    monkeypatch.setattr(pagemap, "scans", lambda: False)
-    assert "6.7" in shortstop.unsuited(probe.probe(), own)

@@ -20,8 +20,8 @@ from agent.engines.tracking.quiet import Quiet
 from agent.host import clock, pins, proc
 from agent.model.streams import PAGE_BYTES, AddressSpace, PageRun
 from tests.host.image import MemoryImage
+from tests.host.mappings import Program, copied
 from tests.host.slowfile import SIZE_BYTES, SlowFile
-from tests.host.test_tracking import Program, copied
 
 # The kernel gets hold of all pages that it is to write to, and then waits for the first byte.
 _WRITER = """

@@ -17,7 +17,7 @@ _KERNEL = Kernel(
     userfaultfd=True,
     wp_async=True,
     pagemap_scan=True,
-    soft_dirty=False,
+    soft_dirty_unusable="there are none",
     nf_tables=True,
     ptrace_scope=1,
     time_namespaces=True,
@@ -104,9 +104,11 @@ def test_each_capability_that_is_not_held_is_a_line_of_its_own(name: str) -> Non
 
 
 def test_soft_dirty_is_needed_only_where_nothing_better_is() -> None:
-    assert not_ok(with_kernel(soft_dirty=True)) == []
+    assert not_ok(with_kernel(soft_dirty_unusable="")) == []
     found = not_ok(with_kernel(wp_async=False))
     assert [check.name for check in found] == ["kernel-userfaultfd", "kernel-soft-dirty"]
+    (found_with_bits,) = not_ok(with_kernel(wp_async=False, soft_dirty_unusable=""))
+    assert found_with_bits.consequence != found[0].consequence
 
 
 def test_what_is_hidden_from_others_than_root_is_not_called_missing_from_the_kernel() -> None:

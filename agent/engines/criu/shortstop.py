@@ -44,9 +44,6 @@ def unsuited(criu: Criu, pids: Sequence[int]) -> str:
     """Why a short stop is not to be tried; "" if it is."""
     if resident_bytes(pids) < _SMALLEST_BYTES:
         return "there is little memory"
-    if not pagemap.scans():
-        # Nor would CRIU ask in the way in which memory is hidden from it.
-        return "this kernel does not know PAGEMAP_SCAN (Linux 6.7 does)"
     return hiding.usable(criu, pids)
 
 
@@ -96,10 +93,12 @@ class ShortStop:
             stack.callback(self._precopy.close)
             self._hiding = hiding.Hiding()
             stack.pop_all()
-        # Who is to end is stopped for longer in any case.
+        # Who is to end is stopped for longer in any case; but a CRIU that looks at each page for
+        # itself cannot be told of mappings, only of whole processes.
         self._kill = options.kill
+        asked = options.kill and pagemap.scans()
         doubted = kept is not None and kept.doubted(root)
-        self._layouts = None if options.kill or doubted else layouts.Layouts()
+        self._layouts = None if asked or doubted else layouts.Layouts()
         self._code = codepages.CodePages()
         self._found: dict[int, layouts.Layout] = {}
         # Worked out before the stop, for who changes nothing of its mappings until then.

@@ -22,12 +22,12 @@ import numpy as np
 
 from agent import errors
 from agent.engines.tracking import areas, reading
-from agent.engines.tracking.base import Tracker
 from agent.engines.tracking.copies import ComparedCopy, Copy, Standing
 from agent.engines.tracking.pace import Pace
 from agent.engines.tracking.protected import Protected
 from agent.engines.tracking.quiet import Quiet
 from agent.engines.tracking.shared import Found, SharedCopies
+from agent.engines.tracking.softdirty import SoftDirty
 from agent.engines.tracking.untracked import Untracked
 from agent.host import clock, injection, pagemap, proc
 from agent.host.fingerprints import Fingerprinter
@@ -384,12 +384,17 @@ class Precopy:
     def _copy(self, who: proc.Identity) -> Copy:
         found = self._copies.get(who)
         if found is None:
-            tracker: Tracker
             try:
-                tracker = Protected(who, self._moves)
-                found = Copy(who, tracker, self.room)
+                found = Copy(who, Protected(who, self._moves), self.room)
             except (injection.InjectionRefused, errors.EnvironmentUnfit) as exc:
-                tracker = Untracked(who.pid, exc.message)
-                found = ComparedCopy(who, tracker, self.room, self._fingerprinter)
+                found = self._otherwise(who, exc.message)
             self._copies[who] = found
         return found
+
+    def _otherwise(self, who: proc.Identity, reason: str) -> Copy:
+        try:
+            return Copy(who, SoftDirty(who, reason), self.room)
+        except errors.EnvironmentUnfit as exc:
+            # What matters where the kernel has the better way is why that does not do.
+            why = reason if pagemap.scans() else f"{reason}; {exc.message}"
+            return ComparedCopy(who, Untracked(who.pid, why), self.room, self._fingerprinter)
