@@ -24,6 +24,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 from agent.host import clock
 
@@ -34,6 +36,8 @@ _TAKEN, _LET_GO = b"nr_foll_pin_acquired", b"nr_foll_pin_released"
 _ISOLATED = ("/sys/devices/system/cpu/isolated", "/sys/devices/system/cpu/nohz_full")
 _REALTIME = "/proc/sys/kernel/sched_rt_runtime_us"
 _POLL_S = 0.0005
+
+_Told = TypeVar("_Told")
 
 
 class Pins:
@@ -47,24 +51,45 @@ class Pins:
         """Whether there was an instant since the call at which nobody had hold of any page."""
         if self.hindrance:
             return False
-        found = [False]
-        return clock.wait_until(lambda: self._asked(found, deadline), deadline, every_s=_POLL_S)
+        found: list[bool] = []
+        return clock.wait_until(
+            lambda: self._asked(_none, found, deadline) and found[-1], deadline, every_s=_POLL_S
+        )
 
-    def _asked(self, found: list[bool], deadline: clock.Deadline) -> bool:
+    def acquired(self, deadline: clock.Deadline) -> int | None:
+        """How many pages somebody has taken hold of until now, since the host started; None if that
+        is not known in time.
+        """
+        found: list[int | None] = []
+        known = not self.hindrance and self._asked(_acquired, found, deadline)
+        return found[-1] if known else None
+
+    def _asked(
+        self, ask: Callable[[], _Told], found: list[_Told], deadline: clock.Deadline
+    ) -> bool:
+        """Put an answer into ``found``; whether there is one in time."""
+
+        def told() -> None:
+            with contextlib.suppress(OSError):  # what cannot be asked is not known
+                found.append(ask())
+
         # The kernel has each processor answer, and who waits for that cannot be interrupted.
         if self._asking is None or not self._asking.is_alive():
-            self._asking = threading.Thread(target=_ask, args=(found,), name="pins", daemon=True)
+            self._asking = threading.Thread(target=told, name="pins", daemon=True)
             self._asking.start()
         self._asking.join(deadline.remaining_s)
-        return found[0]
+        return bool(found)
 
 
-def _ask(found: list[bool]) -> None:
-    with contextlib.suppress(OSError):  # what cannot be asked is not known
-        _add_up()
-        let_go = _count(_LET_GO)
-        _add_up()
-        found[0] = let_go is not None and let_go == _count(_TAKEN)
+def _none() -> bool:
+    _add_up()
+    let_go = _count(_LET_GO)
+    return let_go is not None and let_go == _acquired()
+
+
+def _acquired() -> int | None:
+    _add_up()
+    return _count(_TAKEN)
 
 
 def _add_up() -> None:

@@ -9,7 +9,7 @@ Promises: whatever was written, in any way that goes through the page table, aft
 returned is told by the bits until the next one; what was written before is there to be read then.
 Does not: tell of pages that came from elsewhere with their bits (mremap of whole page tables), nor
 of the huge zero page that is put where content was let go of: their frame is another one, which the
-entries tell as well.
+entries tell as well (of the huge zero page as long as there is a ``Claim``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from agent.host.descriptors import NR_KCMP
 
 # Documentation/filesystems/proc.rst, clear_refs.
 _RESET = b"4"
-_SAFE_SINCE, _UNSAFE = (5, 11), (6, 4)
+_SAFE_SINCE, _UNSAFE = (6, 1), (6, 4)
 _HUGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14
 _KCMP_VM = 1  # linux/kcmp.h
@@ -60,8 +60,14 @@ class Claim:
     """
 
     def __init__(self, pid: int) -> None:
+        _hold_huge_zero_page()
         with contextlib.ExitStack() as stack:
-            self._fd = _opened(stack, f"/proc/{pid}/clear_refs")
+            try:
+                self._fd = _opened(stack, f"/proc/{pid}/clear_refs")
+            except OSError as exc:
+                raise errors.EnvironmentUnfit(
+                    f"the soft-dirty bits of process {pid} may not be reset: {exc}", pid=pid
+                ) from exc
             try:
                 # Who has a /proc of its own mounted locks another file by that.
                 common = _opened(stack, f"/proc/1/root/proc/{pid}/clear_refs")
@@ -100,6 +106,21 @@ def _opened(stack: contextlib.ExitStack, path: str) -> int:
     return descriptor
 
 
+def _hold_huge_zero_page() -> None:
+    """The kernel gives it back when nobody has it any more, and could then make it of the very page
+    whose content a process has let go of. Who has read it once has it until it ends.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with mmap.mmap(-1, 2 * _HUGE_BYTES, flags=flags) as memory:
+        handle = (ctypes.c_char * len(memory)).from_buffer(memory)
+        start = -(-ctypes.addressof(handle) // _HUGE_BYTES) * _HUGE_BYTES
+        try:
+            _libc.madvise(start, _HUGE_BYTES, _MADV_HUGEPAGE)
+            ctypes.string_at(start, 1)
+        finally:
+            del handle
+
+
 def mark(pid: int, address: int) -> bool:
     """Have one page count as written, and change nothing in it; False if that cannot be.
 
@@ -120,6 +141,17 @@ def mark(pid: int, address: int) -> bool:
         finally:
             _libc.mprotect(start, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
             del handle
+
+
+def merging() -> bool:
+    """Whether the kernel puts one page in the place of several that are equal (KSM), and back,
+    which sets no bit.
+    """
+    try:
+        with open("/sys/kernel/mm/ksm/run", encoding="ascii") as file:
+            return file.read().strip() == "1"
+    except FileNotFoundError:
+        return False
 
 
 def same_memory(pid: int, others: Iterable[int]) -> bool:
@@ -145,8 +177,11 @@ def unusable() -> str:
     by version: before Linux 5.11 a reset left writable entries in other processors' caches, met
     faults of other threads half-way and protected pages that devices wrote to (mm: proc: Invalidate
     TLB after clearing soft-dirty page state; mm: fix clear_refs_write locking; mm: don't play games
-    with pinned pages in clear_page_refs), and 6.4 met faults once more (mm: enable page walking API
-    to lock vmas during the walk).
+    with pinned pages in clear_page_refs); before 5.19 a reset of a huge page that a device or a
+    direct read writes to had the process get another one at its next write; before 6.1 a page
+    that was being migrated at a reset was writable and clean afterwards (mm: remember young/dirty
+    bit for page migrations); and 6.4 met faults once more (mm: enable page walking API to lock
+    vmas during the walk).
     """
     with _one_at_a_time:
         return _unusable()
@@ -190,6 +225,7 @@ def _tried(start: int) -> str:
         ("writes", lambda: ctypes.memset(page, 4, 1)),
         ("a write after a change of protection", protected_and_written),
         ("a write to a part of a huge page", split_and_written),
+        ("a write after a change of protection of small pages", protected_and_written),
         ("a write from outside", lambda: mark(pid, page)),
     )
     claim = Claim(pid)

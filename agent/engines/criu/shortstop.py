@@ -205,6 +205,8 @@ class ShortStop:
     def _mappings(self, pid: int) -> Sequence[proc.Mapping]:
         if self._layouts is None:
             return proc.maps(pid)
+        if self._kill:
+            self._layouts.note([pid])  # nobody can look afterwards
         self._found[pid] = layout = self._layouts.now(pid)
         return layout.mappings
 

@@ -75,6 +75,8 @@ class Copy:
         missing = pagemap.without(existing, pagemap.clip(self.have, unchanged))
         self.have = pagemap.without(pagemap.clip(existing, unchanged), self._held)
         self._left = pagemap.without(existing, self.have)
+        # The tracker may not give it out again, and who had hold of it may have it still.
+        self._held = pagemap.union(self._held, self._left)
         return existing, reading.whole(standing.who, standing.space, missing, sink, self._room)
 
     def take(self, deadline: clock.Deadline) -> None:

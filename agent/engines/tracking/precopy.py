@@ -392,9 +392,10 @@ class Precopy:
         return found
 
     def _otherwise(self, who: proc.Identity, reason: str) -> Copy:
-        try:
-            return Copy(who, SoftDirty(who, reason), self.room)
-        except errors.EnvironmentUnfit as exc:
-            # What matters where the kernel has the better way is why that does not do.
-            why = reason if pagemap.scans() else f"{reason}; {exc.message}"
-            return ComparedCopy(who, Untracked(who.pid, why), self.room, self._fingerprinter)
+        # Who cannot be followed where that is to be had is a case of its own, and compared.
+        if not pagemap.scans():
+            try:
+                return Copy(who, SoftDirty(who, reason), self.room)
+            except errors.EnvironmentUnfit as exc:
+                reason = f"{reason}; {exc.message}"
+        return ComparedCopy(who, Untracked(who.pid, reason), self.room, self._fingerprinter)

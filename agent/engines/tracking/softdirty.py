@@ -13,7 +13,10 @@ one counts as written (mm: propagate VM_SOFTDIRTY on merge), for which it then s
 Promises: what ``base.Tracker`` promises, for processes whose pages nobody but they themselves and
 system calls on their behalf write. A reset by somebody else is noticed by a page that was marked.
 Does not: notice that where the process itself writes to the marked page afterwards (its arguments
-or environment); bring what is left for the cut down by more rounds.
+or environment); notice that whole page tables were moved away (mremap) after a round looked, and
+back after what lay there was read; that a page was being migrated at a reset and was not after
+all; that somebody wrote by ptrace to who stands still; bring what is left for the cut down by more
+rounds.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ from numpy import typing as npt
 
 from agent import errors
 from agent.engines.tracking import areas
-from agent.host import pageentries, pagemap, proc, softdirty
+from agent.host import clock, pageentries, pagemap, pins, proc, softdirty
 from agent.host.pagemap import Ranges
 
 _WINDOW_BYTES = 64 << 20
 _PAGE_BYTES = pageentries.PAGE_BYTES
+# Asked in the stop; some milliseconds, where a processor is busy.
+_PINS_S = 0.05
 
 Entries = pageentries.Entries
 
@@ -55,8 +60,10 @@ class SoftDirty:
             raise errors.EnvironmentUnfit(f"process {who.pid}: {apart}", pid=who.pid)
         self._who = who
         self._better = self.reason = better
-        # By what writes may have escaped the bits since the last reset.
-        self._escape = ""
+        # By what writes may have escaped the bits since the last reset; and whether some may have
+        # been forgotten by it.
+        self._escape, self._doubted = "", False
+        self._pins = pins.Pins()
         # Which page of memory each page was at the last reset, by windows of addresses; 0: unknown.
         self._frames: dict[int, Entries] = {}
         # The mappings at the last reset.
@@ -71,18 +78,29 @@ class SoftDirty:
         """See ``base.Tracker``; from the second one on, what was written since the last reset."""
         self._look_for_escapes()
         with _entries_of(self._who.pid) as descriptor:
-            anew = not self._undisturbed(descriptor)
-            if anew:
-                self._reset(areas.eligible(self._who.pid))
-            for start, end, known in self._pieces(areas.eligible(self._who.pid)):
-                entries = _read(descriptor, start, end)
-                if anew:
-                    self._note(start, entries)
-                    written = _there(entries)
-                else:
-                    written = self._written(start, entries, known)
-                yield _ranges(start, written)
+            if self._undisturbed(descriptor):
+                for start, end, known in self._pieces(areas.eligible(self._who.pid)):
+                    entries = _read(descriptor, start, end)
+                    yield _ranges(start, self._written(start, entries, known))
+            else:
+                yield from self._anew(descriptor)
         self._look_for_escapes()
+
+    def _anew(self, descriptor: int) -> Iterator[Ranges]:
+        mappings = areas.eligible(self._who.pid)
+        before = {}
+        for start, end, _ in self._pieces(mappings):
+            frames = _frames(_read(descriptor, start, end))
+            if frames.any():
+                before[start, end] = frames
+        self._reset(mappings)
+        for start, end, _ in self._pieces(areas.eligible(self._who.pid)):
+            entries = _read(descriptor, start, end)
+            if (start, end) in before:
+                # Who was being moved to another frame (compaction) escaped the reset.
+                frames = _frames(entries)
+                self._note(start, np.where(frames == before[start, end], frames, np.uint64(0)))
+            yield _ranges(start, _there(entries))
 
     def cut(self, areas: Ranges) -> tuple[Ranges, Ranges]:
         """See ``base.Tracker``; the bits are reset, which is safe now only."""
@@ -91,24 +109,29 @@ class SoftDirty:
         if self._escape:
             return existing, pagemap.none()
         found, now = [pagemap.none()], []
+        held = self._pins.acquired(clock.Deadline.after(_PINS_S))
         with _entries_of(self._who.pid) as descriptor:
             for start, end, known in self._pieces(areas):
                 entries = _read(descriptor, start, end)
                 unchanged = _there(entries) & ~self._written(start, entries, known)
                 found.append(_ranges(start, unchanged))
-                now.append((start, entries))
+                frames = _frames(entries)
+                if frames.any():
+                    now.append((start, frames))
             # Afterwards: a reset is of all pages at once, as seen by whoever reads the bits.
             undisturbed = self._undisturbed(descriptor)
         self._reset(areas)
-        for start, entries in now:
-            self._note(start, entries)
+        for start, frames in now:
+            self._note(start, frames)
+        # Others may write to who stands still (process_vm_writev), and the reset forgot it.
+        self._doubted = held is None or held != self._pins.acquired(clock.Deadline.after(_PINS_S))
         return existing, np.concatenate(found) if undisturbed else pagemap.none()
 
     def again(self) -> bool:
         """See ``base.Tracker``."""
         if self._escape:
             self._escaped(_escape(self._who.pid))
-        return not self._escape
+        return not self._escape and not self._doubted
 
     def take_back(self, pid: int) -> None:
         """Nothing was put there."""
@@ -127,7 +150,9 @@ class SoftDirty:
         self._marked = _last_of_stack(self._who.pid)
         if not self._marked or not softdirty.mark(self._who.pid, self._marked):
             self._marked = 0
-            self._escaped("a reset of its soft-dirty bits could not be noticed")
+        with _entries_of(self._who.pid) as descriptor:
+            if not self._undisturbed(descriptor):
+                self._escaped("a reset of its soft-dirty bits could not be noticed")
 
     def _undisturbed(self, descriptor: int) -> bool:
         """Whether nobody else has reset the bits since we did."""
@@ -139,10 +164,7 @@ class SoftDirty:
             raise errors.NotFound("the process has ended", pid=self._who.pid) from exc
         return bool(entry & pageentries.SOFT_DIRTY)
 
-    def _note(self, start: int, entries: Entries) -> None:
-        now = _frames(entries)
-        if not now.any():
-            return
+    def _note(self, start: int, now: Entries) -> None:
         window, first = divmod(start, _WINDOW_BYTES)
         frames = self._frames.get(window)
         if frames is None:
@@ -226,7 +248,9 @@ def _last_of_stack(pid: int) -> int:
 
 def _escape(pid: int) -> str:
     found = areas.escapes(pid)
-    return found.reason or ("it reads files past the page cache" if found.direct else "")
+    if found.reason or found.direct:
+        return found.reason or "it reads files past the page cache"
+    return "equal pages are merged on this host (KSM)" if softdirty.merging() else ""
 
 
 def _shared(pid: int) -> str:
