@@ -393,8 +393,8 @@ def test_the_reasons_of_all_members_are_told_before_the_image_is_read(
 def _unread(member: Any) -> Any:
     """The store's member, which fails whoever reads more of it than its facts."""
 
-    def opened(self: Any, name: Any) -> Any:
-        source = member(self, name)
+    def opened(self: Any, *which: Any, **how: Any) -> Any:
+        source = member(self, *which, **how)
         source.check = lambda: pytest.fail("the image was read")
         return source
 
