@@ -28,10 +28,10 @@ from agent.cli import (
     delete,
     diff,
     doctor,
-    documents,
     dump,
     exits,
     export,
+    failures,
     import_,
     migrate,
     node,
@@ -142,13 +142,13 @@ def run(
         _abandon_stdout()
         return exits.PIPE_CLOSED
     except errors.CkptError as exc:
-        _tell(documents.error(exc), invocation)
+        _tell(failures.error(exc), invocation)
         status = exc.exit_status
     except KeyboardInterrupt:
-        _tell(documents.error(errors.Interrupted("interrupted")), invocation)
+        _tell(failures.error(errors.Interrupted("interrupted")), invocation)
         status = exits.INTERRUPTED
     except Exception as exc:  # noqa: BLE001  a defect: told in one line, with its trace on request
-        _tell(documents.defect(exc), invocation)
+        _tell(failures.defect(exc), invocation)
         status = exits.INTERNAL
     if status != exits.DONE:
         _abandon_stdout_if_stuck()
@@ -168,7 +168,7 @@ def _invoke(arguments: Sequence[str], invocation: Invocation, name: str) -> int:
     except click.UsageError as exc:
         _note_output(arguments, invocation)
         command = exc.ctx.command_path if exc.ctx else name
-        _tell(documents.usage_error(exc.format_message(), command), invocation)
+        _tell(failures.usage_error(exc.format_message(), command), invocation)
         return exits.USAGE
     return result if isinstance(result, int) else exits.DONE
 

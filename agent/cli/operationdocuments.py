@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agent import errors
-from agent.cli import documents
+from agent.cli import documents, failures
 from agent.cli.output import Document
 from agent.cli.poddocuments import placement, seconds
 from agent.rpc.coordinatorclient import EpochPlan, Figures, Operation, Target
@@ -31,7 +31,7 @@ def operation(found: Operation) -> Document:
         endedAt=None if found.ended_s is None else documents.moment(found.ended_s),
         takeovers=found.takeovers,
         cancelling=found.cancelling,
-        error=documents.error(found.error) if found.error else None,
+        error=failures.error(found.error) if found.error else None,
         image=documents.image(found.image) if found.image else None,
         figures=_figures(found.figures) if found.figures else None,
         pods=[

@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from agent import errors, wiring
-from agent.cli import documents, exits, incluster, main, output
+from agent.cli import documents, exits, failures, incluster, main, output
 from agent.engines.base import CaptureReport, RestoreOptions
 from agent.model import ids
 from agent.model.streams import AddressSpace, FileEntry, PageRun
@@ -824,7 +824,7 @@ def test_an_interruption_while_modules_are_loaded_is_told_in_one_line(
     assert started.stdout.readline() == b"loading\n"
     started.send_signal(signal.SIGINT)
     _, told = started.communicate(timeout=60)
-    said = output.render(documents.error(errors.Interrupted("interrupted")), "table", now_s=0.0)
+    said = output.render(failures.error(errors.Interrupted("interrupted")), "table", now_s=0.0)
     assert (started.returncode, told.decode()) == (exits.INTERRUPTED, said + "\n")
 
 
