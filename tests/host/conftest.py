@@ -290,12 +290,20 @@ class Host:
     def close(self) -> None:
         for tree in self.trees:
             tree.kill()
-        for popen in self.popens:
+        for popen in filter(self._is_ours, self.popens):
             with contextlib.suppress(errors.NotFound):
                 for pid in reversed(proc.tree(popen.pid)):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             popen.wait()
+
+    def _is_ours(self, popen: subprocess.Popen[bytes]) -> bool:
+        """Once it has ended, its number may be that of what was restored from it, or anybody's."""
+        if popen.poll() is None:
+            return True
+        with contextlib.suppress(OSError):
+            return bytes(self.folder) in Path(f"/proc/{popen.pid}/cmdline").read_bytes()
+        return False
 
 
 @pytest.fixture
