@@ -7,6 +7,7 @@ Does not: import anything of the program before that is so; change what who star
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from types import FrameType
@@ -46,5 +47,6 @@ def _heed_interrupts() -> None:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     # Not by an exception, which would come up in the middle of somebody's import.
-    os.write(2, _TOLD)
+    with contextlib.suppress(OSError):  # nobody may listen
+        os.write(2, _TOLD)
     os._exit(_STATUS)

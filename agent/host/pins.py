@@ -75,8 +75,12 @@ class Pins:
 
         # The kernel has each processor answer, and who waits for that cannot be interrupted.
         if self._asking is None or not self._asking.is_alive():
-            self._asking = threading.Thread(target=told, name="pins", daemon=True)
-            self._asking.start()
+            asking = threading.Thread(target=told, name="pins", daemon=True)
+            try:
+                asking.start()
+            except RuntimeError:  # no thread is to be had: not known either
+                return False
+            self._asking = asking
         self._asking.join(deadline.remaining_s)
         return bool(found)
 

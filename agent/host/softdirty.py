@@ -24,7 +24,7 @@ import os
 import platform
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from agent import errors
 from agent.host import pageentries
@@ -110,13 +110,20 @@ def _hold_huge_zero_page() -> None:
     """The kernel gives it back when nobody has it any more, and could then make it of the very page
     whose content a process has let go of. Who has read it once has it until it ends.
     """
+    with _untouched() as start:
+        ctypes.string_at(start, 1)
+
+
+@contextlib.contextmanager
+def _untouched() -> Iterator[int]:
+    """Where memory of our own for one huge page begins, which nobody has touched."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     with mmap.mmap(-1, 2 * _HUGE_BYTES, flags=flags) as memory:
         handle = (ctypes.c_char * len(memory)).from_buffer(memory)
         start = -(-ctypes.addressof(handle) // _HUGE_BYTES) * _HUGE_BYTES
         try:
             _libc.madvise(start, _HUGE_BYTES, _MADV_HUGEPAGE)
-            ctypes.string_at(start, 1)
+            yield start
         finally:
             del handle
 
@@ -192,20 +199,14 @@ def _unusable() -> str:
     release = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
     if release < _SAFE_SINCE or release == _UNSAFE:
         return f"resetting soft-dirty bits is not safe on Linux {platform.release()}"
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    with mmap.mmap(-1, 2 * _HUGE_BYTES, flags=flags) as memory:
-        handle = (ctypes.c_char * len(memory)).from_buffer(memory)
-        start = -(-ctypes.addressof(handle) // _HUGE_BYTES) * _HUGE_BYTES
+    with _untouched() as start:
         try:
-            _libc.madvise(start, _HUGE_BYTES, _MADV_HUGEPAGE)
             ctypes.memset(start, 1, _HUGE_BYTES)
             return _tried(start)
         except OSError as exc:
             return f"writes cannot be noted: {exc}"
         except (errors.EnvironmentUnfit, errors.NotFound) as exc:
             return exc.message
-        finally:
-            del handle
 
 
 def _tried(start: int) -> str:

@@ -205,12 +205,15 @@ def _kernel(kernel: Kernel, root: bool) -> Iterator[Check]:
         _NEWER_KERNEL,
     )
     better = kernel.wp_async and kernel.pagemap_scan
+    unusable = kernel.soft_dirty_unusable
+    if unusable and not root:
+        unusable += ", or hidden without root"
     yield _check(
         "kernel-soft-dirty",
-        better or not kernel.soft_dirty_unusable,
-        f"{kernel.soft_dirty_unusable}; not needed beside WP_ASYNC and PAGEMAP_SCAN"
-        if better and kernel.soft_dirty_unusable
-        else kernel.soft_dirty_unusable or "usable",
+        better or not unusable,
+        f"{unusable}; not needed beside WP_ASYNC and PAGEMAP_SCAN"
+        if better and unusable
+        else unusable or "usable",
         "degraded",
         "neither way of tracking written pages is there: each dump reads all memory",
         "use a kernel with CONFIG_MEM_SOFT_DIRTY, or >= 6.7",

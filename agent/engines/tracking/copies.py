@@ -59,6 +59,8 @@ class Copy:
         """Begin another copy, in ``sink``, with what it takes over of ``epoch``, which the last one
         became.
         """
+        # The tracker may not give it out again, and who had hold of it may have it still.
+        self._held = pagemap.union(self._held, self._left)
         runs = sink.recall(epoch, self.space)
         there = np.array(
             [(run.address, run.address + run.pages * PAGE_BYTES) for run in runs], dtype=np.int64
@@ -75,8 +77,6 @@ class Copy:
         missing = pagemap.without(existing, pagemap.clip(self.have, unchanged))
         self.have = pagemap.without(pagemap.clip(existing, unchanged), self._held)
         self._left = pagemap.without(existing, self.have)
-        # The tracker may not give it out again, and who had hold of it may have it still.
-        self._held = pagemap.union(self._held, self._left)
         return existing, reading.whole(standing.who, standing.space, missing, sink, self._room)
 
     def take(self, deadline: clock.Deadline) -> None:
