@@ -296,6 +296,9 @@ class Host:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             popen.wait()
+        for stream in [each for popen in self.popens for each in (popen.stdin, popen.stdout)]:
+            if stream is not None:
+                stream.close()
 
     def _is_ours(self, popen: subprocess.Popen[bytes]) -> bool:
         """Once it has ended, its number may be that of what was restored from it, or anybody's."""

@@ -18,7 +18,8 @@ from agent.rpc import results
 from tests.host import nodes
 from tests.host.conftest import Host
 from tests.host.nodes import VERBS, Node, wait_for
-from tests.host.test_watch import MEMORY_MIB, NO_RSEQ
+from tests.host.test_short_stop import NO_RSEQ
+from tests.host.test_watch import MEMORY_MIB
 
 
 class Engine:

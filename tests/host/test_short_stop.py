@@ -50,14 +50,22 @@ def torture(tmp_path_factory: pytest.TempPathFactory) -> str:
     return program
 
 
+# The kernel writes a thread's number into its rseq area whenever it goes on: that is the one thing
+# that differs between two looks at a tree that stands still.
+NO_RSEQ = "glibc.pthread.rseq=0"
+
+
 class Frozen:
-    """The private memory of a tree that stands still, read by nothing of the agent's."""
+    """The private memory of a tree that stands still, read by nothing of the agent's; its processes
+    have to have been started with ``NO_RSEQ``.
+    """
 
     def __init__(self, root: int) -> None:
         self.pages: dict[AddressSpace, dict[int, bytes]] = {}
         self.maps: dict[AddressSpace, list[proc.Mapping]] = {}
         for pid in proc.tree(root):
             if proc.stat(pid).state not in "ZX":
+                assert NO_RSEQ.encode() in Path(f"/proc/{pid}/environ").read_bytes()
                 space = AddressSpace("process", pid)
                 self.maps[space] = [each for each in proc.maps(pid) if not _kernels(each)]
                 self.pages[space] = dict(_private_pages(pid, self.maps[space]))
@@ -124,9 +132,7 @@ class Torture:
         self.folder = folder
         folder.mkdir()
         self.log = folder / "log"
-        # The kernel writes a thread's number into its rseq area whenever it goes on: that is the
-        # one thing that differs between two looks at a tree that stands still.
-        environment = {"GLIBC_TUNABLES": "glibc.pthread.rseq=0"}
+        environment = {"GLIBC_TUNABLES": NO_RSEQ}
         argv = ["sh", "-c", 'exec "$@" 2>>"$0"', str(self.log)]
         argv += [program, str(folder), str(seed), THREADS, MEMORY_MIB]
         self.pid = host.popen(argv, environment).pid
@@ -255,7 +261,7 @@ def test_no_wrong_byte_in_many_cycles(
 def test_of_private_memory_criu_sends_the_kernels_page_and_hardly_another(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = host.start("memory", MEMORY_MIB="48", GLIBC_TUNABLES="glibc.pthread.rseq=0")
+    target = host.start("memory", MEMORY_MIB="48", GLIBC_TUNABLES=NO_RSEQ)
     sent: list[int] = []
     pages = shortstop.ShortStop.pages
 
@@ -315,7 +321,7 @@ def test_a_dump_that_fails_with_memory_hidden_is_made_the_plain_way(
 
 
 def test_a_job_that_goes_on_is_copied_slowly_and_one_that_ends_is_not(host: Host) -> None:
-    target = host.start("memory", MEMORY_MIB="48", GLIBC_TUNABLES="glibc.pthread.rseq=0")
+    target = host.start("memory", MEMORY_MIB="48", GLIBC_TUNABLES=NO_RSEQ)
     slowly = dataclasses.replace(OPTIONS, precopy_bytes_per_s=32 << 20)
     frozen: list[Frozen] = []
     image = MemoryImage()
@@ -352,7 +358,7 @@ def test_what_is_read_past_the_page_cache_meanwhile_is_stored_as_it_came(
         [sys.executable, "-c", script, str(tmp_path / "read")],
         stdout=subprocess.PIPE,
         start_new_session=True,
-        env=os.environ | {"GLIBC_TUNABLES": "glibc.pthread.rseq=0"},
+        env=os.environ | {"GLIBC_TUNABLES": NO_RSEQ},
     )
     host.popens.append(reader)
     assert reader.stdout is not None
@@ -364,12 +370,11 @@ def test_what_is_read_past_the_page_cache_meanwhile_is_stored_as_it_came(
         how = host.capture(reader.pid, image, cut, OPTIONS).engine_facts["stop"]
         assert (how["path"], how["tracked"]) == ("precopy", {"write-protect": 1}), how
         frozen[0].assert_equal(image)
-    reader.stdout.close()
 
 
 def test_what_can_be_written_behind_the_page_table_is_not_tracked(host: Host) -> None:
     """Asynchronous I/O: a device may write to memory while no page looks written."""
-    target = host.start("memory", MEMORY_MIB="48")
+    target = host.start("memory", MEMORY_MIB="48", GLIBC_TUNABLES=NO_RSEQ)
     script = (
         "import ctypes, mmap, time\n"
         "area = mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
@@ -379,7 +384,10 @@ def test_what_can_be_written_behind_the_page_table_is_not_tracked(host: Host) ->
         "time.sleep(1000)\n"
     )
     other = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        env=os.environ | {"GLIBC_TUNABLES": NO_RSEQ},
     )
     host.popens.append(other)
     assert other.stdout is not None
@@ -394,4 +402,3 @@ def test_what_can_be_written_behind_the_page_table_is_not_tracked(host: Host) ->
     assert how["untracked_because"] == [f"process {other.pid}: it uses asynchronous I/O"]
     assert how["read_at_cut_bytes"] >= 32 << 20
     frozen[0].assert_equal(image)
-    other.stdout.close()

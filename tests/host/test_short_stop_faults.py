@@ -28,11 +28,9 @@ from tests.host import test_faults
 from tests.host.conftest import Cut, Host, Target
 from tests.host.image import MemoryImage
 from tests.host.test_faults import STAGES, Spoiled, at_stage, kill_criu
-from tests.host.test_short_stop import OPTIONS, Frozen, looked_at
+from tests.host.test_short_stop import NO_RSEQ, OPTIONS, Frozen, looked_at
 
 FEATURES = ("memory", "threads", "children", "tcp", "shared_memory")
-# The kernel writes a thread's number into its rseq area whenever it goes on.
-NO_RSEQ = "glibc.pthread.rseq=0"
 
 
 class Drafted(Spoiled):

@@ -25,11 +25,8 @@ from agent.store.repository import Store
 from agent.volumes.directory import DirectoryVolume
 from tests.host.conftest import Cut, Host, Target
 from tests.host.image import MemoryImage
-from tests.host.test_short_stop import Frozen, looked_at
+from tests.host.test_short_stop import NO_RSEQ, Frozen, looked_at
 
-# The kernel writes a thread's number into its rseq area whenever it goes on: that is the one thing
-# that differs between two looks at a tree that stands still.
-NO_RSEQ = "glibc.pthread.rseq=0"
 MEMORY_MIB = "48"
 
 
