@@ -1,5 +1,5 @@
 """Another process's open files: a copy of one of its descriptors, by pidfd_getfd, and which of its
-threads have others than it shows.
+threads have others than it shows, or another working directory.
 
 Promises: the copy shares the open file with the process, and is closed with the context.
 Does not: close or change anything in the process.
@@ -18,7 +18,7 @@ from agent import errors
 from agent.host import proc
 
 NR_KCMP = {"x86_64": 312, "aarch64": 272}
-KCMP_FILES = 2  # linux/kcmp.h
+KCMP_FILES, KCMP_FS = 2, 3  # linux/kcmp.h
 _PF_EXITING = 0x4  # include/linux/sched.h
 # System call numbers are the same on every architecture since Linux 5.1.
 _PIDFD_GETFD = 438
@@ -47,10 +47,11 @@ def borrowed(pid: int, number: int) -> Iterator[int]:
         os.close(copy)
 
 
-def apart(pid: int) -> list[int]:
+def apart(pid: int, kind: int = KCMP_FILES) -> list[int]:
     """The threads of a process with a table of descriptors of their own (``unshare(CLONE_FILES)``),
-    which neither /proc/PID/fd nor CRIU looks at, ascending; none on a kernel that cannot compare.
-    Who is ending has none: it gives up its table some time before its number.
+    or with ``KCMP_FS`` a root, working directory and umask of their own (``CLONE_FS``), at which
+    neither /proc/PID nor CRIU looks, ascending; none on a kernel that cannot compare. Who is ending
+    has none: it gives them up some time before its number.
 
     Raises:
         errors.NotFound: there is no such process.
@@ -62,7 +63,7 @@ def apart(pid: int) -> list[int]:
     for tid in proc.threads(pid):
         if tid == pid:
             continue
-        order: int = _libc.syscall(number, pid, tid, KCMP_FILES, 0, 0)
+        order: int = _libc.syscall(number, pid, tid, kind, 0, 0)
         # Below zero it is not known; who has ended meanwhile has none.
         if order and not (order < 0 and ctypes.get_errno() in (errno.ESRCH, errno.ENOSYS)):
             found.append(tid)

@@ -52,8 +52,9 @@ class Process:
     namespaces: Mapping[str, int] = dataclasses.field(default_factory=dict)
     descriptors: tuple[Descriptor, ...] = ()
     mappings: tuple[str, ...] = ()
-    # Threads that do not share its descriptors.
+    # Threads that do not share its descriptors, or its working directory, root and umask.
     threads_apart: tuple[int, ...] = ()
+    threads_elsewhere: tuple[int, ...] = ()
 
     @property
     def captured_bytes(self) -> int:
@@ -288,14 +289,18 @@ def _of_observer(processes: Sequence[Process], observer: Observer) -> Iterator[F
 
 
 def _of_threads(process: Process, label: str) -> Iterator[Finding]:
-    if process.threads_apart:
-        yield Finding(
-            "threads-apart",
-            label,
-            f"thread {', '.join(map(str, process.threads_apart[:3]))} has descriptors of its own,"
-            " which CRIU does not capture",
-            "let it share those of its process (no unshare(CLONE_FILES) in a thread)",
-        )
+    for threads, own, flag in (
+        (process.threads_apart, "descriptors", "CLONE_FILES"),
+        (process.threads_elsewhere, "a working directory and umask", "CLONE_FS"),
+    ):
+        if threads:
+            yield Finding(
+                "threads-apart",
+                label,
+                f"thread {', '.join(map(str, threads[:3]))} has {own} of its own, which CRIU does"
+                " not capture",
+                f"let it share those of its process (no unshare({flag}) in a thread)",
+            )
 
 
 def _of_process(process: Process, roots: Sequence[int], observer: Observer) -> Iterator[Finding]:

@@ -121,6 +121,7 @@ def _process(pid: int, *, required: bool) -> plan.Process | None:
             else tuple(_descriptor(pid, file) for file in proc.open_files(pid)),
             mappings=tuple(dict.fromkeys(m.path for m in proc.maps(pid) if m.path)),
             threads_apart=() if gone else tuple(descriptors.apart(pid)),
+            threads_elsewhere=() if gone else tuple(descriptors.apart(pid, descriptors.KCMP_FS)),
         )
     except errors.NotFound:
         if required:

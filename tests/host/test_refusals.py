@@ -174,15 +174,23 @@ def test_a_process_that_uses_userfaultfd_is_refused_unfrozen_by_every_engine(
         engine.capture(popen.pid, MemoryImage(), Cut(), CaptureOptions())
 
 
-def test_a_thread_with_descriptors_of_its_own_is_refused_unfrozen_by_every_engine(
-    host: Host,
+@pytest.mark.parametrize(
+    ("flag", "own", "escapes"),
+    [
+        (0x400, "descriptors", "one of its threads has descriptors of its own"),
+        (0x200, "a working directory and umask", ""),
+    ],
+    ids=["CLONE_FILES", "CLONE_FS"],
+)
+def test_a_thread_that_shares_less_with_its_process_is_refused_unfrozen_by_every_engine(
+    host: Host, flag: int, own: str, escapes: str
 ) -> None:
     popen, number = holder(
         host,
         "import threading\n"
         "ready=threading.Barrier(3)\n"
         "def run(apart):\n"
-        "    if apart: assert ctypes.CDLL(None).unshare(0x400)==0\n"
+        f"    if apart: assert ctypes.CDLL(None).unshare({flag})==0\n"
         "    apart and tids.append(threading.get_native_id());ready.wait();time.sleep(1000)\n"
         "tids=[]\n"
         "for each in (0,1): threading.Thread(target=run,args=(each,)).start()\n"
@@ -193,10 +201,11 @@ def test_a_thread_with_descriptors_of_its_own_is_refused_unfrozen_by_every_engin
     assert f"thread {number} of process {popen.pid}" in refusal.message
     found = plan_dump([popen.pid], ghost_limit_bytes=1 << 20)
     assert [each.code for each in found.blockers] == ["threads-apart"]
-    assert areas.escapes(popen.pid).reason == "one of its threads has descriptors of its own"
+    assert f"thread {number} has {own} of its own" in found.blockers[0].reason
+    assert areas.escapes(popen.pid).reason == escapes
     container = Container("c" * 64, "main", popen.pid, "")
     engine = KubeletEngine(cast("Any", None), "team", "pod-1", [container])
-    with pytest.raises(errors.TargetUnsuitable, match="descriptors of its own"):
+    with pytest.raises(errors.TargetUnsuitable, match=f"{own} of its own"):
         engine.capture(popen.pid, MemoryImage(), Cut(), CaptureOptions())
 
 

@@ -184,22 +184,26 @@ def refuse_filled(pid: int, flags: Collection[bytes]) -> None:
 
 
 def refuse_apart(pid: int) -> None:
-    """Refuse a process whose threads do not all share its descriptors: CRIU looks at those of the
-    main thread only, and gives them to all.
+    """Refuse a process whose threads do not all share its descriptors, its working directory, root
+    and umask: CRIU looks at those of the main thread only, and gives them to all.
 
     Raises:
         errors.NotFound: the process has ended.
         errors.TargetUnsuitable: some do not; they are named.
     """
-    threads = descriptors.apart(pid)
-    if threads:
-        raise errors.TargetUnsuitable(
-            f"thread {', '.join(map(str, threads[:3]))} of process {pid} ({_comm(pid)}) has"
-            " descriptors of its own, which CRIU does not capture",
-            hint="let it share those of its process (no unshare(CLONE_FILES) in a thread)",
-            pid=pid,
-            threads=threads,
-        )
+    for kind, own, flag in (
+        (descriptors.KCMP_FILES, "descriptors", "CLONE_FILES"),
+        (descriptors.KCMP_FS, "a working directory and umask", "CLONE_FS"),
+    ):
+        threads = descriptors.apart(pid, kind)
+        if threads:
+            raise errors.TargetUnsuitable(
+                f"thread {', '.join(map(str, threads[:3]))} of process {pid} ({_comm(pid)}) has"
+                f" {own} of its own, which CRIU does not capture",
+                hint=f"let it share those of its process (no unshare({flag}) in a thread)",
+                pid=pid,
+                threads=threads,
+            )
 
 
 def refuse_multicast(pid: int) -> None:

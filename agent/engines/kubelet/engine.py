@@ -265,7 +265,7 @@ def _check_clock(container: Container) -> None:
 def _check_processes(container: Container) -> None:
     """Refuse a container with a process that somebody stopped (SIGSTOP): runc 1.3 then never ends
     its checkpoint, and the container is held all the while. One that uses a GPU, RDMA still, or a
-    userfaultfd, whose memory somebody else fills, or whose threads have descriptors of their own
+    userfaultfd, whose memory somebody else fills, or whose threads do not share its descriptors
     would be held in vain.
     """
     for pid in proc.tree(container.pid):
