@@ -237,15 +237,19 @@ def _restored(
     """All of it, or nothing if a signal comes before its memory is complete."""
     stopped: list[int] = []
     told: list[str] = []
-    with interrupts.caught(stopped.append), progress.for_restore(invocation.quiet) as show:
+
+    def asked(number: int) -> None:
+        if not stopped:
+            invocation.say("stopping; nothing of the image will run")
+        stopped.append(number)
+
+    with interrupts.caught(asked), progress.for_restore(invocation.quiet) as show:
 
         def look(now: Progress) -> None:
             show(now)
-            if now.phase != "fill":
-                return
-            if stopped:
+            if stopped and now.phase != "done":
                 raise _interrupted()
-            if not told:
+            if now.phase == "fill" and not told:
                 told.append(now.phase)
                 late = output.human_bytes(now.total_bytes)
                 invocation.say(f"{image} runs, {late} of its memory are on the way")
@@ -296,7 +300,7 @@ def _take_back(outcome: RestoreOutcome) -> None:
 
 def _interrupted() -> errors.Interrupted:
     return errors.Interrupted(
-        "interrupted: what had been restored was ended again", hint="restore it again"
+        "interrupted: nothing of the image runs any more", hint="restore it again"
     )
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tomllib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -29,7 +29,7 @@ from agent.engines.base import CaptureReport, RestoreOptions
 from agent.model import ids
 from agent.model.streams import AddressSpace, FileEntry, PageRun
 from agent.node.dump import Cancel, DumpOutcome
-from agent.node.restore import RestoreOutcome
+from agent.node.restore import Progress, RestoreOutcome
 from agent.rpc import results
 from agent.settings import KEYS, OUTPUTS
 from agent.store.repository import Store
@@ -706,6 +706,24 @@ def test_a_signal_during_a_restore_ends_what_was_restored(
         ran = run("restore", "job")
     assert (ran.status, ran.out) == (exits.INTERRUPTED, "")
     assert tree.killed
+
+
+def test_a_signal_while_an_image_is_verified_lets_no_process_be_started(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    def restore(*_: object, progress: Callable[[Progress], None], **__: object) -> None:
+        progress(Progress("verify"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        progress(Progress("restore"))
+        begun.append("restore")
+
+    monkeypatch.setattr(wiring, "restore", restore)
+    ran = run("restore", "job")
+    assert (ran.status, ran.out) == (exits.INTERRUPTED, "")
+    assert "stopping" in ran.err
+    assert not begun
 
 
 # Shells and pipes.
