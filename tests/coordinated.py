@@ -81,11 +81,13 @@ class Cluster:
 
     def records(self) -> list[dict[str, Any]]:
         """The ConfigMaps of operations."""
-        return [each for (kind, *_), each in self.extra.stored.items() if kind == "configmaps"]
+        stored = list(self.extra.stored.items())
+        return [each for (kind, *_), each in stored if kind == "configmaps"]
 
-    def free_lease(self) -> None:
-        """What time does to the lease of a holder that is gone."""
-        self.extra.stored[LEASE]["spec"]["holderIdentity"] = ""
+    def outlive(self) -> None:
+        """What time does when a coordinator is gone: its lease is free, and members go on."""
+        self.extra.change(LEASE, holderIdentity="")
+        self.group.hear_nothing()
 
 
 @contextlib.contextmanager
@@ -103,8 +105,8 @@ def running(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
     Handler.extra = extra
     agents = nodeagent.Cluster(tokens={apiserver.TOKEN})
     group = epochs.Group(agents)
-    port = free_port()
     with contextlib.ExitStack() as stack:
+        port = stack.enter_context(reserved_port())
         api = stack.enter_context(apiserver.running(authority, folder, Handler))
         for node, host in _HOSTS.items():
             api.add_node(node)
@@ -131,7 +133,9 @@ def running(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
             "CKPT_AGENT_TOKEN_PORT": str(port),
             "CKPT_AGENT_COORDINATOR_CERTIFICATE_PORT": "0",
             "CKPT_AGENT_PROBE_PORT": "0",
-            "CKPT_AGENT_SCHEDULE_DEADLINE": "5s",
+            # Nobody here is slow but for the machine.
+            "CKPT_AGENT_AGENT_SILENCE": "20s",
+            "CKPT_AGENT_SCHEDULE_DEADLINE": "60s",
             "CKPT_AGENT_SHUTDOWN_GRACE": "3s",
             "XDG_CONFIG_HOME": str(folder / "none"),
             "XDG_CONFIG_DIRS": str(folder / "none"),
@@ -141,15 +145,18 @@ def running(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
         yield Cluster(api, extra, agents, group, Controller(api, group), ours.pem, environ)
 
 
-def free_port() -> int:
-    """A port that nobody has on any address."""
-    with socket.create_server(("0.0.0.0", 0)) as found:
-        return int(found.getsockname()[1])
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that nobody has on any address, and nobody gets who does not ask for it by number."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("0.0.0.0", 0))
+        yield int(held.getsockname()[1])
 
 
-def wait_for(predicate: Callable[[], object], seconds: float = 20) -> None:
-    """Return when ``predicate`` is true; fail if it does not become so."""
-    deadline = time.monotonic() + seconds
+def wait_for(predicate: Callable[[], object]) -> None:
+    """Return when ``predicate`` is true; fail if it does not become so on the busiest machine."""
+    deadline = time.monotonic() + 60
     while not predicate():
         assert time.monotonic() < deadline, "it does not happen"
         time.sleep(0.01)
@@ -180,17 +187,18 @@ def stub(cluster: Cluster, port: int) -> Iterator[Any]:
 @contextlib.contextmanager
 def replica(cluster: Cluster) -> Iterator[int]:
     """A replica in this process that leads; the port of its callers."""
-    port, stop = free_port(), threading.Event()
-    chosen = settings.load({"coordinator_token_port": str(port)}, None, os.environ)
-    thread = threading.Thread(target=services.coordinator, args=(chosen, stop), name="replica")
-    thread.start()
-    try:
-        wait_for(lambda: _leads(cluster))
-        yield port
-    finally:
-        stop.set()
-        thread.join(20)
-        assert not thread.is_alive()
+    stop = threading.Event()
+    with reserved_port() as port:
+        chosen = settings.load({"coordinator_token_port": str(port)}, None, os.environ)
+        thread = threading.Thread(target=services.coordinator, args=(chosen, stop), name="replica")
+        thread.start()
+        try:
+            wait_for(lambda: _leads(cluster))
+            yield port
+        finally:
+            stop.set()
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 def _leads(cluster: Cluster) -> bool:
@@ -202,7 +210,8 @@ class Process:
     """A replica of its own, which can be killed."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self.port = free_port()
+        self._reserved = contextlib.ExitStack()
+        self.port = self._reserved.enter_context(reserved_port())
         environ = {**os.environ, "CKPT_AGENT_COORDINATOR_TOKEN_PORT": str(self.port)}
         self._process = subprocess.Popen(
             [str(pathlib.Path(sys.executable).with_name("ckpt-agent")), "coordinator"],
@@ -216,11 +225,13 @@ class Process:
         if self._process.poll() is None:
             self._process.kill()
             self._process.communicate()
+        self._reserved.close()
 
     def end(self) -> str:
         """As a kubelet; what it had logged."""
         self._process.terminate()
-        _, log = self._process.communicate(timeout=20)
+        _, log = self._process.communicate(timeout=60)
+        self._reserved.close()
         return log
 
 

@@ -215,7 +215,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 return 200, {
                     "items": [
                         pod
-                        for (where, name), pod in api.pods.items()
+                        for (where, name), pod in list(api.pods.items())
                         if where == space
                         and named in ("", name)
                         and wanted.items() <= pod["metadata"].get("labels", {}).items()

@@ -182,7 +182,7 @@ class _Servicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._begin("List", request, context)
         every = [
             each
-            for each in reversed(self._cluster.operations.values())
+            for each in reversed(list(self._cluster.operations.values()))
             if each.namespace == request.namespace and request.group in ("", each.group)
         ]
         at = int(request.page_token or 0)

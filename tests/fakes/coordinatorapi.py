@@ -54,6 +54,12 @@ class Extra:
         self._version = 100
         self._lock = threading.Lock()
 
+    def change(self, place: tuple[str, str, str], **spec: Any) -> None:
+        """Change an object as somebody else would: who has read it before may not write it now."""
+        with self._lock:
+            found = self.stored[place]
+            self._put(place, found | {"spec": found["spec"] | spec})
+
     def answer(
         self, method: str, parts: list[str], query: dict[str, str], body: Any
     ) -> tuple[int, Any] | None:

@@ -19,13 +19,13 @@ from agent import errors
 from agent.model import protocol
 from agent.model.protocol import RESTORE, Answer, Course, Decision, Said, Step, Told
 from agent.node.participant import Timer
-from agent.node.session import Session
+from agent.node.session import SILENCE_S, Session
 from agent.rpc import convert, status
 from agent.rpc.v1 import epochs_pb2, epochs_pb2_grpc, node_pb2
 from tests.fakes.nodeagent import Cluster
 
-# A coordinator that is gone is noticed soon, so that tests need not wait for it.
-TIMERS_S = {Timer.SILENCE: 1.0, Timer.STOPPED: 30.0}
+# Shorter, and a coordinator that is only kept waiting by a busy machine would be taken for gone.
+TIMERS_S = {Timer.SILENCE: SILENCE_S, Timer.STOPPED: 60.0}
 
 _COURSES = {
     epochs_pb2.COURSE_LEAVE_RUNNING: protocol.LEAVE_RUNNING,
@@ -67,6 +67,13 @@ class Group:
         with self.lock:
             new = name not in table
             return table.setdefault(name, wish), new
+
+    def hear_nothing(self) -> None:
+        """What time does to members whose coordinator is gone."""
+        with self.lock:
+            left = list(self.sessions.values())
+        for each in left:
+            each.leave()
 
 
 class _Actions:

@@ -70,7 +70,7 @@ class Controller:
     def pods(self) -> dict[str, Json]:
         return {
             jobset.identity(each): each
-            for each in self.api.pods.values()
+            for each in list(self.api.pods.values())
             if each["metadata"].get("ownerReferences")
         }
 

@@ -178,7 +178,12 @@ class Server:
 
 
 def parts(
-    api: connection.Connection, server: Server, holder: str, began: list[str]
+    api: connection.Connection,
+    server: Server,
+    holder: str,
+    began: list[str],
+    *,
+    stops_s: float = 60.0,
 ) -> leading.Parts:
     def do(operation: Operation, handle: Handle) -> None:
         began.append(f"{operation.id} by {holder}")
@@ -191,31 +196,34 @@ def parts(
     return leading.Parts(
         server=server,
         probes=server,
-        lease=Lease(api, SPACE, "lease", holder=holder, duration_s=2),
+        lease=Lease(api, SPACE, "lease", holder=holder, duration_s=120),
         take_lead=take_lead,
         refresh=lambda: None,
         grace_s=1.0,
         period_s=0.1,
-        stops_s=1.0,
+        stops_s=stops_s,
     )
 
 
 @contextlib.contextmanager
-def leads(api: connection.Connection, cluster: Cluster) -> Iterator[tuple[Server, list[Any]]]:
+def leads(
+    api: connection.Connection, *, stops_s: float = 60.0
+) -> Iterator[tuple[Server, list[Any]]]:
     """A replica that does; what it ends with is put into the list."""
     server, ends = Server(), list[Any]()
 
     def run() -> None:
         try:
-            leading.Replica().run(parts(api, server, "first", []), threading.Event())
+            made = parts(api, server, "first", [], stops_s=stops_s)
+            leading.Replica().run(made, threading.Event())
         except errors.CkptError as exc:
             ends.append(exc)
 
     thread = threading.Thread(target=run)
     thread.start()
-    wait_for(lambda: server.serving == [True])
+    wait_for(lambda: server.serving)
     yield server, ends
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     assert server.serving[-1] is False
 
@@ -224,7 +232,7 @@ def test_a_leader_that_cannot_renew_its_lease_ends_before_another_may_begin(
     api: connection.Connection, cluster: Cluster
 ) -> None:
     assert leading._STOPS_S < leading.LEASE_S
-    with leads(api, cluster) as (_, ends):
+    with leads(api, stops_s=1.0) as (_, ends):
         cluster.extra.down = True
         wait_for(lambda: ends)
     assert isinstance(ends[0], errors.Unreachable)
@@ -236,11 +244,12 @@ def test_a_leader_that_cannot_renew_its_lease_ends_before_another_may_begin(
 def test_a_leader_whose_lease_is_anothers_ends_at_once(
     api: connection.Connection, cluster: Cluster
 ) -> None:
-    with leads(api, cluster) as (_, ends):
-        cluster.extra.stored["leases", SPACE, "lease"]["spec"] |= {
-            "holderIdentity": "second",
-            "renewTime": "2026-01-01T00:00:00.000000Z",
-        }
+    with leads(api) as (_, ends):
+        cluster.extra.change(
+            ("leases", SPACE, "lease"),
+            holderIdentity="second",
+            renewTime="2026-01-01T00:00:00.000000Z",
+        )
         wait_for(lambda: ends)
     assert isinstance(ends[0], errors.Unreachable)
     assert cluster.extra.stored["leases", SPACE, "lease"]["spec"]["holderIdentity"] == "second"
@@ -265,5 +274,5 @@ def test_one_that_is_told_to_end_lets_the_lease_go_to_the_next(
     assert first.serving[-1] is False
     for thread, event in threads:
         event.set()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()

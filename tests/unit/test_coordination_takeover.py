@@ -37,9 +37,12 @@ class Killer:
         self.cluster = cluster
         self.process = coordinated.Process(cluster)
         self.done = threading.Event()
+        # That who asked has its answer: it goes out beside the first steps.
+        self.asked = threading.Event()
         self._lock = threading.Lock()
 
     def kill(self) -> None:
+        assert self.asked.wait(60)
         with self._lock:
             if not self.done.is_set():
                 self.process.kill()
@@ -100,10 +103,11 @@ def begun(
     """The operation that was asked for, whose coordinator is dead."""
     with coordinated.client(cluster, killer.process.port) as first:
         found: str = ask(first).id
-        assert killer.done.wait(20)
+        killer.asked.set()
+        assert killer.done.wait(60)
     cluster.group.before = lambda step, pod: None
     cluster.jobsets.before = lambda found: None
-    cluster.free_lease()
+    cluster.outlive()
     return found
 
 
@@ -258,11 +262,12 @@ def test_what_ends_three_coordinators_is_not_begun_a_fourth_time(
     for _ in range(2):
         another = Killer(cluster)
         another.at_step(Step.CAPTURE)
+        another.asked.set()
         try:
-            assert another.done.wait(30)
+            assert another.done.wait(60)
         finally:
             another.process.kill()
-        cluster.free_lease()
+        cluster.outlive()
     cluster.group.before = lambda step, pod: None
     with coordinated.replica(cluster) as port, coordinated.client(cluster, port) as last:
         wait_for(lambda: serves(last))
@@ -285,7 +290,7 @@ def test_a_replica_that_is_told_to_end_leaves_its_operations_to_the_next(cluster
         wait_for(lambda: serves(asks))
         cluster.group.before = before
         identifier = asks.create_epoch(asking(), TRAIN).id
-        assert reached.wait(10)
+        assert reached.wait(60)
     first.end()
     # It let the lease go by itself.
     assert cluster.extra.stored[coordinated.LEASE]["spec"]["holderIdentity"] == ""
@@ -305,7 +310,7 @@ def test_a_dump_that_was_to_end_the_pods_says_whether_it_did(
     )
     # Those that were not ended go on before the next replica comes.
     there = "ended" if point == "ending" else "running"
-    wait_for(lambda: set(cluster.processes().values()) == {there}, 5)
+    wait_for(lambda: set(cluster.processes().values()) == {there})
     with coordinated.replica(cluster) as port, coordinated.client(cluster, port) as second:
         wait_for(lambda: serves(second))
         last = ended(second, identifier)
