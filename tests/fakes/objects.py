@@ -5,6 +5,7 @@ versions that make a stale write fail, and faults on request.
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 from agent import errors
@@ -19,8 +20,18 @@ class Objects(Connection):
         self.namespace = "ckpt-agent"
         self.found: dict[str, dict[str, Any]] = {}
         self.writes: list[str] = []
-        self.fail_at: int | None = None
+        self._fail_at: int | None = None
+        self._failing = threading.Lock()
         self._version = 0
+
+    @property
+    def fail_at(self) -> int | None:
+        return self._fail_at
+
+    @fail_at.setter
+    def fail_at(self, at: int | None) -> None:
+        with self._failing:
+            self._fail_at = at
 
     def call(
         self,
@@ -32,10 +43,11 @@ class Objects(Connection):
         body: Any = None,
         read_s: float = 0.0,
     ) -> dict[str, Any]:
-        if self.fail_at is not None:
-            self.fail_at -= 1
-            if self.fail_at < 0:
-                raise errors.Unreachable(f"{what}: no answer", hint="")
+        with self._failing:
+            if self._fail_at is not None:
+                self._fail_at -= 1
+                if self._fail_at < 0:
+                    raise errors.Unreachable(f"{what}: no answer", hint="")
         if method == "POST":
             path = f"{path}/{body['metadata']['name']}"
             if path in self.found:

@@ -129,7 +129,7 @@ def test_the_watch_sees_each_step_once_and_where_the_log_was_rolled_back(
     seen = threading.Event()
 
     def until(condition: Callable[[], bool]) -> None:
-        for _ in range(500):
+        for _ in range(6000):
             if condition():
                 return
             seen.wait(0.01)
@@ -153,9 +153,9 @@ def test_the_watch_sees_each_step_once_and_where_the_log_was_rolled_back(
         until(lambda: watch.rolled_back_at is not None)
         with log.open("a") as file:
             file.write(lines[1])
-        seen.wait(0.1)
+        until(lambda: watch._read_bytes == log.stat().st_size)
         alive.set()
-        seen.wait(0.1)
+        until(lambda: not watch._rolling_back)
         with log.open("a") as file:
             file.write(lines[2])
         grown(watch, 5)

@@ -131,11 +131,15 @@ def test_a_stream_that_ends_early_is_an_error() -> None:
 
 
 def test_a_silent_criu_is_given_up_at_the_deadline() -> None:
-    with Peer(deadline_s=0.1) as criu:
-        criu.open()
+    with Peer(deadline_s=0.2) as criu:
+        # On a busy machine it is over before a word was said, or before it was heard.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            criu.sock.sendall(header(Command.OPEN2))
         with pytest.raises(errors.DeadlineExceeded):
             criu.server.finish()
-        assert criu.sock.recv(1) == b""
+        with contextlib.suppress(ConnectionResetError):
+            assert criu.sock.recv(1) in (b"", b"\0")
+            assert criu.sock.recv(1) == b""
 
 
 def test_closing_ends_the_thread_also_in_the_middle() -> None:
@@ -208,9 +212,9 @@ destinations = st.sampled_from([1, 2, 4711 << 8 | 1, 9 << 8 | 2, 3, (1 << 64) - 
 def test_any_stream_ends_in_an_error_or_its_end_and_never_hangs(
     parts: list[tuple[int, int, int, int, bytes]],
 ) -> None:
-    with Peer(deadline_s=5) as criu:
+    with Peer(deadline_s=60) as criu:
         criu.sock.settimeout(None)
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for word, pages, address, destination, tail in parts:
                 criu.sock.sendall(pageserver.HEADER.pack(word, 0, pages, address, destination))
                 criu.sock.sendall(tail)

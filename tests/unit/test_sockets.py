@@ -9,6 +9,7 @@ import socket
 import pytest
 
 from agent.host import sockets
+from agent.host.clock import Deadline, wait_until
 
 
 def inode(of: socket.socket) -> int:
@@ -59,6 +60,8 @@ def test_what_came_in_and_was_not_accepted_is_found_at_its_door(door: str) -> No
             socket.create_connection(other.getsockname()),
         ):
             left.close()
+            # Who connected goes on before the listener has heard that.
+            assert wait_until(lambda: len(waiting()) == 2, Deadline.after(30))
             near = {f"127.0.0.1:{end.getsockname()[1]}" for end in (client,)}
             assert near < {peer for _, peer in waiting()}
             assert [local for local, _ in waiting()] == [f"127.0.0.1:{port}"] * 2

@@ -115,6 +115,7 @@ def test_a_member_that_waits_to_be_frozen_copies_on_and_counts_once(
     waiting = pool.submit(waits)
     with pytest.raises(errors.DeadlineExceeded):
         cut.reach(Stage.POISED, clock.Deadline.after(0.2))  # the other one is missing
+    assert clock.wait_until(lambda: len(asked) == 2, long())
     assert asked == [False, False]
     other = pool.submit(engine, cut)
     cut.reach(Stage.POISED, long())
