@@ -48,8 +48,9 @@ def call(kubelet: Kubelet, seconds: float = 30.0) -> list[str]:
 
 
 def test_the_kubelet_is_asked_with_the_token_and_a_timeout(
-    kubelet: Kubelet, server: Server
+    kubelet: Kubelet, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(clock, "monotonic_s", lambda: 1000.0)  # to connect takes no time
     assert call(kubelet, 30.5) == [ITEM]
     assert server.asked == [("/checkpoint/team/pod-1/c?timeout=30", f"Bearer {TOKEN}")]
 
@@ -186,9 +187,10 @@ def test_a_kubelet_that_does_not_end_in_time_is_left(
     kubelet: Kubelet, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "_ANSWER_S", 0.2)
-    server.wait_s = 2.5
+    server.wait_s = 4.0
+    # Most of it is for the way there, on a busy machine.
     with pytest.raises(errors.DeadlineExceeded, match="team/pod-1/c"):
-        call(kubelet, 1.0)
+        call(kubelet, 2.9)
 
 
 def test_a_connection_that_breaks_is_an_error(kubelet: Kubelet, server: Server) -> None:
