@@ -16,6 +16,7 @@ from agent import errors
 from agent.host import spool
 from agent.model.archives import Exported, Exporting
 from agent.node import transfers
+from agent.node.dump import Cancel
 from agent.rpc import client, results, server
 from agent.rpc.v1 import node_pb2, node_pb2_grpc
 from tests import archives
@@ -172,30 +173,36 @@ def test_a_caller_who_leaves_or_dawdles_is_given_up(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = archives.tar(archives.entries())
-    stuck = threading.Event()
+    begun, given_up, cancel = threading.Event(), threading.Event(), threading.Event()
+
+    class Told(Cancel):
+        """As the agent's own, which knows then that nobody waits."""
+
+        def __init__(self, *args: str) -> None:
+            super().__init__(*args)
+            begun.set()
+
+        def set(self) -> None:
+            super().set()
+            given_up.set()
 
     class Slow(io.BytesIO):
+        """Says nothing more until the agent has given it up."""
+
         def read(self, count: int | None = -1) -> bytes:
             if self.tell() > 8192:
-                stuck.set()
-                goes_on.wait(30)
+                assert begun.wait(30)
+                cancel.set()
+                assert given_up.wait(30)
             return super().read(4096)
 
-    goes_on, cancel = threading.Event(), threading.Event()
-
-    def leave() -> None:
-        stuck.wait(30)
-        cancel.set()
-
+    monkeypatch.setattr(transfers, "Cancel", Told)
     with node.caller(*VERBS) as agent:
-        threading.Thread(target=leave).start()
-        threading.Timer(1.0, goes_on.set).start()
         with pytest.raises(errors.Interrupted):
             agent.take_in("default", Slow(content), len(content), cancel=cancel)
         nothing_stays(node)
         monkeypatch.setattr(transfers, "_UPLOAD_S", 0.3)
-        goes_on.clear()
-        threading.Timer(1.0, goes_on.set).start()
+        given_up.clear()
         with pytest.raises((errors.Unreachable, errors.DeadlineExceeded)):
             agent.take_in("default", Slow(content), len(content))
     nothing_stays(node)

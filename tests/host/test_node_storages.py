@@ -199,8 +199,9 @@ def test_a_storage_that_hangs_is_told_in_time_and_used_again_when_it_answers(
     good = NamespaceStores(
         str(tmp_path / "a"), lambda path, create: DirectoryVolume(path, create=create)
     )
+    slow = NamespaceStores(str(tmp_path / "b"), hanging, answer_s=0.2)
     storages = Storages(
-        {"default": good, "slow": NamespaceStores(str(tmp_path / "b"), hanging, answer_s=0.2)},
+        {"default": good, "slow": slow},
         lambda name: {},
     )
     namespace = ids.namespace_name("team")
@@ -214,5 +215,6 @@ def test_a_storage_that_hangs_is_told_in_time_and_used_again_when_it_answers(
     assert len(opened) == 1
     assert caplog.text.count("storage slow") == 1
     up.set()
+    slow._answer_s = 20.0
     wait_for(lambda: not storages.each(namespace, "", lambda store: store.epochs())[1])
     storages.make(namespace, "slow")
