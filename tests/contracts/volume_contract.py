@@ -121,7 +121,7 @@ class VolumeContract:
         won: list[int] = []
 
         def put(number: int) -> None:
-            start.wait(10)
+            start.wait(60)
             try:
                 (volume if number % 2 else same).put("deep/er/name", bytes([number]) * 1000)
             except errors.BlobExists:

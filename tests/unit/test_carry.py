@@ -25,7 +25,7 @@ def test_bytes_flow_both_ways_and_the_far_end_hears_that_we_left() -> None:
 
     thread = threading.Thread(target=answer)
     thread.start()
-    with carry.carried(far, clock.Deadline.after(10.0)) as path:
+    with carry.carried(far, clock.Deadline.after(60.0)) as path:
         assert stat.S_IMODE(os.stat(os.path.dirname(path)).st_mode) == 0o700
         with socket.socket(socket.AF_UNIX) as near:
             near.connect(path)
@@ -33,9 +33,11 @@ def test_bytes_flow_both_ways_and_the_far_end_hears_that_we_left() -> None:
             sender.start()
             back = b""
             while len(back) < len(big):
-                back += near.recv(1 << 16)
+                piece = near.recv(1 << 16)
+                assert piece
+                back += piece
             sender.join()
-    thread.join(5)
+    thread.join(30)
     assert not thread.is_alive()
     assert back == big == b"".join(said)
     assert far.fileno() == -1
@@ -46,7 +48,7 @@ def test_there_is_one_connection_and_no_more() -> None:
     far, theirs = socket.socketpair()
     with (
         theirs,
-        carry.carried(far, clock.Deadline.after(10.0)) as path,
+        carry.carried(far, clock.Deadline.after(60.0)) as path,
         socket.socket(socket.AF_UNIX) as near,
     ):
         near.connect(path)
@@ -63,7 +65,7 @@ def test_a_far_end_that_never_leaves_is_left() -> None:
     far, theirs = socket.socketpair()
     with theirs:
         with (
-            carry.carried(far, clock.Deadline.after(10.0)) as path,
+            carry.carried(far, clock.Deadline.after(60.0)) as path,
             socket.socket(socket.AF_UNIX) as near,
         ):
             near.connect(path)
@@ -76,6 +78,6 @@ def test_a_far_end_that_never_leaves_is_left() -> None:
 def test_nobody_has_to_connect() -> None:
     far, theirs = socket.socketpair()
     with theirs:
-        with carry.carried(far, clock.Deadline.after(10.0)):
+        with carry.carried(far, clock.Deadline.after(60.0)):
             pass
         assert theirs.recv(1) == b""
