@@ -48,7 +48,7 @@ def _no_thread_is_left() -> Iterator[None]:
     """Python waits at its end for every thread that is not a daemon, however long."""
     before = set(threading.enumerate())
     yield
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while (left := _lasting(before)) and time.monotonic() < deadline:
         time.sleep(0.01)
     frames = sys._current_frames()

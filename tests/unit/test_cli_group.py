@@ -173,7 +173,7 @@ def test_who_may_hear_an_end_is_asked_at_once_and_named_if_nobody_answers_in_tim
 
     def hang() -> None:
         if first.is_set():
-            together.wait(60)
+            together.wait(10)
             released.wait(60)
         first.set()
 
