@@ -76,6 +76,11 @@ def test_a_page_map_is_read_by_criu_as_it_was_meant(tmp_path: Path) -> None:
     assert images.pagemap_name(AddressSpace("shmem", 9)) == "pagemap-shmem-9.img"
 
 
+def test_where_there_is_no_folder_to_write_to_it_is_told(tmp_path: Path) -> None:
+    with pytest.raises(errors.RestoreFailed, match=r"cannot write pagemap-7\.img"):
+        images.write_pagemap(str(tmp_path / "gone"), AddressSpace("process", 7), 3, [])
+
+
 def test_what_is_written_is_read_again_and_by_criu() -> None:
     raw = images.dump("files", [reg(1, "/a"), pipe(2)])
     assert images.load("files", "files.img", raw, images.messages.file_entry) == [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,39 @@ def test_an_operation_that_raises_leaves_nothing(places: journal.Places) -> None
         raise ValueError("x")
     assert places.entries() == []
     assert places.scratch_names() == []
+
+
+@contextlib.contextmanager
+def no_room() -> Iterator[None]:
+    """No file can take a byte."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_where_there_is_no_room_it_is_told_and_nothing_stays(
+    places: journal.Places, tmp_path: Path
+) -> None:
+    with no_room():
+        with (
+            pytest.raises(errors.EnvironmentUnfit, match="cannot write"),
+            places.operation("x", []),
+        ):
+            pass
+        with pytest.raises(errors.EnvironmentUnfit, match="cannot write"), places.locked([me()]):
+            pass
+    assert [*(tmp_path / "run").rglob("*")] == [*(tmp_path / "run").iterdir()]
+    with places.locked([me()]):
+        os.rmdir(tmp_path / "work")
+        with (
+            pytest.raises(errors.EnvironmentUnfit, match="cannot write"),
+            places.operation("x", []),
+        ):
+            pass
+    assert places.entries() == []
 
 
 def test_a_torn_entry_is_passed_over(places: journal.Places, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ Does not: interpret what CRIU stored beyond the few messages edited here.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -157,8 +158,15 @@ def _pagemap_records(pages_id: int, runs: Iterable[PageRun]) -> Iterator[Any]:
 
 
 def write_pagemap(folder: str, space: AddressSpace, pages_id: int, runs: Iterable[PageRun]) -> None:
-    """Write the page map of ``space``, pointing to ``pages-{pages_id}.img``."""
-    with open(os.path.join(folder, pagemap_name(space)), "wb") as out:
+    """Write the page map of ``space``, pointing to ``pages-{pages_id}.img``.
+
+    Raises:
+        errors.RestoreFailed: no room in ``folder``.
+    """
+    with (
+        _written_to(folder, pagemap_name(space)),
+        open(os.path.join(folder, pagemap_name(space)), "wb") as out,
+    ):
         out.write(pagemap(pages_id, runs))
 
 
@@ -176,22 +184,29 @@ def write_pages(
         errors.RestoreFailed: no room in ``folder``.
     """
     path = os.path.join(folder, f"pages-{pages_id}.img")
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with _written_to(folder, "the memory of the tree"):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            at = 0
+            for _, data, pages in source.read(space, runs) if runs else ():
+                if data is not None:
+                    _write_all(fd, data, at)
+                at += pages * PAGE_BYTES
+            os.ftruncate(fd, at)
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _written_to(folder: str, what: str) -> Iterator[None]:
     try:
-        at = 0
-        for _, data, pages in source.read(space, runs) if runs else ():
-            if data is not None:
-                _write_all(fd, data, at)
-            at += pages * PAGE_BYTES
-        os.ftruncate(fd, at)
+        yield
     except OSError as exc:
         raise errors.RestoreFailed(
-            f"cannot write the memory of the tree to {folder}: {exc.strerror}",
+            f"cannot write {what} to {folder}: {exc.strerror}",
             hint="free space there, or choose another work directory",
             path=folder,
         ) from exc
-    finally:
-        os.close(fd)
 
 
 def family(folder: str) -> dict[int, pour.ProcessMemory]:

@@ -9,7 +9,8 @@ nft table that is kept on purpose, since a killed tree's connections wait behind
 Below the work directory (a real disk): ``NAME/`` is the operation's scratch folder.
 
 Promises: two operations never hold the same process; a dead agent's locks are void; a journal
-entry whose agent lives is never touched.
+entry whose agent lives is never touched. What cannot be written is told by ``EnvironmentUnfit``,
+and nothing of it stays.
 Does not: undo anything; ``recovery`` does.
 """
 
@@ -124,9 +125,15 @@ class Places:
     def write(self, entry: Entry) -> None:
         """Put ``entry`` into the journal, or replace it."""
         path = self.entry_path(entry.name)
-        with open(path + ".new", "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(entry), file)
-        os.rename(path + ".new", path)
+        with _written(path):
+            try:
+                with open(path + ".new", "w", encoding="utf-8") as file:
+                    json.dump(dataclasses.asdict(entry), file)
+                os.rename(path + ".new", path)
+            except OSError:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path + ".new")
+                raise
 
     def remove(self, name: str) -> None:
         """Strike an operation off; a no-op if it is not there."""
@@ -238,7 +245,8 @@ class Places:
         entry = Entry(name, action, me, None, tuple(pids), scratch, about=about or About())
         self.write(entry)
         try:
-            os.mkdir(scratch, 0o700)
+            with _written(scratch):
+                os.mkdir(scratch, 0o700)
             yield Operation(self, entry)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -260,7 +268,8 @@ class Places:
         path = os.path.join(self.runtime_dir, "locks", f"{who.pid}-{who.start_ticks}")
         looked_at = clock.Deadline.after(_LOOKED_AT_S)
         while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with _written(path):
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -281,10 +290,11 @@ class Places:
             if _same_file(fd, path):
                 break
             os.close(fd)
-        os.ftruncate(fd, 0)
-        os.write(fd, str(os.getpid()).encode())
         held.callback(os.close, fd)
         held.callback(os.unlink, path)
+        with _written(path):
+            os.ftruncate(fd, 0)
+            os.write(fd, str(os.getpid()).encode())
 
 
 class Operation:
@@ -302,7 +312,8 @@ class Operation:
     def folder(self, name: str) -> str:
         """Make a folder inside the scratch folder and return its path."""
         path = os.path.join(self.scratch, name)
-        os.mkdir(path, 0o700)
+        with _written(path):
+            os.mkdir(path, 0o700)
         return path
 
     def note_tables_before(self, names: Iterable[str]) -> None:
@@ -319,6 +330,19 @@ class Operation:
         """Write down which CRIU works for it."""
         self.entry = dataclasses.replace(self.entry, criu=proc.identity(pid))
         self._places.write(self.entry)
+
+
+@contextlib.contextmanager
+def _written(path: str) -> Iterator[None]:
+    """Foreign errors become ours."""
+    try:
+        yield
+    except OSError as exc:
+        raise errors.EnvironmentUnfit(
+            f"cannot write {path}: {exc.strerror}",
+            hint="see to it that there is room and that it may be written to",
+            path=path,
+        ) from exc
 
 
 def _content(path: str) -> str:
