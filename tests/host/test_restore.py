@@ -140,6 +140,45 @@ def test_every_reason_is_listed_at_once(host: Host, tmp_path: Path) -> None:
     host.assert_clean()
 
 
+_LOCKING = """
+import fcntl, os, sys, time
+file = open(sys.argv[1], "r+")
+if sys.argv[2] == "flock": fcntl.flock(file, fcntl.LOCK_EX)
+else: fcntl.lockf(file, fcntl.LOCK_EX, 10, 5)
+open(sys.argv[3], "w").close()
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("kind", ["flock", "posix"])
+def test_a_lock_that_somebody_else_holds_now_is_named_and_not_waited_for(
+    host: Host, tmp_path: Path, kind: str
+) -> None:
+    locked = tmp_path / "locked"
+    locked.touch()
+
+    def locking(ready: str) -> int:
+        path = tmp_path / ready
+        argv = [sys.executable, "-c", _LOCKING, str(locked), kind, str(path)]
+        popen = host.popen(argv)
+        deadline = time.monotonic() + 20
+        while not path.exists():
+            assert time.monotonic() < deadline, "it does not lock"
+            time.sleep(0.01)
+        return popen.pid
+
+    target = Target(tmp_path, locking("first"))
+    image = host.dump(target)
+    host.kill(target)
+    other = Target(tmp_path, locking("second"))
+    with pytest.raises(errors.RestoreConflict) as refusal:
+        host.restore(image, RestoreOptions(files=FilePolicy.KEEP, deadline_s=15.0))
+    assert refusal.value.facts["reasons"] == [f"{locked} is locked by process {other.pid}"]
+    host.assert_clean()
+    host.kill(other)
+    host.restore(image, RestoreOptions(files=FilePolicy.KEEP)).kill()
+
+
 def test_a_missing_and_a_rewritten_library_are_named(host: Host, tmp_path: Path) -> None:
     program = tmp_path / "program"
     shutil.copy2(shutil.which("sleep") or "", program)

@@ -34,6 +34,7 @@ _COMMON = 0x54564319
 _MAGIC = {
     "files": 0x56303138,
     "fdinfo": 0x56213732,
+    "filelocks": 0x54323616,
     "ids": 0x54432030,
     "pagemap": 0x56084025,
     "mm": 0x57492820,

@@ -14,7 +14,7 @@ from typing import Any
 
 from agent import errors
 from agent.engines.base import RestoredTree, RestoreOptions
-from agent.engines.criu import conflicts, journal, recovery, rpc, stdio, trees
+from agent.engines.criu import conflicts, filelocks, journal, recovery, rpc, stdio, trees
 from agent.engines.criu.probe import Criu
 from agent.host import clock, hold, proc
 
@@ -40,8 +40,10 @@ class _Beside:
     @contextlib.contextmanager
     def wired(self, images: str) -> Iterator[Mapping[str, int]]:
         """What replaces the tree's standard streams: what was asked for, and /dev/null where the
-        other end stayed outside of the tree and nobody would read or write it.
+        other end stayed outside of the tree and nobody would read or write it. Refuses a tree
+        whose locks on files others hold now.
         """
+        filelocks.refuse_taken(images)
         asked = {0: self._options.stdin, 1: self._options.stdout, 2: self._options.stderr}
         by_number = {number: fd for number, fd in asked.items() if fd is not None}
         with contextlib.ExitStack() as owned:
