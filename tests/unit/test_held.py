@@ -43,6 +43,15 @@ class Seen:
         self.calls.append(("facts", facts["n"], b""))
 
 
+@pytest.fixture(autouse=True)
+def _room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else has filled the disk and the memory of this machine."""
+    disk = SimpleNamespace(f_frsize=MIB, f_blocks=1000, f_bavail=900)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    monkeypatch.setattr(os, "fstatvfs", lambda descriptor: disk)
+    monkeypatch.setattr(system, "memory_available_bytes", lambda: 1 << 30)
+
+
 @pytest.fixture
 def seen() -> Seen:
     return Seen()
