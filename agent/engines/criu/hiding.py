@@ -7,8 +7,9 @@ lseek(SEEK_DATA) where there is anything, and is told likewise. Everything else 
 
 Each question takes longer than its answer. So where a process's smaps are known
 (``host.layouts``), CRIU is given them as a file, without the walk that the kernel's would take, and
-then its own pagemap for that of the process: a few questions a process, and none a mapping. It has
-hardly any pages, and where it has one, CRIU sends the page that the process has there, if any.
+then its own pagemap for that of the process: a dozen questions a process and one a descriptor, and
+none a mapping. It has hardly any pages, and where it has one, CRIU sends the page that the process
+has there, if any.
 
 Promises: only what is asked about a hidden mapping, object or process is answered;
 whatever else CRIU asks, and every question that is not understood, goes to the kernel, and then
