@@ -39,6 +39,7 @@ class SlowFile:
             raise OSError(ctypes.get_errno(), "mount")
         self.path = folder / "file"
         self._waiting: collections.deque[tuple[int, int]] = collections.deque()
+        self._answering = threading.Lock()
         self.asked = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -46,9 +47,10 @@ class SlowFile:
     def answer(self) -> None:
         """Let all that wait have what they asked for."""
         self.asked.clear()
-        while self._waiting:  # more may come meanwhile
-            unique, size_bytes = self._waiting.popleft()
-            self._say(unique, self._content * size_bytes)
+        with self._answering:
+            while self._waiting:  # more may come meanwhile
+                unique, size_bytes = self._waiting.popleft()
+                self._say(unique, self._content * size_bytes)
 
     def close(self) -> None:
         """Let go of everybody."""

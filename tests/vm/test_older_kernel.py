@@ -43,7 +43,7 @@ mkdir /tmp/job
 cd /tmp/job
 cat > job.py <<'END'{_JOB}END
 said() {{ # NUMBER: waits until the job has come so far
-  for _ in $(seq 600); do
+  for _ in $(seq 6000); do
     read -r number right < said && [ "$right" = True ] && [ "$number" -gt "$1" ] && return
     sleep 0.1
   done

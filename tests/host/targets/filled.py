@@ -86,7 +86,7 @@ class Memory:
         """A thread ends that has held robust mutexes all the time."""
         self.ending.set()
         self.holder.join()
-        latest = (ctypes.c_long * 2)(int(time.time()) + 5, 0)
+        latest = (ctypes.c_long * 2)(int(time.time()) + 30, 0)
         said = [_libc.pthread_mutex_timedlock(each, latest) for each in self.mutexes]
         return [] if said == [errno.EOWNERDEAD] * len(said) else [("mutexes", said)]
 
