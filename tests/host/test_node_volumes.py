@@ -30,7 +30,7 @@ def volume(tmp_path: Path) -> Iterator[Path]:
     try:
         yield root
     finally:
-        subprocess.run(["umount", str(root)], check=True)
+        subprocess.run(["umount", "--lazy", str(root)], check=True)
 
 
 def fill(volume: Path) -> None:

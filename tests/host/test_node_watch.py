@@ -122,6 +122,7 @@ def test_each_epoch_of_a_pod_reads_what_was_written_and_a_failed_one_costs_only_
     assert third < first / 4
     assert after_the_failure > first / 2
     assert not descriptors()
+    wait_for(lambda: node.api.events)
     assert [each["reason"] for each in node.api.events] == ["CheckpointFailed"]
     host.assert_running(target)
     host.assert_clean()
@@ -133,7 +134,7 @@ def test_between_two_epochs_others_have_the_pod_but_for_another_watch(
     target = host.start("memory", MEMORY_MIB=MEMORY_MIB, GLIBC_TUNABLES=NO_RSEQ)
     node.add_pod("counter", target.pid)
     with node.caller(*VERBS) as agent:
-        watching = Watching(agent, every_s=5.0)
+        watching = Watching(agent, every_s=12.0)
         wait_for(lambda: watching.done and not node.operations.running(), 30)
         with pytest.raises(errors.TargetBusy, match="watched already"):
             agent.watch("default", "counter", pod_uid="", deadline_s=60.0)

@@ -258,12 +258,16 @@ def server(tmp_path: Path) -> Iterator[tuple[int, int]]:
         yield process.pid, port
         process.kill()
         process.wait()
-        end(process.pid)
+        end(process.pid, str(folder))
 
 
-def end(root: int) -> None:
-    """Kill the tree, and wait until its numbers are free."""
+def end(root: int, mark: str) -> None:
+    """Kill the tree, and wait until its numbers are free, if it is still there: ``mark`` is where
+    it works, or in its command line. Its number may be anybody's by now.
+    """
     with contextlib.suppress(errors.NotFound):
+        if not _is_marked(root, mark):
+            return
         pids = proc.tree(root)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -271,6 +275,13 @@ def end(root: int) -> None:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(root, 0)
         assert until(lambda: not any(map(proc.exists, pids)))
+
+
+def _is_marked(pid: int, mark: str) -> bool:
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return os.fsencode(mark) in command or os.readlink(f"/proc/{pid}/cwd") == mark
+    return False
 
 
 def epochs(cli: Cli, pid: int, *options: str) -> Iterator[str]:
@@ -297,7 +308,7 @@ def epochs(cli: Cli, pid: int, *options: str) -> Iterator[str]:
 
 
 def test_a_server_under_load_answers_through_epochs_and_comes_back_as_it_was_at_one_of_them(
-    cli: Cli, server: tuple[int, int]
+    cli: Cli, server: tuple[int, int], tmp_path: Path
 ) -> None:
     pid, port = server
     seed = time.time_ns() % 1_000_000
@@ -315,7 +326,7 @@ def test_a_server_under_load_answers_through_epochs_and_comes_back_as_it_was_at_
             before = after if len(images) <= EPOCHS // 2 else before
             clients.check()
         clients.work(100)
-        end(pid)
+        end(pid, str(tmp_path / "server"))
         clients.lose()
         cli.run("restore", images[-1], "--files", "rollback")
         found = clients.go_back()
@@ -335,6 +346,7 @@ class Training:
 
     def __init__(self, folder: Path, data: Path, pace_s: float) -> None:
         folder.mkdir()
+        self._folder = str(folder)
         self._logs = [folder / f"rank-{rank}.log" for rank in range(2)]
         argv = [sys.executable, str(WORKLOADS / "launch.py"), str(WORKLOADS / "numpy_tcp.py")]
         # Sums must not depend on how the work was split.
@@ -363,7 +375,7 @@ class Training:
         return [each.read_text().splitlines()[:steps] for each in self._logs]
 
     def end(self) -> None:
-        end(self.pid)
+        end(self.pid, self._folder)
         self._process.wait()
 
 

@@ -92,7 +92,7 @@ def test_criu_killed_at_each_stage(host: Host, monkeypatch: pytest.MonkeyPatch) 
 def run_dying_agent(host: Host, target: Target, stage: str = "", group: str = "") -> None:
     test_faults.run_dying_agent(host, target, OPTIONS, stage, sink=Drafted, group=group)
     # CRIU notices by itself that its agent is gone, and the kernel that nobody is told any more.
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while any(proc.status(pid).tracer_pid for pid in proc.tree(target.pid)):
         assert time.monotonic() < deadline, "the tree stays frozen"
         time.sleep(0.01)
@@ -197,7 +197,7 @@ def small_disk(tmp_path: Path) -> Iterator[Host]:
         yield host
     finally:
         host.close()
-        subprocess.run(["umount", str(host.work)], check=True)
+        subprocess.run(["umount", "--lazy", str(host.work)], check=True)
 
 
 def fill(folder: Path, but_bytes: int = 0) -> None:
