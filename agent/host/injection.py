@@ -41,6 +41,8 @@ _NOT_INTERRUPTED = 2**64 - 1  # orig_rax: no system call is being interrupted
 
 _STOP_S = 1.0
 _POLL_S = 0.0002
+# A step takes some microseconds, and whoever sleeps meanwhile is late for the next.
+_SOON_S = 0.002
 _TRIES = 5
 # A step may be put off by the signals that nobody can block.
 _STEPS = 5
@@ -252,10 +254,16 @@ class _Thread:
         with self._undisturbed():
             flags = os.O_CLOEXEC | os.O_NONBLOCK | _USER_MODE_ONLY
             number = self._call(instruction, _NR_USERFAULTFD, flags)
+            ours = -1
             try:
-                ours = _checked(_libc.syscall(_NR_PIDFD_GETFD, pidfd, number, 0))
-            finally:
-                self._call(instruction, _NR_CLOSE, number)
+                try:
+                    ours = _checked(_libc.syscall(_NR_PIDFD_GETFD, pidfd, number, 0))
+                finally:
+                    self._call(instruction, _NR_CLOSE, number)
+            except BaseException:
+                if ours >= 0:
+                    os.close(ours)
+                raise
         return Made(ours, number)
 
     def close(self, instruction: int, number: int) -> None:
@@ -284,7 +292,7 @@ class _Thread:
         ptrace.call(ptrace.SETREGS, self._pid, 0, ctypes.addressof(registers))
         for _ in range(_STEPS):
             ptrace.call(ptrace.SINGLESTEP, self._pid)
-            _, status = os.waitpid(self._pid, ptrace.WALL)
+            status, in_time = self._stopped_again()
             if not os.WIFSTOPPED(status):
                 raise errors.NotFound(f"process {self._pid} has ended", pid=self._pid)
             if status >> 16 == 0 and os.WSTOPSIG(status) != signal.SIGTRAP:
@@ -292,6 +300,8 @@ class _Thread:
             ptrace.call(ptrace.GETREGS, self._pid, 0, ctypes.addressof(registers))
             if registers.rip == instruction + len(_SYSCALL):
                 break
+            if not in_time:
+                raise InjectionRefused(f"process {self._pid} does not run", pid=self._pid)
         else:
             raise InjectionRefused(
                 f"process {self._pid} was kept from a system call", pid=self._pid
@@ -300,6 +310,30 @@ class _Thread:
         if -4096 < result < 0:
             raise OSError(-result, os.strerror(-result))
         return result
+
+    def _stopped_again(self) -> tuple[int, bool]:
+        """How it stopped after a step, and whether by itself: who is kept from it (by a control
+        group that was frozen just now) is stopped where it is, to be put back as it was.
+        """
+        soon = clock.Deadline.after(_SOON_S)
+        while not soon.expired:
+            found, status = os.waitpid(self._pid, ptrace.WALL | os.WNOHANG)
+            if found:
+                return status, True
+            os.sched_yield()
+        seen: list[int] = []
+
+        def stopped() -> bool:
+            found, status = os.waitpid(self._pid, ptrace.WALL | os.WNOHANG)
+            seen[:] = [status]
+            return bool(found)
+
+        in_time = clock.wait_until(stopped, clock.Deadline.after(_STOP_S), every_s=_POLL_S)
+        if not in_time:
+            ptrace.call(ptrace.INTERRUPT, self._pid)
+            # No deadline: who lets go of it with our registers in it loses it.
+            seen[:] = [os.waitpid(self._pid, ptrace.WALL)[1]]
+        return seen[0], in_time
 
 
 def _checked(result: int) -> int:

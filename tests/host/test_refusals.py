@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import secrets
 import signal
 import socket
 import stat
@@ -12,7 +13,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from agent.engines.criu import preflight
 from agent.engines.criu.engine import CriuEngine
 from agent.engines.kubelet.engine import KubeletEngine
 from agent.engines.tracking import areas
-from agent.host import clock, proc, ptrace, system
+from agent.host import cgroups, clock, injection, proc, ptrace, system
 from agent.model.container import Container
 from agent.node.plan import plan_dump
 from tests.conftest import NOT_TO_BE_HAD
@@ -445,3 +446,57 @@ def test_a_unix_socket_to_a_process_outside_is_named(host: Host) -> None:
         assert "outside the tree" in failure.value.hint
         assert proc.status(popen.pid).tracer_pid == 0
     host.assert_clean()
+
+
+@pytest.fixture
+def freezer() -> Iterator[Path]:
+    """A control group of version 2, where a frozen process obeys ptrace and yet does not run."""
+    for directory in cgroups.directories(os.getpid()):
+        if (Path(directory) / "cgroup.controllers").exists():
+            group = Path(directory) / f"ckpt-test-{secrets.token_hex(4)}"
+            break
+    else:
+        pytest.skip(f"{NOT_TO_BE_HAD}control groups of version 2")
+    group.mkdir()
+    try:
+        yield group
+    finally:
+        for pid in cgroups.members(str(group)):
+            (group.parent / "cgroup.procs").write_text(str(pid))
+        group.rmdir()
+
+
+def _frozen(group: Path, *, yes: bool) -> None:
+    (group / "cgroup.freeze").write_text(str(int(yes)))
+    deadline = clock.Deadline.after(10)
+    assert clock.wait_until(lambda: cgroups.frozen([str(group)]) is yes, deadline)
+
+
+def test_a_tree_that_is_frozen_is_refused_and_goes_on_with_who_thaws_it(
+    host: Host, freezer: Path
+) -> None:
+    """CRIU would wait for its processes until it is killed, and they would be lost."""
+    target = host.start("memory")
+    (freezer / "cgroup.procs").write_text(str(target.pid))
+    _frozen(freezer, yes=True)
+    try:
+        refusal = refused(host, target.pid)
+    finally:
+        _frozen(freezer, yes=False)
+    assert isinstance(refusal, errors.TargetBusy)
+    assert "frozen" in refusal.message
+    assert host.dump(target).memory_bytes
+    host.assert_running(target)
+
+
+def test_who_is_frozen_while_a_call_is_put_into_it_is_as_before(host: Host, freezer: Path) -> None:
+    target = host.start("memory")
+    (freezer / "cgroup.procs").write_text(str(target.pid))
+    _frozen(freezer, yes=True)
+    try:
+        with pytest.raises(injection.InjectionRefused, match="does not run"):
+            injection.userfaultfd(proc.identity(target.pid))
+    finally:
+        _frozen(freezer, yes=False)
+    host.assert_running(target)
+    assert host.dump(target).memory_bytes

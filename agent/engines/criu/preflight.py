@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection
 
 from agent import errors
-from agent.host import clock, descriptors, layouts, multicast, pagemap, proc
+from agent.host import cgroups, clock, descriptors, layouts, multicast, pagemap, proc
 from agent.model import gpus
 from agent.model.hooks import RELEASE_GPU, TEARDOWN_RDMA
 
@@ -50,7 +50,7 @@ def target(pid: int) -> list[proc.Identity]:
     Raises:
         errors.NotFound: there is no such process.
         errors.TargetUnsuitable: it can never be dumped from here.
-        errors.TargetBusy: somebody traces it.
+        errors.TargetBusy: somebody traces it, or has frozen it.
     """
     root = proc.stat(pid)
     if root.kernel_thread:
@@ -75,10 +75,12 @@ def target(pid: int) -> list[proc.Identity]:
             pid=pid,
         )
     ours = proc.namespaces(me)
-    found = []
+    found: list[proc.Identity] = []
+    running = set[bytes]()
     for each in proc.tree(pid):
         try:
             _suitable(each, ours)
+            _refuse_frozen(each, running)
             found.append(proc.identity(each))
         except errors.NotFound:
             if each == pid:
@@ -114,6 +116,24 @@ def _suitable(pid: int, ours: dict[str, int]) -> None:
     refuse_multicast(pid)
     refuse_userfaultfds(pid)
     refuse_apart(pid)
+
+
+def _refuse_frozen(pid: int, running: set[bytes]) -> None:
+    """Refuse a process whose control group stands still: it makes none of the system calls that are
+    put into it, whoever waits for them is killed in the end, and then it is lost when it goes on.
+    ``running`` are the memberships that were looked at.
+    """
+    groups = proc.text(pid, "cgroup")
+    if groups in running:
+        return
+    with contextlib.suppress(errors.EnvironmentUnfit):  # not to be seen from here
+        if cgroups.frozen(cgroups.directories(pid)):
+            raise errors.TargetBusy(
+                f"process {pid} ({_comm(pid)}) is frozen by its control group",
+                hint="let it go on first (systemctl thaw, docker unpause)",
+                pid=pid,
+            )
+    running.add(groups)
 
 
 def refuse_headless(stat: proc.Stat) -> None:
