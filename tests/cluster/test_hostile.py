@@ -39,6 +39,7 @@ from tests.cluster.test_node_agent import (
     images,
     listed,
     log,
+    make_robot,
     refused,
     start,
 )
@@ -66,11 +67,7 @@ def signed(cluster: Cluster, header: dict[str, Any], claims: dict[str, Any]) -> 
 
 
 def test_a_token_that_has_expired_is_nobodys(agents: Cluster, namespace: str) -> None:
-    agents.kubectl("create", "serviceaccount", "robot", "-n", namespace)
-    agents.kubectl(
-        *("create", "rolebinding", "robot", "-n", namespace),
-        *("--clusterrole=ckpt-agent-user", f"--serviceaccount={namespace}:robot"),
-    )
+    make_robot(agents, namespace)
     token = agents.kubectl("create", "token", "robot", "-n", namespace).strip()
     header, claims = words_of(token)
     # The same with this key and new times is good, so that it is the times that count.

@@ -4,10 +4,7 @@ the job goes on; and when something fails, nothing is left.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -21,7 +18,8 @@ import pytest
 from agent.cli import exits
 from agent.model import optin
 from tests.cluster.cluster import Cluster
-from tests.cluster.test_cluster import pod
+from tests.cluster.test_cluster import checkpointed, pod
+from tests.cluster.test_node_agent import agent_pids, kill, wait_until_ready
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PROGRAM = (sys.executable, "-c", "from agent.cli.main import main; main()")
@@ -74,7 +72,7 @@ def count(cluster: Cluster, name: str, namespace: str, container: str = "c") -> 
 def assert_counts_on(cluster: Cluster, name: str, namespace: str, container: str = "c") -> None:
     before = count(cluster, name, namespace, container)
     cluster.wait_for(
-        f"{name} to count on", lambda: count(cluster, name, namespace, container) > before + 3, 20
+        f"{name} to count on", lambda: count(cluster, name, namespace, container) > before + 3, 60
     )
     (status,) = [
         each
@@ -246,33 +244,13 @@ def test_a_checkpoint_that_criu_refuses_leaves_the_job_and_no_archive(
     assert json.loads(listed.stdout)["items"] == []
 
 
-def kill_agent(cluster: Cluster, node: str) -> None:
-    """Kill the agent's process on a node, as the kernel does when memory is short."""
-    (pod_uid,) = [
-        each["metadata"]["uid"]
-        for each in cluster.get(
-            "pods", "-n", PROJECT, "-l", "app.kubernetes.io/name=ckpt-agent-node"
-        )["items"]
-        if each["spec"]["nodeName"] == node
-    ]
-    killed = 0
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            if pod_uid in (folder / "cgroup").read_text() and b"node" in words:
-                os.kill(int(folder.name), signal.SIGKILL)
-                killed += 1
-    assert killed
-
-
 def test_the_archive_of_an_agent_that_was_killed_is_removed(
     agents: Cluster, namespace: str, before: set[str]
 ) -> None:
     agents.apply(pod("counter", namespace, "n1"))
     agents.wait_for_pod("counter", namespace)
     conf = agents.node("n1").root / RUNC_CONF
+    agent = agent_pids(agents.node("n1"))
     process = subprocess.Popen(
         agents.in_control_plane(
             [*PROGRAM, "dump", "pod/counter", "-n", namespace, "--engine", "kubelet"]
@@ -285,9 +263,9 @@ def test_the_archive_of_an_agent_that_was_killed_is_removed(
     agents.wait_for(
         "the kubelet to be asked",
         lambda: any(name.startswith(".ckpt-agent-call-") for name in archives(agents) - before),
-        30,
+        pause_s=0.002,
     )
-    kill_agent(agents, "n1")
+    kill(agent)
     process.wait(60)
     # The kubelet gives up when nobody listens any more; an archive that was whole by then stays.
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -297,10 +275,7 @@ def test_the_archive_of_an_agent_that_was_killed_is_removed(
         late = agents.node("n1").root / CHECKPOINTS
         (late / f"checkpoint-counter_{namespace}-c-{stamp}.tar").write_bytes(b"half of it")
 
-    agents.kubectl(
-        *("rollout", "status", "daemonset/ckpt-agent-node", "-n", PROJECT, "--timeout=120s"),
-        timeout_s=130,
-    )
+    wait_until_ready(agents)
     dump(agents, "counter", namespace)
 
     assert archives(agents) == before
@@ -321,7 +296,7 @@ def test_an_opted_in_pod_goes_on_on_the_other_node(
     }
     agents.apply(job)
     agents.wait_for_pod("job", namespace)
-    agents.wait_for("the job to count", lambda: count(agents, "job", namespace) > 20, 30)
+    agents.wait_for("the job to count", lambda: count(agents, "job", namespace) > 20)
 
     image = dump(agents, "job", namespace)["name"]
     reached = count(agents, "job", namespace)
@@ -341,12 +316,7 @@ def test_an_image_goes_out_and_another_store_takes_it_in(
 ) -> None:
     agents.apply(pod("counter", namespace, "n1"))
     agents.wait_for_pod("counter", namespace)
-    kubelet_made = json.loads(
-        agents.kubectl(
-            *("create", "--raw", f"/api/v1/nodes/n1/proxy/checkpoint/{namespace}/counter/c"),
-            *("-f", "/dev/null"),
-        )
-    )["items"][0]
+    kubelet_made = checkpointed(agents, namespace)
     original = agents.node("n1").root / kubelet_made.lstrip("/")
     store = ("--store", str(tmp_path / "store"))
     exported = tmp_path / "again.tar"
