@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from agent import errors
 from agent.engines.base import (
     CaptureOptions,
     CaptureReport,
@@ -190,7 +191,7 @@ class Box:
             done = self.boxes.runc("state", self.id)
             if done.returncode == 0:
                 state = json.loads(done.stdout)
-                if state["status"] == "running" and Path(f"/proc/{state['pid']}/exe").exists():
+                if state["status"] == "running" and _is_itself(state["pid"]):
                     return int(state["pid"])
             time.sleep(0.02)
 
@@ -214,8 +215,9 @@ class Box:
     def inside(self, number: int) -> int:
         """The number on this host of the container's process ``number``."""
         for pid in self.pids():
-            if proc.status(pid).ns_pids[-1] == number:
-                return pid
+            with contextlib.suppress(errors.NotFound):  # others come and go
+                if proc.status(pid).ns_pids[-1] == number:
+                    return pid
         raise AssertionError(f"no process {number} in {self.name}")
 
     def pids(self) -> list[int]:
@@ -292,11 +294,12 @@ class Boxes:
         return popen
 
     def start(self, name: str, *argv: str, **options: Any) -> Box:
-        """A container with this workload."""
-        return Box(self, name, ["/.ckpt-agent/hold", "run", *argv], **options)
+        """A container with this workload, or one that has ended already."""
+        return _held(Box(self, name, ["/.ckpt-agent/hold", "run", *argv], **options))
 
     def placeholder(self, name: str, **options: Any) -> Box:
-        return Box(self, name, ["/.ckpt-agent/hold", "wait"], **options)
+        """A container that waits for a restore."""
+        return _held(Box(self, name, ["/.ckpt-agent/hold", "wait"], **options))
 
     def tree(
         self,
@@ -379,7 +382,7 @@ class Boxes:
         answer.unlink(missing_ok=True)
         # The stem hands it on.
         os.kill(stem(box), signal.SIGUSR1)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 40
         while not answer.exists():
             assert time.monotonic() < deadline, f"no answer: {box.log.read_text()}"
             time.sleep(0.01)
@@ -412,6 +415,24 @@ class Boxes:
         for path in Path("/sys/fs/cgroup").glob("*/ckpt-agent-test"):
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def _is_itself(pid: int) -> bool:
+    """Whether the container's first process has become what it was told to: runc says that it runs
+    when it is only about to.
+    """
+    with contextlib.suppress(errors.NotFound):
+        return not proc.stat(pid).comm.startswith("runc:")
+    return False
+
+
+def _held(box: Box) -> Box:
+    """The container when its hold says what it does."""
+    deadline = time.monotonic() + 20
+    while not (holding.waits(box.pid) or holding.follows(box.pid) or box.popen.poll() is not None):
+        assert time.monotonic() < deadline, box.log.read_text()
+        time.sleep(0.01)
+    return box
 
 
 def _tree(folder: str, features: tuple[str, ...]) -> list[str]:

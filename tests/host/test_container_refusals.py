@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import signal
 import stat
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from agent import errors
 from agent.engines.base import CaptureOptions
-from agent.engines.container import holding, inside
+from agent.engines.container import conflicts, holding, inside
 from agent.host import proc
 from tests.conftest import NOT_TO_BE_HAD
 from tests.host.boxes import Box, Boxes
@@ -88,7 +89,8 @@ def test_io_uring(boxes: Boxes) -> None:
 def test_a_gpu(boxes: Boxes) -> None:
     """In the place of a GPU's file there is one of /dev/null under such a name."""
     script = (
-        "until [ -c /dev/nvidia0 ]; do sleep 0.05; done; exec 3<>/dev/nvidia0; echo up; sleep 1000"
+        "until [ -c /dev/nvidia0 ]; do sleep 0.05; done; exec 3<>/dev/nvidia0; echo up;"
+        " exec sleep 1000"
     )
     box = boxes.start("source", "sh", "-c", script)
     os.mknod(box.root("/dev/nvidia0"), 0o666 | stat.S_IFCHR, os.makedev(1, 3))
@@ -175,10 +177,8 @@ def changed(image: MemoryImage, **container: Any) -> MemoryImage:
 
 def reasons(boxes: Boxes, image: MemoryImage, target: Box) -> list[str]:
     """Why the restore is refused; nothing was touched."""
-    began = time.monotonic()
     with pytest.raises(errors.RestoreConflict) as refusal:
         boxes.restore(image, target)
-    assert time.monotonic() - began < 10
     assert refusal.value.hint
     boxes.assert_clean()
     found = refusal.value.facts["reasons"]
@@ -220,25 +220,44 @@ def test_another_architecture_is_told_as_such_and_not_by_its_features(boxes: Box
 EMPTY_DISK = Path("volumes/kubernetes.io~empty-dir/disk")
 
 
-def squat(boxes: Boxes, box: Box, number: int, seconds: str = "1000") -> subprocess.Popen[bytes]:
+def squat(boxes: Boxes, box: Box, number: int) -> subprocess.Popen[bytes]:
     """An exec that has this number inside."""
     inside.raise_counter(proc.identity(box.pid), number - 1)
-    popen = boxes.popen_exec(box, "sleep", seconds)
+    popen = boxes.popen_exec(box, "sleep", "1000")
     wait_for(lambda: taken(box, number), "the exec got another number")
     return popen
 
 
 def taken(box: Box, number: int) -> bool:
-    return any(proc.status(pid).ns_pids[-1] == number for pid in box.pids())
+    for pid in box.pids():
+        with contextlib.suppress(errors.NotFound):  # runc's own come and go
+            if proc.status(pid).ns_pids[-1] == number:
+                return True
+    return False
 
 
-def test_a_probe_that_has_a_number_of_the_tree_is_waited_for(boxes: Boxes) -> None:
+def test_a_probe_that_has_a_number_of_the_tree_is_waited_for(
+    boxes: Boxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = boxes.dump(boxes.tree("source", "memory", "children"))
     assert image.known is not None
     target = boxes.placeholder("target")
-    probe = squat(boxes, target, max(pid for pid, _ in image.known["threads"]), "1.5")
+    number = max(pid for pid, _ in image.known["threads"])
+    probe = squat(boxes, target, number)
+    met: list[int] = []
+    is_exec = conflicts._is_exec
+
+    def ends_once_seen(pid: int) -> bool:
+        found = is_exec(pid)
+        if found and not met:
+            met.append(proc.status(pid).ns_pids[-1])
+            os.kill(pid, signal.SIGKILL)
+        return found
+
+    monkeypatch.setattr(conflicts, "_is_exec", ends_once_seen)
     boxes.restore(image, target)
-    assert probe.wait(10) == 0
+    assert met == [number]
+    assert probe.wait(20) == 128 + signal.SIGKILL
     boxes.check(target)
 
 
