@@ -196,9 +196,8 @@ def test_an_epoch_that_is_given_up_anywhere_leaves_the_trees_as_they_were(
 
 @pytest.mark.parametrize("state", [State.FREEZING, State.CAPTURING, State.PERSISTING])
 def test_a_coordinator_that_dies_while_they_stand_still_costs_seconds(
-    job: Job, stream: Stream, monkeypatch: pytest.MonkeyPatch, state: State
+    job: Job, stream: Stream, state: State
 ) -> None:
-    monkeypatch.setattr("agent.node.session.SILENCE_S", 1.0)
     with epoch(job, stream.pids, EVACUATE) as made, pytest.raises(_DiedError):
         made.run(die_at=state)
     assert job.epochs() == []

@@ -175,9 +175,8 @@ def test_every_reason_against_one_pod_is_told_before_anything_is_made(moving: Mo
 
 @pytest.mark.parametrize("state", [State.FILLING, State.STANDING])
 def test_who_hears_nothing_of_the_coordinator_undoes_what_stands(
-    moving: Moving, monkeypatch: pytest.MonkeyPatch, state: State
+    moving: Moving, state: State
 ) -> None:
-    monkeypatch.setattr("agent.node.session.SILENCE_S", 1.0)
     with pytest.raises(_DiedError):
         moving.restore(die_at=state)
     moving.waits()
@@ -185,10 +184,7 @@ def test_who_hears_nothing_of_the_coordinator_undoes_what_stands(
     moving.goes_on()
 
 
-def test_who_hears_nothing_once_it_is_committed_runs(
-    moving: Moving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("agent.node.session.SILENCE_S", 1.0)
+def test_who_hears_nothing_once_it_is_committed_runs(moving: Moving) -> None:
     with pytest.raises(_DiedError):
         moving.restore(die_at=State.COMMITTING)
     moving.goes_on()
@@ -211,10 +207,7 @@ def cut_off_at(moving: Moving, agent: str, address: str, at: State) -> errors.Ck
     return caught.value
 
 
-def test_an_agent_that_is_cut_off_keeps_all_from_running(
-    moving: Moving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("agent.node.session.SILENCE_S", 1.0)
+def test_an_agent_that_is_cut_off_keeps_all_from_running(moving: Moving) -> None:
     error = cut_off_at(moving, "c", "10.77.0.100", State.STANDING)
     assert isinstance(error, errors.Unreachable)
     assert error.facts["member"] == "w-0-0"
@@ -222,9 +215,8 @@ def test_an_agent_that_is_cut_off_keeps_all_from_running(
 
 
 def test_one_that_is_cut_off_once_it_is_committed_is_told_and_runs_all_the_same(
-    moving: Moving, monkeypatch: pytest.MonkeyPatch
+    moving: Moving,
 ) -> None:
-    monkeypatch.setattr("agent.node.session.SILENCE_S", 1.0)
     error = cut_off_at(moving, "d", "10.77.0.101", State.COMMITTING)
     assert isinstance(error, errors.RestoreFailed)
     assert error.facts["committed"] is True
@@ -243,17 +235,20 @@ class Hand:
     image: epochclient.Epoch
 
     def tell(self, step: Step) -> list[Answer]:
-        """What all members say to it."""
-        answers = []
-        for each in self.moving.new:
-            pod = epochclient.Pod(each.name, each.box.name, each.uid)
-            said: Said | None = None
-            while said is None:
-                said = self.moving.group.clients[each.agent].epochs.take_part(
-                    self.image, RESTORE, pod, Told(step, 1), 5.0, 60.0, self.attempt
-                )
-            answers.append(said.answer)
-        return answers
+        """What all members say to it. Who has said it hears on, like the others: whoever hears
+        nothing for seconds gives up.
+        """
+        while True:
+            said = [self._told(each, step) for each in self.moving.new]
+            answers = [each.answer for each in said if each is not None]
+            if len(answers) == len(said):
+                return answers
+
+    def _told(self, member: Member, step: Step) -> Said | None:
+        pod = epochclient.Pod(member.name, member.box.name, member.uid)
+        return self.moving.group.clients[member.agent].epochs.take_part(
+            self.image, RESTORE, pod, Told(step, 1), 0.5, 60.0, self.attempt
+        )
 
     def commit(self, agent: str) -> Decision:
         uids = [each.uid for each in self.moving.new]
@@ -293,9 +288,8 @@ def test_the_word_to_go_on_is_refused_unless_the_store_says_that_it_is_committed
 
 
 def test_an_agent_that_is_killed_while_its_pod_stands_keeps_all_from_running(
-    moving: Moving, monkeypatch: pytest.MonkeyPatch
+    moving: Moving,
 ) -> None:
-    monkeypatch.setattr("agent.node.session.SILENCE_S", 2.0)
     group = moving.group
     group.remove(moving.new[0])
     agent = group.agent_process("e")
