@@ -31,7 +31,7 @@ except OSError as exc:
     print(exc, flush=True)
     sys.exit()
 print("held", flush=True)
-time.sleep(100)
+time.sleep(1000)
 """
 
 # System calls by number: io_uring_setup has one everywhere, bpf two.

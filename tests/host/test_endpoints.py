@@ -26,8 +26,9 @@ def opened() -> Iterator[None]:
             stack.enter_context(socket.create_connection((host, port)))
             stack.enter_context(server.accept()[0])
         # One end of this is in close-wait.
-        stack.enter_context(socket.create_connection(four.getsockname()))
+        left = stack.enter_context(socket.create_connection(four.getsockname()))
         four.accept()[0].close()
+        assert left.recv(1) == b""
         stack.enter_context(socket.socket())  # closed, and in no table
         stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)).bind(("", 0))
         connecting = stack.enter_context(socket.socket())

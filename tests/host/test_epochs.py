@@ -437,6 +437,19 @@ def writer(host: Host, tmp_path: Path) -> Target:
     return Target(folder, popen.pid)
 
 
+def halt(host: Host, writer: Target) -> None:
+    """End it when it is in the middle of nothing: a file that it was about to rename would be one
+    more in the way.
+    """
+    while True:
+        os.kill(writer.pid, signal.SIGSTOP)
+        wait_for(lambda: proc.stat(writer.pid).state == "T")
+        if not (writer.folder / "state" / "new").exists():
+            host.kill(writer)
+            return
+        os.kill(writer.pid, signal.SIGCONT)
+
+
 def lines(target: Target) -> list[int]:
     return [int(line) for line in (target.folder / "log").read_text().split()]
 
@@ -445,8 +458,9 @@ def test_files_are_rolled_back_with_the_tree_and_what_they_displace_is_kept(
     job: Job, writer: Target
 ) -> None:
     job.dump(writer.pid, include=(str(writer.folder / "state"),))
-    time.sleep(0.3)
-    job.host.kill(writer)
+    dumped = len(lines(writer))
+    wait_for(lambda: len(lines(writer)) > dumped + 2)
+    halt(job.host, writer)
     grown = lines(writer)
     (writer.folder / "state" / "extra").write_text("mine")
     with pytest.raises(errors.RestoreConflict) as caught:
@@ -454,7 +468,8 @@ def test_files_are_rolled_back_with_the_tree_and_what_they_displace_is_kept(
     assert any(str(writer.folder / "log") in reason for reason in reasons_of(caught.value))
     assert not proc.exists(writer.pid)
     job.restore(files=FilePolicy.ROLLBACK)
-    time.sleep(0.3)
+    before = len(lines(writer))
+    wait_for(lambda: len(lines(writer)) > before + 2)
     now = lines(writer)
     assert now == list(range(1, len(now) + 1))
     assert not (writer.folder / "state" / "extra").exists()

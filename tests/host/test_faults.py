@@ -413,20 +413,24 @@ def test_two_dumps_of_different_trees_at_once(host: Host) -> None:
         assert_unharmed(host, target)
 
 
+def wait_until_stopped(pid: int) -> None:
+    """A process that was let go of stops again by itself, as soon as it has a processor."""
+    deadline = time.monotonic() + 20
+    while proc.stat(pid).state != "T":
+        assert time.monotonic() < deadline, "it is not stopped"
+        time.sleep(0.001)
+
+
 def test_a_stopped_tree_stays_stopped_and_comes_back_stopped(host: Host) -> None:
     target = host.start("memory")
     os.kill(target.pid, signal.SIGSTOP)
-    while proc.stat(target.pid).state != "T":
-        time.sleep(0.001)
+    wait_until_stopped(target.pid)
     image = host.dump(target)
-    assert proc.stat(target.pid).state == "T"
+    wait_until_stopped(target.pid)
     assert image.facts()["processes"][0]["state"] == "T"
     host.kill(target)
     tree = host.restore(image)
-    deadline = time.monotonic() + 5
-    while proc.stat(tree.pid).state != "T":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until_stopped(tree.pid)
     tree.signal(signal.SIGCONT)
     target.check()
     host.assert_clean()
@@ -435,13 +439,14 @@ def test_a_stopped_tree_stays_stopped_and_comes_back_stopped(host: Host) -> None
 def test_a_failed_dump_of_a_stopped_tree_leaves_it_stopped(host: Host) -> None:
     target = host.start("memory")
     os.kill(target.pid, signal.SIGSTOP)
+    wait_until_stopped(target.pid)
 
     def refuse() -> None:
         raise errors.Conflict("no")
 
     with pytest.raises(errors.Conflict):
         host.dump(target, Cut(captured=refuse))
-    assert proc.stat(target.pid).state == "T"
+    wait_until_stopped(target.pid)
     os.kill(target.pid, signal.SIGCONT)
     assert_unharmed(host, target)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from agent.host import proc
+from agent.host import endpoints, proc
 from tests.host.test_cli_job import Cli, until
 
 # A sends numbers to B over TCP, B passes them on to C over a unix socket, C writes the last one
@@ -93,12 +93,18 @@ class Started:
 
     def close(self) -> None:
         for root in self.roots:
-            if proc.exists(root):
+            if self._is_ours(root):
                 for pid in reversed(proc.tree(root)):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
         for popen in self.popens:
             popen.wait()
+
+    def _is_ours(self, root: int) -> bool:
+        """Once it has ended, its number may be anybody's."""
+        with contextlib.suppress(OSError):
+            return bytes(self.folder) in pathlib.Path(f"/proc/{root}/cmdline").read_bytes()
+        return False
 
 
 @pytest.fixture
@@ -203,7 +209,12 @@ def test_a_service_of_the_system_is_not_cut_for_the_sake_of_who_uses_it(
     assert until((tmp_path / "port").exists)
     port = int((tmp_path / "port").read_text())
     user = started.start(f"s = socket.create_connection(('127.0.0.1', {port})); {_D}")
-    assert until(lambda: any("socket" in file.link for file in proc.open_files(user)))
+
+    def states() -> list[str]:
+        return [each.state for each in endpoints.tcp(shared, proc.open_files(shared)).values()]
+
+    assert proc.exists(user)
+    assert until(lambda: states() == ["established"])
     plan = cli.document("plan", "--pid", str(user), "--follow")
     assert [each["root"] for each in plan["members"]] == [user]
     (leaving,) = plan["leaving"]

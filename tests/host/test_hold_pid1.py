@@ -209,7 +209,10 @@ def test_a_terminal_is_the_workloads_and_ctrl_c_reaches_it(binary: Path) -> None
     )
     try:
         os.close(theirs)
-        assert os.read(ours, 100) == b"1\r\n"
+        said = b""
+        while not said.endswith(b"\n"):
+            said += os.read(ours, 100)
+        assert said == b"1\r\n"
         os.write(ours, b"\x03")
         said = b""
         while b"interrupted" not in said:
@@ -244,13 +247,16 @@ def test_what_the_workload_daemonizes_stays_in_the_tree_and_is_reaped(start: Sta
             "        os._exit(0)\n"
             "    os.wait()\n"
             "os.close(r)\n"
-            "print('ready', flush=True); time.sleep(1); os.close(w); time.sleep(1000)"
-        )
+            "print('ready', flush=True); os.read(0, 1); os.close(w); time.sleep(1000)"
+        ),
+        stdin=subprocess.PIPE,
     )
     assert container.line() == "ready"
     stem = container.stem()
     assert len(proc.children(stem)) == 101
     assert proc.children(container.pid) == [stem]
+    assert container.popen.stdin is not None
+    container.popen.stdin.close()
     until(lambda: len(proc.children(stem)) == 1, "the orphans' ends are reaped")
     assert len(container.pids()) == 3
 
@@ -745,6 +751,8 @@ def test_install_replaces_a_program_that_runs(binary: Path, tmp_path: Path) -> N
     assert installed(binary, tmp_path).returncode == 0
     with subprocess.Popen([str(tmp_path / "hold"), "run", "sleep", "1000"]) as running:
         try:
+            # Before it takes signals for its workload, one would end it as any program.
+            until(lambda: title(running.pid).startswith("hold:"), "it is hold")
             assert installed(binary, tmp_path).returncode == 0
         finally:
             running.terminate()
