@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import secrets
 import signal
 import socket
 import subprocess
@@ -187,11 +188,11 @@ def test_a_connection_to_this_test_is_named_and_left_as_a_plain_dump_leaves_it(
 
 
 @pytest.fixture
-def service(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+def service() -> Iterator[pathlib.Path]:
     """A control group that is named as a service manager names one of the system's services."""
     places = [pathlib.Path("/sys/fs/cgroup") / name for name in ("systemd", "")]
     top = next(each for each in places if (each / "cgroup.procs").exists())
-    made = top / tmp_path.name / "system.slice" / "shared.service"
+    made = top / f"ckpt-test-{secrets.token_hex(4)}" / "system.slice" / "shared.service"
     made.mkdir(parents=True)
     try:
         yield made
