@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 
 from agent import errors
+from agent.host import threads
 
 # Longer than a busy node keeps a thread waiting, shorter than peers' patience: as ``hold.LEASE_S``.
 LEASE_S = 10.0
@@ -58,7 +59,7 @@ def armed(lease_s: float = LEASE_S) -> Iterator[None]:
     """End this process if all of it stands still for ``lease_s`` before the context is left.
 
     Raises:
-        errors.EnvironmentUnfit: the kernel gives no timer.
+        errors.EnvironmentUnfit: the kernel gives no timer, or no thread.
     """
     timer = ctypes.c_void_p()
     event = _Event(None, signal.SIGKILL, _SIGEV_SIGNAL)
@@ -76,7 +77,7 @@ def armed(lease_s: float = LEASE_S) -> Iterator[None]:
     try:
         _checked(_libc.timer_settime(timer, 0, ctypes.byref(setting), None))
         keeper = threading.Thread(target=put_off, name="deadman", daemon=True)
-        keeper.start()
+        threads.start(keeper)
         try:
             yield
         finally:

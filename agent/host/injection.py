@@ -138,6 +138,8 @@ def _injected(who: proc.Identity, action: _Action) -> Made:
         return ptrace.by_thread("inject", lambda: _with_stopped(who, action))
     except OSError as exc:
         raise InjectionRefused(f"process {who.pid}: {exc.strerror}", pid=who.pid) from exc
+    except errors.EnvironmentUnfit as exc:  # it takes a thread
+        raise InjectionRefused(f"process {who.pid}: {exc.message}", pid=who.pid) from exc
 
 
 def _with_stopped(who: proc.Identity, action: _Action) -> Made:

@@ -22,6 +22,7 @@ import threading
 
 import numpy as np
 
+from agent.host import threads
 from agent.host.pagemap import Ranges, union
 
 # linux/userfaultfd.h: struct uffd_msg is the event, 7 bytes of nothing, and for a move from, to and
@@ -34,7 +35,11 @@ _MOST = 4096
 
 
 class Moves:
-    """Reads the events of some userfaultfds."""
+    """Reads the events of some userfaultfds.
+
+    Raises:
+        errors.EnvironmentUnfit: no thread can be started.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -43,7 +48,13 @@ class Moves:
         self._wake, self._woken = os.pipe2(os.O_CLOEXEC)
         self._poll.register(self._woken, 0)  # hang-up: close was called
         self._thread = threading.Thread(target=self._serve, name="moves", daemon=True)
-        self._thread.start()
+        try:
+            threads.start(self._thread)
+        except BaseException:
+            self._poll.close()
+            os.close(self._wake)
+            os.close(self._woken)
+            raise
 
     def add(self, descriptor: int) -> None:
         """Begin with this one."""

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from agent.host import threads
+
 _T = TypeVar("_T")
 
 # linux/ptrace.h
@@ -37,6 +39,9 @@ def call(request: int, tid: int, address: int = 0, data: int = 0) -> None:
 def by_thread(name: str, work: Callable[[], _T]) -> _T:
     """Do ``work`` in a thread of this name, which traces for it, and wait for its end; what it
     raises is raised here. The kernel lets go of all that a thread traces when that ends.
+
+    Raises also:
+        errors.EnvironmentUnfit: no thread can be started; nothing was done.
     """
     done: list[_T] = []
     failed: list[BaseException] = []
@@ -48,7 +53,7 @@ def by_thread(name: str, work: Callable[[], _T]) -> _T:
             failed.append(exc)
 
     thread = threading.Thread(target=run, name=name)
-    thread.start()
+    threads.start(thread)
     thread.join()
     if failed:
         raise failed[0]

@@ -26,7 +26,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 from agent import errors
-from agent.host import filtered
+from agent.host import filtered, threads
 
 # linux/seccomp.h
 _RECV, _SEND, _CONTINUE = 0xC0502100, 0xC0182101, 1
@@ -193,7 +193,7 @@ class Supervisor:
     def start(self) -> None:
         """Be ready for the program; to be called before it is started."""
         self._ours.send(self._picks)
-        self._thread.start()
+        threads.start(self._thread)
 
     def release(self) -> None:
         """The program is started: close this process's copy of its end."""

@@ -79,7 +79,10 @@ def over(
     """
     if not interrupt:
         return _over(pid, deadline, calls, interrupt=False)
-    return ptrace.by_thread("underway", lambda: _over(pid, deadline, calls, interrupt=True))
+    try:
+        return ptrace.by_thread("underway", lambda: _over(pid, deadline, calls, interrupt=True))
+    except errors.EnvironmentUnfit:  # no thread is to be had: not known
+        return False
 
 
 def _over(pid: int, deadline: clock.Deadline, calls: Calls, *, interrupt: bool) -> bool:

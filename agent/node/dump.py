@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 
 from agent import errors
 from agent.engines.base import CaptureOptions, CaptureReport, Disposition, Engine
-from agent.host import clock
+from agent.host import clock, threads
 from agent.model import ids
 from agent.model.streams import PAGE_BYTES, AddressSpace, FileEntry, MemberSink, PageRun
 from agent.store.repository import EpochSummary, EpochWriter, Store
@@ -263,7 +263,13 @@ def _capture_all(
             raise
 
     with ThreadPoolExecutor(len(members), thread_name_prefix="member") as pool:
-        futures = [pool.submit(one, member) for member in members]
+        try:
+            futures = [pool.submit(one, member) for member in members]
+        except RuntimeError as refused:
+            # Those that have begun would wait for who never comes.
+            cut.abort()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise threads.none_left() from refused
     failures = [exc for future in futures if (exc := future.exception())]
     if failures:
         # A member that was only told to give up says less than the one that caused it.

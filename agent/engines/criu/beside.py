@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from agent.host import threads
+
 _T = TypeVar("_T")
 
 
@@ -20,7 +22,7 @@ class Beside(threading.Thread, Generic[_T]):
         self._function = function
         self._value: list[_T] = []
         self._failure: BaseException | None = None
-        self.start()
+        threads.start(self)
 
     def run(self) -> None:
         """Do it."""

@@ -24,7 +24,7 @@ import threading
 from collections.abc import Callable
 
 from agent import errors
-from agent.host import clock
+from agent.host import clock, threads
 from agent.model.streams import PAGE_BYTES, AddressSpace, PageRun, SpaceKind
 
 HEADER = struct.Struct("<IIQQQ")
@@ -193,9 +193,17 @@ class PageServer:
         return self._failure
 
     def start(self) -> None:
-        """Begin to receive."""
-        self._storer.start()
-        self._thread.start()
+        """Begin to receive.
+
+        Raises:
+            errors.EnvironmentUnfit: no thread can be started.
+        """
+        threads.start(self._storer)
+        try:
+            threads.start(self._thread)
+        except BaseException:
+            self._full.put(None)  # nobody else ends the other one
+            raise
 
     def release(self) -> None:
         """Close this process's copy of CRIU's end, so that CRIU's death is seen."""

@@ -25,7 +25,7 @@ from agent.engines.tracking.copies import Standing
 from agent.engines.tracking.pace import UNLIMITED, Limits, Pace
 from agent.engines.tracking.precopy import Precopy
 from agent.engines.tracking.shared import Found
-from agent.host import clock, layouts, pagemap, proc
+from agent.host import clock, layouts, pagemap, proc, threads
 from agent.host.pagemap import Ranges
 from agent.model.streams import PAGE_BYTES, AddressSpace, MemberSink, PageRun
 
@@ -185,7 +185,7 @@ class ShortStop:
         self._code = code
         # CRIU looks at the whole machine first, and asks for the tree's memory only then.
         self._hiding.expect()
-        self._reader.start()
+        threads.start(self._reader)
 
     def mappings(self, pid: int) -> Sequence[proc.Mapping]:
         """Those that the process has in the stop; raises errors.NotFound."""
