@@ -261,12 +261,12 @@ os.close(fd); away.close()
 """
 
 
-@pytest.mark.parametrize(
-    "options", [CaptureOptions(), CaptureOptions(precopy=True), CaptureOptions(kill=True)]
-)
+@pytest.mark.parametrize("kill", [False, True])
+@pytest.mark.parametrize("precopy", [False, True])
 def test_a_process_whose_memory_another_one_fills_is_refused_unfrozen(
-    host: Host, options: CaptureOptions
+    host: Host, precopy: bool, kill: bool
 ) -> None:
+    options = CaptureOptions(precopy=precopy, kill=kill)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(host.folder / "number.socket"))
         server.listen()
@@ -276,12 +276,14 @@ def test_a_process_whose_memory_another_one_fills_is_refused_unfrozen(
         filler.close()
     try:
         preflight.refuse_userfaultfds(popen.pid)
+        before = os.listdir("/proc/self/fd")
         with pytest.raises(errors.TargetUnsuitable, match="is filled by another process"):
             host.capture(popen.pid, MemoryImage(), options=options)
+        assert os.listdir("/proc/self/fd") == before
     finally:
         os.close(descriptor)
     # Nobody does any more.
-    host.capture(popen.pid, MemoryImage(), options=CaptureOptions(precopy=options.precopy))
+    host.capture(popen.pid, MemoryImage(), options=CaptureOptions(precopy=precopy))
     assert popen.poll() is None
     host.assert_clean()
 

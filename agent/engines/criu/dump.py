@@ -165,6 +165,8 @@ class _Capture:
                 stack.callback(self._short.close)
                 # Before that: its reader would read all that is left, and the store take it.
                 stack.callback(self._held.refuse)
+            self._refuse_filled()
+            if self._short is not None:
                 self._short.copy_ahead()
                 descriptors.append(self._short.descriptor)
                 under = self._short.under
@@ -257,6 +259,8 @@ class _Capture:
             self._short = shortstop.ShortStop(
                 self._root.pid, self._sink, self._held, self._deadline, self._options
             )
+
+    def _refuse_filled(self) -> None:
         if self._short is None or not self._short.knows_flags:
             for pid in self._pids:
                 with contextlib.suppress(errors.NotFound):
