@@ -43,8 +43,9 @@ _WP_MATCHING = 1
 _WPALLOWED, _WRITTEN, _FILE, _PRESENT, _SWAPPED, _PFNZERO = 1, 2, 4, 8, 16, 32
 _GUARD = 1 << 8  # Linux 6.15; older kernels have no guard pages and refuse the bit
 _REGIONS = 1 << 15
-# The process cannot map or unmap while a piece is looked at.
-_PIECE_BYTES = 256 << 20
+# The process cannot map or unmap while a piece is looked at, or while so much, in which page tables
+# may have been left, is searched for something that is there.
+_PIECE_BYTES, _SEARCHED_BYTES = 256 << 20, 4 << 30
 
 
 def none() -> Ranges:
@@ -76,25 +77,48 @@ class Pagemap:
         mappings.
         """
         return self._scan(
-            start, end, flags=_WP_MATCHING, mask=_WRITTEN, any_of=_PRESENT | _SWAPPED
+            self.pieces(start, end),
+            flags=_WP_MATCHING,
+            mask=_WRITTEN,
+            any_of=_PRESENT | _SWAPPED,
         )[:, :2]
 
     def unguarded(self, start: int, end: int) -> Ranges:
         """Pages that are there, in mappings whose writes are not noted."""
         return self._scan(
-            start, end, inverted=_WPALLOWED, mask=_WPALLOWED, any_of=_PRESENT | _SWAPPED
+            self.pieces(start, end),
+            inverted=_WPALLOWED,
+            mask=_WPALLOWED,
+            any_of=_PRESENT | _SWAPPED,
         )[:, :2]
 
     def guarded(self, start: int, end: int) -> bool:
         """Whether writes to this one mapping are noted."""
-        found = self._scan(start, end, mask=_WPALLOWED, most_pages=1)
+        found = self._look(start, min(end, start + _PIECE_BYTES), mask=_WPALLOWED, most_pages=1)
         return len(found) > 0
+
+    def pieces(self, start: int, end: int, most_bytes: int = _PIECE_BYTES) -> Ranges:
+        """Parts of at most ``most_bytes`` outside which nothing was there a moment ago: programs
+        reserve a thousand times what they ever use.
+        """
+        rows = []
+        while start < end:
+            if end - start > most_bytes and scans():
+                until = min(end, start + _SEARCHED_BYTES)
+                there = self._look(start, until, any_of=_PRESENT | _SWAPPED, most_pages=1)
+                if not len(there):
+                    start = until
+                    continue
+                start = int(there[0, 0])
+            rows.append((start, min(end, start + most_bytes)))
+            start += most_bytes
+        return np.array(rows, dtype=np.int64).reshape(-1, 2)
 
     def occupied(self, start: int, end: int) -> Ranges:
         """Pages that no fault would ask for: mapped, the kernel's zero page included, or swapped
         out.
         """
-        return self._scan(start, end, any_of=_PRESENT | _SWAPPED)[:, :2]
+        return self._scan(self.pieces(start, end), any_of=_PRESENT | _SWAPPED)[:, :2]
 
     def existing(self, start: int, end: int) -> Ranges:
         """Pages that hold something: mapped or swapped out, but neither the kernel's zero page nor
@@ -112,9 +136,9 @@ class Pagemap:
         # Few runs of pages are missing or written, so looking for those is quicker than listing
         # what is there with its state.
         guard = _GUARD if knows_guards() else 0
+        pieces = self.pieces(start, end)
         found = self._scan(
-            start,
-            end,
+            pieces,
             inverted=_PRESENT,
             any_of=_PRESENT | _PFNZERO | guard | written,
             returned=_PRESENT | _SWAPPED | _PFNZERO | guard | written,
@@ -122,7 +146,7 @@ class Pagemap:
         kind = found[:, 2]
         there = kind & (_PRESENT | _SWAPPED) != 0
         gone = found[~there | (kind & (_PFNZERO | guard) != 0)]
-        existing = without(np.array([[start, end]], dtype=np.int64), gone[:, :2])
+        existing = without(union(pieces), gone[:, :2])
         return existing, found[there & (kind & written != 0)][:, :2]
 
     def own(self, start: int, end: int) -> Ranges:
@@ -132,8 +156,7 @@ class Pagemap:
         others = _FILE | _PFNZERO
         guard = _GUARD if knows_guards() else 0
         found = self._scan(
-            start,
-            end,
+            self.pieces(start, end),
             inverted=others,
             mask=others,
             any_of=_PRESENT | _SWAPPED,
@@ -142,7 +165,12 @@ class Pagemap:
         kept: Ranges = found[found[:, 2] & guard == 0][:, :2]
         return kept
 
-    def _scan(
+    def _scan(self, pieces: Ranges, **asked: int) -> Ranges:
+        """As ``_look``, of all of these."""
+        found = [self._look(start, end, **asked) for start, end in pieces.tolist()]
+        return np.concatenate(found) if found else np.empty((0, 3), dtype=np.int64)
+
+    def _look(
         self,
         start: int,
         end: int,
@@ -162,13 +190,12 @@ class Pagemap:
                 raise errors.NotFound("the process has ended", pid=self._pid) from exc
         found = []
         while start < end:
-            stop = min(end, start + _PIECE_BYTES)
             # struct pm_scan_arg: size, flags, start, end, walk_end, vec, vec_len, max_pages,
             # category_inverted, category_mask, category_anyof_mask, return_mask.
             argument = bytearray(
                 struct.pack(
                     "=12Q",
-                    *(96, flags, start, stop, 0, self._regions.ctypes.data, _REGIONS, most_pages),
+                    *(96, flags, start, end, 0, self._regions.ctypes.data, _REGIONS, most_pages),
                     *(inverted, mask, any_of, returned),
                 )
             )
@@ -182,7 +209,7 @@ class Pagemap:
                 break
             # walk_end is not to be believed once everything was walked (seen on Linux 6.18).
             full = count == _REGIONS
-            start = int(struct.unpack_from("=Q", argument, 32)[0]) if full else stop
+            start = int(struct.unpack_from("=Q", argument, 32)[0]) if full else end
         return np.concatenate(found) if found else np.empty((0, 3), dtype=np.int64)
 
 
@@ -290,7 +317,7 @@ def knows_guards() -> bool:
         return False
     own = Pagemap(os.getpid())
     try:
-        own._scan(0, PAGE_BYTES, any_of=_GUARD)
+        own._look(0, PAGE_BYTES, any_of=_GUARD)
     except OSError:
         return False
     else:

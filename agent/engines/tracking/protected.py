@@ -100,10 +100,7 @@ class Protected:
             for start, end in chosen.tolist():
                 if (start, end) in self._refused:
                     continue  # given out once; it stays unknown
-                pieces = [
-                    np.array([[at, min(end, at + _PIECE_BYTES)]], dtype=np.int64)
-                    for at in range(start, end, _PIECE_BYTES)
-                ]
+                pieces = pages.pieces(start, end, _PIECE_BYTES).reshape(-1, 1, 2)
                 # Where the process has changed its mappings since they were listed, nothing is
                 # taken on by these addresses: they could cut one that is new, and the kernel would
                 # then move only a part of it.
