@@ -46,6 +46,8 @@ _SOON_S = 0.002
 _TRIES = 5
 # A step may be put off by the signals that nobody can block.
 _STEPS = 5
+# While all signals are blocked, only a step itself can bring these, and they are not the process's.
+_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGSYS)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -143,31 +145,41 @@ def _injected(who: proc.Identity, action: _Action) -> Made:
 
 
 def _with_stopped(who: proc.Identity, action: _Action) -> Made:
-    instruction = _instruction(who.pid)
     pidfd = os.pidfd_open(who.pid)
     try:
         if not proc.alive(who):
             raise errors.NotFound(f"there is no process {who.pid} any more", pid=who.pid)
         for _ in range(_TRIES):
+            start, code = _vdso(who.pid)
             with _stopped(who.pid) as thread:
-                if thread.in_restartable_sequence():
-                    continue  # it takes some nanoseconds: let it pass
-                return action(thread, instruction, pidfd)
-        raise InjectionRefused(f"process {who.pid} is in restartable sequences", pid=who.pid)
+                # A sequence takes some nanoseconds: let it pass. And what was looked at before it
+                # stood still may have executed another program since, and have its vDSO elsewhere:
+                # at that address the call would end it.
+                if thread.in_restartable_sequence() or _memory(who.pid, start, len(code)) != code:
+                    continue
+                return action(thread, start + code.index(_SYSCALL), pidfd)
+        raise InjectionRefused(
+            f"process {who.pid} is in restartable sequences, or executes programs", pid=who.pid
+        )
     finally:
         os.close(pidfd)
 
 
-def _instruction(pid: int) -> int:
-    """The address of a ``syscall`` instruction in the vDSO."""
+def _vdso(pid: int) -> tuple[int, bytes]:
+    """Where the vDSO is, and what it holds: a system call among other things."""
     for mapping in proc.maps(pid):
         if mapping.path == "[vdso]":
-            with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-                memory.seek(mapping.start)
-                at = memory.read(mapping.end - mapping.start).find(_SYSCALL)
-            if at >= 0:
-                return mapping.start + at
+            code = _memory(pid, mapping.start, mapping.end - mapping.start)
+            if _SYSCALL in code:
+                return mapping.start, code
     raise InjectionRefused(f"process {pid} has no vDSO with a system call in it", pid=pid)
+
+
+def _memory(pid: int, start: int, size: int) -> bytes:
+    """What is there; nothing if it cannot be read."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        return os.pread(memory.fileno(), size, start)
+    return b""
 
 
 @contextlib.contextmanager
@@ -297,6 +309,8 @@ class _Thread:
             status, in_time = self._stopped_again()
             if not os.WIFSTOPPED(status):
                 raise errors.NotFound(f"process {self._pid} has ended", pid=self._pid)
+            if status >> 16 == 0 and os.WSTOPSIG(status) in _FAULTS:
+                raise InjectionRefused(f"process {self._pid} cannot make a call", pid=self._pid)
             if status >> 16 == 0 and os.WSTOPSIG(status) != signal.SIGTRAP:
                 self.owed = os.WSTOPSIG(status)
             ptrace.call(ptrace.GETREGS, self._pid, 0, ctypes.addressof(registers))

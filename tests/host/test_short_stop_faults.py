@@ -6,6 +6,7 @@ Every fault is planned, and each test asserts that it was met.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -21,7 +22,7 @@ import pytest
 from agent import errors
 from agent.engines.base import CaptureOptions
 from agent.engines.criu import preflight
-from agent.host import cgroups, proc
+from agent.host import cgroups, injection, proc
 from agent.model.streams import AddressSpace, PageRun
 from tests.conftest import NOT_TO_BE_HAD
 from tests.host import test_faults
@@ -307,6 +308,25 @@ def test_a_process_that_forks_or_starts_another_program_in_each_phase_is_stored_
         assert how["path"] == "precopy", how
         frozen[0].assert_equal(image)
     assert tracked(job.pid) == []
+    host.assert_clean()
+
+
+def test_who_executes_another_program_just_before_it_is_stopped_for_a_call_goes_on(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Changing(host)
+    stopped, changed = injection._stopped, []
+
+    def later(pid: int) -> contextlib.AbstractContextManager[object]:
+        if not changed:
+            changed.append(pid)
+            job.change(signal.SIGUSR2)
+        return stopped(pid)
+
+    monkeypatch.setattr(injection, "_stopped", later)
+    os.close(injection.userfaultfd(proc.identity(job.pid)).descriptor)
+    assert changed
+    job.change(signal.SIGUSR2)
     host.assert_clean()
 
 
