@@ -315,7 +315,8 @@ def test_who_executes_another_program_just_before_it_is_stopped_for_a_call_goes_
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Changing(host)
-    stopped, changed = injection._stopped, []
+    stopped = injection._stopped
+    changed: list[int] = []
 
     def later(pid: int) -> contextlib.AbstractContextManager[object]:
         if not changed:
