@@ -253,7 +253,7 @@ class Cluster:
         self,
         what: str,
         condition: Callable[[], object],
-        timeout_s: float = 90,
+        timeout_s: float = 60,
         pause_s: float = 0.2,
     ) -> None:
         """Returns when ``condition`` holds. A ClusterError from it counts as not yet."""
@@ -273,7 +273,7 @@ class Cluster:
             raise ClusterError(f"{error}\n{last}" if last else str(error)) from error
 
     def wait_for_pod(
-        self, pod: str, namespace: str = "default", phase: str = "Running", timeout_s: float = 120
+        self, pod: str, namespace: str = "default", phase: str = "Running", timeout_s: float = 60
     ) -> dict[str, Any]:
         """The pod as soon as it is in ``phase``, and Ready if that is Running."""
         found: dict[str, Any] = {}
@@ -314,13 +314,6 @@ class Cluster:
     def delete(self, kind: str, name: str, namespace: str = "default", *arguments: str) -> None:
         """Deletes an object if it is there and waits until it is gone."""
         self.kubectl("delete", kind, name, "-n", namespace, "--ignore-not-found", *arguments)
-
-    def create_namespace(self, name: str) -> None:
-        """Makes a namespace that takes pods."""
-        self.kubectl("create", "namespace", name)
-        # Without it pods are refused, and it comes a moment after its namespace.
-        account = ("serviceaccount", "default", "-n", name)
-        self.wait_for("the default ServiceAccount", lambda: self.get(*account))
 
     def import_image(self, archive: Path) -> None:
         """Loads an OCI or Docker archive into both nodes."""
@@ -467,7 +460,7 @@ class Cluster:
             f"--audit-log-path={self.state}/control-plane/log/audit.log",
             f"--audit-policy-file={HERE}/manifests/audit-policy.yaml",
         )
-        machine.wait_for("kube-apiserver", self.api_ready, 90)
+        machine.wait_for("kube-apiserver", self._api_ready, 90)
         machine.start(
             "kube-controller-manager",
             self.bin / "kube-controller-manager",
@@ -488,8 +481,7 @@ class Cluster:
             "--bind-address=127.0.0.1",
         )
 
-    def api_ready(self) -> bool:
-        """Whether the API server answers, and has heard itself of all that it needs to know."""
+    def _api_ready(self) -> bool:
         try:
             return self.kubectl("get", "--raw", "/readyz", timeout_s=10) == "ok"
         except ClusterError:
@@ -512,7 +504,7 @@ class Cluster:
         (root / "etc/kubernetes/kubelet.yaml").write_text(_kubelet_config(node))
         node.start("containerd", "containerd")
         ready = ["ctr", "version"]
-        node.wait_for("containerd", lambda: node.exec(*ready, check=False).returncode == 0, 90)
+        node.wait_for("containerd", lambda: node.exec(*ready, check=False).returncode == 0, 30)
 
     def _import_after(self, runtime: Any, name: str) -> None:
         runtime.result()
@@ -558,10 +550,9 @@ class Cluster:
         self.wait_for_deployment("coredns", "kube-system")
         self.wait_for_deployment("jobset-controller-manager", "jobset-system")
         # Its replicas are ready before the way to them is: calls of its webhooks would be refused.
-        self.wait_for("JobSet's webhooks to answer", self.takes_jobsets)
+        self.wait_for("JobSet's webhooks to answer", self._takes_jobsets)
 
-    def takes_jobsets(self) -> bool:
-        """Whether JobSet's webhooks answer. ClusterError if not."""
+    def _takes_jobsets(self) -> bool:
         container = {"name": "main", "image": "localhost/np:1"}
         pod = {"spec": {"restartPolicy": "Never", "containers": [container]}}
         body = {

@@ -85,10 +85,12 @@ def agents(cluster: Cluster) -> Cluster:
 
 
 @pytest.fixture(autouse=True)
-def _all_is_ready(request: pytest.FixtureRequest) -> None:
-    """A test that kills what was deployed leaves the kubelet to start it again, in its own time."""
+def _agents_are_ready(request: pytest.FixtureRequest) -> None:
+    """A test that kills agents leaves the kubelet to start them again, in its own time."""
     if "agents" in request.fixturenames:
-        deployed.await_ready(request.getfixturevalue("agents"))
+        agents: Cluster = request.getfixturevalue("agents")
+        status = ("rollout", "status", "daemonset/ckpt-agent-node", "-n", deployed.NAMESPACE)
+        agents.kubectl(*status, "--timeout=120s", timeout_s=130)
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +105,13 @@ def torch_image(cluster: Cluster) -> str:
 def namespace(cluster: Cluster) -> Iterator[str]:
     """A namespace of the test's own; it is deleted after the test, its pods at once."""
     name = f"test-{secrets.token_hex(4)}"
-    cluster.create_namespace(name)
+    cluster.kubectl("create", "namespace", name)
+    # Without it pods are refused, and it comes a moment after its namespace.
+    cluster.wait_for(
+        "the default ServiceAccount",
+        lambda: cluster.get("serviceaccount", "default", "-n", name),
+        30,
+    )
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
     # Its pods must not disturb the next test; the rest of it may take its time.

@@ -6,15 +6,12 @@ Does not: remove anything; the cluster goes with its machines.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import subprocess
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from tests.cluster import admission
-from tests.cluster.cluster import Cluster, ClusterError
+from tests.cluster.cluster import Cluster
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 NAMESPACE = "ckpt-agent"
@@ -31,8 +28,6 @@ WORKLOADS = (
     "deployment/ckpt-agent-coordinator",
 )
 BUILD_S = 1800
-NAME = "app.kubernetes.io/name"
-REPLICAS = 2  # of what is a Deployment
 READY_S = 240
 ASKED = 8
 
@@ -58,64 +53,12 @@ def deploy(cluster: Cluster) -> None:
             *("rollout", "status", what, "-n", NAMESPACE, f"--timeout={READY_S}s"),
             timeout_s=READY_S + 10,
         )
-    await_webhook(cluster)
-
-
-def await_webhook(cluster: Cluster) -> None:
-    """Return when the API server asks the admission service."""
     # While it cannot be asked, pods start as they are (failurePolicy): not even an error says so.
     # One answer says little: each replica has an address of its own, and a call goes to any.
     asked = range(ASKED)
     cluster.wait_for(
-        "the webhook to be called", lambda: all(admission.called(cluster) for _ in asked), READY_S
+        "the webhook to be called", lambda: all(admission.called(cluster) for _ in asked)
     )
-
-
-def await_ready(cluster: Cluster) -> None:
-    """Return when all that ``deploy`` started is ready."""
-    wanted = {
-        "ckpt-agent-node": len(cluster.nodes),
-        "ckpt-agent-admission": REPLICAS,
-        "ckpt-agent-coordinator": REPLICAS,
-    }
-    missing: Counter[str] = Counter()
-
-    def ready() -> bool:
-        found = cluster.get("pods", "-n", NAMESPACE)["items"]
-        groups = control_groups()
-        names = (p["metadata"]["labels"].get(NAME) for p in found if is_ready(p, groups))
-        missing.clear()
-        missing.update(Counter(wanted) - Counter(names))
-        return not missing
-
-    try:
-        cluster.wait_for("the project's pods", ready, READY_S, 0.5)
-    except ClusterError as error:
-        pods = cluster.kubectl("describe", "pods", "-n", NAMESPACE)
-        raise ClusterError(f"{error}\nnot ready: {dict(missing)}\n{pods}") from error
-
-
-def is_ready(pod: dict[str, Any], groups: str) -> bool:
-    """Whether a pod serves. Of containers that have just ended the API server still says that they
-    are ready, so they have to be in ``groups`` as well.
-    """
-    status = pod["status"]
-    conditions = {each["type"]: each["status"] for each in status.get("conditions", ())}
-    ids = [each.get("containerID", "") for each in status.get("containerStatuses", ())]
-    return (
-        "deletionTimestamp" not in pod["metadata"]
-        and conditions.get("Ready") == "True"
-        and all(each and each.rpartition("/")[2] in groups for each in ids)
-    )
-
-
-def control_groups() -> str:
-    """The control groups that any process of this machine is in; containers' are named for them."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cgroup"):
-        with contextlib.suppress(OSError):
-            found.append(entry.read_text())
-    return "".join(found)
 
 
 def forget(cluster: Cluster) -> None:

@@ -23,12 +23,12 @@ LOG_LINES = 25
 NODE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # A service's log and pid file, then its command line: runs it until another supervisor, or nobody,
-# is named beside the pid file. Whoever runs has written its own pid down.
+# is named beside the pid file.
 SUPERVISE = """log=$1 pidfile=$2; shift 2
 echo $$ > "$pidfile.supervisor"
 while [ "$(cat "$pidfile.supervisor" 2>/dev/null)" = $$ ]; do
-  sh -c 'echo $$ > "$0.new" && mv "$0.new" "$0" && exec "$@"' "$pidfile" "$@" \\
-    < /dev/null >> "$log" 2>&1 &
+  "$@" < /dev/null >> "$log" 2>&1 &
+  echo $! > "$pidfile"
   wait $!
   sleep 0.3
 done"""
@@ -36,12 +36,7 @@ START = """supervise=$1 log=$2 pidfile=$3; shift
 rm -f "$pidfile"
 setsid sh -c "$supervise" sh "$@" < /dev/null > /dev/null 2>&1 &
 until [ -s "$pidfile" ]; do sleep 0.02; done"""
-# Of pids: those that live.
-LIVING = """for pid in "$@"; do
-  read -r stat 2>/dev/null < "/proc/$pid/stat" || continue
-  case ${stat##*) } in Z*) ;; *) echo "$pid" ;; esac
-done"""
-DISMISS = 'cat "$0.supervisor" 2>/dev/null; rm -f "$0.supervisor"'  # and say who it was
+ALIVE = 'read -r stat < "/proc/$(cat "$0")/stat" && case ${stat##*) } in Z*) exit 1 ;; esac'
 
 
 class ClusterError(Exception):
@@ -177,9 +172,8 @@ class Machine:
         for stray in self._strays():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(stray, signal.SIGKILL)
-        poll(lambda: not list(self._strays()), f"the end of {self.name}", 30, 0.02)
         for group in _control_groups(self.control_group):
-            poll(partial(_removed, group), f"removing {group}", 30)
+            poll(partial(_removed, group), f"removing {group}", 10)
 
     def _strays(self) -> Iterator[int]:
         """First processes of this machine that nobody came to write down."""
@@ -222,32 +216,21 @@ class Machine:
 
     def alive(self, service: str) -> bool:
         """Whether the service's process lives."""
-        return bool(self._living(*self._written(service)))
+        _, pidfile = self._inner_paths(service)
+        return self.exec("sh", "-c", ALIVE, pidfile, check=False).returncode == 0
 
     def kill(self, service: str, signal_name: str = "KILL") -> None:
         """Sends the service a signal; if it ends by it, it is started again within a second."""
         _, pidfile = self._inner_paths(service)
-        # One that has just ended is about to be started again.
-        argv = ("sh", "-c", f'kill -{signal_name} "$(cat "$0")"', pidfile)
-        poll(lambda: self.exec(*argv, check=False).returncode == 0, f"{service} to be there", 30)
+        self.exec("sh", "-c", f'kill -{signal_name} "$(cat "$0")"', pidfile)
 
-    def stop(self, service: str, signal_name: str = "TERM", timeout_s: float = 60) -> None:
+    def stop(self, service: str, signal_name: str = "TERM", timeout_s: float = 30) -> None:
         """Ends the service and waits until it is gone. It stays so until ``resume``."""
         _, pidfile = self._inner_paths(service)
-        supervisor = self.exec("sh", "-c", DISMISS, pidfile).stdout.split()
-        told: list[str] = []
-
-        def ended() -> bool:
-            # Asked first: as long as it lives it may still start the service once more.
-            supervised = self._living(*supervisor)
-            for pid in self._living(*self._written(service)):
-                if pid not in told:
-                    told.append(pid)
-                    self.exec("kill", f"-{signal_name}", pid, check=False)
-                return False
-            return not supervised
-
-        poll(ended, f"the end of {service} on {self.name}", timeout_s)
+        self.exec("rm", "-f", f"{pidfile}.supervisor")
+        if self.alive(service):
+            self.kill(service, signal_name)
+        poll(lambda: not self.alive(service), f"the end of {service} on {self.name}", timeout_s)
 
     def resume(self, service: str) -> None:
         """Starts a service that was stopped, as it was started before."""
@@ -267,13 +250,6 @@ class Machine:
             poll(ready, f"{service} on {self.name}", timeout_s)
         except ClusterError as error:
             raise ClusterError(f"{error}\n{self.tail(service)}") from error
-
-    def _written(self, service: str) -> list[str]:
-        _, pidfile = self._inner_paths(service)
-        return self.exec("cat", pidfile, check=False).stdout.split()
-
-    def _living(self, *pids: str) -> list[str]:
-        return self.exec("sh", "-c", LIVING, "sh", *pids).stdout.split() if pids else []
 
     def _inner_paths(self, service: str) -> tuple[str, str]:
         return str(self.log / f"{service}.log"), str(self._services / f"{service}.pid")

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.test_node_agent import CHECKOUT
 
-MET_S = 60
 TOLD_S = 120
-
-T = TypeVar("T")
 
 
 def begun(cluster: Cluster, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -35,34 +30,11 @@ def begun(cluster: Cluster, *arguments: str, **environment: str) -> subprocess.P
     )
 
 
-def meet(popen: subprocess.Popen[str], condition: Callable[[], T]) -> T:
-    """Wait for the moment at which something is to break, and return what ``condition`` saw then,
-    which another look may not see any more. The program must not have ended.
-    """
-    deadline = time.monotonic() + MET_S
-    while not (seen := condition()):
+def meet(popen: subprocess.Popen[str], condition: Callable[[], object]) -> None:
+    """Wait for the moment at which something is to break; the program must not have ended."""
+    deadline = time.monotonic() + 60
+    while not condition():
         assert popen.poll() is None, popen.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    return seen
-
-
-def meet_each(
-    *moments: tuple[subprocess.Popen[str], Callable[[], object], Callable[[], object]],
-) -> None:
-    """``meet`` the moment of each program, whichever comes first, and at once do what is to be done
-    then: a program does not wait for the moment of another.
-    """
-    left = list(moments)
-    deadline = time.monotonic() + MET_S
-    while left:
-        for moment in tuple(left):
-            popen, condition, act = moment
-            if condition():
-                left.remove(moment)
-                act()
-            else:
-                assert popen.poll() is None, popen.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -73,19 +45,6 @@ def told(popen: subprocess.Popen[str]) -> dict[str, Any]:
     said: dict[str, Any] = json.loads(out if popen.returncode == 0 else err)
     assert popen.returncode == 0 or (said["code"] and said["message"]), (out, err)
     return said
-
-
-@contextlib.contextmanager
-def stopped(pids: Sequence[int]) -> Iterator[None]:
-    """While these processes stand still."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
 
 
 def processes(cluster: Cluster, namespace: str, name: str, *programs: str) -> list[int]:

@@ -16,7 +16,6 @@ import pytest
 
 from agent.admission import certificates
 from agent.model import optin
-from tests.cluster import deployed
 from tests.cluster.admission import (
     COUNTER,
     PROJECT,
@@ -46,7 +45,7 @@ def test_an_opted_in_pod_starts_under_hold_and_does_its_work(
         "exec", "job", "-n", namespace, "-c", "main", "--", "cat", "/proc/1/cmdline"
     )
     assert first.startswith("hold: following")
-    cluster.wait_for("the counter", lambda: len(lines(cluster, "job", namespace)) > 2)
+    cluster.wait_for("the counter", lambda: len(lines(cluster, "job", namespace)) > 2, 20)
 
 
 def test_a_pod_without_the_label_is_not_touched(
@@ -92,7 +91,7 @@ def test_the_restricted_level_of_pod_security_admits_and_runs_it(
     body["spec"]["containers"][0]["resources"] = {"limits": {"cpu": "1", "memory": "64Mi"}}
     assert is_held(create(cluster, body))
     assert cluster.wait_for_pod("job", namespace)["status"]["qosClass"] == "Guaranteed"
-    cluster.wait_for("the counter", lambda: len(lines(cluster, "job", namespace)) > 2)
+    cluster.wait_for("the counter", lambda: len(lines(cluster, "job", namespace)) > 2, 20)
 
 
 def test_a_pod_that_cannot_be_held_starts_and_says_why(
@@ -197,7 +196,7 @@ def test_a_container_that_another_webhook_adds_afterwards_is_held_too(
         found = create(cluster, body, "--dry-run=server")
         return len(found["spec"]["containers"]) == 2
 
-    cluster.wait_for("the other webhook", created)
+    cluster.wait_for("the other webhook", created, 30)
     assert [c["name"] for c in found["spec"]["containers"]] == ["barrier", "main"]
     assert is_held(found)
     assert [c["name"] for c in found["spec"]["initContainers"]] == [optin.INIT_CONTAINER]
@@ -272,14 +271,14 @@ def test_a_replica_can_end_without_a_pod_being_missed(agents: Cluster, cluster: 
         before = {p["metadata"]["uid"] for p in replicas(cluster)}
         cluster.kubectl("rollout", "restart", f"deployment/{SERVICE}", "-n", PROJECT)
         cluster.kubectl(
-            "rollout", "status", f"deployment/{SERVICE}", "-n", PROJECT, "--timeout=110s"
+            "rollout", "status", f"deployment/{SERVICE}", "-n", PROJECT, "--timeout=90s"
         )
         cluster.wait_for(
             "the old replicas' end",
             lambda: not before & {p["metadata"]["uid"] for p in replicas(cluster)},
             60,
         )
-        cluster.wait_for("some pods more", lambda: len(held) > 10)
+    assert len(held) > 10
     assert all(held), complaints(cluster)
 
 
@@ -305,7 +304,7 @@ def test_while_the_service_is_down_pods_start_as_they_are(
         cluster.wait_for_pod("job", namespace)
     finally:
         scale(cluster, 2)
-    deployed.await_webhook(cluster)
+    cluster.wait_for("the webhook to be called again", lambda: called(cluster), 30)
 
 
 def scale(cluster: Cluster, replicas_: int) -> None:
@@ -344,7 +343,7 @@ def set_variables(cluster: Cluster, variables: list[str]) -> None:
     """Set the service's environment."""
     target = [f"deployment/{SERVICE}", "-n", PROJECT]
     cluster.kubectl("set", "env", *target, *variables)
-    cluster.kubectl("rollout", "status", *target, "--timeout=110s")
+    cluster.kubectl("rollout", "status", *target, "--timeout=90s")
 
 
 def new_authority(cluster: Cluster) -> None:

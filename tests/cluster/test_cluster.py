@@ -98,7 +98,7 @@ def test_a_pod_reaches_another_nodes_pod_by_its_services_name(
         command = ["exec", "client", "-n", namespace, "--", "python3", "-c", fetch]
         return cluster.kubectl(*command).strip() == "200"
 
-    cluster.wait_for("an answer over the Service", answered)
+    cluster.wait_for("an answer over the Service", answered, 30)
 
 
 def train(cluster: Cluster, namespace: str, image: str, timeout_s: float) -> None:
@@ -178,32 +178,24 @@ def test_kubelet_checkpoints_a_running_container(cluster: Cluster, namespace: st
     cluster.wait_for_pod("counter", namespace)
     node = cluster.node("n1")
 
-    archive = checkpointed(cluster, namespace)
+    answer = json.loads(
+        cluster.kubectl(
+            *("create", "--raw", f"/api/v1/nodes/n1/proxy/checkpoint/{namespace}/counter/c"),
+            *("-f", "/dev/null"),
+        )
+    )
+
+    (archive,) = answer["items"]
     with tarfile.open(node.root / archive.lstrip("/")) as content:
         names = content.getnames()
     assert "checkpoint/inventory.img" in names
     node.exec("rm", archive)
-    before = len(cluster.logs("counter", namespace).splitlines())
+    before = cluster.logs("counter", namespace).splitlines()[-1]
     cluster.wait_for(
         "the counter to count on",
-        lambda: len(cluster.logs("counter", namespace).splitlines()) > before,
+        lambda: int(cluster.logs("counter", namespace).splitlines()[-1]) > int(before),
+        10,
     )
-
-
-def checkpointed(cluster: Cluster, namespace: str, node: str = "n1") -> str:
-    """The path on ``node`` of what its kubelet makes of the pod ``counter``."""
-    called = f"/api/v1/nodes/{node}/proxy/checkpoint/{namespace}/counter/c"
-    paths: list[str] = []
-
-    def made() -> bool:
-        answer = json.loads(cluster.kubectl("create", "--raw", called, "-f", "/dev/null"))
-        paths.extend(answer["items"])
-        return True
-
-    # On a loaded machine runc sometimes gives up freezing a control group of version 1.
-    cluster.wait_for("the kubelet's checkpoint", made)
-    (path,) = paths
-    return path
 
 
 def test_a_port_is_forwarded_through_the_api_server(cluster: Cluster, namespace: str) -> None:
@@ -218,7 +210,7 @@ def test_a_port_is_forwarded_through_the_api_server(cluster: Cluster, namespace:
         kubectl = cluster.bin / "kubectl"
         return cluster.run_in_control_plane("bash", "-c", script, kubectl, namespace).stdout
 
-    cluster.wait_for("an answer through the API server", lambda: "200 OK" in answer())
+    cluster.wait_for("an answer through the API server", lambda: "200 OK" in answer(), 30)
 
 
 def test_who_has_no_rights_gets_nothing(cluster: Cluster, namespace: str) -> None:

@@ -55,7 +55,7 @@ def killed_at(
     patch = '{"spec": {"holderIdentity": ""}}'
     lease = ("lease", leading.LEASE_NAME, "-n", PROJECT)
     cluster.kubectl("patch", *lease, "--type=merge", "-p", patch)
-    cluster.wait_for("another leader", lambda: service.holder() not in ("", holder), 60)
+    cluster.wait_for("another leader", lambda: service.holder() not in ("", holder), 30)
     seen: list[Json] = []
 
     def over() -> bool:
@@ -63,7 +63,7 @@ def killed_at(
         seen.extend([ran.document()] if ran.status == 0 else [])
         return bool(seen and seen[-1]["state"] not in ("queued", "running"))
 
-    cluster.wait_for("the end of the operation", over, 150)
+    cluster.wait_for("the end of the operation", over, 90)
     return seen[-1]
 
 

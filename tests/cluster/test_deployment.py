@@ -148,5 +148,5 @@ def test_what_a_role_of_a_namespace_gives_on_its_images(
     def given(where: str) -> set[str]:
         return {verb for verb in verbs if may(cluster, user, verb, resource, where)}
 
-    cluster.wait_for("the role", lambda: given(namespace) == allowed)
+    cluster.wait_for("the role", lambda: given(namespace) == allowed, timeout_s=20)
     assert given("default") == set()

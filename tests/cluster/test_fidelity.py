@@ -134,7 +134,7 @@ def assert_live(cluster: Cluster, namespace: str, pod: str, least: dict[str, int
             now = reached(cluster, namespace, pod, name)
             return now > least.get(name, 0) + 3
 
-        cluster.wait_for(f"{name} to count on", further)
+        cluster.wait_for(f"{name} to count on", further, 30)
         least[name] = reached(cluster, namespace, pod, name)
     found = cluster.wait_for_pod(pod, namespace)["status"]
     statuses = [*found["containerStatuses"], *found["initContainerStatuses"]]
@@ -160,7 +160,7 @@ def ended(cluster: Cluster, namespace: str, pod: str, name: str) -> dict[str, An
         return bool(status["restartCount"] == 1 and status["state"].get("running"))
 
     cluster.wait_for(f"{name} to be started anew", again, 60)
-    cluster.wait_for("a count", lambda: reached(cluster, namespace, pod, name) > 0)
+    cluster.wait_for("a count", lambda: reached(cluster, namespace, pod, name) > 0, 30)
     assert cluster.logs(pod, namespace, "-c", name).split()[0] == "0"
     how: dict[str, Any] = statuses(cluster, namespace, pod)[name]["lastState"]["terminated"]
     return how
@@ -176,9 +176,9 @@ def assert_ends_as_any_pod(cluster: Cluster, namespace: str, pod: str) -> None:
     assert sh(cluster, namespace, pod, "main", "cat /var/tmp/started") == "started"
 
     sh(cluster, namespace, pod, "main", "touch /var/tmp/busy")
-    cluster.wait_for("readiness to be lost", lambda: not ready(cluster, namespace, pod))
+    cluster.wait_for("readiness to be lost", lambda: not ready(cluster, namespace, pod), 20)
     sh(cluster, namespace, pod, "main", "rm /var/tmp/busy")
-    cluster.wait_for("readiness", lambda: ready(cluster, namespace, pod))
+    cluster.wait_for("readiness", lambda: ready(cluster, namespace, pod), 20)
 
     sh(cluster, namespace, pod, "second", "touch /var/tmp/eat")
     how = ended(cluster, namespace, pod, "second")
@@ -207,7 +207,7 @@ def assert_leaves_nothing(cluster: Cluster, namespace: str, pod: str) -> None:
             check=False,
         ).stdout
 
-    cluster.wait_for("the node to be as before", lambda: not left())
+    cluster.wait_for("the node to be as before", lambda: not left(), 30)
 
 
 def placement(cluster: Cluster, namespace: str, pod: str) -> dict[str, Any]:
@@ -318,16 +318,18 @@ def test_one_image_makes_one_pod_unless_asked_again(agents: Cluster, namespace: 
     assert ckpt(agents, *words, "--pod", lost, "--again").document()["pod"] == lost
     for name in ("a", "b"):
         before = counted(agents, namespace, name)[-1]
-        agents.wait_for("more", lambda: counted(agents, namespace, name)[-1] > before)  # noqa: B023
+        agents.wait_for("more", lambda: counted(agents, namespace, name)[-1] > before, 30)  # noqa: B023
 
 
 def test_images_of_a_deleted_namespace_are_told_of_and_can_be_removed(agents: Cluster) -> None:
     gone = f"test-{secrets.token_hex(4)}"
-    agents.create_namespace(gone)
+    agents.kubectl("create", "namespace", gone)
+    account = ("serviceaccount", "default", "-n", gone)
+    agents.wait_for("the default ServiceAccount", lambda: agents.get(*account), 30)
     agents.apply(counter("job", gone))
     agents.wait_for_pod("job", gone)
     image = ckpt(agents, "dump", "pod/job", "-n", gone).document()["name"]
-    agents.kubectl("delete", "namespace", gone, "--timeout=180s", timeout_s=190)
+    agents.kubectl("delete", "namespace", gone, "--timeout=60s")
 
     def told() -> str:
         checks = json.loads(ckpt(agents, "doctor", "-n", "default").out)["checks"]

@@ -178,7 +178,7 @@ def test_a_pod_is_cut_with_all_that_are_connected_with_it_also_through_a_service
     assert ckpt(agents, "verify", taken["name"], "-n", namespace).document()["good"]
     for name in ("front", "middle", "stranger"):
         was = heard(name)
-        agents.wait_for("more", lambda name=name, was=was: heard(name) > was + 3)  # type: ignore[misc]
+        agents.wait_for("more", lambda name=name, was=was: heard(name) > was + 3, 30)  # type: ignore[misc]
 
     last, members = max(numbers("middle")), ("back", "front", "middle")
     agents.kubectl("delete", "pods", "-n", namespace, "--grace-period=0", "--force", *members)
@@ -190,9 +190,9 @@ def test_a_pod_is_cut_with_all_that_are_connected_with_it_also_through_a_service
     # What a Service's address hid has no other end at the new ones, as a stranger's has not.
     assert lost["front"] == [f"{through}:7000"]
     assert len(lost["back"]) == 1
-    agents.wait_for("numbers after the cut", lambda: max(numbers("middle"), default=0) > last)
+    agents.wait_for("numbers after the cut", lambda: max(numbers("middle"), default=0) > last, 30)
     again = numbers("middle")
     assert again == list(range(again[0], again[0] + len(again)))
-    agents.wait_for("front to call again", lambda: 1 in numbers("front"))
+    agents.wait_for("front to call again", lambda: 1 in numbers("front"), 30)
     agents.kubectl("delete", "pods", "-n", namespace, "--grace-period=0", "--force", *members)
     leftovers.assert_none(agents, before)

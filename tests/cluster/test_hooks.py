@@ -121,5 +121,5 @@ def lines(agents: Cluster, namespace: str, word: str) -> list[str]:
     def said() -> str:
         return agents.kubectl("logs", "loop", "-n", namespace, "-c", "c")
 
-    agents.wait_for(f"{word!r} in the log", lambda: word in said())
+    agents.wait_for(f"{word!r} in the log", lambda: word in said(), 30)
     return said().splitlines()

@@ -39,7 +39,6 @@ from tests.cluster.test_node_agent import (
     images,
     listed,
     log,
-    make_robot,
     refused,
     start,
 )
@@ -67,7 +66,11 @@ def signed(cluster: Cluster, header: dict[str, Any], claims: dict[str, Any]) -> 
 
 
 def test_a_token_that_has_expired_is_nobodys(agents: Cluster, namespace: str) -> None:
-    make_robot(agents, namespace)
+    agents.kubectl("create", "serviceaccount", "robot", "-n", namespace)
+    agents.kubectl(
+        *("create", "rolebinding", "robot", "-n", namespace),
+        *("--clusterrole=ckpt-agent-user", f"--serviceaccount={namespace}:robot"),
+    )
     token = agents.kubectl("create", "token", "robot", "-n", namespace).strip()
     header, claims = words_of(token)
     # The same with this key and new times is good, so that it is the times that count.

@@ -13,7 +13,7 @@ import pytest
 
 from agent.cli import exits
 from agent.model import optin
-from tests.cluster import deployed, leftovers
+from tests.cluster import leftovers
 from tests.cluster.cluster import Cluster
 from tests.cluster.test_cli_cluster import CHECKOUT, PROGRAM, PROJECT, ckpt
 
@@ -165,7 +165,8 @@ def killed_agent(training: Training, node: str) -> Callable[[], None]:
 
     def kill() -> None:
         agents.kubectl("delete", "pod", name, "-n", PROJECT, "--grace-period=0", "--force")
-        deployed.await_ready(agents)
+        status = ("rollout", "status", "daemonset/ckpt-agent-node", "-n", PROJECT)
+        agents.kubectl(*status, "--timeout=100s", timeout_s=110)
 
     return kill
 

@@ -4,7 +4,10 @@ the job goes on; and when something fails, nothing is left.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -18,8 +21,7 @@ import pytest
 from agent.cli import exits
 from agent.model import optin
 from tests.cluster.cluster import Cluster
-from tests.cluster.test_cluster import checkpointed, pod
-from tests.cluster.test_node_agent import agent_pids, kill, wait_until_ready
+from tests.cluster.test_cluster import pod
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PROGRAM = (sys.executable, "-c", "from agent.cli.main import main; main()")
@@ -72,7 +74,7 @@ def count(cluster: Cluster, name: str, namespace: str, container: str = "c") -> 
 def assert_counts_on(cluster: Cluster, name: str, namespace: str, container: str = "c") -> None:
     before = count(cluster, name, namespace, container)
     cluster.wait_for(
-        f"{name} to count on", lambda: count(cluster, name, namespace, container) > before + 3, 60
+        f"{name} to count on", lambda: count(cluster, name, namespace, container) > before + 3, 20
     )
     (status,) = [
         each
@@ -244,13 +246,33 @@ def test_a_checkpoint_that_criu_refuses_leaves_the_job_and_no_archive(
     assert json.loads(listed.stdout)["items"] == []
 
 
+def kill_agent(cluster: Cluster, node: str) -> None:
+    """Kill the agent's process on a node, as the kernel does when memory is short."""
+    (pod_uid,) = [
+        each["metadata"]["uid"]
+        for each in cluster.get(
+            "pods", "-n", PROJECT, "-l", "app.kubernetes.io/name=ckpt-agent-node"
+        )["items"]
+        if each["spec"]["nodeName"] == node
+    ]
+    killed = 0
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if pod_uid in (folder / "cgroup").read_text() and b"node" in words:
+                os.kill(int(folder.name), signal.SIGKILL)
+                killed += 1
+    assert killed
+
+
 def test_the_archive_of_an_agent_that_was_killed_is_removed(
     agents: Cluster, namespace: str, before: set[str]
 ) -> None:
     agents.apply(pod("counter", namespace, "n1"))
     agents.wait_for_pod("counter", namespace)
     conf = agents.node("n1").root / RUNC_CONF
-    agent = agent_pids(agents.node("n1"))
     process = subprocess.Popen(
         agents.in_control_plane(
             [*PROGRAM, "dump", "pod/counter", "-n", namespace, "--engine", "kubelet"]
@@ -263,9 +285,9 @@ def test_the_archive_of_an_agent_that_was_killed_is_removed(
     agents.wait_for(
         "the kubelet to be asked",
         lambda: any(name.startswith(".ckpt-agent-call-") for name in archives(agents) - before),
-        pause_s=0.002,
+        30,
     )
-    kill(agent)
+    kill_agent(agents, "n1")
     process.wait(60)
     # The kubelet gives up when nobody listens any more; an archive that was whole by then stays.
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -275,7 +297,10 @@ def test_the_archive_of_an_agent_that_was_killed_is_removed(
         late = agents.node("n1").root / CHECKPOINTS
         (late / f"checkpoint-counter_{namespace}-c-{stamp}.tar").write_bytes(b"half of it")
 
-    wait_until_ready(agents)
+    agents.kubectl(
+        *("rollout", "status", "daemonset/ckpt-agent-node", "-n", PROJECT, "--timeout=120s"),
+        timeout_s=130,
+    )
     dump(agents, "counter", namespace)
 
     assert archives(agents) == before
@@ -296,7 +321,7 @@ def test_an_opted_in_pod_goes_on_on_the_other_node(
     }
     agents.apply(job)
     agents.wait_for_pod("job", namespace)
-    agents.wait_for("the job to count", lambda: count(agents, "job", namespace) > 20)
+    agents.wait_for("the job to count", lambda: count(agents, "job", namespace) > 20, 30)
 
     image = dump(agents, "job", namespace)["name"]
     reached = count(agents, "job", namespace)
@@ -316,7 +341,12 @@ def test_an_image_goes_out_and_another_store_takes_it_in(
 ) -> None:
     agents.apply(pod("counter", namespace, "n1"))
     agents.wait_for_pod("counter", namespace)
-    kubelet_made = checkpointed(agents, namespace)
+    kubelet_made = json.loads(
+        agents.kubectl(
+            *("create", "--raw", f"/api/v1/nodes/n1/proxy/checkpoint/{namespace}/counter/c"),
+            *("-f", "/dev/null"),
+        )
+    )["items"][0]
     original = agents.node("n1").root / kubelet_made.lstrip("/")
     store = ("--store", str(tmp_path / "store"))
     exported = tmp_path / "again.tar"

@@ -11,7 +11,6 @@ import pytest
 from tests.cluster.cluster import cache_directory, state_directory
 from tests.cluster.machine import ClusterError, NodeMachine, poll
 
-SOON_S = 60
 COUNT_STARTS = "echo start >> /var/log/starts; exec sleep 600"
 
 
@@ -48,22 +47,18 @@ def first_processes(machine: NodeMachine) -> list[int]:
 
 def test_a_killed_service_comes_back_and_a_stopped_one_does_not(machine: NodeMachine) -> None:
     starts = machine.log / "starts"
-
-    def started() -> int:
-        return starts.read_text().count("start") if starts.exists() else 0
-
     machine.start("sleeper", "sh", "-c", COUNT_STARTS)
-    poll(lambda: started() == 1, "the first start", SOON_S)
+    poll(starts.exists, "the first start", 5)
 
     machine.kill("sleeper")
-    poll(lambda: started() == 2, "the second start", SOON_S)
+    poll(lambda: starts.read_text().count("start") == 2, "the second start", 5)
     machine.stop("sleeper")
 
     assert not machine.alive("sleeper")
     with pytest.raises(ClusterError):
         poll(lambda: machine.alive("sleeper"), "a start of its own", 1)
     machine.resume("sleeper")
-    poll(lambda: started() == 3, "the third start", SOON_S)
+    poll(lambda: starts.read_text().count("start") == 3, "the third start", 5)
     assert machine.alive("sleeper")
 
 
@@ -80,7 +75,7 @@ def test_halting_ends_processes_that_ignore_signals_and_their_control_groups(
     group = Path("/sys/fs/cgroup/memory", machine.control_group, "pod")
     script = f"trap '' TERM INT HUP; mkdir {group}; echo $$ > {group}/cgroup.procs; sleep 600"
     machine.start("stubborn", "sh", "-c", script)
-    poll(lambda: group.exists() and (group / "cgroup.procs").read_text(), "the group", SOON_S)
+    poll(lambda: group.exists() and (group / "cgroup.procs").read_text(), "the group", 5)
 
     machine.halt()
 
@@ -98,7 +93,7 @@ def test_a_start_that_crashed_before_it_wrote_its_pid_down_is_removed_too(
 
     machine.halt()
 
-    poll(lambda: first_processes(machine) == [], "the end of the first process", SOON_S)
+    poll(lambda: first_processes(machine) == [], "the end of the first process", 5)
 
 
 def test_a_pid_that_came_to_somebody_else_is_not_taken_for_the_machine(

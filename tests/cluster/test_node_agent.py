@@ -19,17 +19,11 @@ import pytest
 
 from agent.model import optin
 from agent.model.access import API_GROUP
-from tests.cluster import deployed
-from tests.cluster.cluster import Cluster, ClusterError, Node
-from tests.cluster.machine import poll
-from tests.cluster.test_deployment import may
+from tests.cluster.cluster import Cluster, Node
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SELECTOR = "app.kubernetes.io/name=ckpt-agent-node"
 OWN = "ckpt-agent"
-IMAGES = f"images.{API_GROUP}"
-# After some kills the kubelet lets a container wait for up to 80 s.
-RESTART_S = 180.0
 # A process with that many MiB, which counts aloud ten times a second and must miss nothing.
 COUNTING = """
 import sys, time, numpy
@@ -88,7 +82,7 @@ def steps(cluster: Cluster, namespace: str, name: str = "counter") -> int:
 
 def assert_goes_on(cluster: Cluster, namespace: str, name: str = "counter") -> None:
     before = steps(cluster, namespace, name)
-    cluster.wait_for("the count", lambda: steps(cluster, namespace, name) > before + 3)
+    cluster.wait_for("the count", lambda: steps(cluster, namespace, name) > before + 3, 30)
     status = cluster.get("pod", name, "-n", namespace)["status"]
     assert [each["restartCount"] for each in status["containerStatuses"]] == [0]
 
@@ -129,13 +123,13 @@ def images(cluster: Cluster, namespace: str) -> list[str]:
 
 
 def agent_pod(cluster: Cluster, node: str = "n1") -> dict[str, Any]:
-    """The agent's pod of a node. ClusterError while a new one is not made yet."""
     found = cluster.get("pods", "-n", OWN, "-l", SELECTOR)["items"]
-    for each in found:
-        if each["spec"].get("nodeName") == node and "deletionTimestamp" not in each["metadata"]:
-            here: dict[str, Any] = each
-            return here
-    raise ClusterError(f"no agent on {node}")
+    here: dict[str, Any] = next(
+        pod
+        for pod in found
+        if pod["spec"]["nodeName"] == node and "deletionTimestamp" not in pod["metadata"]
+    )
+    return here
 
 
 def log(cluster: Cluster, node: str = "n1", *arguments: str) -> list[dict[str, Any]]:
@@ -145,13 +139,12 @@ def log(cluster: Cluster, node: str = "n1", *arguments: str) -> list[dict[str, A
 
 
 def wait_until_ready(cluster: Cluster, node: str = "n1", *, but: str = "") -> None:
-    """Wait for the agent of a node, or for that which comes after the pod with the uid ``but``."""
-
     def ready() -> bool:
         pod = agent_pod(cluster, node)
-        return pod["metadata"]["uid"] != but and deployed.is_ready(pod, deployed.control_groups())
+        conditions = {each["type"]: each["status"] for each in pod["status"]["conditions"]}
+        return pod["metadata"]["uid"] != but and conditions.get("Ready") == "True"
 
-    cluster.wait_for("the agent", ready, RESTART_S)
+    cluster.wait_for("the agent", ready, 90)
 
 
 def reasons(cluster: Cluster, namespace: str, uid: str) -> list[str]:
@@ -162,23 +155,19 @@ def reasons(cluster: Cluster, namespace: str, uid: str) -> list[str]:
 def agent_pids(node: Node) -> list[int]:
     """The agent's own process on a node, as this machine numbers it."""
     numbers = os.stat(f"/proc/{node.pid}/ns/pid").st_ino
-    parents = {}
+    found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            ours = (entry / "cmdline").read_bytes().endswith(b"bin/ckpt-agent\0node\0")
+            ours = b"bin/ckpt-agent\0node\0" in (entry / "cmdline").read_bytes()
             if ours and os.stat(entry / "ns/pid").st_ino == numbers:
-                stat = (entry / "stat").read_text()
-                parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-    # What it starts looks like it until it has executed its program.
-    return [pid for pid, parent in parents.items() if parent not in parents]
+                found.append(int(entry.name))
+    return found
 
 
 def kill(pids: list[int]) -> None:
-    """Kill an agent. Its end is waited for: until then it would be taken for its successor."""
     assert pids
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    poll(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the agent's end", 60)
 
 
 def operations(node: Node) -> list[Path]:
@@ -199,7 +188,7 @@ def assert_clean(cluster: Cluster, node: str = "n1") -> None:
         kept += list((found.root / "var/lib/ckpt-agent/work").iterdir())
         return not kept and not found.exec("pgrep", "-x", "criu", check=False).stdout
 
-    cluster.wait_for("a clean node", clean)
+    cluster.wait_for("a clean node", clean, 30)
 
 
 @pytest.fixture
@@ -218,8 +207,6 @@ def users(agents: Cluster, namespace: str) -> Iterator[Callable[..., Path]]:
                 *("create", "rolebinding", f"{name}-{role}", "-n", namespace),
                 *(f"--clusterrole={role}", f"--user={name}"),
             )
-        verb, what = ("create", IMAGES) if "edit" in roles else ("get", "pods")
-        agents.wait_for("the rights", lambda: may(agents, name, verb, what, namespace))
         return agents.user_kubeconfig(name)
 
     yield user
@@ -249,12 +236,16 @@ class TestRights:
         assert "restore images" in said["message"]
         assert images(agents, namespace) == [dumped["name"]]
         agents.wait_for(
-            "the event", lambda: "CheckpointCompleted" in reasons(agents, namespace, uid)
+            "the event", lambda: "CheckpointCompleted" in reasons(agents, namespace, uid), 20
         )
         assert_goes_on(agents, namespace)
 
     def test_tokens_count_for_whom_they_were_made(self, agents: Cluster, namespace: str) -> None:
-        make_robot(agents, namespace)
+        agents.kubectl("create", "serviceaccount", "robot", "-n", namespace)
+        agents.kubectl(
+            *("create", "rolebinding", "robot", "-n", namespace),
+            *("--clusterrole=ckpt-agent-user", f"--serviceaccount={namespace}:robot"),
+        )
         token = ("create", "token", "robot", "-n", namespace)
         ours = agents.kubectl(*token, f"--audience={API_GROUP}").strip()
         usual = agents.kubectl(*token).strip()
@@ -272,21 +263,11 @@ class TestRights:
         agents.wait_for(
             "the token's end",
             lambda: listed(agents, namespace, usual) == "Unauthenticated",
+            30,
         )
         written = json.dumps(log(agents))
         for value in (ours, usual, other, forged):
             assert value not in written
-
-
-def make_robot(cluster: Cluster, namespace: str) -> None:
-    """The ServiceAccount ``robot``, which may do in the namespace what users may."""
-    cluster.kubectl("create", "serviceaccount", "robot", "-n", namespace)
-    cluster.kubectl(
-        *("create", "rolebinding", "robot", "-n", namespace),
-        *("--clusterrole=ckpt-agent-user", f"--serviceaccount={namespace}:robot"),
-    )
-    who = f"system:serviceaccount:{namespace}:robot"
-    cluster.wait_for("its rights", lambda: may(cluster, who, "list", IMAGES, namespace))
 
 
 def listed(cluster: Cluster, namespace: str, token: str) -> str:
@@ -352,7 +333,7 @@ class TestFaults:
         assert_goes_on(agents, namespace)
         wait_until_ready(agents)
         agents.wait_for(
-            "the event", lambda: "CheckpointFailed" in reasons(agents, namespace, uid), RESTART_S
+            "the event", lambda: "CheckpointFailed" in reasons(agents, namespace, uid), 60
         )
         told = [line for line in log(agents) if "was killed in the middle" in line["msg"]]
         assert [line["pod"] for line in told] == [f"{namespace}/counter"]
@@ -374,7 +355,7 @@ class TestFaults:
         agents.wait_for(
             "the old agent's end",
             lambda: old["name"] not in agents.kubectl("get", "pods", "-n", OWN),
-            90,
+            35,
         )
         wait_until_ready(agents, but=old["uid"])
         assert_clean(agents)
@@ -407,16 +388,14 @@ class TestFaults:
         _, said = restore.communicate(timeout=120)
         wait_until_ready(agents, "n2")
         uid = agents.get("pod", "counter", "-n", namespace)["metadata"]["uid"]
-        agents.wait_for(
-            "the event", lambda: "RestoreFailed" in reasons(agents, namespace, uid), RESTART_S
-        )
+        agents.wait_for("the event", lambda: "RestoreFailed" in reasons(agents, namespace, uid), 60)
         # The command itself may have asked the successor again.
         if restore.returncode != 0:
             assert agents.logs("counter", namespace, "-c", "c") == "", said
             again = ("restore", dumped["name"], "--pod", "counter", "-n", namespace)
             answered(ckpt(agents, *again))
         assert_clean(agents, "n2")
-        agents.wait_for("the count", lambda: agents.logs("counter", namespace, "-c", "c"))
+        agents.wait_for("the count", lambda: agents.logs("counter", namespace, "-c", "c"), 30)
         lines = agents.logs("counter", namespace, "-c", "c").splitlines()
         first = int(lines[0].split()[0])
         assert first > 0
@@ -438,11 +417,15 @@ class TestFaults:
         self, agents: Cluster, namespace: str
     ) -> None:
         start(agents, namespace)
-        make_robot(agents, namespace)
+        agents.kubectl("create", "serviceaccount", "robot", "-n", namespace)
+        agents.kubectl(
+            *("create", "rolebinding", "robot", "-n", namespace),
+            *("--clusterrole=ckpt-agent-user", f"--serviceaccount={namespace}:robot"),
+        )
         token = agents.kubectl("create", "token", "robot", "-n", namespace).strip()
         before = agent_pod(agents)["status"]["containerStatuses"][0]["restartCount"]
         agents.control_plane.kill("kube-apiserver")
-        agents.wait_for("the API server", agents.api_ready, RESTART_S)
+        agents.wait_for("the API server", lambda: agents.get("nodes")["items"], 60)
         agents.wait_for("an answer", lambda: listed(agents, namespace, token) == "0 images", 60)
         # A pod that came meanwhile is known: the watch has begun again.
         start(agents, namespace, "later")
@@ -461,7 +444,9 @@ class TestFaults:
         finally:
             subprocess.run(["chattr", "-i", store], check=True)
         assert done.returncode == 6, done.stderr
-        agents.wait_for("the event", lambda: "CheckpointFailed" in reasons(agents, namespace, uid))
+        agents.wait_for(
+            "the event", lambda: "CheckpointFailed" in reasons(agents, namespace, uid), 20
+        )
         assert_clean(agents)
         answered(ckpt(agents, "dump", "pod/counter", "-n", namespace))
         assert_goes_on(agents, namespace)

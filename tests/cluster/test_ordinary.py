@@ -30,8 +30,8 @@ def counted(cluster: Cluster, namespace: str, path: str) -> list[int]:
 
 def goes_on(cluster: Cluster, namespace: str, path: str) -> None:
     """The pod counts, in its log and in its file, and the file has every number once."""
-    before = len(logged(cluster, namespace))
-    cluster.wait_for("the count", lambda: len(logged(cluster, namespace)) > before + 1)
+    last = int(logged(cluster, namespace)[-1])
+    cluster.wait_for("the count", lambda: int(logged(cluster, namespace)[-1]) > last, 20)
     numbers = counted(cluster, namespace, path)
     assert numbers == list(range(len(numbers)))
 
@@ -62,7 +62,7 @@ def test_one_is_moved_twice_and_ends_as_it_would_have(agents: Cluster, namespace
         code: int | None = status["state"].get("terminated", {}).get("exitCode")
         return code
 
-    agents.wait_for("the end", lambda: ended() is not None)
+    agents.wait_for("the end", lambda: ended() is not None, 30)
     # Python's own, of an interrupt as the first process of a pid namespace.
     assert ended() == 130
     assert "KeyboardInterrupt" in agents.logs("job", namespace, "-c", "main")
@@ -74,7 +74,7 @@ def test_one_goes_on_from_a_kubelets_archive_where_that_has_all_of_it(
     path = "/var/tmp/count"
     agents.apply(ordinary("job", namespace))
     agents.wait_for_pod("job", namespace)
-    agents.wait_for("the counter", lambda: len(logged(agents, namespace)) > 5)
+    agents.wait_for("the counter", lambda: len(logged(agents, namespace)) > 5, 30)
     done = ckpt(agents, "dump", "pod/job", "-n", namespace, "--engine", "kubelet").document()
     assert done["engine"] == "kubelet"
     restored = ckpt(agents, "restore", done["name"], "--node", "n2", "-n", namespace, "--replace")
@@ -88,7 +88,7 @@ def test_one_goes_on_from_a_kubelets_archive_where_that_has_all_of_it(
     agents.kubectl("delete", "pod", "job", "-n", namespace, "--grace-period=0", "--force")
     agents.apply(ordinary("job", namespace, FILE="/dev/shm/count"))
     agents.wait_for_pod("job", namespace)
-    agents.wait_for("the counter", lambda: len(logged(agents, namespace)) > 5)
+    agents.wait_for("the counter", lambda: len(logged(agents, namespace)) > 5, 30)
     ckpt(agents, "dump", "pod/job", "-n", namespace, "--engine", "kubelet").document()
     refused = ckpt(agents, "restore", "job", "--node", "n2", "-n", namespace, "--replace")
     assert refused.status == exits.REFUSED

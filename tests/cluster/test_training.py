@@ -10,8 +10,7 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.test_cli_cluster import ckpt, counter, followed
 
 RANKS = ("rank-0", "rank-1")
-STEPS = 240
-MOVED = 30  # at the earliest; the rest takes longer than its move, however busy the machine is
+STEPS = 150
 
 
 def training(name: str, namespace: str, node: str, image: str) -> dict[str, Any]:
@@ -52,20 +51,20 @@ def test_training_that_moves_in_the_middle_ends_bit_for_bit_as_one_that_does_not
     agents.wait_for_pod("moves", namespace, timeout_s=120)
 
     def under_way() -> bool:
-        return len(steps(agents.logs("moves", namespace, "-c", "rank-0"))) >= MOVED
+        return len(steps(agents.logs("moves", namespace, "-c", "rank-0"))) >= STEPS // 4
 
     with (
         followed(agents, namespace, "moves", "rank-0") as zero,
         followed(agents, namespace, "moves", "rank-1") as one,
     ):
-        agents.wait_for("the first steps", under_way, 300)
+        agents.wait_for("a quarter of the steps", under_way, 300)
         ckpt(agents, "migrate", "pod/moves", "--to", "n2", "-n", namespace).document()
         before = dict(zip(RANKS, (steps(zero.text()), steps(one.text())), strict=True))
     for pod in ("moves", "stays"):
         agents.wait_for_pod(pod, namespace, "Succeeded", timeout_s=400)
     for rank in RANKS:
         after = steps(agents.logs("moves", namespace, "-c", rank))
-        assert MOVED <= len(before[rank]) < STEPS
+        assert STEPS // 4 <= len(before[rank]) < STEPS
         uninterrupted = steps(agents.logs("stays", namespace, "-c", rank))
         assert len(uninterrupted) == STEPS
         # Loss and parameters of every step as exact hexadecimal floats.

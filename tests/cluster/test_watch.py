@@ -74,7 +74,7 @@ def test_a_watched_pod_goes_on_whoever_ends_and_its_last_image_is_restored_elsew
     def counted() -> list[str]:
         return agents.logs("counter", namespace, "-c", "c").splitlines()
 
-    agents.wait_for("the count", lambda: len(counted()) > 60, 120)
+    agents.wait_for("the count", lambda: len(counted()) > 60, 30)
     numbers = [int(each.split()[0]) for each in counted()]
     assert 0 < numbers[0] <= before
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
