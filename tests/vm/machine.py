@@ -47,8 +47,8 @@ def run(command: str, folder: Path, timeout_s: float) -> Ran:
     shutil.copy(HERE / "guest", folder / "guest")
     (folder / "command").write_text(command)
     (folder / "modules").write_text(str(_PARTS / "root"))
-    # QEMU 7.2 mixes up what processes that take turns have in AVX registers: numpy.argsort was wrong
-    # one time in four there, and programs crashed. This processor has none.
+    # QEMU 7.2 mixes up the AVX registers of processes that take turns: numpy.argsort was wrong one
+    # time in four there, and programs crashed. This processor has none.
     emulated = ["tcg,thread=multi", "-cpu", "Nehalem"]
     accelerator = ["kvm", "-cpu", "host"] if accelerated() else emulated
     argv = ["qemu-system-x86_64", "-accel", *accelerator]
