@@ -93,7 +93,8 @@ def test_who_asks_while_it_is_not_yet_known_what_is_hidden_is_told_when_it_is() 
 def test_nothing_is_asked_about_folders_from_which_nothing_is_given() -> None:
     """Each question stops CRIU, and with it the tree; threads have folders too."""
     hidden = hiding.Hiding()
-    pid, other = os.getpid(), os.getppid()
+    stranger = subprocess.Popen(["sleep", "1000"])
+    pid, other = os.getpid(), stranger.pid
     areas = np.empty((0, 2), dtype=np.int64)
     standing = Standing(proc.identity(pid), AddressSpace("process", pid), areas)
     try:
@@ -108,6 +109,8 @@ def test_nothing_is_asked_about_folders_from_which_nothing_is_given() -> None:
             said, _ = asking.communicate(timeout=20)
     finally:
         hidden.close()
+        stranger.kill()
+        stranger.wait()
     ours, others, first = map(int, said.split())
     assert ours > 600
     assert others < 600
